@@ -1,0 +1,296 @@
+"""The contract between producers and workers, version 1: names, requests, results, digests.
+
+Knows nothing of Celery, of Redis or of a database. What a request may hold is decided here and
+nowhere else, by one strict rule for each argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NewType, Self
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from interview_access.errors import NAMED_AT_MOST, InvalidGrantRequestException, shortened
+
+QUEUE = "interview-access"
+GRANT_ACCESS = "interview_access.grant_access"
+CREATE_INTERVIEW_ATTEMPT = "interview_access.create_interview_attempt"
+
+PROGRESS = "PROGRESS"
+"""State of a job of several chunks while it runs; its result is then a :class:`JobProgress`."""
+
+DEFAULT_MAX_INTERVIEW_IDS = 100_000
+"""Ids as given that one job may hold, where a worker is not told otherwise."""
+
+InterviewId = NewType("InterviewId", str)
+"""An interview's id in canonical form: lower case, 8-4-4-4-12."""
+
+_UUID = re.compile("[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_USER_ID_LENGTH = 36
+_JOB_ID_LENGTH = 255
+
+
+def canonical_interview_id(text: str) -> InterviewId | None:
+    """The canonical form of a UUID's spelling, or None where the text is no UUID.
+
+    A UUID is exactly 32 ASCII hex digits, or 8-4-4-4-12 of them, in any case. (``uuid.UUID`` takes
+    far more, and names other ids by it.)
+    """
+    if not _UUID.fullmatch(text):
+        return None
+    text = text.lower()
+    if len(text) == 32:  # noqa: PLR2004 - hex digits without hyphens
+        text = f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    return InterviewId(text)
+
+
+def is_job_id(value: object) -> bool:
+    """Whether the value can be a job's id: 1 to 255 printable characters."""
+    return isinstance(value, str) and 1 <= len(value) <= _JOB_ID_LENGTH and value.isprintable()
+
+
+def describe(value: object) -> str:
+    """What a value is, in a few words and in JSON's terms, for the sentence of an error."""
+    match value:
+        case None:
+            words = "null"
+        case bool():
+            words = str(value).lower()
+        case int() | float():
+            words = f"the number {shortened(repr(value), quoted=False)}"
+        case str() if len(value) > _USER_ID_LENGTH:
+            words = f"a string of {len(value):,} characters, {shortened(value)}"
+        case str():
+            words = f"the string {shortened(value)}"
+        case list() | tuple():
+            words = f"a list of {len(value):,}"
+        case Mapping():
+            words = f"an object of {len(value):,}"
+        case _:
+            words = f"a {type(value).__name__}"
+    return words
+
+
+def _user_id(value: object) -> str:
+    text = str(value) if isinstance(value, UUID) else value
+    if (
+        not isinstance(text, str)
+        or not 1 <= len(text) <= _USER_ID_LENGTH
+        or "\0" in text
+        or any("\ud800" <= character <= "\udfff" for character in text)
+    ):
+        raise PydanticCustomError(
+            "user_id", "a string of 1 to 36 characters without NUL or lone surrogates"
+        )
+    return text
+
+
+def _interview_id(value: object) -> str:
+    if isinstance(value, UUID):
+        return str(value)
+    if not isinstance(value, str):
+        raise PydanticCustomError("interview_id", "a UUID as a string")
+    return value
+
+
+def _interview_ids(value: object, info: ValidationInfo) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("interview_ids", "a list of UUIDs as strings")
+    texts = _texts(value)
+    if texts is None:
+        wrong = [(at, item) for at, item in enumerate(value) if not isinstance(item, str | UUID)]
+        raise PydanticCustomError(
+            "elements",
+            "a UUID as a string",
+            {"elements": wrong[:NAMED_AT_MOST], "total": len(wrong)},
+        )
+    limit: int = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
+    if len(texts) > limit:
+        raise PydanticCustomError(
+            "interview_ids",
+            "at most {limit} ids (GRANT_MAX_INTERVIEW_IDS)",
+            {"limit": f"{limit:,}"},
+        )
+    return texts
+
+
+def _texts(values: Sequence[object]) -> tuple[str, ...] | None:
+    """The elements as strings, or None where one is neither a string nor a UUID object."""
+    texts = tuple(str(value) if isinstance(value, UUID) else value for value in values)
+    return texts if all(isinstance(text, str) for text in texts) else None  # type: ignore[return-value] # all() is no type guard
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def read(
+        cls,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        *,
+        max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
+    ) -> Self:
+        """The request that a message's arguments make.
+
+        Args:
+            args: Positional arguments, in the order of the contract.
+            kwargs: Named arguments.
+            max_interview_ids: Ids as given that one job may hold.
+
+        Raises:
+            InvalidGrantRequestException: naming each argument that is missing, unknown, given
+                twice, or not what was expected.
+        """
+        names = list(cls.model_fields)
+        if len(args) > len(names):
+            expected = f"at most {len(names)} in order ({', '.join(names)})"
+            raise InvalidGrantRequestException.of([("arguments", expected, f"{len(args)}")])
+        given = dict(zip(names, args, strict=False))
+        twice = [(name, "one value", "two") for name in given if name in kwargs]
+        if twice:
+            raise InvalidGrantRequestException.of(twice)
+        try:
+            return cls.model_validate(
+                {**given, **kwargs}, context={"max_interview_ids": max_interview_ids}
+            )
+        except ValidationError as error:
+            raise _invalid(error, names) from None
+
+
+def _invalid(error: ValidationError, names: Sequence[str]) -> InvalidGrantRequestException:
+    problems: list[tuple[str, str, str]] = []
+    total = 0
+    for problem in error.errors(include_url=False):
+        argument = shortened(str(problem["loc"][0]), quoted=False)
+        total += 1
+        if problem["type"] == "missing":
+            problems.append((argument, "a value", "nothing"))
+        elif problem["type"] == "extra_forbidden":
+            known = f"only {' and '.join(names)}"
+            problems.append((argument, known, f"this one too, {describe(problem['input'])}"))
+        elif problem["type"] == "elements":
+            total += problem["ctx"]["total"] - 1
+            for at, item in problem["ctx"]["elements"]:
+                problems.append((f"{argument}[{at}]", problem["msg"], describe(item)))
+        else:
+            problems.append((argument, problem["msg"], describe(problem["input"])))
+    return InvalidGrantRequestException.of(problems, total)
+
+
+class GrantAccessRequest(_Request):
+    """What ``interview_access.grant_access`` is asked: one user's access to many interviews.
+
+    Attributes:
+        user_id: 1 to 36 characters, taken to the letter.
+        interview_ids: Strings as given: any order, spelling and repetition, also what is no UUID.
+    """
+
+    user_id: Annotated[str, PlainValidator(_user_id)]
+    interview_ids: Annotated[tuple[str, ...], PlainValidator(_interview_ids)]
+
+
+class CreateInterviewAttemptRequest(_Request):
+    """What ``interview_access.create_interview_attempt`` is asked: one attempt, starting now.
+
+    Attributes:
+        interview_id: A string as given, also one that is no UUID.
+        user_id: 1 to 36 characters, taken to the letter.
+    """
+
+    interview_id: Annotated[str, PlainValidator(_interview_id)]
+    user_id: Annotated[str, PlainValidator(_user_id)]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedInterviews:
+    """Interview ids as given, told apart.
+
+    Attributes:
+        wanted: Canonical ids, each once, in the order of their first appearance.
+        malformed: Strings that are no UUID, each once, likewise.
+        requested: How many were given in all.
+    """
+
+    wanted: tuple[InterviewId, ...]
+    malformed: tuple[str, ...]
+    requested: int
+
+    @classmethod
+    def among(cls, texts: Sequence[str]) -> Self:
+        """Tell the ids apart."""
+        wanted: dict[InterviewId, None] = {}
+        malformed: dict[str, None] = {}
+        for text in texts:
+            interview_id = canonical_interview_id(text)
+            if interview_id is None:
+                malformed[text] = None
+            else:
+                wanted[interview_id] = None
+        return cls(tuple(wanted), tuple(malformed), len(texts))
+
+    @property
+    def repeated(self) -> int:
+        """How many were given again, in whatever spelling."""
+        return self.requested - len(self.wanted) - len(self.malformed)
+
+
+def request_digest(task: str, user_id: str, interview_ids: Iterable[str]) -> str:
+    """What tells whether two messages ask for the same: SHA-256, 64 hex digits.
+
+    Taken over the task's name, the user id and the sorted distinct ids, canonical where they are
+    UUIDs, as a JSON array in ASCII without white space. Order, spelling and repetition do not
+    change it.
+    """
+    return _digest([task, user_id, sorted(set(interview_ids))])
+
+
+def unreadable_request_digest(
+    task: str, args: Sequence[object], kwargs: Mapping[str, object]
+) -> str:
+    """The digest of a request that cannot be read: over its arguments as they came.
+
+    Where they are a user id and a list of strings all the same (more of them than allowed, say),
+    it is the digest that a readable request of that content has.
+    """
+    given = {**dict(zip(GrantAccessRequest.model_fields, args, strict=False)), **kwargs}
+    user_id, ids = given.get("user_id"), given.get("interview_ids")
+    texts = _texts(ids) if isinstance(ids, list | tuple) else None
+    if len(given) == 2 and isinstance(user_id, str | UUID) and texts is not None:  # noqa: PLR2004
+        asked = RequestedInterviews.among(texts)
+        return request_digest(task, str(user_id), [*asked.wanted, *asked.malformed])
+    return _digest([task, list(args), dict(kwargs)])
+
+
+def _digest(content: list[object]) -> str:
+    # Types that JSON lacks (dates, say) reach a worker through Celery's own JSON.
+    text = json.dumps(content, default=repr, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+class GrantAccessResult(BaseModel):
+    """The result of a grant-access job; created_access_count is the rows that this job inserted."""
+
+    success: Literal[True] = True
+    created_access_count: int
+
+
+class InterviewAttemptResult(BaseModel):
+    """The result of a create-interview-attempt job."""
+
+    success: Literal[True] = True
+    interview_attempt_id: str
+
+
+class JobProgress(BaseModel):
+    """How far a running job of several chunks is: grants done, of the total it was asked for."""
+
+    done: int
+    total: int

@@ -1,0 +1,158 @@
+"""What can go wrong with a job, as producers of every language read it.
+
+Each class here that a worker stores is read from a result as ``exc_type`` (the class's name),
+``exc_module`` (this module's) and ``exc_message`` (``[sentence, details]``). Its arguments are
+therefore plain JSON values, and nothing else may ever be put into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+Details = dict[str, Any]
+"""A JSON object for programs: at least ``total``, the number of offending values."""
+
+NAMED_AT_MOST = 20
+"""Offending values that an error names; ``total`` counts the rest."""
+
+
+class InterviewAccessError(Exception):
+    """Base of every error of this package.
+
+    Attributes:
+        sentence: One sentence for people.
+        details: The same as a JSON object for programs.
+    """
+
+    def __init__(self, sentence: str, details: Details | None = None) -> None:
+        self.sentence = sentence
+        self.details = details or {}
+        super().__init__(sentence, self.details)
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the contract's name
+    """An argument is missing, unknown or of the wrong type or size. Permanent."""
+
+    @classmethod
+    def of(cls, problems: Sequence[tuple[str, str, str]], total: int | None = None) -> Self:
+        """The error that names what is wrong with a request.
+
+        Args:
+            problems: For each: the argument (an element as ``interview_ids[3]``), what was
+                expected, what came.
+            total: How many there are, where not all were collected.
+        """
+        total = len(problems) if total is None else total
+        named = problems[:NAMED_AT_MOST]
+        listed = "; ".join(f"{where}: expected {wanted}, got {got}" for where, wanted, got in named)
+        return cls(
+            f"The request cannot be read: {listed}{_and_more(total, len(named))}.",
+            {
+                "total": total,
+                "problems": [
+                    {"argument": where, "expected": wanted, "got": got}
+                    for where, wanted, got in named
+                ],
+            },
+        )
+
+
+class InvalidInterviewIdException(InterviewAccessError):  # noqa: N818 - the contract's name
+    """Interview ids are malformed (no UUID) or unknown (no interview has them). Permanent.
+
+    The whole job failed with it, and nothing was granted.
+    """
+
+    @classmethod
+    def of(cls, malformed: Sequence[str], unknown: Sequence[str]) -> Self:
+        """The error that names the offending ids, malformed ones first, each with its reason.
+
+        Args:
+            malformed: Strings that are no UUID, as given.
+            unknown: Canonical ids that no interview has.
+        """
+        total = len(malformed) + len(unknown)
+        named = [(value, "malformed") for value in malformed[:NAMED_AT_MOST]]
+        named += [(value, "unknown") for value in unknown[: NAMED_AT_MOST - len(named)]]
+        words = {"malformed": "is not a UUID", "unknown": "is no interview's id"}
+        listed = "; ".join(f"{shortened(value)} {words[reason]}" for value, reason in named)
+        return cls(
+            f"{total} interview id{'s' * (total != 1)} cannot be granted: "
+            f"{listed}{_and_more(total, len(named))}. Nothing was granted.",
+            {
+                "total": total,
+                "malformed_total": len(malformed),
+                "unknown_total": len(unknown),
+                "interview_ids": [
+                    {"value": shortened(value, quoted=False), "reason": reason}
+                    for value, reason in named
+                ],
+            },
+        )
+
+
+class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's name
+    """A job id came again with another request. Permanent: the first answer stays."""
+
+    @classmethod
+    def of(cls, job_id: str, first_digest: str, digest: str) -> Self:
+        """The refusal of a second request under one job id, both named by their digests."""
+        return cls(
+            f"Job id {shortened(job_id)} was used before for another request: expected the request "
+            f"with digest {first_digest}, got one with digest {digest}. "
+            "Send the new request under a job id of its own.",
+            {"total": 1, "job_id": job_id, "first_digest": first_digest, "digest": digest},
+        )
+
+
+class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the contract's name
+    """The database could not do the job within all of its tries.
+
+    Not final: nothing was granted, and the same job can be sent again under its id.
+    """
+
+    @classmethod
+    def of(cls, tries: int, reason: str) -> Self:
+        """The error of a job whose tries are used up.
+
+        Args:
+            tries: How often it was tried.
+            reason: What the database said the last time.
+        """
+        return cls(
+            f"The database could not do the job in {tries} tries; the last said: {reason}. "
+            "Nothing was granted; send the job again under the same id.",
+            {"total": 1, "tries": tries, "reason": reason},
+        )
+
+
+class JobFailedError(InterviewAccessError):
+    """The job failed for a cause that is none of the contract's, such as a lost worker."""
+
+
+class QueueUnavailableError(InterviewAccessError):
+    """Redis did not take the job, or did not answer, in time. It may have been queued all the same.
+
+    Sending it again under the same job id is safe: it takes effect once.
+    """
+
+
+class NoAnswerInTimeError(InterviewAccessError):
+    """The job had no answer by the caller's deadline. It may still run."""
+
+
+def shortened(text: str, *, quoted: bool = True, at_most: int = 80) -> str:
+    """The text on one line, at most ``at_most`` characters of it, safe in every JSON reader.
+
+    Characters that do not print (NUL and lone surrogates among them) come as escapes.
+    """
+    shown = repr(text if len(text) <= at_most else text[:at_most] + "…")
+    return shown if quoted else shown[1:-1]
+
+
+def _and_more(total: int, named: int) -> str:
+    return f"; and {total - named} more" if total > named else ""

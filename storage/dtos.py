@@ -1,0 +1,109 @@
+"""What passes between the business and the data: values, of no database and no message.
+
+Interview ids are canonical UUID text (lower case, 8-4-4-4-12) throughout: a job of 100,000 of them
+would pay more for UUID objects than for its whole insert's network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class InterviewDTO:
+    """An interview with its configuration, the defaults where it has none."""
+
+    id: str
+    title: str
+    description: str | None
+    duration: timedelta
+    is_default_access_allowed: bool
+    should_end_interview_after_duration: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InterviewAttemptDTO:
+    """One user's start of one interview; the datetimes are aware."""
+
+    id: str
+    interview_id: str
+    user_id: str
+    start_datetime: datetime
+    end_datetime: datetime | None = None
+    scheduled_end_datetime: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UserInterviewAccessDTO:
+    """A grant: one user's access to one interview."""
+
+    user_id: str
+    interview_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AccessOrderDTO:
+    """What one job asks to be granted.
+
+    Attributes:
+        interview_ids: Each once, in any order.
+    """
+
+    job_id: str
+    user_id: str
+    interview_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobDTO:
+    """A job as the ledger opens it.
+
+    Attributes:
+        user_id: None where the request has none that a table can hold.
+        request_digest: 64 hex digits: what tells one request from another.
+    """
+
+    job_id: str
+    task: str
+    user_id: str | None
+    request_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class FiguresDTO:
+    """How a job's ids add up: requested = repeated + already_granted + created."""
+
+    requested: int
+    repeated: int
+    already_granted: int
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDTO:
+    """A job's final answer: a result or an error, never both.
+
+    Attributes:
+        result: The result as its producer reads it.
+        error: ``{"type": class name, "sentence": …, "details": {…}}``.
+        figures: Where the job was one of grants and succeeded.
+    """
+
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    figures: FiguresDTO | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedJobDTO:
+    """A row of the ledger: a job and its answer.
+
+    Attributes:
+        finished_at: Set by the store when the job is finished; aware.
+    """
+
+    job: JobDTO
+    answer: AnswerDTO
+    finished_at: datetime | None = field(default=None, compare=False)

@@ -1,0 +1,131 @@
+"""What the business may ask of the data, and what every store must then do.
+
+Each method's docstring is its obligation; each "must" has a test of its own that runs on
+PostgreSQL and on the reference model alike. Whatever a driver says leaves a store as one of the
+two errors here, and by their type it is decided what is tried again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from storage.dtos import (
+    AccessOrderDTO,
+    FinishedJobDTO,
+    InterviewAttemptDTO,
+    InterviewDTO,
+    JobDTO,
+    UserInterviewAccessDTO,
+)
+
+ChunkDone = Callable[[int, int], None]
+"""Called after each chunk with the grants looked at so far and in all."""
+
+
+class StorageError(Exception):
+    """The database refused, for a reason that trying again does not mend.
+
+    Attributes:
+        sqlstate: PostgreSQL's code, five characters, or None where no server answered.
+    """
+
+    def __init__(self, reason: str, sqlstate: str | None = None) -> None:
+        self.sqlstate = sqlstate
+        super().__init__(reason, sqlstate)
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} ({self.sqlstate})" if self.sqlstate else str(self.args[0])
+
+
+class TransientStorageError(StorageError):
+    """The database could not do it now; the whole transaction can be tried again."""
+
+
+class InterviewTransactionInterface(ABC):
+    """One open transaction, isolated as READ COMMITTED or more strictly.
+
+    Every method may raise :class:`StorageError`; the transaction can then only be left.
+    """
+
+    @abstractmethod
+    def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
+        """Keep other transactions that lock their jobs away from these until the end of this one.
+
+        With ``wait``, must return all of the ids, after whoever holds one has ended; without,
+        must never wait for another lock, and must return only the ids that it got. To hold no
+        other lock while it waits is the caller's part.
+        """
+
+    @abstractmethod
+    def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
+        """Enter jobs in the ledger, unless they stand there.
+
+        Must return the finished jobs among them by id, as first finished, whatever request they
+        come with now; must enter each of the others, open, for this transaction to finish. Must
+        wait for a transaction that has entered one of them and is not over, and heed its outcome.
+        The job ids must be distinct.
+        """
+
+    @abstractmethod
+    def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
+        """The ids that no interview has.
+
+        The other interviews must stand until this transaction ends: a delete waits for it.
+        """
+
+    @abstractmethod
+    def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
+        """The interviews that have these ids, in no order that can be relied on.
+
+        They must stand until this transaction ends: a delete waits for it.
+        """
+
+    @abstractmethod
+    def get_existing_user_access(
+        self, user_ids: Collection[str]
+    ) -> Sequence[UserInterviewAccessDTO]:
+        """All grants of these users, in no order that can be relied on."""
+
+    @abstractmethod
+    def bulk_create_user_access(
+        self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
+    ) -> Mapping[str, int]:
+        """Make the grants that are missing, and count by job id the rows that each order added.
+
+        Must leave a grant that stands untouched and uncounted, also one that another transaction
+        made after this one began. A grant that several orders ask for must be counted for the
+        first of them. Must return a count, 0 included, for each order. Must fail as transient,
+        adding nothing, where an interview does not exist. ``on_chunk`` must be called after each
+        chunk with rising numbers, the last time with both equal, and not at all without grants.
+        """
+
+    @abstractmethod
+    def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
+        """Add the attempts. Must fail as transient where an interview does not exist."""
+
+    @abstractmethod
+    def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """Write the answers of jobs that this transaction opened.
+
+        Must raise :class:`StorageError` where one of them is not open in this transaction.
+        """
+
+
+class InterviewStorageInterface(ABC):
+    """A store of interviews, grants, attempts and finished jobs. Safe in threads."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[InterviewTransactionInterface]:
+        """One transaction, for a with statement.
+
+        At its end all of it must be kept, durably and visible to all at once; where the block
+        raises, none of it. Must raise :class:`StorageError`, keeping nothing, where a job that it
+        opened was not finished; must raise :class:`TransientStorageError` where it is not known
+        to be kept (a connection lost inside COMMIT, say): the ledger then knows.
+        """
+
+    @abstractmethod
+    def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
+        """The job's row of the ledger, or None where no such job has finished."""

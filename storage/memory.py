@@ -1,0 +1,157 @@
+"""The reference model: the same obligations in dictionaries, for tests.
+
+Transactions run one after another, which is the strictest isolation of all, and work on a copy
+that takes the store's place at their end: what PostgreSQL does by locks is here plain to see.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from storage.dtos import (
+    AccessOrderDTO,
+    FinishedJobDTO,
+    InterviewAttemptDTO,
+    InterviewDTO,
+    JobDTO,
+    UserInterviewAccessDTO,
+)
+from storage.interface import (
+    ChunkDone,
+    InterviewStorageInterface,
+    InterviewTransactionInterface,
+    StorageError,
+    TransientStorageError,
+)
+
+
+@dataclass(slots=True)
+class _Tables:
+    interviews: dict[str, InterviewDTO] = field(default_factory=dict)
+    grants: dict[UserInterviewAccessDTO, None] = field(default_factory=dict)
+    attempts: dict[str, InterviewAttemptDTO] = field(default_factory=dict)
+    jobs: dict[str, FinishedJobDTO] = field(default_factory=dict)
+
+    def copy(self) -> _Tables:
+        return _Tables(
+            dict(self.interviews), dict(self.grants), dict(self.attempts), dict(self.jobs)
+        )
+
+
+class MemoryStorage(InterviewStorageInterface):
+    """The store in dictionaries."""
+
+    def __init__(self, *, chunk_size: int = 10_000) -> None:
+        self._tables = _Tables()
+        self._one_at_a_time = threading.Lock()
+        self._chunk_size = chunk_size
+
+    @contextmanager
+    def transaction(self) -> Iterator[MemoryTransaction]:
+        """See the interface."""
+        with self._one_at_a_time:
+            tables = self._tables.copy()
+            transaction = MemoryTransaction(tables, self._chunk_size)
+            yield transaction
+            if transaction.open:
+                raise StorageError(f"{len(transaction.open)} jobs were opened and never finished")
+            self._tables = tables
+
+    def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
+        """See the interface."""
+        return self._tables.jobs.get(job_id)
+
+    def add_interview(self, interview: InterviewDTO) -> None:
+        """What the platform does: add an interview."""
+        with self._one_at_a_time:
+            self._tables.interviews[interview.id] = interview
+
+    def delete_interview(self, interview_id: str) -> None:
+        """What the platform does: delete an interview, refused while anything refers to it."""
+        with self._one_at_a_time:
+            granted = {grant.interview_id for grant in self._tables.grants}
+            attempted = {attempt.interview_id for attempt in self._tables.attempts.values()}
+            if interview_id in granted | attempted:
+                raise TransientStorageError("the interview is still referred to", "23503")
+            self._tables.interviews.pop(interview_id, None)
+
+    def attempts(self) -> Sequence[InterviewAttemptDTO]:
+        """All attempts that stand."""
+        return list(self._tables.attempts.values())
+
+
+class MemoryTransaction(InterviewTransactionInterface):
+    """One transaction on a copy of the tables."""
+
+    def __init__(self, tables: _Tables, chunk_size: int) -> None:
+        self.open: dict[str, JobDTO] = {}
+        self._tables = tables
+        self._chunk_size = chunk_size
+
+    def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:  # noqa: ARG002 - no other transaction runs
+        """See the interface."""
+        return frozenset(job_ids)
+
+    def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
+        """See the interface."""
+        finished = {
+            job.job_id: self._tables.jobs[job.job_id]
+            for job in jobs
+            if job.job_id in self._tables.jobs
+        }
+        self.open.update((job.job_id, job) for job in jobs if job.job_id not in finished)
+        return finished
+
+    def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        return frozenset(interview_ids) - self._tables.interviews.keys()
+
+    def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
+        """See the interface."""
+        known = self._tables.interviews
+        return [known[interview_id] for interview_id in set(interview_ids) & known.keys()]
+
+    def get_existing_user_access(
+        self, user_ids: Collection[str]
+    ) -> Sequence[UserInterviewAccessDTO]:
+        """See the interface."""
+        return [grant for grant in self._tables.grants if grant.user_id in set(user_ids)]
+
+    def bulk_create_user_access(
+        self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
+    ) -> Mapping[str, int]:
+        """See the interface."""
+        self._must_exist(one for order in orders for one in order.interview_ids)
+        counts = dict.fromkeys((order.job_id for order in orders), 0)
+        asked: dict[UserInterviewAccessDTO, str] = {}
+        for order in orders:
+            for interview_id in order.interview_ids:
+                asked.setdefault(UserInterviewAccessDTO(order.user_id, interview_id), order.job_id)
+        for done, (grant, job_id) in enumerate(asked.items(), start=1):
+            if grant not in self._tables.grants:
+                self._tables.grants[grant] = None
+                counts[job_id] += 1
+            if on_chunk and (done % self._chunk_size == 0 or done == len(asked)):
+                on_chunk(done, len(asked))
+        return counts
+
+    def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
+        """See the interface."""
+        self._must_exist(attempt.interview_id for attempt in attempts)
+        self._tables.attempts.update((attempt.id, attempt) for attempt in attempts)
+
+    def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """See the interface."""
+        for job in jobs:
+            if self.open.pop(job.job.job_id, None) is None:
+                raise StorageError(f"job {job.job.job_id} is not open in this transaction")
+            self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
+
+    def _must_exist(self, interview_ids: Iterator[str]) -> None:
+        missing = set(interview_ids) - self._tables.interviews.keys()
+        if missing:
+            raise TransientStorageError(f"{len(missing)} interviews do not exist", "23503")

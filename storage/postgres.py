@@ -1,0 +1,410 @@
+"""All of the SQL: the store on PostgreSQL.
+
+Safety rests on two keys and nothing else: the ledger's primary key decides who does a job, the
+unique key of (user_id, interview_id) decides who made a grant. Locks are taken in one order
+everywhere (jobs, ledger rows by job id, interviews by id, grants by user and interview), so that
+racing transactions of ours wait for each other and never in a circle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psycopg
+from sqlalchemy import Connection, Row, create_engine, insert, select, text
+from sqlalchemy.exc import DBAPIError
+
+from storage.dtos import (
+    AccessOrderDTO,
+    AnswerDTO,
+    FiguresDTO,
+    FinishedJobDTO,
+    InterviewAttemptDTO,
+    InterviewDTO,
+    JobDTO,
+    UserInterviewAccessDTO,
+)
+from storage.interface import (
+    ChunkDone,
+    InterviewStorageInterface,
+    InterviewTransactionInterface,
+    StorageError,
+    TransientStorageError,
+)
+from storage.models import (
+    GrantAccessJob,
+    Interview,
+    InterviewAttempt,
+    InterviewConfig,
+    UserInterviewAccess,
+)
+
+_TRANSIENT_CLASSES = ("08", "40", "53", "57")
+# Connections, rollbacks, resources, operator: https://www.postgresql.org/docs/current/errcodes-appendix.html
+_TRANSIENT_CODES = ("55P03", "25006", "23503")
+# A lock not had in time; a server that is a standby now; an interview deleted meanwhile, which the
+# next look will find missing and name.
+
+_LEDGER_LOOKS = 3
+"""Looks for a ledger row that an INSERT met and a SELECT then missed, as when it was pruned."""
+
+_SET_LIMITS = text(
+    "SELECT set_config('lock_timeout', :lock, true),"
+    " set_config('statement_timeout', :statement, true),"
+    " set_config('idle_in_transaction_session_timeout', :idle, true),"
+    " set_config('client_connection_check_interval', '1s', true),"
+    " set_config('synchronous_commit', 'on', true)"
+)
+
+_JOB_LOCKS = (
+    "SELECT job_id, {lock}(key) FROM ("
+    "SELECT job_id, hashtextextended('grant_access_job:' || job_id, 0) AS key"
+    " FROM unnest(CAST(:job_ids AS text[])) AS job_id ORDER BY key OFFSET 0) AS jobs"
+)
+_LOCK_JOBS = text(_JOB_LOCKS.format(lock="pg_advisory_xact_lock"))
+_TRY_LOCK_JOBS = text(_JOB_LOCKS.format(lock="pg_try_advisory_xact_lock"))
+
+_OPEN_JOBS = text("""
+    INSERT INTO grant_access_job (job_id, task, state, user_id, request_digest)
+    SELECT job_id, task, 'open', user_id, request_digest
+    FROM unnest(CAST(:job_id AS text[]), CAST(:task AS text[]), CAST(:user_id AS text[]),
+                CAST(:request_digest AS text[])) AS jobs (job_id, task, user_id, request_digest)
+    ORDER BY job_id COLLATE "C"
+    ON CONFLICT (job_id) DO NOTHING
+    RETURNING job_id
+""")
+
+_FINISH_JOBS = text("""
+    UPDATE grant_access_job AS job
+    SET state = done.state, requested = done.requested, repeated = done.repeated,
+        already_granted = done.already_granted, created = done.created,
+        result = CAST(done.result AS jsonb), error = CAST(done.error AS jsonb),
+        finished_at = clock_timestamp()
+    FROM unnest(CAST(:job_id AS text[]), CAST(:state AS text[]), CAST(:requested AS int[]),
+                CAST(:repeated AS int[]), CAST(:already_granted AS int[]), CAST(:created AS int[]),
+                CAST(:result AS text[]), CAST(:error AS text[]))
+         AS done (job_id, state, requested, repeated, already_granted, created, result, error)
+    WHERE job.job_id = done.job_id AND job.state = 'open'
+""")
+
+# Names what is missing, not what is there: the answer is short for a job of any size. A CTE that
+# locks rows is run to its end, so every interview that stands is held.
+_FIND_UNKNOWN_INTERVIEWS = text("""
+    WITH held AS (
+        SELECT id FROM interview_interview
+        WHERE id = ANY (CAST(:interview_ids AS uuid[])) ORDER BY id FOR KEY SHARE
+    )
+    SELECT wanted.id::text FROM unnest(CAST(:interview_ids AS uuid[])) AS wanted (id)
+    WHERE NOT EXISTS (SELECT FROM held WHERE held.id = wanted.id)
+""")
+
+# Counts by order inside the database: a client that stalls while it receives rows is deaf to every
+# timeout. Without the conflict's columns a collision of the primary key would be swallowed too.
+_CREATE_ACCESS = text("""
+    WITH wanted AS (
+        SELECT users.user_id, grants.interview_id, grants.owner
+        FROM unnest(CAST(:owners AS int[]), CAST(:interview_ids AS uuid[]))
+             AS grants (owner, interview_id)
+        JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS users (user_id, number)
+          ON users.number = grants.owner
+    ), created AS (
+        INSERT INTO interview_userinterviewaccess (user_id, interview_id)
+        SELECT user_id, interview_id FROM wanted ORDER BY user_id COLLATE "C", interview_id
+        ON CONFLICT (user_id, interview_id) DO NOTHING
+        RETURNING user_id, interview_id
+    )
+    SELECT wanted.owner, count(*) FROM created JOIN wanted USING (user_id, interview_id)
+    GROUP BY wanted.owner
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseLimits:
+    """How long PostgreSQL lets one transaction of ours go on, in seconds.
+
+    Attributes:
+        lock: A wait for one lock.
+        statement: One statement.
+        idle: A transaction whose worker says nothing, frozen perhaps.
+    """
+
+    lock: float = 20
+    statement: float = 120
+    idle: float = 60
+
+
+class PostgresStorage(InterviewStorageInterface):
+    """The store on PostgreSQL. Make one in each process: connections do not survive a fork."""
+
+    def __init__(
+        self, database_url: str, *, chunk_size: int = 10_000, limits: DatabaseLimits | None = None
+    ) -> None:
+        """Connects at the first use.
+
+        Args:
+            database_url: ``postgresql+psycopg://…``.
+            chunk_size: Grants inserted by one statement.
+            limits: Bounds in time.
+        """
+        self._engine = create_engine(
+            database_url,
+            isolation_level="READ COMMITTED",
+            pool_size=1,
+            max_overflow=-1,  # a worker's child has one thread and keeps one connection
+            pool_pre_ping=True,
+            hide_parameters=True,  # ids of people stay out of errors and logs
+            connect_args={"connect_timeout": 10, "application_name": "interview-access-worker"},
+        )
+        self._chunk_size = chunk_size
+        self._limits = limits or DatabaseLimits()
+
+    @contextmanager
+    def transaction(self) -> Iterator[PostgresTransaction]:
+        """See the interface."""
+        with _driver_errors_translated(), self._engine.begin() as connection:
+            limits = {name: f"{seconds}s" for name, seconds in asdict(self._limits).items()}
+            connection.execute(_SET_LIMITS, limits)
+            transaction = PostgresTransaction(connection, self._chunk_size)
+            yield transaction
+            if transaction.open:
+                raise StorageError(f"{len(transaction.open)} jobs were opened and never finished")
+
+    def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.finished_jobs([job_id]).get(job_id)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+
+class PostgresTransaction(InterviewTransactionInterface):
+    """One transaction on one connection."""
+
+    def __init__(self, connection: Connection, chunk_size: int) -> None:
+        self.open: set[str] = set()
+        self._connection = connection
+        self._chunk_size = chunk_size
+
+    def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
+        """See the interface."""
+        statement = _LOCK_JOBS if wait else _TRY_LOCK_JOBS
+        rows = self._connection.execute(statement, {"job_ids": list(job_ids)})
+        return frozenset(job_id for job_id, got in rows if wait or got)
+
+    def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
+        """See the interface."""
+        left = {job.job_id: job for job in jobs}
+        finished: dict[str, FinishedJobDTO] = {}
+        for _ in range(_LEDGER_LOOKS):
+            # Only the INSERT tells who was first: while another's COMMIT goes on, a SELECT finds
+            # nothing. So each has a statement, and a snapshot, of its own.
+            opened = self._connection.execute(_OPEN_JOBS, _columns(left.values()))
+            self.open.update(job_id for (job_id,) in opened)
+            left = {job_id: job for job_id, job in left.items() if job_id not in self.open}
+            found = self.finished_jobs(left)
+            finished.update(found)
+            left = {job_id: job for job_id, job in left.items() if job_id not in found}
+            if not left:
+                return finished
+        raise TransientStorageError(
+            f"the ledger's rows of {len(left)} jobs stand, but are not finished"
+        )
+
+    def finished_jobs(self, job_ids: Collection[str]) -> dict[str, FinishedJobDTO]:
+        """The finished jobs among these, by id."""
+        if not job_ids:
+            return {}
+        rows = self._connection.execute(
+            select(GrantAccessJob.__table__).where(
+                GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
+            )
+        )
+        return {row.job_id: _finished_job(row) for row in rows}
+
+    def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        if not interview_ids:
+            return frozenset()
+        rows = self._connection.execute(
+            _FIND_UNKNOWN_INTERVIEWS, {"interview_ids": _uuid_array(interview_ids)}
+        )
+        return frozenset(rows.scalars())
+
+    def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
+        """See the interface."""
+        rows = self._connection.execute(
+            select(
+                Interview.id,
+                Interview.title,
+                Interview.description,
+                Interview.duration,
+                InterviewConfig.is_default_access_allowed,
+                InterviewConfig.should_end_interview_after_duration,
+            )
+            .outerjoin(InterviewConfig, InterviewConfig.interview_id == Interview.id)
+            .where(Interview.id.in_(interview_ids))
+            .order_by(Interview.id)
+            .with_for_update(read=True, key_share=True, of=Interview)
+        )
+        return [_interview(row) for row in rows]
+
+    def get_existing_user_access(
+        self, user_ids: Collection[str]
+    ) -> Sequence[UserInterviewAccessDTO]:
+        """See the interface."""
+        rows = self._connection.execute(
+            select(UserInterviewAccess.user_id, UserInterviewAccess.interview_id).where(
+                UserInterviewAccess.user_id.in_(user_ids)
+            )
+        )
+        return [UserInterviewAccessDTO(row.user_id, str(row.interview_id)) for row in rows]
+
+    def bulk_create_user_access(
+        self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
+    ) -> Mapping[str, int]:
+        """See the interface."""
+        counts = dict.fromkeys((order.job_id for order in orders), 0)
+        users = [order.user_id for order in orders]
+        owners, interview_ids = _in_lock_order(orders)
+        for start in range(0, len(owners), self._chunk_size):
+            end = min(start + self._chunk_size, len(owners))
+            created = self._connection.execute(
+                _CREATE_ACCESS,
+                {
+                    "user_ids": users,
+                    "owners": owners[start:end],
+                    "interview_ids": _uuid_array(interview_ids[start:end]),
+                },
+            )
+            for owner, count in created:
+                counts[orders[owner - 1].job_id] += count
+            if on_chunk:
+                on_chunk(end, len(owners))
+        # The keys are declared deferred; checked here, one that fails does so in its own words and
+        # not in those of a COMMIT.
+        if owners:
+            self._connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+        return counts
+
+    def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
+        """See the interface."""
+        if not attempts:
+            return
+        rows = [asdict(attempt) for attempt in attempts]
+        self._connection.execute(insert(InterviewAttempt), rows)
+        self._connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+
+    def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """See the interface."""
+        if not jobs:
+            return
+        finished = self._connection.execute(_FINISH_JOBS, _answer_columns(jobs))
+        if finished.rowcount != len(jobs):
+            raise StorageError(
+                f"{len(jobs)} jobs to finish, but only {finished.rowcount} are open in the ledger"
+            )
+        self.open.difference_update(job.job.job_id for job in jobs)
+
+
+@contextmanager
+def _driver_errors_translated() -> Iterator[None]:
+    """The one place where a driver's error becomes one of the interface's."""
+    try:
+        yield
+    except DBAPIError as error:
+        driver = error.orig
+        if not isinstance(driver, psycopg.Error):
+            raise
+        lines = str(driver).strip().splitlines() or [type(driver).__name__]
+        reason = driver.diag.message_primary or lines[0]
+        # Without a code no server answered: the connection was refused, or lost.
+        transient = (
+            error.connection_invalidated or isinstance(driver, psycopg.OperationalError)
+            if driver.sqlstate is None
+            else driver.sqlstate in _TRANSIENT_CODES or driver.sqlstate[:2] in _TRANSIENT_CLASSES
+        )
+        kind = TransientStorageError if transient else StorageError
+        raise kind(reason, driver.sqlstate) from error
+
+
+def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[str]]:
+    """All grants asked for, each once, by user and interview.
+
+    Returns:
+        The number, from 1, of the order that each grant counts for (the first that asks for it),
+        and the interview ids, in step.
+    """
+    by_user: dict[str, dict[str, int]] = {}
+    for number, order in enumerate(orders, start=1):
+        asked = by_user.setdefault(order.user_id, {})
+        for interview_id in order.interview_ids:
+            asked.setdefault(interview_id, number)
+    # Code points sort as UTF-8 bytes do, and canonical UUID text as uuid: PostgreSQL's own orders.
+    owners: list[int] = []
+    interview_ids: list[str] = []
+    for user_id in sorted(by_user):
+        asked = by_user[user_id]
+        ordered = sorted(asked)
+        interview_ids += ordered
+        owners += [asked[interview_id] for interview_id in ordered]
+    return owners, interview_ids
+
+
+def _uuid_array(interview_ids: Collection[str]) -> str:
+    """An array literal, a third cheaper than a list of UUIDs; safe because ids are canonical."""
+    return "{" + ",".join(interview_ids) + "}"
+
+
+def _columns(jobs: Collection[JobDTO]) -> dict[str, list[Any]]:
+    return {
+        name: [getattr(job, name) for job in jobs]
+        for name in ("job_id", "task", "user_id", "request_digest")
+    }
+
+
+def _answer_columns(jobs: Sequence[FinishedJobDTO]) -> dict[str, list[Any]]:
+    answers = [job.answer for job in jobs]
+    columns: dict[str, list[Any]] = {
+        "job_id": [job.job.job_id for job in jobs],
+        "state": ["failed" if answer.error else "succeeded" for answer in answers],
+        "result": [answer.result and json.dumps(answer.result) for answer in answers],
+        "error": [answer.error and json.dumps(answer.error) for answer in answers],
+    }
+    for figure in ("requested", "repeated", "already_granted", "created"):
+        columns[figure] = [
+            getattr(answer.figures, figure) if answer.figures else None for answer in answers
+        ]
+    return columns
+
+
+def _finished_job(row: Row[Any]) -> FinishedJobDTO:
+    figures = (
+        FiguresDTO(row.requested, row.repeated, row.already_granted, row.created)
+        if row.requested is not None
+        else None
+    )
+    return FinishedJobDTO(
+        JobDTO(row.job_id, row.task, row.user_id, row.request_digest),
+        AnswerDTO(row.result, row.error, figures),
+        row.finished_at,
+    )
+
+
+def _interview(row: Row[*tuple[Any, ...]]) -> InterviewDTO:
+    configured = row.should_end_interview_after_duration is not None
+    return InterviewDTO(
+        id=str(row.id),
+        title=row.title,
+        description=row.description,
+        duration=row.duration,
+        is_default_access_allowed=row.is_default_access_allowed if configured else False,
+        should_end_interview_after_duration=(
+            row.should_end_interview_after_duration if configured else True
+        ),
+    )

@@ -1,0 +1,158 @@
+"""Every job takes effect once and always has its first answer.
+
+Owns the order of things around a job's own work: equal ids merged, the ledger asked, the work
+done for those jobs that are new, their answers written in the same transaction. What the work is,
+it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from interview_access import errors
+from interview_access.errors import InterviewAccessError, JobIdReusedException
+
+from storage.dtos import AnswerDTO, FinishedJobDTO, JobDTO
+from storage.interface import (
+    InterviewStorageInterface,
+    InterviewTransactionInterface,
+    StorageError,
+)
+
+
+class Job(Protocol):
+    """What the ledger must know of a job.
+
+    Attributes:
+        entry: How the job stands in the ledger.
+        fault: What is wrong with its request, where it cannot be read at all.
+    """
+
+    @property
+    def entry(self) -> JobDTO: ...  # noqa: D102 - an attribute
+
+    @property
+    def fault(self) -> InterviewAccessError | None: ...  # noqa: D102 - an attribute
+
+
+J = TypeVar("J", bound=Job)
+
+Work = Callable[[InterviewTransactionInterface, Sequence[J]], Mapping[str, AnswerDTO]]
+"""Does the work of new jobs within a transaction and answers each, by its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one delivery of a job ended: with an answer, or with trouble.
+
+    Attributes:
+        answer: The job id's final answer, this delivery's or an earlier one's.
+        repeated: Whether the answer stood before this delivery.
+        refusal: Set where this delivery's request is another than the one answered.
+        trouble: What the database said where there is no answer; the job was not done.
+    """
+
+    answer: AnswerDTO | None = None
+    repeated: bool = False
+    refusal: JobIdReusedException | None = None
+    trouble: StorageError | None = None
+
+
+def settle(storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]) -> list[Outcome]:
+    """Give every job its one answer: all of them in one transaction where that can be.
+
+    Where the database fails the whole, and for jobs that another transaction is at, they are done
+    one by one, so that no job is held up or failed by another.
+
+    Args:
+        storage: Where the ledger is.
+        jobs: In order: of equal ids the first is done, the others have its answer.
+        work: What is to be done for the jobs that are new and can be read.
+
+    Returns:
+        The outcome of each job, in step.
+    """
+    first = {job.entry.job_id: job for job in reversed(jobs)}
+    firsts = [job for job in jobs if job is first[job.entry.job_id]]
+    settled = _settle_distinct(storage, firsts, work)
+    return [_outcome_of(job, settled[job.entry.job_id], first[job.entry.job_id]) for job in jobs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    finished: FinishedJobDTO
+    repeated: bool
+
+
+def _settle_distinct(
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
+) -> dict[str, _Settled | StorageError]:
+    settled: dict[str, _Settled | StorageError] = {}
+    try:
+        settled.update(_settle_together(storage, jobs, work))
+    except StorageError as error:
+        if len(jobs) == 1:
+            return {jobs[0].entry.job_id: error}
+    for job in jobs:
+        if job.entry.job_id not in settled:
+            settled.update(_settle_distinct(storage, [job], work))
+    return settled
+
+
+def _settle_together(
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
+) -> dict[str, _Settled]:
+    """Settle those of the jobs that no other transaction is at; one alone is waited for."""
+    with storage.transaction() as transaction:
+        ours = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=len(jobs) == 1)
+        jobs = [job for job in jobs if job.entry.job_id in ours]
+        known = transaction.open_jobs([job.entry for job in jobs])
+        new = [job for job in jobs if job.entry.job_id not in known]
+        answers = {job.entry.job_id: failure(job.fault) for job in new if job.fault}
+        answers.update(work(transaction, [job for job in new if not job.fault]))
+        finished = [FinishedJobDTO(job.entry, answers[job.entry.job_id]) for job in new]
+        transaction.finish_jobs(finished)
+    settled = {job_id: _Settled(job, repeated=True) for job_id, job in known.items()}
+    settled.update((job.job.job_id, _Settled(job, repeated=False)) for job in finished)
+    return settled
+
+
+def _outcome_of(job: Job, settled: _Settled | StorageError, first: Job) -> Outcome:
+    if isinstance(settled, StorageError):
+        return Outcome(trouble=settled)
+    answered, asked = settled.finished.job, job.entry
+    refusal = (
+        JobIdReusedException.of(asked.job_id, answered.request_digest, asked.request_digest)
+        if answered.request_digest != asked.request_digest
+        else None
+    )
+    return Outcome(
+        answer=settled.finished.answer,
+        repeated=settled.repeated or job is not first,
+        refusal=refusal,
+    )
+
+
+def failure(error: InterviewAccessError) -> AnswerDTO:
+    """The answer of a job that failed for cause."""
+    return AnswerDTO(
+        error={
+            "type": type(error).__name__,
+            "sentence": error.sentence,
+            "details": error.details,
+        }
+    )
+
+
+def result_of(answer: AnswerDTO) -> dict[str, Any]:
+    """The result that an answer holds.
+
+    Raises:
+        InterviewAccessError: the error that it holds instead, in its own class.
+    """
+    if answer.error:
+        kind: type[InterviewAccessError] = getattr(errors, answer.error["type"])
+        raise kind(answer.error["sentence"], answer.error["details"])
+    return answer.result or {}

@@ -1,0 +1,40 @@
+"""Fixtures: the real servers out of the wheels, and databases on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import make_url
+
+from storage.schema import migrate
+from tests.database import database
+from worker.local_stack import LocalStack
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """PostgreSQL and Valkey of this process's own, for the whole run."""
+    with LocalStack(tmp_path_factory.mktemp("stack"), durable=False) as stack:
+        yield stack
+
+
+@pytest.fixture
+def database_url(stack: LocalStack) -> Iterator[str]:
+    """The URL of a new, empty database."""
+    with database(stack.database_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _migrated(stack: LocalStack) -> Iterator[str]:
+    with database(stack.database_url) as url:
+        migrate(url, report=lambda _: None)
+        yield make_url(url).database or ""
+
+
+@pytest.fixture
+def migrated_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
+    """The URL of a new database with all tables and no rows."""
+    with database(stack.database_url, template=_migrated) as url:
+        yield url

@@ -1,0 +1,35 @@
+"""Databases of the tests' own, and what stands in them, looked at from outside the product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+from sqlalchemy import Connection, create_engine, make_url, text
+
+
+@contextmanager
+def connected(database_url: str, *, autocommit: bool = False) -> Iterator[Connection]:
+    """A connection that is closed for good at the end; what was not committed is undone."""
+    engine = create_engine(
+        database_url, isolation_level="AUTOCOMMIT" if autocommit else "READ COMMITTED"
+    )
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def database(server_url: str, *, template: str = "template0") -> Iterator[str]:
+    """The URL of a new database on the server, dropped at the end whoever is connected to it."""
+    name = f"test_{uuid4().hex}"
+    with connected(server_url, autocommit=True) as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    try:
+        yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with connected(server_url, autocommit=True) as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))

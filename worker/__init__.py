@@ -1,0 +1,1 @@
+"""The process: puts storage, tasks and Celery together, and decides nothing of the business."""

@@ -1,0 +1,55 @@
+"""The composition root: `celery -A worker worker` finds its app here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_init, worker_process_init
+
+from storage.postgres import PostgresStorage
+from tasks.celery_tasks import CreateInterviewAttemptTask, GrantAccessTask, Workplace
+from worker.dead_letters import RedisDeadLetters
+from worker.settings import Settings, SettingsError
+from worker.startup import check_servers
+
+try:
+    settings = Settings.from_environment()
+except SettingsError as error:
+    # Not an exception: Celery's command would print a trace over it.
+    raise SystemExit(f"The worker cannot start:\n{error}") from None
+
+app = Celery("interview_access_worker")
+app.config_from_object("celeryconfig")
+app.conf.update(
+    broker_url=settings.celery_broker_url, result_backend=settings.celery_result_backend
+)
+app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.results:JobResults")
+
+
+@lru_cache(maxsize=1)
+def storage() -> PostgresStorage:
+    """This process's store: a child makes its own, for connections do not survive a fork."""
+    return PostgresStorage(settings.database_url, chunk_size=settings.grant_chunk_size)
+
+
+@worker_process_init.connect
+def _forget_the_parents_storage(**_: Any) -> None:
+    storage.cache_clear()
+
+
+@worker_init.connect
+def _check_servers(**_: Any) -> None:
+    check_servers(settings, app)
+
+
+workplace = Workplace(
+    storage=storage,
+    dead_letters=RedisDeadLetters(app),
+    max_interview_ids=settings.grant_max_interview_ids,
+    retry_limit=settings.grant_retry_limit,
+    retry_max_delay=settings.grant_retry_max_delay,
+)
+app.register_task(GrantAccessTask(workplace))
+app.register_task(CreateInterviewAttemptTask(workplace))

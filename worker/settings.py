@@ -1,0 +1,92 @@
+"""Typed settings from the environment, checked before anything starts."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Self
+
+from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings
+
+
+def masked(url: str) -> str:
+    """The URL without its password."""
+    without = re.sub(r"(?<=:)[^:/?#]*(?=@)", "***", url)
+    return re.sub(r"(?<=password=)[^&]*", "***", without)
+
+
+def _postgresql(url: str) -> str:
+    """PostgreSQL's own form of URL, or SQLAlchemy's; the driver is always psycopg."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in {"postgresql", "postgresql+psycopg"}:
+        raise ValueError("postgresql://USER:PASSWORD@HOST:5432/DATABASE")
+    return f"postgresql+psycopg://{rest}"
+
+
+def _redis(url: str) -> str:
+    if not re.match(r"(redis|rediss|redis\+socket|sentinel)://", url):
+        raise ValueError(
+            "redis://:PASSWORD@HOST:6379/0, or rediss://, redis+socket:// or sentinel://"
+        )
+    return url
+
+
+class SettingsError(Exception):
+    """Settings in the environment are missing or wrong; its text names each, with what came."""
+
+
+class Settings(BaseSettings):
+    """What a worker is told by its environment; each name there is the field's in capitals.
+
+    Attributes:
+        database_url: Where the data is.
+        celery_broker_url: Where the queue is.
+        celery_result_backend: Where results go; the broker's, unless given.
+        grant_chunk_size: Grants inserted by one statement.
+        grant_max_interview_ids: Ids as given that one job may hold.
+        grant_retry_limit: Tries after the first while the database is in trouble.
+        grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
+            are drawn at random up to that, which makes about ten minutes in all.
+    """
+
+    database_url: Annotated[str, AfterValidator(_postgresql)] = Field(repr=False)
+    celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
+    celery_result_backend: Annotated[str, AfterValidator(_redis)] | None = Field(
+        default=None, repr=False
+    )
+    grant_chunk_size: int = Field(default=10_000, ge=1, le=1_000_000)
+    grant_max_interview_ids: int = Field(default=DEFAULT_MAX_INTERVIEW_IDS, ge=1, le=10_000_000)
+    grant_retry_limit: int = Field(default=16, ge=0, le=1_000)
+    grant_retry_max_delay: int = Field(default=120, ge=1, le=1_800)
+
+    @model_validator(mode="after")
+    def _results_beside_the_queue(self) -> Self:
+        self.celery_result_backend = self.celery_result_backend or self.celery_broker_url
+        return self
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """The settings of this process.
+
+        Raises:
+            SettingsError: naming each variable that is missing or wrong, its value (passwords
+                masked) and what was expected.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SettingsError("\n".join(map(_told, error.errors()))) from None
+
+
+def _told(problem: object) -> str:
+    assert isinstance(problem, dict)  # noqa: S101 - pydantic's ErrorDetails
+    name = str(problem["loc"][0]).upper()
+    if problem["type"] == "missing":
+        wanted = {
+            "DATABASE_URL": "postgresql://USER:PASSWORD@HOST:5432/DATABASE",
+            "CELERY_BROKER_URL": "redis://:PASSWORD@HOST:6379/0",
+        }[name]
+        return f"{name}: not set, expected {wanted}"
+    expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{name}: got {masked(str(problem['input']))!r}, expected {expected}"
