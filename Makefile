@@ -1,0 +1,54 @@
+# Everything below sets itself up: it needs python3 (3.11 or newer, with venv), make and git.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+LOCKS := requirements.lock requirements-dev.lock
+PYTEST_WORKERS ?= 2
+
+.PHONY: help demo up test check format lock clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
+
+demo: .venv/ready ## the main job on real servers, shown and checked, in under two minutes
+	@$(BIN)/interview-access demo
+
+up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
+	@$(BIN)/interview-access up
+
+test: .venv/ready ## the tests, on real servers
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS)
+
+check: .venv/ready ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/ready ## lay out the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# The stamp is written last, so that an installation that was cut off is made anew.
+.venv/ready: $(LOCKS) pyproject.toml client/pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON), 3.11 or newer; set PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: got $$($(PYTHON) --version), expected Python 3.11 or newer; set PYTHON=" >&2; exit 1; }
+	@echo "Setting up .venv (once) ..."
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes $(LOCKS:%=-r %)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ./client -e .
+	@touch $@
+
+lock: ## pin the dependencies anew, with hashes
+	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
+	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-package interview-access-client --custom-compile-command "make lock" \
+		pyproject.toml -o requirements.lock
+	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-package interview-access-client --custom-compile-command "make lock" \
+		--extra local --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+	@rm -rf .venv/lock
+
+clean: ## remove what the targets above made, the data of `make up` excepted
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info client/*.egg-info
