@@ -20,6 +20,7 @@ from celery.worker.request import Request
 from interview_access.contracts import (
     CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
+    JOB_ID_RULE,
     PROGRESS,
     CreateInterviewAttemptRequest,
     GrantAccessRequest,
@@ -137,8 +138,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         """
         job_id = self.request.id
         if not is_job_id(job_id):
-            expected = "1 to 255 printable characters"
-            raise InvalidGrantRequestException.of([("job id", expected, describe(job_id))])
+            raise InvalidGrantRequestException.of([("job id", JOB_ID_RULE, describe(job_id))])
         started = time.monotonic()
         outcome = self._settled(job_id, args, kwargs)
         if outcome.refusal:

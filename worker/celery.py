@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init, worker_process_init
+from celery.signals import celeryd_after_setup, worker_process_init
 
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import CreateInterviewAttemptTask, GrantAccessTask, Workplace
@@ -17,7 +17,7 @@ from worker.startup import check_servers
 try:
     settings = Settings.from_environment()
 except SettingsError as error:
-    # Not an exception: Celery's command would print a trace over it.
+    # No exception of an ordinary kind: Celery's command would print a trace over it.
     raise SystemExit(f"The worker cannot start:\n{error}") from None
 
 app = Celery("interview_access_worker")
@@ -34,12 +34,12 @@ def storage() -> PostgresStorage:
     return PostgresStorage(settings.database_url, chunk_size=settings.grant_chunk_size)
 
 
-@worker_process_init.connect
+@worker_process_init.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _forget_the_parents_storage(**_: Any) -> None:
     storage.cache_clear()
 
 
-@worker_init.connect
+@celeryd_after_setup.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _check_servers(**_: Any) -> None:
     check_servers(settings, app)
 

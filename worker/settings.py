@@ -36,34 +36,14 @@ class SettingsError(Exception):
     """Settings in the environment are missing or wrong; its text names each, with what came."""
 
 
-class Settings(BaseSettings):
-    """What a worker is told by its environment; each name there is the field's in capitals.
+class DatabaseSettings(BaseSettings):
+    """Where the data is: all that a migration is told.
 
     Attributes:
-        database_url: Where the data is.
-        celery_broker_url: Where the queue is.
-        celery_result_backend: Where results go; the broker's, unless given.
-        grant_chunk_size: Grants inserted by one statement.
-        grant_max_interview_ids: Ids as given that one job may hold.
-        grant_retry_limit: Tries after the first while the database is in trouble.
-        grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
-            are drawn at random up to that, which makes about ten minutes in all.
+        database_url: From ``DATABASE_URL``, as SQLAlchemy with psycopg takes it.
     """
 
     database_url: Annotated[str, AfterValidator(_postgresql)] = Field(repr=False)
-    celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
-    celery_result_backend: Annotated[str, AfterValidator(_redis)] | None = Field(
-        default=None, repr=False
-    )
-    grant_chunk_size: int = Field(default=10_000, ge=1, le=1_000_000)
-    grant_max_interview_ids: int = Field(default=DEFAULT_MAX_INTERVIEW_IDS, ge=1, le=10_000_000)
-    grant_retry_limit: int = Field(default=16, ge=0, le=1_000)
-    grant_retry_max_delay: int = Field(default=120, ge=1, le=1_800)
-
-    @model_validator(mode="after")
-    def _results_beside_the_queue(self) -> Self:
-        self.celery_result_backend = self.celery_result_backend or self.celery_broker_url
-        return self
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -77,6 +57,34 @@ class Settings(BaseSettings):
             return cls()
         except ValidationError as error:
             raise SettingsError("\n".join(map(_told, error.errors()))) from None
+
+
+class Settings(DatabaseSettings):
+    """What a worker is told by its environment; each name there is the field's in capitals.
+
+    Attributes:
+        celery_broker_url: Where the queue is.
+        celery_result_backend: Where results go; the broker's, unless given.
+        grant_chunk_size: Grants inserted by one statement.
+        grant_max_interview_ids: Ids as given that one job may hold.
+        grant_retry_limit: Tries after the first while the database is in trouble.
+        grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
+            are drawn at random up to that, which makes about ten minutes in all.
+    """
+
+    celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
+    celery_result_backend: Annotated[str, AfterValidator(_redis)] | None = Field(
+        default=None, repr=False
+    )
+    grant_chunk_size: int = Field(default=10_000, ge=1, le=1_000_000)
+    grant_max_interview_ids: int = Field(default=DEFAULT_MAX_INTERVIEW_IDS, ge=1, le=10_000_000)
+    grant_retry_limit: int = Field(default=16, ge=0, le=1_000)
+    grant_retry_max_delay: int = Field(default=120, ge=1, le=1_800)
+
+    @model_validator(mode="after")
+    def _results_beside_the_queue(self) -> Self:
+        self.celery_result_backend = self.celery_result_backend or self.celery_broker_url
+        return self
 
 
 def _told(problem: object) -> str:

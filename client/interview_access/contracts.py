@@ -36,6 +36,9 @@ _UUID = re.compile("[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-F
 _USER_ID_LENGTH = 36
 _JOB_ID_LENGTH = 255
 
+JOB_ID_RULE = f"1 to {_JOB_ID_LENGTH} printable characters"
+"""What :func:`is_job_id` asks for, in words."""
+
 
 def canonical_interview_id(text: str) -> InterviewId | None:
     """The canonical form of a UUID's spelling, or None where the text is no UUID.

@@ -19,7 +19,15 @@ from kombu.exceptions import OperationalError
 from kombu.utils.url import maybe_sanitize_url
 from redis.exceptions import RedisError
 
-from interview_access.contracts import GRANT_ACCESS, PROGRESS, QUEUE, JobProgress
+from interview_access.contracts import (
+    GRANT_ACCESS,
+    JOB_ID_RULE,
+    PROGRESS,
+    QUEUE,
+    JobProgress,
+    describe,
+    is_job_id,
+)
 from interview_access.errors import (
     InterviewAccessError,
     JobFailedError,
@@ -112,9 +120,12 @@ class InterviewAccessClient:
             The job's id, to poll its result by.
 
         Raises:
+            ValueError: when the job id is none.
             QueueUnavailableError: when Redis did not take the job in time.
         """
-        job_id = job_id or str(uuid4())
+        job_id = str(uuid4()) if job_id is None else job_id
+        if not is_job_id(job_id):
+            raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
         try:
             self._app.send_task(
                 GRANT_ACCESS,

@@ -1,0 +1,72 @@
+"""The house: who may import what."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"worker", "tasks", "storage", "celeryconfig"}
+ARROWS = {
+    "worker": {"worker", "tasks", "storage", "interview_access"},
+    "tasks": {"tasks", "storage", "interview_access"},
+    "storage": {"storage"},
+    "client/interview_access": {"interview_access"},
+}
+DRIVERS = {"sqlalchemy", "psycopg", "alembic"}
+CELERY = {"celery", "kombu", "billiard", "redis"}
+MAY_KNOW_CELERY = {"tasks/celery_tasks.py", "client/interview_access/producer.py"}
+
+
+def sources(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"no Python files in {folder}"
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names of all that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it points"
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_imports_run_one_way(folder: str) -> None:
+    """A folder imports only what stands below it: worker, tasks, storage; and the contract."""
+    known = OURS | {"interview_access", "tests", "benchmarks"}
+    for path in sources(folder):
+        assert imported(path) & known <= ARROWS[folder], path
+
+
+@pytest.mark.parametrize("folder", ["worker", "tasks", "client/interview_access"])
+def test_the_database_is_known_to_storage_only(folder: str) -> None:
+    """No file outside storage/ imports SQLAlchemy, a driver or Alembic, or holds an INSERT."""
+    for path in sources(folder):
+        assert not imported(path) & DRIVERS, path
+        assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("folder", ["tasks", "storage", "client/interview_access"])
+def test_celery_is_known_where_messages_are_made_and_read(folder: str) -> None:
+    """Business, data and contract know nothing of Celery, kombu or Redis."""
+    for path in sources(folder):
+        if str(path.relative_to(ROOT)) not in MAY_KNOW_CELERY:
+            assert not imported(path) & CELERY, path
+
+
+def test_the_lock_files_name_packages_and_hashes_only() -> None:
+    """A lock holds no address, and every package in it has a hash."""
+    for lock in sorted(ROOT.glob("requirements*.lock")):
+        text = lock.read_text(encoding="utf-8")
+        assert "://" not in text, lock
+        pins = [line for line in text.splitlines() if "==" in line and not line.startswith(" ")]
+        assert len(pins) > 20, lock
+        assert all(line.endswith("\\") for line in pins), lock

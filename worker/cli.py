@@ -1,0 +1,195 @@
+"""The interview-access command. What a subcommand works with is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:  # a command that only enqueues loads no database, and --help loads nothing
+    from collections.abc import Callable
+
+    from interview_access.contracts import JobProgress
+
+    from worker.settings import DatabaseSettings
+
+S = TypeVar("S", bound="DatabaseSettings")
+
+_FAILED, _NO_ANSWER = 1, 3  # exit codes; 0 is success and 2 click's own for a wrong call
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="interview-access-worker")
+def main() -> None:
+    """Grant users access to interviews, and run what does it."""
+
+
+@main.command()
+@click.option("--user", "user_id", required=True, metavar="ID", help="Who is granted access.")
+@click.option("--interview", "interview_ids", multiple=True, metavar="ID", help="An interview.")
+@click.option(
+    "--interviews-from",
+    "file",
+    type=click.File(encoding="utf-8", errors="surrogateescape"),
+    metavar="FILE|-",
+    help="The interviews, an id a line.",
+)
+@click.option("--job-id", metavar="ID", help="The job's id; a new one unless given.")
+@click.option("--wait", is_flag=True, help="Wait for the result and print it.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait.",
+)
+def grant(
+    user_id: str,
+    interview_ids: tuple[str, ...],
+    file: IO[str] | None,
+    job_id: str | None,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Enqueue a job that grants a user access to interviews, and print its id.
+
+    With --wait, its result comes as a line of JSON on standard output, all else on standard error.
+    Ends 0 on success, 1 where the job failed, 2 for a wrong call, 3 where no answer came in time.
+    """
+    from interview_access.errors import (
+        InterviewAccessError,
+        NoAnswerInTimeError,
+        QueueUnavailableError,
+    )
+    from interview_access.producer import InterviewAccessClient
+
+    if bool(interview_ids) == bool(file):
+        raise click.UsageError("Give the interviews either by --interview or by --interviews-from.")
+    ids = [line.strip() for line in file if line.strip()] if file else list(interview_ids)
+    try:
+        client = InterviewAccessClient()
+        job_id = client.enqueue(user_id, ids, job_id=job_id)
+        if not wait:
+            click.echo(job_id)
+            return
+        click.echo(f"job {job_id} is queued", err=True)
+        with _bar() as on_progress:
+            result = client.wait(job_id, timeout=timeout, on_progress=on_progress)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except (NoAnswerInTimeError, QueueUnavailableError) as error:
+        _end(_NO_ANSWER, str(error))
+    except InterviewAccessError as error:
+        _end(_FAILED, f"{type(error).__name__}: {error}")
+    import json
+
+    click.echo(json.dumps(result))
+
+
+@main.command()
+@click.argument("job_id")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def status(job_id: str, as_json: bool) -> None:
+    """Tell what is known of a job: from the ledger, the results and the queue."""
+    from worker.settings import Settings
+
+    settings = _read(Settings)
+    from celery.exceptions import CeleryError
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
+    from storage.interface import StorageError
+    from worker.status import job_status
+
+    try:
+        known = job_status(settings, job_id)
+    except StorageError as error:
+        _end(_FAILED, f"The status is not known: PostgreSQL says: {error}")
+    except (CeleryError, OperationalError, RedisError, OSError) as error:
+        _end(_FAILED, f"The status is not known: Redis says: {error}")
+    if as_json:
+        click.echo(known.model_dump_json(exclude_none=True))
+        return
+    for name, value in known.model_dump(mode="json", exclude_none=True).items():
+        click.echo(f"{name:<16} {value}")
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Change nothing; say what would be done.")
+def migrate(dry_run: bool) -> None:
+    """Bring the database's tables to the newest revision, also while they are in use.
+
+    Creates what is missing, and adopts what the platform's Django service has made. Duplicate
+    grants are removed, the lowest id of each stays: --dry-run tells how many first.
+    """
+    from worker.settings import DatabaseSettings
+
+    settings = _read(DatabaseSettings)
+    from storage.interface import StorageError
+    from storage.schema import migrate as migrate_schema
+
+    try:
+        migrate_schema(settings.database_url, dry_run=dry_run, report=click.echo)
+    except StorageError as error:
+        _end(_FAILED, str(error))
+
+
+@main.command()
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".local"),
+    show_default=True,
+    help="The folder that keeps the data.",
+)
+def up(data: Path) -> None:
+    """Run PostgreSQL, Valkey, a worker and Flower here until Ctrl-C."""
+    from worker.up import run_up
+
+    sys.exit(run_up(data))
+
+
+@main.command()
+def demo() -> None:
+    """Show the main job on real servers of its own, and check what it shows."""
+    from worker.demo import run_demo
+
+    sys.exit(run_demo())
+
+
+def _read(kind: type[S]) -> S:
+    from worker.settings import SettingsError
+
+    try:
+        return kind.from_environment()
+    except SettingsError as error:
+        _end(2, str(error))
+
+
+def _end(code: int, sentence: str) -> NoReturn:
+    click.echo(sentence, err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[JobProgress], None] | None]:
+    """A bar on a terminal; in a pipe nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("granting", total=None)
+        yield lambda seen: progress.update(task, completed=seen.done, total=seen.total)
+
+
+if __name__ == "__main__":
+    main()
