@@ -28,7 +28,7 @@ def main() -> None:
     """Grant users access to interviews, and run what does it."""
 
 
-@main.command()
+@main.command(short_help="Enqueue a job, and wait for its result if asked to.")
 @click.option("--user", "user_id", required=True, metavar="ID", help="Who is granted access.")
 @click.option("--interview", "interview_ids", multiple=True, metavar="ID", help="An interview.")
 @click.option(
@@ -91,7 +91,7 @@ def grant(
     click.echo(json.dumps(result))
 
 
-@main.command()
+@main.command(short_help="Tell what is known of a job.")
 @click.argument("job_id")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def status(job_id: str, as_json: bool) -> None:
@@ -119,7 +119,7 @@ def status(job_id: str, as_json: bool) -> None:
         click.echo(f"{name:<16} {value}")
 
 
-@main.command()
+@main.command(short_help="Bring the tables to the newest revision.")
 @click.option("--dry-run", is_flag=True, help="Change nothing; say what would be done.")
 def migrate(dry_run: bool) -> None:
     """Bring the database's tables to the newest revision, also while they are in use.
@@ -139,7 +139,7 @@ def migrate(dry_run: bool) -> None:
         _end(_FAILED, str(error))
 
 
-@main.command()
+@main.command(short_help="Run servers, worker and Flower here until Ctrl-C.")
 @click.option(
     "--data",
     type=click.Path(file_okay=False, path_type=Path),
@@ -154,7 +154,7 @@ def up(data: Path) -> None:
     sys.exit(run_up(data))
 
 
-@main.command()
+@main.command(short_help="Show the main job on real servers, and check it.")
 def demo() -> None:
     """Show the main job on real servers of its own, and check what it shows."""
     from worker.demo import run_demo

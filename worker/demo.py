@@ -33,8 +33,14 @@ def run_demo() -> int:
     Returns:
         0 where everything that it showed was as promised, else 1.
     """
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="interview-access-demo-") as folder:
-        return _Demo(Path(folder)).run()
+        demo = _Demo(Path(folder))
+        demo.run()
+    demo.check(not Path(folder).exists(), "its folder is gone")
+    verdict = "All of it was as promised" if demo.as_promised else "Not all of it was as promised"
+    demo.say(f"\n{verdict}; {time.monotonic() - started:.0f} s in all.")
+    return 0 if demo.as_promised else 1
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,16 @@ class _Demo:
         self._folder = folder
         self._console = Console(highlight=False, soft_wrap=True)
         self._environment = dict(os.environ)
-        self._as_promised = True
+        self.as_promised = True
 
-    def run(self) -> int:
-        started = time.monotonic()
-        self._say("Starting PostgreSQL and Valkey out of their wheels ...")
+    def run(self) -> None:
+        """Show it all on servers of its own, and see that they have ended."""
+        self.say("Starting PostgreSQL and Valkey out of their wheels ...")
         with LocalStack(self._folder / "data") as stack:
-            migrate(stack.database_url, report=lambda sentence: self._say(f"  {sentence}"))
+            migrate(stack.database_url, report=lambda sentence: self.say(f"  {sentence}"))
             interviews = load_samples(stack.database_url, _MANY)
-            self._say(f"  loaded {len(interviews):,} sample interviews")
-            self._say("Starting `celery -A worker worker` ...")
+            self.say(f"  loaded {len(interviews):,} sample interviews")
+            self.say("Starting `celery -A worker worker` ...")
             self._environment.update(stack.environment())
             worker = Service(
                 "worker",
@@ -80,9 +86,9 @@ class _Demo:
                 self._count_rows(stack.database_url)
             finally:
                 worker.stop()
-        verdict = "All of it was as promised" if self._as_promised else "Not all was as promised"
-        self._say(f"\n{verdict}; {time.monotonic() - started:.0f} s in all, nothing left behind.")
-        return 0 if self._as_promised else 1
+        ended = not any(service.alive for service in (worker, stack.valkey, stack.postgres))
+        self.say("")
+        self.check(ended, "worker and servers have ended")
 
     def _show(self, interviews: Sequence[str]) -> None:
         two = [word for one in NAMED_SAMPLES for word in ("--interview", one)]
@@ -122,14 +128,14 @@ class _Demo:
         with storage.transaction() as transaction:
             rows = len(transaction.get_existing_user_access([_USER, _OTHER_USER]))
         storage.close()
-        self._say(f"\nRows that stand for the two users: {rows:,}")
+        self.say(f"\nRows that stand for the two users: {rows:,}")
         expected = _MANY + len(NAMED_SAMPLES)
-        self._check(rows == expected, f"{expected:,}, the sum of the counts")
+        self.check(rows == expected, f"{expected:,}, the sum of the counts")
 
     def _command(self, title: str, words: Sequence[str], promise: _Promise) -> None:
         """Run one command as a user would, show what it prints, and hold it against its promise."""
         shown = " ".join(word.replace(str(self._folder) + os.sep, "") for word in words)
-        self._say(f"\n{title}\n$ interview-access {shown}")
+        self.say(f"\n{title}\n$ interview-access {shown}")
         started = time.monotonic()
         # Its standard error stays the terminal's where a bar is to be seen on it.
         on_terminal = sys.stderr.isatty() and not promise.says
@@ -142,21 +148,23 @@ class _Demo:
             check=False,
         )
         printed = (done.stderr or "") + done.stdout
-        self._say(printed.strip())
-        self._say(f"  ({time.monotonic() - started:.2f} s, ended {done.returncode})")
-        self._check(done.returncode == promise.code, f"ends {promise.code}")
+        self.say(printed.strip())
+        self.say(f"  ({time.monotonic() - started:.2f} s, ended {done.returncode})")
+        self.check(done.returncode == promise.code, f"ends {promise.code}")
         for words_said in promise.says:
-            self._check(words_said in printed, f"says {words_said}")
+            self.check(words_said in printed, f"says {words_said}")
         if promise.answer:
             answer = json.loads(done.stdout) if done.stdout else {}
             part = {name: answer.get(name) for name in promise.answer}
-            self._check(part == promise.answer, f"answers {json.dumps(promise.answer)}")
+            self.check(part == promise.answer, f"answers {json.dumps(promise.answer)}")
 
-    def _check(self, holds: bool, promise: str) -> None:
-        self._as_promised &= holds
-        self._say(f"  {'as promised' if holds else 'NOT AS PROMISED'}: {promise}")
+    def check(self, holds: bool, promise: str) -> None:
+        """Say whether a promise holds, and remember where one does not."""
+        self.as_promised &= holds
+        self.say(f"  {'as promised' if holds else 'NOT AS PROMISED'}: {promise}")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
         self._console.print(text, markup=False)
 
 

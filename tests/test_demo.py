@@ -1,0 +1,71 @@
+"""The demo, and the README that shows it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder with nobody else's files; its path is short enough for sockets."""
+    return tmp_path_factory.mktemp("t")
+
+
+@pytest.fixture(scope="module")
+def demo(temporary_folder: Path) -> str:
+    """What a demo that ended well has printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "demo"],
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(temporary_folder), "DEMO_OF": "test_demo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_demo_keeps_its_promises(demo: str) -> None:
+    """A demo that ends 0 has shown every promise kept, and none broken."""
+    assert "All of it was as promised" in demo
+    assert "NOT AS PROMISED" not in demo
+    assert demo.count("  as promised: ") == 14
+
+
+def test_the_demo_leaves_no_process(demo: str) -> None:
+    """Nothing that the demo started runs after it."""
+    assert demo
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("DEMO_OF") == "test_demo":
+                left.append(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    assert not left
+
+
+def test_the_demo_leaves_no_file(demo: str, temporary_folder: Path) -> None:
+    """Of all that the demo wrote to the temporary folder nothing stays."""
+    assert demo
+    assert list(temporary_folder.iterdir()) == []
+
+
+def test_the_readme_shows_what_the_demo_prints(demo: str) -> None:
+    """Every line of the README's output of the demo stands in the demo's."""
+    match = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+    assert match
+    lines = [line for line in match[1].splitlines() if line]
+    assert len(lines) > 8
+    printed = demo.splitlines()
+    for line in lines:
+        assert line in printed
