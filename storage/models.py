@@ -11,8 +11,18 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, DateTime, ForeignKey, Identity, Index, Integer, Interval, String
-from sqlalchemy import Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    Interval,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -24,10 +34,16 @@ class Base(DeclarativeBase):
     """The metadata that the migrations and their check compare a database with."""
 
 
-def _interview_key(**options: Any) -> Mapped[UUID]:
+def _interview_key(name: str, *, unique: bool = False) -> Mapped[UUID]:
     """A reference to an interview as Django declares it: no action, checked at COMMIT."""
-    key = ForeignKey("interview_interview.id", deferrable=True, initially="DEFERRED")
-    return mapped_column(key, nullable=False, **options)
+    key = ForeignKey("interview_interview.id", name=name, deferrable=True, initially="DEFERRED")
+    return mapped_column(key, unique=unique or None, nullable=False)
+
+
+def _user_indexes(name: str) -> tuple[Index, Index]:
+    """What Django makes for indexed text: one index for equality and one for LIKE."""
+    by_prefix = {"user_id": "varchar_pattern_ops"}
+    return Index(name, "user_id"), Index(f"{name}_like", "user_id", postgresql_ops=by_prefix)
 
 
 class Interview(Base):
@@ -47,7 +63,9 @@ class InterviewConfig(Base):
     __tablename__ = "interview_interviewconfig"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    interview_id: Mapped[UUID] = _interview_key(unique=True)
+    interview_id: Mapped[UUID] = _interview_key(
+        "interview_interviewc_interview_id_04c037b4_fk_interview", unique=True
+    )
     is_default_access_allowed: Mapped[bool]
     should_end_interview_after_duration: Mapped[bool]
 
@@ -56,10 +74,16 @@ class InterviewAttempt(Base):
     """One user's start of one interview."""
 
     __tablename__ = "interview_interviewattempt"
+    __table_args__ = (
+        Index("interview_interviewattempt_interview_id_a47e01a3", "interview_id"),
+        *_user_indexes("interview_interviewattempt_user_id_ee1d88a1"),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    interview_id: Mapped[UUID] = _interview_key(index=True)
-    user_id: Mapped[str] = mapped_column(String(USER_ID_LENGTH), index=True)
+    interview_id: Mapped[UUID] = _interview_key(
+        "interview_interviewa_interview_id_a47e01a3_fk_interview"
+    )
+    user_id: Mapped[str] = mapped_column(String(USER_ID_LENGTH))
     start_datetime: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     end_datetime: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
     scheduled_end_datetime: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
@@ -69,11 +93,17 @@ class UserInterviewAccess(Base):
     """A grant: one user's access to one interview. The unique key is ours."""
 
     __tablename__ = "interview_userinterviewaccess"
-    __table_args__ = (UniqueConstraint("user_id", "interview_id"),)
+    __table_args__ = (
+        UniqueConstraint("user_id", "interview_id"),
+        Index("interview_userinterviewaccess_interview_id_473ac53f", "interview_id"),
+        *_user_indexes("interview_userinterviewaccess_user_id_0f6e2105"),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    interview_id: Mapped[UUID] = _interview_key(index=True)
-    user_id: Mapped[str] = mapped_column(String(USER_ID_LENGTH), index=True)
+    interview_id: Mapped[UUID] = _interview_key(
+        "interview_userinterv_interview_id_473ac53f_fk_interview"
+    )
+    user_id: Mapped[str] = mapped_column(String(USER_ID_LENGTH))
 
 
 class GrantAccessJob(Base):

@@ -1,0 +1,1 @@
+"""The revisions of the schema, run by Alembic and driven by :mod:`storage.schema` alone."""

@@ -1,0 +1,158 @@
+"""What PostgreSQL's catalog says of a table: its columns and keys, as found, judged by others.
+
+Tables are looked for along the connection's search path, as the worker's own statements find them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+_TABLE = text("""
+    SELECT c.oid, c.relkind::text AS kind, format('%I.%I', n.nspname, c.relname) AS qualified_name,
+           quote_ident(n.nspname) AS quoted_schema
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = to_regclass(:name)
+""")
+_COLUMNS = text("""
+    SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
+           a.attnotnull AS not_null,
+           a.atthasdef OR a.attidentity <> '' OR a.attgenerated <> '' AS is_filled,
+           coalesce(l.collisdeterministic, true) AS is_to_the_letter
+    FROM pg_attribute a LEFT JOIN pg_collation l ON l.oid = a.attcollation
+    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+    ORDER BY a.attnum
+""")
+_UNIQUE_KEYS = text("""
+    SELECT i.relname AS name, x.indisprimary AS is_primary,
+           x.indisvalid AND x.indisready AND x.indislive AS is_valid,
+           x.indimmediate AS is_immediate,
+           x.indpred IS NOT NULL OR x.indexprs IS NOT NULL AS is_partial,
+           EXISTS (SELECT FROM pg_constraint WHERE conindid = i.oid AND contype IN ('p', 'u'))
+               AS is_constraint,
+           ARRAY(SELECT a.attname::text
+                 FROM pg_attribute a
+                 WHERE a.attrelid = x.indrelid
+                   AND a.attnum = ANY ((x.indkey::int2[])[0:x.indnkeyatts - 1])) AS columns
+    FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
+    WHERE x.indrelid = :oid AND x.indisunique
+    ORDER BY i.relname
+""")
+# "conenforced" came with PostgreSQL 18; before it every key was enforced.
+_FOREIGN_KEYS = text("""
+    SELECT ARRAY(SELECT a.attname::text FROM pg_attribute a
+                 WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)) AS columns,
+           k.confrelid AS target_oid, k.confrelid::regclass::text AS target,
+           ARRAY(SELECT a.attname::text FROM pg_attribute a
+                 WHERE a.attrelid = k.confrelid AND a.attnum = ANY (k.confkey)) AS target_columns,
+           coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true) AS is_enforced
+    FROM pg_constraint k
+    WHERE k.conrelid = :oid AND k.contype = 'f'
+    ORDER BY k.conname
+""")
+
+ORDINARY_TABLE = "r"
+"""The kind, as pg_class has it, of a table that is no view, partition's parent or foreign table."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundColumn:
+    """A column.
+
+    Attributes:
+        type: As SQL writes it: ``character varying(36)``.
+        is_filled: A row that does not give it gets a value: a default, an identity, a formula.
+        is_to_the_letter: Two values that differ in a byte differ; some collations fold case.
+    """
+
+    name: str
+    type: str
+    not_null: bool
+    is_filled: bool
+    is_to_the_letter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundUniqueKey:
+    """A unique index, a constraint's or a bare one.
+
+    Attributes:
+        is_valid: Finished: an interrupted concurrent build leaves one that is not.
+        is_immediate: Checked with each statement; ON CONFLICT refuses one that is not.
+        is_partial: Holds for some of the rows, or for an expression.
+    """
+
+    name: str
+    columns: frozenset[str]
+    is_primary: bool
+    is_valid: bool
+    is_immediate: bool
+    is_partial: bool
+    is_constraint: bool
+
+    def holds_for(self, *columns: str) -> bool:
+        """Whether no two rows can agree in just these columns."""
+        return self.is_valid and not self.is_partial and self.columns == frozenset(columns)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundForeignKey:
+    """A reference to another table."""
+
+    columns: frozenset[str]
+    target_oid: int
+    target: str
+    target_columns: frozenset[str]
+    is_enforced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTable:
+    """A table as it stands.
+
+    Attributes:
+        qualified_name: With its schema, quoted where need be: ready to stand in a statement.
+        quoted_schema: Likewise.
+    """
+
+    oid: int
+    kind: str
+    name: str
+    qualified_name: str
+    quoted_schema: str
+    columns: dict[str, FoundColumn]
+    unique_keys: tuple[FoundUniqueKey, ...]
+    foreign_keys: tuple[FoundForeignKey, ...]
+
+
+def find_table(connection: Connection, name: str) -> FoundTable | None:
+    """The table of this name, the first of the search path, or None."""
+    found = connection.execute(_TABLE, {"name": name}).one_or_none()
+    if found is None:
+        return None
+    key = {"oid": found.oid}
+    return FoundTable(
+        oid=found.oid,
+        kind=found.kind,
+        name=name,
+        qualified_name=found.qualified_name,
+        quoted_schema=found.quoted_schema,
+        columns={
+            row["name"]: FoundColumn(**row) for row in connection.execute(_COLUMNS, key).mappings()
+        },
+        unique_keys=tuple(
+            FoundUniqueKey(**{**row, "columns": frozenset(row["columns"])})
+            for row in connection.execute(_UNIQUE_KEYS, key).mappings()
+        ),
+        foreign_keys=tuple(
+            FoundForeignKey(
+                **{
+                    **row,
+                    "columns": frozenset(row["columns"]),
+                    "target_columns": frozenset(row["target_columns"]),
+                }
+            )
+            for row in connection.execute(_FOREIGN_KEYS, key).mappings()
+        ),
+    )

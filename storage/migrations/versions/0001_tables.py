@@ -1,0 +1,157 @@
+"""The platform's four tables, created or adopted, and the ledger.
+
+What is created has the very names that Django gives, so that the platform's own migrations find it
+as their own (`manage.py migrate --fake-initial`). That a standing table fits has been found out
+before, by :mod:`storage.schema`.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects.postgresql import JSONB
+
+from storage.interface import TransientStorageError
+from storage.migrations.catalog import find_table
+from storage.migrations.locks import got_briefly
+
+revision = "0001"
+down_revision = None
+
+_LOCK_SECONDS = 60
+
+
+def upgrade() -> None:
+    """Create what is missing, in one transaction."""
+    context = op.get_context()
+    if context.config is None or context.connection is None:
+        raise RuntimeError("the revisions run on a live connection only: call storage.schema")
+    connection, report = context.connection, context.config.attributes["report"]
+    creators = {
+        "interview_interview": _create_interview,
+        "interview_interviewconfig": _create_interview_config,
+        "interview_interviewattempt": _create_interview_attempt,
+        "interview_userinterviewaccess": _create_user_interview_access,
+        "grant_access_job": _create_grant_access_job,
+    }
+    standing = {name for name in creators if find_table(connection, name)}
+    if "interview_interview" in standing and len(standing) < len(creators):
+        _lock_interviews(connection)
+    for name, create in creators.items():
+        if name in standing:
+            report(f"adopted table {name}")
+        else:
+            create()
+            report(f"created table {name}")
+
+
+def downgrade() -> None:
+    """Refused: the platform's tables are not ours to drop."""
+    raise NotImplementedError("migrations go forward only")
+
+
+def _lock_interviews(connection: sa.Connection) -> None:
+    """Take, for the few milliseconds that are left, the lock that a new foreign key asks for.
+
+    Raises:
+        TransientStorageError: Others kept it for as long as it was asked for.
+    """
+
+    def lock() -> None:
+        with connection.begin_nested():  # so that a refusal leaves the transaction usable
+            op.execute("LOCK TABLE interview_interview IN SHARE ROW EXCLUSIVE MODE")
+
+    if not got_briefly(lock, seconds=_LOCK_SECONDS):
+        raise TransientStorageError(
+            f"interview_interview was being written to for {_LOCK_SECONDS} s without a gap, so no "
+            "table that refers to it could be created; nothing was changed; look in "
+            "pg_stat_activity for a transaction left open, and run migrate again"
+        )
+
+
+def _interview_key(name: str) -> sa.ForeignKeyConstraint:
+    return sa.ForeignKeyConstraint(
+        ["interview_id"],
+        ["interview_interview.id"],
+        name=name,
+        deferrable=True,
+        initially="DEFERRED",
+    )
+
+
+def _create_user_index(table: str, name: str) -> None:
+    """The pair of indexes that Django makes for text: one for equality and one for LIKE."""
+    op.create_index(name, table, ["user_id"])
+    op.create_index(
+        f"{name}_like", table, ["user_id"], postgresql_ops={"user_id": "varchar_pattern_ops"}
+    )
+
+
+def _create_interview() -> None:
+    op.create_table(
+        "interview_interview",
+        sa.Column("id", sa.Uuid, primary_key=True),
+        sa.Column("title", sa.String(255), nullable=False),
+        sa.Column("description", sa.Text),
+        sa.Column("duration", sa.Interval, nullable=False),
+    )
+
+
+def _create_interview_config() -> None:
+    op.create_table(
+        "interview_interviewconfig",
+        sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+        sa.Column("is_default_access_allowed", sa.Boolean, nullable=False),
+        sa.Column("should_end_interview_after_duration", sa.Boolean, nullable=False),
+        sa.Column("interview_id", sa.Uuid, nullable=False),
+        sa.UniqueConstraint("interview_id", name="interview_interviewconfig_interview_id_key"),
+        _interview_key("interview_interviewc_interview_id_04c037b4_fk_interview"),
+    )
+
+
+def _create_interview_attempt() -> None:
+    table = "interview_interviewattempt"
+    op.create_table(
+        table,
+        sa.Column("id", sa.Uuid, primary_key=True),
+        sa.Column("user_id", sa.String(36), nullable=False),
+        sa.Column("start_datetime", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("end_datetime", sa.DateTime(timezone=True)),
+        sa.Column("scheduled_end_datetime", sa.DateTime(timezone=True)),
+        sa.Column("interview_id", sa.Uuid, nullable=False),
+        _interview_key("interview_interviewa_interview_id_a47e01a3_fk_interview"),
+    )
+    _create_user_index(table, "interview_interviewattempt_user_id_ee1d88a1")
+    op.create_index("interview_interviewattempt_interview_id_a47e01a3", table, ["interview_id"])
+
+
+def _create_user_interview_access() -> None:
+    table = "interview_userinterviewaccess"
+    op.create_table(
+        table,
+        sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+        sa.Column("user_id", sa.String(36), nullable=False),
+        sa.Column("interview_id", sa.Uuid, nullable=False),
+        _interview_key("interview_userinterv_interview_id_473ac53f_fk_interview"),
+    )
+    _create_user_index(table, "interview_userinterviewaccess_user_id_0f6e2105")
+    op.create_index("interview_userinterviewaccess_interview_id_473ac53f", table, ["interview_id"])
+
+
+def _create_grant_access_job() -> None:
+    op.create_table(
+        "grant_access_job",
+        sa.Column("job_id", sa.String(255, collation="C"), primary_key=True),
+        sa.Column("task", sa.String(255), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("user_id", sa.String(36)),
+        sa.Column("request_digest", sa.String(64), nullable=False),
+        sa.Column("requested", sa.Integer),
+        sa.Column("repeated", sa.Integer),
+        sa.Column("already_granted", sa.Integer),
+        sa.Column("created", sa.Integer),
+        sa.Column("result", JSONB),
+        sa.Column("error", JSONB),
+        sa.Column("finished_at", sa.DateTime(timezone=True)),
+    )
+    op.create_index("grant_access_job_finished_at_idx", "grant_access_job", ["finished_at"])

@@ -1,0 +1,1 @@
+"""The app whose four tables the worker shares."""

@@ -1,0 +1,1 @@
+"""What the tests run as processes of their own."""

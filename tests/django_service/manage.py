@@ -1,0 +1,10 @@
+"""The service's command line; run it from its own folder, with PGDATABASE and friends set."""
+
+import os
+import sys
+
+from django.core.management import execute_from_command_line
+
+if __name__ == "__main__":
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "service_settings")
+    execute_from_command_line(sys.argv)

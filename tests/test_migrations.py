@@ -1,0 +1,754 @@
+"""The schema on real PostgreSQL, beside a real Django service that shares the tables.
+
+Django runs as processes of its own, from tests/django_service, as the platform's service does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from psycopg import sql
+from psycopg.rows import dict_row
+from sqlalchemy import NullPool, create_engine, make_url, select
+from sqlalchemy.orm import Session
+
+from storage.models import (
+    Base,
+    GrantAccessJob,
+    Interview,
+    InterviewAttempt,
+    InterviewConfig,
+    UserInterviewAccess,
+)
+from storage.schema import (
+    DatabaseUnreachableError,
+    Difference,
+    DuplicateGrantsError,
+    SchemaMismatchError,
+    check_schema,
+    migrate,
+)
+
+CHECKOUT = Path(__file__).parent.parent
+SERVICE = Path(__file__).parent / "django_service"
+GRANTS = "interview_userinterviewaccess"
+KEY = "interview_userinterviewaccess_user_id_interview_id_key"
+REFUSAL = "interview_access_refuse_duplicate"
+PATIENCE_SECONDS = 30  # an end for every wait of a test; none takes it when all is well
+
+
+class Database:
+    """The test's database as an operator sees it: bare statements, none of our code."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parsed = make_url(url)
+        host = parsed.host or parsed.query.get("host")
+        named = {
+            "PGHOST": host,
+            "PGPORT": parsed.port,
+            "PGUSER": parsed.username,
+            "PGPASSWORD": parsed.password,
+            "PGDATABASE": parsed.database,
+        }
+        self.environment = {name: str(value) for name, value in named.items() if value is not None}
+
+    def connect(self) -> psycopg.Connection[dict[str, Any]]:
+        """A session of its own, in autocommit."""
+        plain = make_url(self.url).set(drivername="postgresql")
+        return psycopg.connect(
+            plain.render_as_string(hide_password=False), autocommit=True, row_factory=dict_row
+        )
+
+    def execute(self, statement: str, *values: object) -> list[dict[str, Any]]:
+        """Run one statement; its rows, where it has any."""
+        with self.connect() as connection:
+            cursor = connection.execute(sql.SQL(statement), values or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def value(self, statement: str, *values: object) -> Any:
+        """The one value of a statement."""
+        (row,) = self.execute(statement, *values)
+        (value,) = row.values()
+        return value
+
+    def wait_for(self, condition: str) -> None:
+        """Come back when a condition, in SQL, is true."""
+        query = sql.SQL("SELECT ({}) AS is_true").format(sql.SQL(condition))
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        with self.connect() as connection:
+            while connection.execute(query).fetchall() != [{"is_true": True}]:
+                assert time.monotonic() < deadline, f"never came true: {condition}"
+                time.sleep(0.01)
+
+    def catalog(self, schema: str = "public") -> dict[str, list[str]]:
+        """Columns, indexes, constraints and triggers by table, each with its definition."""
+        rows = self.execute(
+            """
+            SELECT c.relname AS name, array_agg(d.definition ORDER BY d.definition) AS definitions
+            FROM pg_class c CROSS JOIN LATERAL (
+                SELECT format('column %%s %%s %%s %%s %%s', attname,
+                              format_type(atttypid, atttypmod), attnotnull, attidentity,
+                              attcollation::regcollation) AS definition
+                FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+                UNION ALL SELECT format('index %%s %%s', pg_get_indexdef(indexrelid), indisvalid)
+                FROM pg_index WHERE indrelid = c.oid
+                UNION ALL SELECT format('constraint %%s %%s', conname, pg_get_constraintdef(oid))
+                FROM pg_constraint WHERE conrelid = c.oid
+                UNION ALL SELECT pg_get_triggerdef(oid)
+                FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal
+            ) AS d
+            WHERE c.relkind = 'r' AND c.relnamespace = %s::regnamespace GROUP BY c.relname
+            """,
+            schema,
+        )
+        return {
+            row["name"]: [text.replace(f"{schema}.", "") for text in row["definitions"]]
+            for row in rows
+        }
+
+    def indexes_of_grants(self) -> set[str]:
+        """Names of the grants' indexes, the unfinished ones included."""
+        rows = self.execute(
+            "SELECT indexrelid::regclass::text AS name FROM pg_index WHERE indrelid = %s::regclass",
+            GRANTS,
+        )
+        return {row["name"] for row in rows}
+
+
+class DjangoService:
+    """The platform's service on the database, each call a process of its own."""
+
+    def __init__(self, database: Database, schema: str = "public") -> None:
+        self._environment = {
+            **os.environ,
+            **database.environment,
+            "PGOPTIONS": f"-c search_path={schema}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def manage(self, *arguments: str) -> str:
+        """Run one command to its end; what it prints."""
+        done = subprocess.run(
+            [sys.executable, "manage.py", *arguments],
+            cwd=SERVICE,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def run_python(self, code: str) -> str:
+        """Run code in the service, its models imported; what it prints."""
+        return self.manage(
+            "shell", "--verbosity", "0", "-c", f"from interview.models import *\n{code}"
+        )
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[], dict[str, Any]]]:
+        """Have a process write and read grants meanwhile; call for its figures, which ends it."""
+        process = subprocess.Popen(
+            [sys.executable, "manage.py", "write_grants"],
+            cwd=SERVICE,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+        def figures() -> dict[str, Any]:
+            output, _ = process.communicate("", timeout=PATIENCE_SECONDS)
+            assert process.returncode == 0
+            found: dict[str, Any] = json.loads(output)
+            return found
+
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n"
+            yield figures
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def database(database_url: str) -> Database:
+    """An empty database."""
+    return Database(database_url)
+
+
+@pytest.fixture
+def service(database: Database) -> DjangoService:
+    """The platform's service, its tables made by its own migrations."""
+    django = DjangoService(database)
+    django.manage("migrate", "--verbosity", "0")
+    return django
+
+
+def migrated(url: str) -> list[str]:
+    """Migrate; the sentences that it reported."""
+    sentences: list[str] = []
+    migrate(url, report=sentences.append)
+    return sentences
+
+
+def add_interviews(database: Database, count: int) -> list[UUID]:
+    """Interviews, by a statement of the platform's."""
+    ids = [uuid4() for _ in range(count)]
+    database.execute(
+        "INSERT INTO interview_interview (id, title, duration) "
+        "SELECT id, 'An interview', interval '1 hour' FROM unnest(%s::uuid[]) AS id",
+        ids,
+    )
+    return ids
+
+
+def add_grants(database: Database, *pairs: tuple[str, UUID]) -> None:
+    """Grants in this order, duplicates too."""
+    database.execute(
+        f"INSERT INTO {GRANTS} (user_id, interview_id) "  # noqa: S608 - a name of our own
+        "SELECT * FROM unnest(%s::text[], %s::uuid[])",
+        [user for user, _ in pairs],
+        [interview for _, interview in pairs],
+    )
+
+
+def grants(database: Database) -> list[tuple[int, str, UUID]]:
+    """Every grant, by id."""
+    rows = database.execute(f"SELECT id, user_id, interview_id FROM {GRANTS} ORDER BY id")  # noqa: S608 - a name of our own
+    return [(row["id"], row["user_id"], row["interview_id"]) for row in rows]
+
+
+# One transaction's old snapshot holds a concurrent build up at its last step, for as long as a
+# test likes.
+BUILD_WAITS = (
+    "EXISTS (SELECT FROM pg_stat_progress_create_index "
+    "WHERE datname = current_database() AND phase = 'waiting for old snapshots')"
+)
+
+
+@contextmanager
+def old_snapshot(database: Database) -> Iterator[Callable[[], object]]:
+    """A transaction that sees the database as it is now, until the block or a call ends it."""
+    with database.connect() as connection:
+        connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        connection.execute("SELECT count(*) FROM pg_class")
+        yield lambda: connection.execute("ROLLBACK")
+
+
+@contextmanager
+def migrating(url: str) -> Iterator[list[str]]:
+    """A migration that runs beside the block and has ended well after it."""
+    sentences: list[str] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            migrate(url, report=sentences.append)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the test must see it
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield sentences
+    finally:
+        thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+    assert not failures, failures
+
+
+def test_empty_database_gets_what_the_models_say(database: Database) -> None:
+    """On an empty database every table, key and index of the models is created."""
+    sentences = migrated(database.url)
+
+    engine = create_engine(database.url, poolclass=NullPool)
+    with engine.connect() as connection:
+        options = {
+            "compare_type": True,
+            "include_name": lambda name, kind, _: kind != "table" or name in Base.metadata.tables,
+        }
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, Base.metadata) == []
+    assert [sentence for sentence in sentences if "created" in sentence] == [
+        f"created table {table}"
+        for table in (
+            "interview_interview",
+            "interview_interviewconfig",
+            "interview_interviewattempt",
+            GRANTS,
+            "grant_access_job",
+        )
+    ]
+    assert sentences[-1] == f"added the unique key {KEY}"
+
+
+def test_created_tables_are_those_that_django_makes(database: Database) -> None:
+    """Our tables equal Django's in every column, index and constraint, but for the unique key."""
+    database.execute("CREATE SCHEMA django")
+    DjangoService(database, schema="django").manage("migrate", "--verbosity", "0")
+    migrated(database.url)
+
+    ours, djangos = database.catalog(), database.catalog("django")
+    djangos.pop("django_migrations")
+    extra = {
+        table: [definition for definition in ours[table] if definition not in djangos[table]]
+        for table in djangos
+    }
+    missing = {
+        table: [definition for definition in djangos[table] if definition not in ours[table]]
+        for table in djangos
+    }
+    assert not any(missing.values()), missing
+    assert {table: found for table, found in extra.items() if found} == {
+        GRANTS: [
+            f"constraint {KEY} UNIQUE (user_id, interview_id)",
+            f"index CREATE UNIQUE INDEX {KEY} ON {GRANTS} USING btree (user_id, interview_id) t",
+        ]
+    }
+
+
+def test_django_takes_over_a_database_that_we_made(database: Database) -> None:
+    """Django's `migrate --fake-initial` finds our tables, and each side reads what both wrote."""
+    migrated(database.url)
+    service = DjangoService(database)
+    assert "FAKED" in service.manage("migrate", "--fake-initial", "--no-color")
+
+    written = service.run_python(
+        "from datetime import timedelta, datetime, timezone\n"
+        "interview = Interview.objects.create(title='Björk', duration=timedelta(minutes=90))\n"
+        "InterviewConfig.objects.create(interview=interview,"
+        " should_end_interview_after_duration=True)\n"
+        "InterviewAttempt.objects.create(interview=interview, user_id='django',"
+        " start_datetime=datetime(2026, 1, 2, 3, 4, 5, 678901, timezone.utc))\n"
+        "UserInterviewAccess.objects.create(interview=interview, user_id='django')\n"
+        "print(interview.id)"
+    )
+    interview_id = UUID(written.strip())
+    start = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+    engine = create_engine(database.url, poolclass=NullPool)
+    with Session(engine) as session:
+        interview = session.scalars(select(Interview)).one()
+        assert (interview.id, interview.title) == (interview_id, "Björk")
+        assert (interview.description, interview.duration) == (None, timedelta(minutes=90))
+        config = session.scalars(select(InterviewConfig)).one()
+        assert config.should_end_interview_after_duration is True
+        assert config.is_default_access_allowed is False
+        assert session.scalars(select(InterviewAttempt.start_datetime)).one() == start
+        session.add(UserInterviewAccess(interview_id=interview_id, user_id="worker"))
+        session.add(
+            InterviewAttempt(
+                id=uuid4(),
+                interview_id=interview_id,
+                user_id="worker",
+                start_datetime=start,
+                scheduled_end_datetime=start + timedelta(minutes=90),
+            )
+        )
+        session.commit()
+    read = service.run_python(
+        "users = UserInterviewAccess.objects.order_by('id').values_list('user_id', flat=True)\n"
+        "print(list(users))\n"
+        "attempt = InterviewAttempt.objects.get(user_id='worker')\n"
+        "print(attempt.scheduled_end_datetime - attempt.start_datetime, attempt.end_datetime)"
+    )
+    assert read.splitlines() == ["['django', 'worker']", "1:30:00 None"]
+
+
+def test_second_run_changes_nothing(database: Database) -> None:
+    """Run twice, nothing changes, and the second run says so."""
+    migrated(database.url)
+    before = database.catalog()
+
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0002"]
+    assert database.catalog() == before
+
+
+def test_django_tables_are_adopted(database: Database, service: DjangoService) -> None:
+    """Every row but the younger duplicates stays, and every index and constraint; Django goes on.
+
+    A duplicate that Django writes afterwards is refused.
+    """
+    first, second, third = add_interviews(database, 3)
+    add_grants(
+        database,
+        ("ann", first),
+        ("bob", first),
+        ("ann", first),
+        ("ann", second),
+        ("ann", first),
+        ("bob", first),
+        ("Ann", first),
+        ("cid", third),
+    )
+    before = database.catalog()
+
+    sentences = migrated(database.url)
+
+    assert (
+        "removed 3 duplicate grants of 2 pairs of user and interview (the lowest id of each stays)"
+        in sentences
+    )
+    assert f"adopted table {GRANTS}" in sentences
+    kept = [
+        (1, "ann", first),
+        (2, "bob", first),
+        (4, "ann", second),
+        (7, "Ann", first),
+        (8, "cid", third),
+    ]
+    assert grants(database) == kept
+    after = database.catalog()
+    added = {table: set(after[table]) - set(before[table]) for table in before}
+    assert {table: set(before[table]) - set(after[table]) for table in before} == {
+        table: set() for table in before
+    }
+    assert {table for table, definitions in added.items() if definitions} == {GRANTS}
+    assert set(after) - set(before) == {"grant_access_job", "grant_access_alembic_version"}
+
+    answers = service.run_python(
+        "from django.db import IntegrityError\n"
+        "print(list(UserInterviewAccess.objects.order_by('id').values_list('id', flat=True)))\n"
+        f"UserInterviewAccess.objects.create(user_id='dan', interview_id='{first}')\n"
+        "try:\n"
+        f"    UserInterviewAccess.objects.create(user_id='ann', interview_id='{first}')\n"
+        "except IntegrityError as error:\n"
+        "    print(error.__cause__.diag.constraint_name)"
+    )
+    assert answers.splitlines() == ["[1, 2, 4, 7, 8]", KEY]
+    assert len(grants(database)) == len(kept) + 1
+
+
+def test_writers_are_never_locked_out(
+    database: Database, service: DjangoService, record_property: Callable[[str, object], None]
+) -> None:
+    """A Django process that writes throughout, duplicates too, waits no longer than a moment.
+
+    The build is held up until the process has written 300 grants during it, which it could not,
+    were it locked out for the build. Afterwards no duplicate stands.
+    """
+    rows = 200_000
+    (interview, *_) = add_interviews(database, 1)
+    database.execute(
+        f"INSERT INTO {GRANTS} (user_id, interview_id) "  # noqa: S608 - a name of our own
+        "SELECT 'user-' || n %% %s, %s FROM generate_series(1, %s) AS n",
+        rows - 500,
+        interview,
+        rows,
+    )
+    with service.writing() as figures:
+        with old_snapshot(database) as let_go, migrating(database.url) as sentences:
+            database.wait_for(BUILD_WAITS)
+            last = database.value("SELECT last_value FROM interview_userinterviewaccess_id_seq")
+            database.wait_for(
+                f"SELECT last_value > {last} + 300 FROM interview_userinterviewaccess_id_seq"  # noqa: S608 - a number of our own
+            )
+            let_go()
+        found = figures()
+
+    for name, figure in found.items():
+        record_property(name, figure)
+    print(f"Django's longest waits: {found}")  # noqa: T201 - the figure that operators ask for
+    assert f"added the unique key {KEY}" in sentences
+    assert found["refused"] > 0
+    assert found["longest_write"] < 1.0
+    assert found["longest_read"] < 1.0
+    assert database.value(
+        f"SELECT count(*) = count(DISTINCT (user_id, interview_id)) FROM {GRANTS}"  # noqa: S608 - a name of our own
+    )
+
+
+@pytest.mark.usefixtures("service")
+def test_busy_writer_of_duplicates_does_not_win(database: Database) -> None:
+    """After a duplicate has spoilt one round, the next cannot be spoilt by a writer.
+
+    What kept duplicates out meanwhile is gone afterwards.
+    """
+    (interview,) = add_interviews(database, 1)
+    add_grants(database, ("ann", interview))
+    before = database.catalog()
+    refusals: list[str | None] = []
+
+    def write_duplicate(sentence: str) -> None:
+        if sentence.startswith("building"):
+            try:
+                add_grants(database, ("ann", interview))
+            except psycopg.errors.UniqueViolation as error:
+                refusals.append(error.diag.constraint_name)
+
+    migrate(database.url, report=write_duplicate)
+
+    assert refusals == [KEY]
+    assert grants(database) == [(1, "ann", interview)]
+    assert set(database.catalog()[GRANTS]) - set(before[GRANTS]) == {
+        f"constraint {KEY} UNIQUE (user_id, interview_id)",
+        f"index CREATE UNIQUE INDEX {KEY} ON {GRANTS} USING btree (user_id, interview_id) t",
+    }
+    assert database.execute("SELECT FROM pg_proc WHERE proname = %s", REFUSAL) == []
+
+
+@pytest.mark.usefixtures("service")
+def test_five_rounds_and_no_more(database: Database) -> None:
+    """Where duplicates come in every round, it stops with their count and leaves no index behind.
+
+    They come as replication brings them, past every trigger. The next run ends right.
+    """
+    (interview,) = add_interviews(database, 1)
+    add_grants(database, ("ann", interview))
+    before = database.catalog()
+    rounds: list[str] = []
+
+    def replicate_duplicate(sentence: str) -> None:
+        if sentence.startswith("building"):
+            rounds.append(sentence)
+            with database.connect() as connection:
+                connection.execute("SET session_replication_role = replica")
+                connection.execute(
+                    f"INSERT INTO {GRANTS} (user_id, interview_id) VALUES ('ann', %s), ('ann', %s)",  # noqa: S608 - a name of our own
+                    [interview, interview],
+                )
+
+    with pytest.raises(DuplicateGrantsError, match="2 duplicate grants of 1 pair") as caught:
+        migrate(database.url, report=replicate_duplicate)
+
+    assert caught.value.duplicates == 2
+    assert len(rounds) == 5
+    assert database.catalog()[GRANTS] == before[GRANTS]
+    assert check_schema(database.url) is not None
+    assert migrated(database.url)[-1] == f"added the unique key {KEY}"
+    assert grants(database) == [(1, "ann", interview)]
+
+
+@pytest.mark.usefixtures("service")
+def test_killed_run_is_taken_up(database: Database) -> None:
+    """A run killed while it builds leaves an unfinished index; the next run replaces it."""
+    (interview,) = add_interviews(database, 1)
+    add_grants(database, ("ann", interview), ("ann", interview))
+    code = "import sys; from storage.schema import migrate; migrate(sys.argv[1], report=print)"
+    with old_snapshot(database):
+        process = subprocess.Popen([sys.executable, "-c", code, database.url], cwd=CHECKOUT)
+        try:
+            database.wait_for(BUILD_WAITS)
+        finally:
+            process.kill()
+            process.wait()
+        # The server notices a dead client late; here its session ends with it.
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_progress_create_index "
+            "WHERE datname = current_database()"
+        )
+    assert (
+        database.value("SELECT indisvalid FROM pg_index WHERE indexrelid = %s::regclass", KEY)
+        is False
+    )
+
+    assert migrated(database.url)[-1] == f"added the unique key {KEY}"
+    assert check_schema(database.url) is None
+    assert grants(database) == [(1, "ann", interview)]
+
+
+def test_two_runs_at_once(database: Database) -> None:
+    """A second run waits for the first, says so, and has nothing to do; nor do the two block."""
+    second: list[str] = []
+    is_waiting = threading.Event()
+
+    def report(sentence: str) -> None:
+        second.append(sentence)
+        is_waiting.set()
+
+    with old_snapshot(database) as let_go, migrating(database.url):
+        database.wait_for(BUILD_WAITS)
+        other = threading.Thread(target=migrate, args=[database.url], kwargs={"report": report})
+        other.start()
+        assert is_waiting.wait(PATIENCE_SECONDS)
+        let_go()
+    other.join(PATIENCE_SECONDS)
+    assert second == [
+        "waiting: another migrate is running on this database",
+        "nothing to do: the schema is at revision 0002",
+    ]
+
+
+@pytest.mark.usefixtures("service")
+def test_dry_run_changes_nothing(database: Database) -> None:
+    """A dry run says what would be done, how many duplicates stand, and changes nothing."""
+    (interview,) = add_interviews(database, 1)
+    add_grants(database, *[("ann", interview)] * 3)
+    before = database.catalog()
+    sentences: list[str] = []
+
+    migrate(database.url, dry_run=True, report=sentences.append)
+
+    assert sentences == [
+        "would adopt table interview_interview",
+        "would adopt table interview_interviewconfig",
+        "would adopt table interview_interviewattempt",
+        f"would adopt table {GRANTS}",
+        "would create table grant_access_job",
+        (
+            "would remove 2 duplicate grants of 1 pair of user and interview "
+            "(the lowest id of each would stay)"
+        ),
+        f"would add the unique key {KEY}",
+    ]
+    assert database.catalog() == before
+    assert len(grants(database)) == 3
+
+
+@pytest.mark.usefixtures("service")
+def test_misfit_stops_before_anything_is_changed(database: Database) -> None:
+    """Every difference is named with what was found and expected, and nothing is changed."""
+    for statement in (
+        "DROP TABLE interview_interviewconfig",
+        "CREATE VIEW interview_interviewconfig AS SELECT 1 AS id",
+        "ALTER TABLE interview_interview ALTER duration TYPE integer USING 1",
+        "ALTER TABLE interview_interviewattempt ALTER end_datetime SET NOT NULL",
+        "ALTER TABLE interview_interviewattempt DROP COLUMN scheduled_end_datetime",
+        "ALTER TABLE interview_interviewattempt ADD tenant integer NOT NULL",
+        "ALTER TABLE interview_interviewattempt ADD UNIQUE (user_id)",
+        f"ALTER TABLE {GRANTS} ALTER user_id TYPE varchar(35)",
+        f"ALTER TABLE {GRANTS} ALTER interview_id DROP NOT NULL",
+        f"ALTER TABLE {GRANTS} ALTER id DROP IDENTITY",
+        f"ALTER TABLE {GRANTS} DROP CONSTRAINT {GRANTS}_pkey",
+        (
+            f"ALTER TABLE {GRANTS} DROP CONSTRAINT "
+            "interview_userinterv_interview_id_473ac53f_fk_interview"
+        ),
+        f"ALTER TABLE {GRANTS} ADD CONSTRAINT late UNIQUE (user_id, interview_id) DEFERRABLE",
+    ):
+        database.execute(statement)
+    before = database.catalog()
+
+    with pytest.raises(SchemaMismatchError) as caught:
+        migrated(database.url)
+
+    attempts = "interview_interviewattempt"
+    unfilled = "a default, or null allowed: the worker does not give this column"
+    late = "one that is checked at once: INSERT … ON CONFLICT cannot stand a deferrable one"
+    assert set(caught.value.differences) == {
+        Difference("interview_interview", "duration", "integer", "interval"),
+        Difference("interview_interviewconfig", None, "a view", "an ordinary table"),
+        Difference(attempts, "end_datetime", "not null", "null allowed"),
+        Difference(
+            attempts, "scheduled_end_datetime", "no such column", "timestamp with time zone"
+        ),
+        Difference(attempts, "tenant", "integer not null without a default", unfilled),
+        Difference(
+            attempts,
+            "(user_id)",
+            "the unique key interview_interviewattempt_user_id_key",
+            "none: two rows of the worker may agree in it",
+        ),
+        Difference(GRANTS, "(id)", "no primary key", "the primary key"),
+        Difference(GRANTS, "id", "no default", "an identity or a sequence"),
+        Difference(
+            GRANTS, "(interview_id)", "no foreign key", "a foreign key to interview_interview(id)"
+        ),
+        Difference(GRANTS, "interview_id", "null allowed", "not null"),
+        Difference(
+            GRANTS,
+            "user_id",
+            "character varying(35)",
+            "character varying(36) or a wider string",
+        ),
+        Difference(GRANTS, "(user_id, interview_id)", "the deferrable unique key late", late),
+    }
+    assert f"{GRANTS}.interview_id: found null allowed, expected not null" in str(caught.value)
+    assert all(str(difference) in str(caught.value) for difference in caught.value.differences)
+    assert database.catalog() == before
+
+
+@pytest.mark.usefixtures("service")
+def test_what_differs_and_serves_is_adopted_as_it_is(database: Database) -> None:
+    """Wider strings, a sequence, columns more, a key of the platform's own: adopted, untouched."""
+    for statement in (
+        "ALTER TABLE interview_interview ADD company_id bigint NOT NULL",
+        "ALTER TABLE interview_interviewattempt ALTER user_id TYPE varchar(64)",
+        "ALTER TABLE interview_interviewattempt ADD score integer",
+        f"ALTER TABLE {GRANTS} ALTER user_id TYPE text",
+        f"ALTER TABLE {GRANTS} ALTER id DROP IDENTITY",
+        "CREATE SEQUENCE old_style",
+        f"ALTER TABLE {GRANTS} ALTER id SET DEFAULT nextval('old_style')",
+        f"ALTER TABLE {GRANTS} ADD granted_at timestamptz NOT NULL DEFAULT now()",
+        f"CREATE UNIQUE INDEX one_each ON {GRANTS} (interview_id, user_id)",
+    ):
+        database.execute(statement)
+    before = database.catalog()
+
+    assert migrated(database.url)[-1] == "adopted the unique key one_each"
+    after = database.catalog()
+    assert {table: after[table] for table in before} == before
+    assert check_schema(database.url) is None
+
+
+@pytest.mark.usefixtures("service")
+def test_duplicates_that_others_refer_to_stay(database: Database) -> None:
+    """A duplicate grant that a row of another table refers to is kept, and the error says so."""
+    (interview,) = add_interviews(database, 1)
+    add_grants(database, ("ann", interview), ("ann", interview))
+    database.execute(
+        f"CREATE TABLE certificate (grant_id bigint REFERENCES {GRANTS} "
+        "DEFERRABLE INITIALLY DEFERRED)"
+    )
+    database.execute("INSERT INTO certificate VALUES (2)")
+
+    with pytest.raises(DuplicateGrantsError, match='referenced from table "certificate"'):
+        migrated(database.url)
+    assert len(grants(database)) == 2
+    assert database.indexes_of_grants().isdisjoint({KEY})
+
+
+def test_check_tells_what_to_do(database: Database) -> None:
+    """The check at a worker's start is silent on a right schema, else says what is wrong."""
+    assert "run `interview-access migrate`" in str(check_schema(database.url))
+    migrated(database.url)
+    assert check_schema(database.url) is None
+
+    database.execute(f"ALTER TABLE {GRANTS} DROP CONSTRAINT {KEY}")
+    assert f"{GRANTS}(user_id, interview_id): found no unique key" in str(
+        check_schema(database.url)
+    )
+    database.execute("UPDATE grant_access_alembic_version SET version_num = 'later'")
+    assert "revision later, which this release does not know" in str(check_schema(database.url))
+
+
+def test_ledger_orders_job_ids_by_their_bytes(database: Database) -> None:
+    """Job ids have one order whatever the database's language, since locks are taken in it."""
+    migrated(database.url)
+    engine = create_engine(database.url, poolclass=NullPool)
+    with Session(engine) as session:
+        for job_id in ("b", "A", "a", "É"):
+            session.add(
+                GrantAccessJob(job_id=job_id, task="t", state="success", request_digest="0" * 64)
+            )
+        session.commit()
+        ordered = select(GrantAccessJob.job_id).order_by(GrantAccessJob.job_id)
+        assert session.scalars(ordered).all() == ["A", "a", "b", "É"]
+
+
+def test_unreachable_database_is_told_without_its_password(database: Database) -> None:
+    """No connection: one error that names the place and the reason, and hides the password."""
+    url = make_url(database.url).set(database="nowhere", password="geheim")  # noqa: S106 - made up
+    with pytest.raises(DatabaseUnreachableError) as caught:
+        migrated(url.render_as_string(hide_password=False))
+    assert 'database "nowhere" does not exist' in str(caught.value)
+    assert "geheim" not in str(caught.value)
