@@ -45,9 +45,9 @@ from storage.models import (
 
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 # Connections, rollbacks, resources, operator: https://www.postgresql.org/docs/current/errcodes-appendix.html
-_TRANSIENT_CODES = ("55P03", "25006", "23503")
-# A lock not had in time; a server that is a standby now; an interview deleted meanwhile, which the
-# next look will find missing and name.
+_TRANSIENT_CODES = ("55P03", "25006", "25P03", "23503")
+# A lock not had in time; a server that is a standby now; a worker that stood still for too long;
+# an interview deleted meanwhile, which the next look will find missing and name.
 
 _LEDGER_LOOKS = 3
 """Looks for a ledger row that an INSERT met and a SELECT then missed, as when it was pruned."""

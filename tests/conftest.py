@@ -9,6 +9,7 @@ from sqlalchemy import make_url
 
 from storage.schema import migrate
 from tests.database import database
+from tests.stores import MemoryStore, PostgresStore, Store, postgres_store
 from worker.local_stack import LocalStack
 
 
@@ -36,5 +37,28 @@ def _migrated(stack: LocalStack) -> Iterator[str]:
 @pytest.fixture
 def migrated_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
     """The URL of a new database with all tables and no rows."""
+    with database(stack.database_url, template=_migrated) as url:
+        yield url
+
+
+@pytest.fixture(params=["memory", "postgres"])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """An empty store: the reference model and PostgreSQL in turn."""
+    if request.param == "memory":
+        yield MemoryStore()
+        return
+    with postgres_store(request.getfixturevalue("_stores_url")) as store:
+        yield store
+
+
+@pytest.fixture
+def postgres(migrated_url: str) -> Iterator[PostgresStore]:
+    """PostgreSQL with a database of the test's own, which it may bend."""
+    with postgres_store(migrated_url) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def _stores_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
     with database(stack.database_url, template=_migrated) as url:
         yield url

@@ -21,6 +21,7 @@ MAY_KNOW_CELERY = {"tasks/celery_tasks.py", "client/interview_access/producer.py
 
 
 def sources(folder: str) -> list[Path]:
+    """All of a folder's Python files."""
     found = sorted((ROOT / folder).rglob("*.py"))
     assert found, f"no Python files in {folder}"
     return found

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, TextClause, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from storage.interface import StorageError, TransientStorageError
 from storage.migrations.catalog import FoundTable, FoundUniqueKey, find_table
@@ -40,6 +40,7 @@ _DELETE_SECONDS = 60
 _ATTACH_SECONDS = 30
 _CLEAR_SECONDS = 60
 _OLD_TRANSACTIONS_SECONDS = 600  # a concurrent build waits for these; nobody waits behind it
+_LAST_WAIT_SECONDS = 10  # for the same, where the work has failed already
 _BATCH = 1_000  # rows removed by one statement: few enough to be locked for a moment only
 _PASS = 500_000  # duplicates looked up at a time: what this process holds in memory
 
@@ -120,9 +121,9 @@ def add(connection: Connection, report: Callable[[str], None]) -> None:
         _attach(connection, table, report)
     except BaseException:
         # What stopped the work is what is told; the next run clears away what this cannot.
-        with contextlib.suppress(DBAPIError, StorageError):
-            _drop_unfinished_key(connection)
+        with contextlib.suppress(SQLAlchemyError, StorageError):
             _drop_guard(connection, table)
+            _drop_unfinished_key(connection, seconds=_LAST_WAIT_SECONDS)
         raise
     _drop_guard(connection, table)
 
@@ -172,26 +173,28 @@ def _built_index(connection: Connection, table: FoundTable) -> bool:
     return True
 
 
-def _run_concurrently(connection: Connection, statement: str) -> None:
+def _run_concurrently(
+    connection: Connection, statement: str, *, seconds: int = _OLD_TRANSACTIONS_SECONDS
+) -> None:
     """Run a statement that waits for the transactions before it, with nobody waiting behind it.
 
     Raises:
         TransientStorageError: One of them stayed open for too long.
     """
-    connection.execute(text(f"SET lock_timeout = '{_OLD_TRANSACTIONS_SECONDS}s'"))
+    connection.execute(text(f"SET lock_timeout = '{seconds}s'"))
     try:
         connection.execute(text(statement))
     except DBAPIError as error:
         if is_lock_timeout(error):
             raise TransientStorageError(
-                f"the index {KEY} waited {_OLD_TRANSACTIONS_SECONDS} s for transactions that are "
+                f"the index {KEY} waited {seconds} s for transactions that are "
                 "still open; look for them in pg_stat_activity (the oldest xact_start), end them, "
                 "and run migrate again",
                 sqlstate(error),
             ) from error
         raise
     finally:
-        with contextlib.suppress(DBAPIError):  # a connection that is lost has nothing to set
+        with contextlib.suppress(SQLAlchemyError):  # a connection that is lost has nothing to set
             connection.execute(text(f"SET lock_timeout = {LOCK_TIMEOUT_MILLISECONDS}"))
 
 
@@ -277,12 +280,16 @@ def _delete(
     )
 
 
-def _drop_unfinished_key(connection: Connection) -> None:
+def _drop_unfinished_key(
+    connection: Connection, *, seconds: int = _OLD_TRANSACTIONS_SECONDS
+) -> None:
     """Drop the index that an interrupted or failed build left; it waits for old transactions."""
     table = _grants(connection)
     if any(key.name == KEY and not key.is_valid for key in table.unique_keys):
         _run_concurrently(
-            connection, f"DROP INDEX CONCURRENTLY IF EXISTS {table.quoted_schema}.{KEY}"
+            connection,
+            f"DROP INDEX CONCURRENTLY IF EXISTS {table.quoted_schema}.{KEY}",
+            seconds=seconds,
         )
 
 

@@ -1,0 +1,806 @@
+"""The obligations of storage/interface.py, each with a test of its own that every store must pass.
+
+Two transactions meet like this: the test's own thread holds the first one open, another thread
+begins the second, and the first is ended when the second waits for it (or is over: a store may
+run them side by side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from storage.dtos import (
+    AccessOrderDTO,
+    AnswerDTO,
+    FiguresDTO,
+    FinishedJobDTO,
+    InterviewAttemptDTO,
+    JobDTO,
+    UserInterviewAccessDTO,
+)
+from storage.interface import (
+    InterviewStorageInterface,
+    InterviewTransactionInterface,
+    StorageError,
+    TransientStorageError,
+)
+from storage.postgres import DatabaseLimits, PostgresStorage
+from tests.stores import CHUNK_SIZE, Background, PostgresStore, Store, an_interview
+
+DIGEST, OTHER_DIGEST = "d" * 64, "e" * 64
+
+LETTERS = [
+    "bad,user",
+    '"bad"',
+    "'; DROP TABLE grant_access_job; --",
+    "back\\slash",
+    "{bad,user}",
+    "NULL",
+    " blank ",
+    "line\nbreak",
+    "tab\t",
+    "%s %(x)s :name $1",
+    "Zoë",
+    "Zoe\u0308",
+    "日本語",
+    "🦄" * 36,
+    "\U0010ffff",
+]
+"""User ids that a careless statement would take for something else."""
+
+
+def ledger_entry(job_id: str, digest: str = DIGEST) -> JobDTO:
+    """A job as the ledger opens it."""
+    return JobDTO(job_id, "interview_access.grant_access", "ann", digest)
+
+
+def finished(job_id: str, created: int = 0, digest: str = DIGEST) -> FinishedJobDTO:
+    """A job and its answer, a success."""
+    answer = AnswerDTO(
+        result={"success": True, "created_access_count": created},
+        figures=FiguresDTO(created + 5, 2, 3, created),
+    )
+    return FinishedJobDTO(ledger_entry(job_id, digest), answer)
+
+
+def finish(storage: InterviewStorageInterface, *jobs: FinishedJobDTO) -> None:
+    """Open and finish jobs in one transaction."""
+    with storage.transaction() as transaction:
+        transaction.open_jobs([job.job for job in jobs])
+        transaction.finish_jobs(jobs)
+
+
+def make_grants(storage: InterviewStorageInterface, user_id: str, *interview_ids: str) -> int:
+    """Grant in one transaction; the rows that were added."""
+    with storage.transaction() as transaction:
+        order = AccessOrderDTO("job", user_id, interview_ids)
+        return transaction.bulk_create_user_access([order])["job"]
+
+
+def lock(
+    storage: InterviewStorageInterface, job_ids: Collection[str], *, wait: bool
+) -> frozenset[str]:
+    """The jobs that a transaction of its own could lock."""
+    with storage.transaction() as transaction:
+        return transaction.lock_jobs(job_ids, wait=wait)
+
+
+def an_attempt(interview_id: str) -> InterviewAttemptDTO:
+    """An attempt that has a scheduled end."""
+    start = datetime(2024, 2, 29, 23, 30, 0, 123456, tzinfo=UTC)
+    return InterviewAttemptDTO(
+        id=str(uuid4()),
+        interview_id=interview_id,
+        user_id="ann",
+        start_datetime=start,
+        scheduled_end_datetime=start + timedelta(minutes=45),
+    )
+
+
+@contextmanager
+def ends_with(
+    kind: type[Exception], storage: InterviewStorageInterface, *, sqlstate: str | None = None
+) -> Iterator[InterviewTransactionInterface]:
+    """A transaction that must end with an error of this kind, and of this code where given."""
+    with pytest.raises(kind) as caught, storage.transaction() as transaction:
+        yield transaction
+    if sqlstate is not None:
+        assert isinstance(caught.value, StorageError)
+        assert caught.value.sqlstate == sqlstate
+
+
+class TestLockJobs:
+    """lock_jobs."""
+
+    def test_with_wait_all_are_returned(self, store: Store) -> None:
+        """With wait, all of the ids are returned."""
+        assert lock(store.storage, ["b", "a", "c"], wait=True) == {"a", "b", "c"}
+
+    def test_without_wait_all_that_are_free_are_returned(self, store: Store) -> None:
+        """Without wait, ids that nobody holds are all returned."""
+        assert lock(store.storage, ["b", "a", "c"], wait=False) == {"a", "b", "c"}
+
+    def test_with_wait_the_holder_is_waited_for(self, store: Store) -> None:
+        """With wait, the ids are returned only after the transaction that holds one has ended."""
+        ends: list[str] = []
+
+        def second() -> None:
+            assert lock(store.storage, ["a", "b"], wait=True) == {"a", "b"}
+            ends.append("second")
+
+        with store.storage.transaction() as first:
+            first.lock_jobs(["b"], wait=True)
+            other = Background(second)
+            store.until_waiting(other)
+            ends.append("first")
+        other.result()
+        assert ends == ["first", "second"]
+
+    def test_without_wait_only_those_it_got_are_returned(self, store: Store) -> None:
+        """Without wait, an id that another transaction holds is not returned, the others are."""
+        with store.storage.transaction() as first:
+            first.lock_jobs(["b"], wait=True)
+            other = Background(lambda: lock(store.storage, ["a", "b"], wait=False))
+            store.until_waiting(other)
+            side_by_side = other.over
+        assert other.result() == ({"a"} if side_by_side else {"a", "b"})
+
+    def test_locks_end_with_a_transaction_that_raises(self, store: Store) -> None:
+        """A transaction that raised holds no job any more."""
+        with ends_with(KeyError, store.storage) as transaction:
+            transaction.lock_jobs(["a"], wait=True)
+            raise KeyError
+        assert lock(store.storage, ["a"], wait=False) == {"a"}
+
+
+class TestOpenJobs:
+    """open_jobs."""
+
+    def test_new_jobs_are_entered_for_this_transaction_to_finish(self, store: Store) -> None:
+        """Of jobs that do not stand in the ledger none is returned, and each can be finished."""
+        with store.storage.transaction() as transaction:
+            assert transaction.open_jobs([ledger_entry("b"), ledger_entry("a")]) == {}
+            transaction.finish_jobs([finished("a", 1), finished("b", 2)])
+        assert store.storage.get_finished_job("a") == finished("a", 1)
+        assert store.storage.get_finished_job("b") == finished("b", 2)
+
+    def test_finished_jobs_are_returned_as_first_finished(self, store: Store) -> None:
+        """Finished jobs are returned as first finished, whatever request they come with now."""
+        finish(store.storage, finished("a", 1), finished("b", 2))
+        with store.storage.transaction() as transaction:
+            known = transaction.open_jobs(
+                [ledger_entry("a"), ledger_entry("new"), ledger_entry("b", OTHER_DIGEST)]
+            )
+            transaction.finish_jobs([finished("new")])
+        assert known == {"a": finished("a", 1), "b": finished("b", 2)}
+        assert store.storage.get_finished_job("b") == finished("b", 2)
+
+    def test_open_transaction_that_commits_is_heeded(self, store: Store) -> None:
+        """A transaction that entered the job is waited for; what it finished is returned."""
+
+        def second() -> dict[str, FinishedJobDTO]:
+            with store.storage.transaction() as transaction:
+                known = transaction.open_jobs([ledger_entry("a"), ledger_entry("b")])
+                transaction.finish_jobs([finished("b", 2)])
+                return dict(known)
+
+        with store.storage.transaction() as first:
+            first.open_jobs([ledger_entry("a")])
+            other = Background(second)
+            store.until_waiting(other)
+            assert not other.over
+            first.finish_jobs([finished("a", 1)])
+        assert other.result() == {"a": finished("a", 1)}
+
+    def test_open_transaction_that_fails_is_heeded(self, store: Store) -> None:
+        """A transaction that entered the job is waited for; where it fails, the job is new."""
+
+        def second() -> None:
+            with store.storage.transaction() as transaction:
+                assert transaction.open_jobs([ledger_entry("a", OTHER_DIGEST)]) == {}
+                transaction.finish_jobs([finished("a", 2, OTHER_DIGEST)])
+
+        with ends_with(KeyError, store.storage) as first:
+            first.open_jobs([ledger_entry("a")])
+            other = Background(second)
+            store.until_waiting(other)
+            assert not other.over
+            raise KeyError
+        other.result()
+        assert store.storage.get_finished_job("a") == finished("a", 2, OTHER_DIGEST)
+
+    def test_job_ids_are_taken_to_the_letter(self, store: Store) -> None:
+        """Job ids that look like one another, or like a statement, are different jobs."""
+        job_ids = ["a,b", "a", "b", "A", "á", "a\u0301", '"a"', "{a}", "a\\", "'", "NULL"]
+        job_ids.append("🦄" * 255)
+        jobs = [finished(job_id, number) for number, job_id in enumerate(job_ids)]
+        finish(store.storage, *jobs)
+        with store.storage.transaction() as transaction:
+            assert transaction.open_jobs([job.job for job in jobs]) == dict(
+                zip(job_ids, jobs, strict=True)
+            )
+
+
+class TestFinishJobs:
+    """finish_jobs and get_finished_job."""
+
+    def test_unknown_job_has_no_row(self, store: Store) -> None:
+        """A job that never finished has no row in the ledger."""
+        assert store.storage.get_finished_job("a") is None
+
+    def test_row_tells_all_of_a_success(self, store: Store) -> None:
+        """A success is kept with its request, its result, its figures and its time."""
+        before = datetime.now(UTC)
+        job = FinishedJobDTO(
+            JobDTO("a", "task", "ann", DIGEST),
+            AnswerDTO(result={"success": True, "n": 1}, figures=FiguresDTO(10, 1, 2, 7)),
+        )
+        finish(store.storage, job)
+        row = store.storage.get_finished_job("a")
+        assert row == job
+        assert row is not None
+        assert row.finished_at is not None
+        assert before <= row.finished_at <= datetime.now(UTC)
+
+    def test_row_tells_all_of_a_failure(self, store: Store) -> None:
+        """A failure is kept with its error, without figures, also where it has no user."""
+        error = {"type": "T", "sentence": "Says “no” \\ 🦄", "details": {"total": 1, "x": [None]}}
+        job = FinishedJobDTO(JobDTO("a", "task", None, DIGEST), AnswerDTO(error=error))
+        finish(store.storage, job)
+        assert store.storage.get_finished_job("a") == job
+
+    def test_job_that_was_never_opened_is_refused(self, store: Store) -> None:
+        """Finishing a job that is not open raises, and nothing of the transaction is kept."""
+        with ends_with(StorageError, store.storage) as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.finish_jobs([finished("a"), finished("never opened")])
+        assert store.storage.get_finished_job("a") is None
+        assert store.storage.get_finished_job("never opened") is None
+
+    def test_job_that_was_finished_before_is_refused(self, store: Store) -> None:
+        """Finishing a job that an earlier transaction finished raises; the first answer stays."""
+        finish(store.storage, finished("a", 1))
+        with ends_with(StorageError, store.storage) as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.finish_jobs([finished("a", 2)])
+        assert store.storage.get_finished_job("a") == finished("a", 1)
+
+    def test_job_that_was_finished_in_this_transaction_is_refused(self, store: Store) -> None:
+        """Finishing a job twice in one transaction raises."""
+        with ends_with(StorageError, store.storage) as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.finish_jobs([finished("a", 1)])
+            transaction.finish_jobs([finished("a", 2)])
+        assert store.storage.get_finished_job("a") is None
+
+
+class TestFindUnknownInterviews:
+    """find_unknown_interviews."""
+
+    def test_ids_that_no_interview_has_are_returned(self, store: Store) -> None:
+        """Exactly the ids that no interview has are returned."""
+        known = store.add_interviews(2)
+        unknown = {str(uuid4()), str(uuid4())}
+        with store.storage.transaction() as transaction:
+            assert transaction.find_unknown_interviews([*known, *unknown]) == unknown
+            assert transaction.find_unknown_interviews(known) == frozenset()
+            assert transaction.find_unknown_interviews([]) == frozenset()
+
+    def test_known_interviews_stand_until_the_end(self, store: Store) -> None:
+        """A delete of an interview that was found waits for the end of the transaction."""
+        interview_id, other_id = store.add_interviews(2)
+        with store.storage.transaction() as transaction:
+            assert transaction.find_unknown_interviews([interview_id]) == frozenset()
+            delete = Background(lambda: store.delete_interview(interview_id))
+            store.until_waiting(delete)
+            assert not delete.over
+            assert transaction.find_unknown_interviews([interview_id]) == frozenset()
+        assert delete.result()
+        with store.storage.transaction() as transaction:
+            assert transaction.find_unknown_interviews([interview_id, other_id]) == {interview_id}
+
+
+class TestGetInterviewDetails:
+    """get_interview_details."""
+
+    def test_interviews_have_their_configuration(self, store: Store) -> None:
+        """An interview is returned whole, with its configuration."""
+        interviews = [
+            an_interview(
+                title="Τίτλος 🦄",
+                description="Several\nlines",
+                duration=timedelta(days=400, seconds=1, microseconds=1),
+                is_default_access_allowed=True,
+                should_end_interview_after_duration=False,
+            ),
+            an_interview(duration=timedelta(0)),
+        ]
+        for interview in interviews:
+            store.add_interview(interview)
+        with store.storage.transaction() as transaction:
+            found = transaction.get_interview_details([one.id for one in interviews])
+        assert sorted(found, key=str) == sorted(interviews, key=str)
+
+    def test_interview_without_configuration_has_the_defaults(self, store: Store) -> None:
+        """Without configuration there is no access by default, and it ends after its duration."""
+        interview = an_interview()
+        store.add_interview(interview, configured=False)
+        with store.storage.transaction() as transaction:
+            (found,) = transaction.get_interview_details([interview.id])
+        assert found == interview
+        assert not found.is_default_access_allowed
+        assert found.should_end_interview_after_duration
+
+    def test_only_interviews_of_these_ids_are_returned(self, store: Store) -> None:
+        """Ids that no interview has are left out, and so are interviews not asked for."""
+        one, _ = store.add_interviews(2)
+        with store.storage.transaction() as transaction:
+            found = transaction.get_interview_details([one, str(uuid4())])
+            assert [interview.id for interview in found] == [one]
+            assert list(transaction.get_interview_details([])) == []
+
+    def test_interviews_stand_until_the_end(self, store: Store) -> None:
+        """A delete of an interview that was read waits for the end of the transaction."""
+        (interview_id,) = store.add_interviews(1)
+        with store.storage.transaction() as transaction:
+            assert transaction.get_interview_details([interview_id])
+            delete = Background(lambda: store.delete_interview(interview_id))
+            store.until_waiting(delete)
+            assert not delete.over
+        assert delete.result()
+
+
+class TestGetExistingUserAccess:
+    """get_existing_user_access."""
+
+    def test_all_grants_of_these_users_are_returned(self, store: Store) -> None:
+        """The grants of the users asked for are returned, all of them and no others."""
+        one, two = store.add_interviews(2)
+        make_grants(store.storage, "ann", one, two)
+        make_grants(store.storage, "bob", two)
+        make_grants(store.storage, "eve", one)
+        with store.storage.transaction() as transaction:
+            grants = transaction.get_existing_user_access(["ann", "bob", "nobody"])
+            assert sorted((grant.user_id, grant.interview_id) for grant in grants) == [
+                ("ann", one),
+                ("ann", two),
+                ("bob", two),
+            ]
+            assert list(transaction.get_existing_user_access([])) == []
+
+
+class TestBulkCreateUserAccess:
+    """bulk_create_user_access."""
+
+    def test_missing_grants_are_made_and_counted(self, store: Store) -> None:
+        """Each missing grant of each order is made, over several chunks, and counted for it."""
+        ids = store.add_interviews(2 * CHUNK_SIZE + 1)
+        with store.storage.transaction() as transaction:
+            counts = transaction.bulk_create_user_access(
+                [
+                    AccessOrderDTO("a", "ann", tuple(reversed(ids))),
+                    AccessOrderDTO("b", "bob", tuple(ids[:2])),
+                ]
+            )
+        assert counts == {"a": len(ids), "b": 2}
+        assert store.granted("ann") == ids
+        assert store.granted("bob") == ids[:2]
+
+    def test_standing_grants_are_neither_touched_nor_counted(self, store: Store) -> None:
+        """A grant that stands is left as it is and counted for nobody."""
+        ids = store.add_interviews(5)
+        make_grants(store.storage, "ann", ids[1], ids[3])
+        assert make_grants(store.storage, "ann", *ids) == 3
+        assert store.granted("ann") == ids
+
+    def test_grant_that_another_transaction_made_meanwhile_is_not_counted(
+        self, store: Store
+    ) -> None:
+        """A grant that another transaction makes after this one began is counted by one of them."""
+        ids = store.add_interviews(3)
+        with store.storage.transaction() as transaction:
+            assert list(transaction.get_existing_user_access(["ann"])) == []
+            other = Background(lambda: make_grants(store.storage, "ann", *ids[:2]))
+            store.until_waiting(other)
+            side_by_side = other.over
+            order = AccessOrderDTO("late", "ann", tuple(ids))
+            counts = transaction.bulk_create_user_access([order])
+        assert (counts["late"], other.result()) == ((1, 2) if side_by_side else (3, 0))
+        assert store.granted("ann") == ids
+
+    def test_open_transaction_with_the_same_grant_is_waited_for(self, store: Store) -> None:
+        """Whether another's uncommitted grant counts is known, and told, when its fate is."""
+        (interview_id,) = store.add_interviews(1)
+        with ends_with(KeyError, store.storage) as first:
+            order = AccessOrderDTO("first", "ann", (interview_id,))
+            assert first.bulk_create_user_access([order]) == {"first": 1}
+            other = Background(lambda: make_grants(store.storage, "ann", interview_id))
+            store.until_waiting(other)
+            assert not other.over
+            raise KeyError
+        assert other.result() == 1
+        assert store.granted("ann") == [interview_id]
+
+    def test_shared_grant_counts_for_the_first_order(self, store: Store) -> None:
+        """A grant that several orders ask for is counted for the first of them in the sequence."""
+        ids = store.add_interviews(4)
+        with store.storage.transaction() as transaction:
+            counts = transaction.bulk_create_user_access(
+                [
+                    AccessOrderDTO("z", "ann", (ids[3], ids[1])),
+                    AccessOrderDTO("a", "ann", tuple(ids)),
+                    AccessOrderDTO("m", "ann", (ids[0],)),
+                    AccessOrderDTO("b", "bob", (ids[0],)),
+                ]
+            )
+        assert counts == {"z": 2, "a": 2, "m": 0, "b": 1}
+
+    def test_every_order_has_a_count(self, store: Store) -> None:
+        """Orders that add nothing, and orders of nothing, are counted as 0."""
+        (interview_id,) = store.add_interviews(1)
+        make_grants(store.storage, "ann", interview_id)
+        with store.storage.transaction() as transaction:
+            counts = transaction.bulk_create_user_access(
+                [AccessOrderDTO("a", "ann", (interview_id,)), AccessOrderDTO("b", "ann", ())]
+            )
+            assert counts == {"a": 0, "b": 0}
+            assert transaction.bulk_create_user_access([]) == {}
+
+    @pytest.mark.parametrize("position", range(2 * CHUNK_SIZE + 1))
+    def test_missing_interview_fails_the_whole_as_transient(
+        self, store: Store, position: int
+    ) -> None:
+        """An interview that does not exist, in whichever chunk, fails as transient: no row."""
+        ids = store.add_interviews(2 * CHUNK_SIZE + 1)
+        assert store.delete_interview(ids[position])
+        orders = [
+            AccessOrderDTO("b", "bob", (ids[position - 1],)),
+            AccessOrderDTO("a", "ann", tuple(ids)),
+        ]
+        with ends_with(TransientStorageError, store.storage, sqlstate="23503") as transaction:
+            transaction.bulk_create_user_access(orders)
+        assert store.granted("ann") == []
+        assert store.granted("bob") == []
+
+    @pytest.mark.parametrize("user_id", LETTERS)
+    def test_user_ids_are_taken_to_the_letter(self, store: Store, user_id: str) -> None:
+        """A user id with any characters names that user and nobody else."""
+        one, two = store.add_interviews(2)
+        bystanders = ["bad", "user", "blank", "Zoe", "line", "tab", *set(LETTERS) - {user_id}]
+        assert make_grants(store.storage, user_id, one, two) == 2
+        assert make_grants(store.storage, user_id, one, two) == 0
+        assert store.granted(user_id) == [one, two]
+        with store.storage.transaction() as transaction:
+            assert list(transaction.get_existing_user_access(bystanders)) == []
+
+    def test_user_ids_side_by_side_stay_apart(self, store: Store) -> None:
+        """Orders of users whose ids look alike are each counted and granted for themselves."""
+        (interview_id,) = store.add_interviews(1)
+        orders = [AccessOrderDTO(user_id, user_id, (interview_id,)) for user_id in LETTERS]
+        with store.storage.transaction() as transaction:
+            counts = transaction.bulk_create_user_access(orders)
+            grants = transaction.get_existing_user_access(LETTERS)
+        assert counts == dict.fromkeys(LETTERS, 1)
+        assert len(grants) == len(LETTERS)
+        assert set(grants) == {UserInterviewAccessDTO(user, interview_id) for user in LETTERS}
+
+    def test_progress_rises_to_its_total(self, store: Store) -> None:
+        """on_chunk is called after each chunk, rising, the last time with both numbers equal."""
+        ids = store.add_interviews(2 * CHUNK_SIZE)
+        make_grants(store.storage, "ann", ids[0])
+        told: list[tuple[int, int]] = []
+        with store.storage.transaction() as transaction:
+            transaction.bulk_create_user_access(
+                [AccessOrderDTO("a", "ann", (*ids,)), AccessOrderDTO("b", "bob", (ids[0],))],
+                lambda done, total: told.append((done, total)),
+            )
+        total = 2 * CHUNK_SIZE + 1
+        assert told == [(CHUNK_SIZE, total), (2 * CHUNK_SIZE, total), (total, total)]
+
+    def test_no_progress_is_told_without_grants(self, store: Store) -> None:
+        """on_chunk is not called where no order asks for a grant."""
+        told: list[tuple[int, int]] = []
+        with store.storage.transaction() as transaction:
+            transaction.bulk_create_user_access(
+                [AccessOrderDTO("a", "ann", ())], lambda done, total: told.append((done, total))
+            )
+        assert told == []
+
+    def test_progress_that_raises_keeps_nothing(self, store: Store) -> None:
+        """An on_chunk that raises, at the last chunk too, leaves no row behind."""
+        ids = store.add_interviews(2 * CHUNK_SIZE)
+
+        def stop_at_the_end(done: int, total: int) -> None:
+            if done == total:
+                raise KeyError
+
+        with ends_with(KeyError, store.storage) as transaction:
+            order = AccessOrderDTO("a", "ann", tuple(ids))
+            transaction.bulk_create_user_access([order], stop_at_the_end)
+        assert store.granted("ann") == []
+
+
+class TestCreateInterviewAttempt:
+    """create_interview_attempt."""
+
+    def test_attempts_are_added(self, store: Store) -> None:
+        """The attempts stand as they were given, to the microsecond, one user's several too."""
+        (interview_id,) = store.add_interviews(1)
+        attempts = [an_attempt(interview_id), an_attempt(interview_id)]
+        with store.storage.transaction() as transaction:
+            transaction.create_interview_attempt([])
+            transaction.create_interview_attempt(attempts)
+        assert sorted(store.attempts(), key=str) == sorted(attempts, key=str)
+
+    def test_missing_interview_fails_as_transient(self, store: Store) -> None:
+        """An interview that does not exist fails the whole as transient, adding nothing."""
+        (interview_id,) = store.add_interviews(1)
+        attempts = [an_attempt(interview_id), an_attempt(str(uuid4()))]
+        with ends_with(TransientStorageError, store.storage, sqlstate="23503") as transaction:
+            transaction.create_interview_attempt(attempts)
+        assert list(store.attempts()) == []
+
+
+class TestTransaction:
+    """transaction."""
+
+    def test_all_of_it_is_kept_at_its_end(self, store: Store) -> None:
+        """Grants, attempts and jobs of one transaction all stand after it."""
+        (interview_id,) = store.add_interviews(1)
+        attempt = an_attempt(interview_id)
+        with store.storage.transaction() as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            transaction.create_interview_attempt([attempt])
+            transaction.finish_jobs([finished("a", 1)])
+        assert store.granted("ann") == [interview_id]
+        assert list(store.attempts()) == [attempt]
+        assert store.storage.get_finished_job("a") == finished("a", 1)
+
+    def test_nothing_of_it_is_seen_before_its_end(self, store: Store) -> None:
+        """Nobody sees a grant or a job of a transaction that is still open."""
+        (interview_id,) = store.add_interviews(1)
+
+        def seen() -> tuple[list[str], FinishedJobDTO | None]:
+            return store.granted("ann"), store.storage.get_finished_job("a")
+
+        with store.storage.transaction() as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            transaction.finish_jobs([finished("a", 1)])
+            reader = Background(seen)
+            store.until_waiting(reader)
+            side_by_side = reader.over
+        assert reader.result() == (
+            ([], None) if side_by_side else ([interview_id], finished("a", 1))
+        )
+
+    def test_block_that_raises_keeps_nothing(self, store: Store) -> None:
+        """What the block raises leaves it as it is, and nothing of the transaction stands."""
+        (interview_id,) = store.add_interviews(1)
+        with ends_with(KeyError, store.storage) as one:
+            one.open_jobs([ledger_entry("a")])
+            one.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            one.create_interview_attempt([an_attempt(interview_id)])
+            one.finish_jobs([finished("a", 1)])
+            raise KeyError("the block's own")
+        assert store.granted("ann") == []
+        assert list(store.attempts()) == []
+        assert store.storage.get_finished_job("a") is None
+
+    def test_job_left_open_keeps_nothing(self, store: Store) -> None:
+        """A job that was opened and not finished raises at the end, and nothing is kept."""
+        (interview_id,) = store.add_interviews(1)
+        with ends_with(StorageError, store.storage) as transaction:
+            transaction.open_jobs([ledger_entry("a"), ledger_entry("b")])
+            transaction.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            transaction.finish_jobs([finished("a", 1)])
+        assert store.granted("ann") == []
+        assert store.storage.get_finished_job("a") is None
+
+    def test_store_goes_on_after_a_failure(self, store: Store) -> None:
+        """After a transaction that failed the next one works."""
+        (interview_id,) = store.add_interviews(1)
+        with pytest.raises(TransientStorageError):
+            make_grants(store.storage, "ann", str(uuid4()))
+        assert make_grants(store.storage, "ann", interview_id) == 1
+
+    def test_granted_interview_cannot_be_deleted(self, store: Store) -> None:
+        """The platform cannot delete an interview that somebody has access to."""
+        (interview_id,) = store.add_interviews(1)
+        make_grants(store.storage, "ann", interview_id)
+        assert not store.delete_interview(interview_id)
+        assert store.granted("ann") == [interview_id]
+
+
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND application_name = 'interview-access-worker'"
+)
+
+
+class TestPostgres:
+    """What only PostgreSQL can show: its locks side by side, and its errors."""
+
+    def test_lock_without_wait_does_not_wait(self, postgres: PostgresStore) -> None:
+        """Without wait, the answer comes while another transaction holds a job."""
+        with postgres.storage.transaction() as first:
+            first.lock_jobs(["b"], wait=True)
+            other = Background(lambda: lock(postgres.storage, ["a", "b"], wait=False))
+            assert other.result() == {"a"}
+
+    def test_read_committed_sees_what_was_made_meanwhile(self, postgres: PostgresStore) -> None:
+        """A grant that another transaction committed after this one began counts as standing."""
+        ids = postgres.add_interviews(2)
+        with postgres.storage.transaction() as transaction:
+            assert list(transaction.get_existing_user_access(["ann"])) == []
+            other = Background(lambda: make_grants(postgres.storage, "ann", ids[0]))
+            assert other.result() == 1
+            order = AccessOrderDTO("late", "ann", tuple(ids))
+            assert transaction.bulk_create_user_access([order]) == {"late": 1}
+
+    def test_commit_is_durable_whatever_the_server_prefers(self, postgres: PostgresStore) -> None:
+        """A transaction commits synchronously where the database's default is not to."""
+        postgres.configure("synchronous_commit", "off")
+        postgres.execute("CREATE TABLE seen (synchronous_commit text)")
+        postgres.execute(
+            "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
+        )
+        postgres.execute(
+            "CREATE TRIGGER look AFTER UPDATE ON grant_access_job"
+            " FOR EACH STATEMENT EXECUTE FUNCTION look()"
+        )
+        with postgres.another() as storage:
+            finish(storage, finished("a"))
+        assert postgres.value("SELECT synchronous_commit FROM seen") == "on"
+
+    def test_lock_timeout(self, postgres: PostgresStore) -> None:
+        """A wait for a lock ends at its limit, as transient."""
+        with (
+            postgres.another(limits=DatabaseLimits(lock=0.05)) as hasty,
+            postgres.storage.transaction() as holder,
+        ):
+            holder.lock_jobs(["a"], wait=True)
+            with ends_with(TransientStorageError, hasty, sqlstate="55P03") as transaction:
+                transaction.lock_jobs(["a"], wait=True)
+
+    def test_statement_timeout(self, postgres: PostgresStore) -> None:
+        """A statement ends at its limit, as transient."""
+        with (
+            postgres.another(limits=DatabaseLimits(statement=0.05)) as hasty,
+            postgres.storage.transaction() as holder,
+        ):
+            holder.lock_jobs(["a"], wait=True)
+            with ends_with(TransientStorageError, hasty, sqlstate="57014") as transaction:
+                transaction.lock_jobs(["a"], wait=True)
+
+    def test_idle_timeout(self, postgres: PostgresStore) -> None:
+        """A transaction that said nothing for too long is ended by the server, as transient."""
+        with (
+            postgres.another(limits=DatabaseLimits(idle=0.05)) as frozen,
+            ends_with(TransientStorageError, frozen, sqlstate="25P03") as transaction,
+        ):
+            transaction.lock_jobs(["a"], wait=True)
+            assert lock(postgres.storage, ["a"], wait=True)
+            transaction.lock_jobs(["b"], wait=True)
+
+    def test_terminated_backend(self, postgres: PostgresStore) -> None:
+        """A connection that an operator ends is trouble that passes, and the next one works."""
+        with ends_with(TransientStorageError, postgres.storage, sqlstate="57P01") as transaction:
+            transaction.lock_jobs(["a"], wait=True)
+            postgres.value(TERMINATE)
+            transaction.lock_jobs(["b"], wait=True)
+        assert lock(postgres.storage, ["a"], wait=False) == {"a"}
+
+    def test_connection_lost_inside_commit(self, postgres: PostgresStore) -> None:
+        """Where it is not known whether a transaction was kept, that is transient."""
+        postgres.execute(
+            "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$"
+        )
+        postgres.execute(
+            "CREATE CONSTRAINT TRIGGER die AFTER UPDATE ON grant_access_job"
+            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION die()"
+        )
+        reached_the_end = False
+        with ends_with(TransientStorageError, postgres.storage, sqlstate="57P01") as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.finish_jobs([finished("a")])
+            reached_the_end = True
+        assert reached_the_end
+        assert postgres.storage.get_finished_job("a") is None
+
+    def test_deadlock(self, postgres: PostgresStore) -> None:
+        """A deadlock that others cause is trouble that passes, for one of the two."""
+        postgres.configure("deadlock_timeout", "20ms")
+
+        def open_and_finish(transaction: InterviewTransactionInterface, job_id: str) -> None:
+            transaction.open_jobs([ledger_entry(job_id)])
+            transaction.finish_jobs([finished(job_id)])
+
+        def second() -> None:
+            with storage.transaction() as transaction:
+                open_and_finish(transaction, "b")
+                open_and_finish(transaction, "a")
+
+        with postgres.another() as storage:
+            errors = []
+            try:
+                with storage.transaction() as first:
+                    open_and_finish(first, "a")
+                    other = Background(second)
+                    postgres.until_waiting(other)
+                    open_and_finish(first, "b")
+            except StorageError as error:
+                errors.append(error)
+            try:
+                other.result()
+            except StorageError as error:
+                errors.append(error)
+        (deadlock,) = errors
+        assert isinstance(deadlock, TransientStorageError)
+        assert deadlock.sqlstate == "40P01"
+
+    def test_read_only_database(self, postgres: PostgresStore) -> None:
+        """A database that is read-only for now, a standby perhaps, is trouble that passes."""
+        (interview_id,) = postgres.add_interviews(1)
+        postgres.configure("default_transaction_read_only", "on")
+        with postgres.another() as storage:
+            with ends_with(TransientStorageError, storage, sqlstate="25006") as transaction:
+                transaction.open_jobs([ledger_entry("a")])
+            with ends_with(TransientStorageError, storage, sqlstate="25006") as transaction:
+                transaction.find_unknown_interviews([interview_id])
+
+    def test_unreachable_server(self) -> None:
+        """A server that cannot be reached is trouble that passes, told without the password."""
+        url = "postgresql+psycopg://ann:geheim@/interviews?host=/nonexistent"
+        with pytest.raises(TransientStorageError) as caught:
+            lock(PostgresStorage(url), ["a"], wait=True)
+        assert caught.value.sqlstate is None
+        assert isinstance(caught.value.__cause__, DBAPIError)
+        assert "geheim" not in repr(caught.value)
+
+    def test_missing_table(self, postgres: PostgresStore) -> None:
+        """A database without our tables is trouble that does not pass by itself."""
+        postgres.execute("DROP TABLE grant_access_job")
+        with pytest.raises(StorageError) as caught:
+            finish(postgres.storage, finished("a"))
+        assert not isinstance(caught.value, TransientStorageError)
+        assert caught.value.sqlstate == "42P01"
+        assert "grant_access_job" in str(caught.value)
+
+    def test_missing_interview_is_not_named(self, postgres: PostgresStore) -> None:
+        """The error of a refused row says which rule, and not whose row it was."""
+        missing = str(uuid4())
+        with pytest.raises(TransientStorageError) as caught:
+            make_grants(postgres.storage, "ann-of-the-row", missing)
+        assert "interview_userinterviewaccess" in str(caught.value)
+        assert missing not in repr(caught.value)
+        assert "ann-of-the-row" not in repr(caught.value)
+
+    def test_parameters_stay_out_of_the_chain_of_errors(self, postgres: PostgresStore) -> None:
+        """The driver's error that is chained, and so logged, shows no statement's parameters."""
+        postgres.execute("ALTER TABLE grant_access_job DROP COLUMN created")
+        with pytest.raises(StorageError) as caught:
+            finish(postgres.storage, finished("job-of-the-row"))
+        assert "job-of-the-row" not in str(caught.value.__cause__)
+
+    def test_collision_of_other_keys_is_not_swallowed(self, postgres: PostgresStore) -> None:
+        """A grant whose row number is taken fails, and is not counted as granted already."""
+        one, two = postgres.add_interviews(2)
+        postgres.execute(
+            "INSERT INTO interview_userinterviewaccess (id, user_id, interview_id)"
+            " OVERRIDING SYSTEM VALUE VALUES (1, 'bob', CAST(:id AS uuid))",
+            id=one,
+        )
+        with pytest.raises(StorageError) as caught:
+            make_grants(postgres.storage, "ann", two)
+        assert caught.value.sqlstate == "23505"
+        assert postgres.granted("ann") == []
