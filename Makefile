@@ -17,7 +17,7 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 	@$(BIN)/interview-access up
 
 test: .venv/ready ## the tests, on real servers
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Connection, NullPool, String, Table, create_engine, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError
 from sqlalchemy.schema import UniqueConstraint
 
 from storage.interface import StorageError, TransientStorageError
@@ -142,7 +142,10 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
             _foretell(connection, report)
         else:
             connection.commit()  # Alembic makes transactions of its own
-            command.upgrade(_alembic_config(connection, report), "head")
+            try:
+                command.upgrade(_alembic_config(connection, report), "head")
+            except PendingRollbackError as stumble:
+                raise _origin(stumble) from None
 
 
 def check_schema(database_url: str) -> str | None:
@@ -221,6 +224,14 @@ def _session(database_url: str, *, read_only: bool) -> Iterator[Connection]:
         raise StorageError(f"PostgreSQL at {place} refused: {reason}", code) from error
     finally:
         engine.dispose()
+
+
+def _origin(stumble: PendingRollbackError) -> BaseException:
+    """What ended a connection, where clearing up then stumbled over its being gone."""
+    origin: BaseException = stumble
+    while isinstance(origin, PendingRollbackError) and origin.__context__ is not None:
+        origin = origin.__context__
+    return origin
 
 
 def _parsed(database_url: str) -> URL:

@@ -566,6 +566,25 @@ def test_killed_run_is_taken_up(database: Database) -> None:
     assert grants(database) == [(1, "ann", interview)]
 
 
+def test_lost_connection_is_told_as_one(database: Database) -> None:
+    """A connection that is cut while the index is built is told as that; the next run goes on."""
+
+    def cut() -> None:
+        database.wait_for(BUILD_WAITS)
+        database.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_progress_create_index "
+            "WHERE datname = current_database()"
+        )
+
+    with old_snapshot(database):
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        with pytest.raises(DatabaseUnreachableError, match="terminating connection"):
+            migrated(database.url)
+        cutting.join(PATIENCE_SECONDS)
+    assert migrated(database.url)[-1] == f"added the unique key {KEY}"
+
+
 def test_two_runs_at_once(database: Database) -> None:
     """A second run waits for the first, says so, and has nothing to do; nor do the two block."""
     second: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,7 +152,8 @@ def up(data: Path) -> None:
     """Run PostgreSQL, Valkey, a worker and Flower here until Ctrl-C."""
     from worker.up import run_up
 
-    sys.exit(run_up(data))
+    # Killed, make tells its commands nothing: what it started ends with it all the same.
+    sys.exit(run_up(data, with_parent="MAKELEVEL" in os.environ))
 
 
 @main.command(short_help="Show the main job on real servers, and check it.")
