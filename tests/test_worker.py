@@ -1,0 +1,373 @@
+"""One job end to end: a foreign producer, a real queue, a real worker, real rows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+
+from tests.database import connected, database
+from tests.stores import Background, until
+from tests.workers import ROOT, Site, site, worker
+from worker.local_stack import LocalStack
+
+USER = "123e4567-e89b-12d3-a456-426614174000"
+ONE, TWO = "89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"
+NO_UUID = "a1b2c3d4-e5f6-7g8h-9i0j-k1l2m3n4o5p6"
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+LIMIT = 25_000
+CHUNK = 1_000
+
+INVALID_REQUEST, INVALID_ID = "InvalidGrantRequestException", "InvalidInterviewIdException"
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The worker's log."""
+    return tmp_path_factory.mktemp("worker") / "worker.log"
+
+
+@pytest.fixture(scope="module")
+def here(stack: LocalStack, _migrated: str, log: Path) -> Iterator[Site]:
+    """A site with a worker and interviews."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 1) as here,
+    ):
+        here.store.execute(
+            "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
+            " 'Interview', interval '1 hour' FROM unnest(CAST(:ids AS text[])) AS id",
+            ids=[ONE, TWO, *many(LIMIT)],
+        )
+        settings = {
+            "GRANT_MAX_INTERVIEW_IDS": LIMIT,
+            "GRANT_CHUNK_SIZE": CHUNK,
+            "GRANT_RETRY_LIMIT": 2,
+            "GRANT_RETRY_MAX_DELAY": 1,
+        }
+        with worker(here, log, **settings):
+            yield here
+
+
+def many(count: int) -> list[str]:
+    """Ids of interviews that stand, in their order."""
+    return [str(UUID(int=(0xA << 124) + number)) for number in range(count)]
+
+
+def success(created: int) -> dict[str, Any]:
+    """The result of a grant-access job."""
+    return {"success": True, "created_access_count": created}
+
+
+def a_user() -> str:
+    """A user whom no other test knows."""
+    return str(uuid4())
+
+
+def test_the_platforms_own_request(here: Site) -> None:
+    """The request as the platform wrote it is answered as it wrote it: 2, and again 0."""
+    for created in (2, 0):
+        job_id = here.send(user_id=USER, interview_ids=[ONE, TWO])
+        meta = here.answer(job_id)
+        assert (meta["status"], meta["result"]) == ("SUCCESS", success(created))
+    assert here.store.granted(USER) == [ONE, TWO]
+
+
+@pytest.mark.parametrize(
+    ("ids", "created"),
+    [
+        ([], 0),
+        ([ONE, ONE, ONE.upper(), ONE.replace("-", "")], 1),
+        ([UUID(ONE), UUID(TWO)], 2),
+        ([TWO, ONE], 2),
+    ],
+    ids=["empty", "spellings", "uuid objects", "two"],
+)
+@pytest.mark.parametrize("positional", [True, False])
+def test_odd_requests_succeed(
+    here: Site, ids: list[object], created: int, positional: bool
+) -> None:
+    """Order, repetition, spelling, UUID objects and an empty list are no error."""
+    user = uuid4()
+    job_id = here.send(user, ids) if positional else here.send(user_id=user, interview_ids=ids)
+    assert here.answer(job_id)["result"] == success(created)
+    assert len(here.store.granted(str(user))) == created
+
+
+@pytest.mark.parametrize("user_id", ["x", "y" * 36, "Zoë, {\"'\\} 😀"], ids=["1", "36", "odd"])
+def test_user_ids_are_taken_to_the_letter(here: Site, user_id: str) -> None:
+    """A user id of 1 to 36 characters of any kind is that user's."""
+    assert here.answer(here.send(user_id, [ONE]))["result"] == success(1)
+    assert here.store.granted(user_id) == [ONE]
+
+
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
+    "malformed": ((USER, [ONE, NO_UUID]), {}, INVALID_ID, f"'{NO_UUID}' is not a UUID"),
+    "unknown": ((USER, [ONE, UNKNOWN]), {}, INVALID_ID, f"'{UNKNOWN}' is no interview's id"),
+    "odd malformed": ((USER, ["\0\ud800"]), {}, INVALID_ID, r"'\x00\ud800' is not a UUID"),
+    "user of 0": (("", [ONE]), {}, INVALID_REQUEST, "user_id: expected a string of 1 to 36"),
+    "user of 37": (("x" * 37, [ONE]), {}, INVALID_REQUEST, "got a string of 37 characters"),
+    "user with NUL": (("a\0", [ONE]), {}, INVALID_REQUEST, r"got the string 'a\x00'"),
+    "user with surrogate": (("\ud800", [ONE]), {}, INVALID_REQUEST, r"got the string '\ud800'"),
+    "user null": ((None, [ONE]), {}, INVALID_REQUEST, "user_id: expected a string of 1 to 36"),
+    "user number": ((7, [ONE]), {}, INVALID_REQUEST, "got the number 7"),
+    "user list": (([USER], [ONE]), {}, INVALID_REQUEST, "got a list of 1"),
+    "nothing": ((), {}, INVALID_REQUEST, "user_id: expected a value, got nothing"),
+    "missing": ((), {"user_id": USER}, INVALID_REQUEST, "interview_ids: expected a value"),
+    "extra": ((USER, [ONE]), {"extra": 1}, INVALID_REQUEST, "extra: expected only user_id and"),
+    "self": ((USER, [ONE]), {"self": 1}, INVALID_REQUEST, "self: expected only user_id and"),
+    "too many": ((USER, [ONE], 3), {}, INVALID_REQUEST, "expected at most 2 in order"),
+    "twice": ((USER, [ONE]), {"user_id": USER}, INVALID_REQUEST, "user_id: expected one value"),
+    "ids null": ((USER, None), {}, INVALID_REQUEST, "interview_ids: expected a list of UUIDs"),
+    "ids string": ((USER, ONE), {}, INVALID_REQUEST, "interview_ids: expected a list of UUIDs"),
+    "ids object": ((USER, {ONE: 1}), {}, INVALID_REQUEST, "got an object of 1"),
+    "element null": ((USER, [ONE, None]), {}, INVALID_REQUEST, "interview_ids[1]: expected a UUID"),
+    "element list": ((USER, [[ONE]]), {}, INVALID_REQUEST, "interview_ids[0]: expected a UUID"),
+    "deeply nested": ((USER, nested(400)), {}, INVALID_REQUEST, "got a list of 1"),
+    "beyond the limit": ((USER, [ONE] * (LIMIT + 1)), {}, INVALID_REQUEST, "at most 25,000 ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "kwargs", "kind", "words"), BAD.values(), ids=BAD)
+def test_bad_requests_say_what_was_wrong(
+    here: Site, args: tuple[object, ...], kwargs: dict[str, Any], kind: str, words: str
+) -> None:
+    """A bad request fails as every language reads it: class, sentence, details, no trace."""
+    before = here.store.rows()
+    job_id = here.send(*args, **kwargs)
+    meta = here.answer(job_id)
+    assert meta["status"] == "FAILURE"
+    assert meta["traceback"] is None
+    assert meta["result"]["exc_type"] == kind
+    assert meta["result"]["exc_module"] == "interview_access.errors"
+    sentence, details = meta["result"]["exc_message"]
+    assert words in sentence
+    assert details["total"] >= 1
+    assert here.store.rows() == before
+    finished = here.store.storage.get_finished_job(job_id)
+    assert finished
+    assert finished.answer.error
+    assert finished.answer.error["type"] == kind
+
+
+def test_a_bare_redis_client_is_served(here: Site) -> None:
+    """An envelope pushed by any Redis client is a job, with an id of up to 255 characters."""
+    job_id = here.push({"user_id": a_user(), "interview_ids": [ONE]}, job_id="j" * 255)
+    assert here.answer(job_id)["result"] == success(1)
+
+
+@pytest.mark.parametrize("job_id", ["j" * 256, "a\nb"], ids=["256", "line"])
+def test_a_job_id_that_is_none_fails(here: Site, job_id: str) -> None:
+    """A job whose id cannot stand in the ledger fails and names it."""
+    here.push({"user_id": USER, "interview_ids": [ONE]}, job_id=job_id)
+    result = here.answer(job_id)["result"]
+    assert result["exc_type"] == INVALID_REQUEST
+    assert "job id: expected 1 to 255 printable characters" in result["exc_message"][0]
+
+
+def test_the_same_job_again_has_its_first_answer(here: Site) -> None:
+    """A job delivered again, written otherwise, still reports what it created."""
+    user = a_user()
+    job_id = here.send(user, [ONE, TWO])
+    assert here.answer(job_id)["result"] == success(2)
+    here.redis.delete(f"celery-task-meta-{job_id}")
+    here.send(user, [TWO.upper(), ONE, ONE], job_id=job_id)
+    assert here.answer(job_id)["result"] == success(2)
+
+
+def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
+    """Another request under a used id: the first answer stays; log, event, dead letter tell."""
+    job_id = here.send(a_user(), [ONE])
+    first = here.answer(job_id)
+    heard: list[dict[str, Any]] = []
+
+    def listen() -> None:
+        with here.producer.connection_for_read() as connection:
+            receiver = here.producer.events.Receiver(connection)
+
+            def hear(event: dict[str, Any]) -> None:
+                heard.append(event)
+                receiver.should_stop = event["type"] == "job-refused"
+
+            receiver.handlers["*"] = hear
+            receiver.capture(limit=None, timeout=30, wakeup=True)
+
+    listener = Background(listen)
+    until(lambda: bool(heard))  # a worker's heartbeat at the latest
+    other = a_user()
+    here.send(other, [TWO], job_id=job_id)
+    listener.result()
+    assert heard[-1]["uuid"] == job_id
+    until(lambda: any(letter["job_id"] == job_id for letter in here.dead_letters()))
+    (letter,) = [letter for letter in here.dead_letters() if letter["job_id"] == job_id]
+    assert letter["reason"].startswith("JobIdReusedException: Job id")
+    assert letter["attempts"] == "1"
+    assert other in letter["message"]
+    assert f"job {job_id}: refused: Job id" in log.read_text(encoding="utf-8")
+    assert here.meta(job_id)["result"] == first["result"]
+    assert here.store.granted(other) == []
+
+
+def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
+    """A job of 20,000 ids shows its user, its number of ids and its id, and none of the ids."""
+    user, ids = a_user(), many(20_000)
+    job_id = here.send(user_id=user, interview_ids=ids)
+    assert here.answer(job_id)["result"] == success(20_000)
+    until(lambda: f"[{job_id}] succeeded" in log.read_text(encoding="utf-8"))
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if job_id in line]
+    (line,) = [line for line in lines if user in line]
+    assert f"job {job_id}: user_id='{user}', interview_ids=<a list of 20,000>" in line
+    assert "20,000 created, 0 already granted, 0 repeated" in line
+    assert not any(one in line for one in ids[:100] for line in lines)
+
+
+def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
+    """A job that is held up in its last chunk tells its progress, and nobody sees its rows."""
+    user, ids = a_user(), many(3 * CHUNK)
+    with connected(here.store.database_url) as other:
+        other.execute(
+            text(
+                "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
+                " VALUES (:user, CAST(:id AS uuid))"
+            ),
+            {"user": user, "id": ids[-1]},
+        )
+        job_id = here.send(user, ids)
+        assert here.until_state(job_id, "PROGRESS")["result"] == {"done": CHUNK, "total": 3 * CHUNK}
+        assert here.store.granted(user) == []
+    assert here.answer(job_id)["result"] == success(3 * CHUNK)
+    assert len(here.store.granted(user)) == 3 * CHUNK
+
+
+def read_only(here: Site, value: str) -> None:
+    """Have the database refuse or take writes, on every connection."""
+    here.store.configure("default_transaction_read_only", value)
+    here.store.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " AND application_name = 'interview-access-worker'"
+    )
+
+
+def test_trouble_that_passes_is_tried_again(here: Site) -> None:
+    """A job that meets a read-only database is retried, and done when it can be written."""
+    user = a_user()
+    read_only(here, "on")
+    try:
+        job_id = here.send(user, [ONE])
+        assert here.until_state(job_id, "RETRY")["traceback"] is None
+    finally:
+        read_only(here, "off")
+    assert here.answer(job_id)["result"] == success(1)
+
+
+def test_trouble_that_stays_uses_the_tries_up(here: Site) -> None:
+    """After its tries a job fails, is kept, and succeeds when it is sent again under its id."""
+    user = a_user()
+    read_only(here, "on")
+    try:
+        job_id = here.send(user, [ONE])
+        result = here.answer(job_id)["result"]
+    finally:
+        read_only(here, "off")
+    assert result["exc_type"] == "StorageUnavailableException"
+    assert "in 3 tries" in result["exc_message"][0]
+    assert "25006" in result["exc_message"][0]
+    (letter,) = [letter for letter in here.dead_letters() if letter["job_id"] == job_id]
+    assert (letter["attempts"], letter["task"]) == ("3", "interview_access.grant_access")
+    here.send(user, [ONE], job_id=job_id)
+    assert here.until_state(job_id, "SUCCESS")["result"] == success(1)
+
+
+def test_an_attempt_is_made_once(here: Site) -> None:
+    """An attempt's message delivered twice makes one attempt and has one answer."""
+    task, job_id = "interview_access.create_interview_attempt", str(uuid4())
+    results = []
+    for _ in range(2):
+        here.redis.delete(f"celery-task-meta-{job_id}")
+        here.send(task=task, job_id=job_id, interview_id=ONE, user_id=USER)
+        results.append(here.answer(job_id)["result"])
+    (attempt,) = here.store.attempts()
+    assert results == [{"success": True, "interview_attempt_id": attempt.id}] * 2
+
+
+def test_a_pickled_message_is_refused(here: Site) -> None:
+    """What is no JSON is not read, and the worker goes on."""
+    here.producer.send_task(
+        "interview_access.grant_access",
+        kwargs={"user_id": USER, "interview_ids": [ONE]},
+        queue="interview-access",
+        serializer="pickle",
+    )
+    assert here.answer(here.send(a_user(), [ONE]))["result"] == success(1)
+
+
+def started(here: Site, **settings: object) -> subprocess.CompletedProcess[str]:
+    """A worker that is expected to end by itself."""
+    environment = {
+        name: value for name, value in here.environment(**settings).items() if value != "None"
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "1"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        (
+            "DATABASE_URL",
+            "mysql://me:secret@db/x",
+            "got 'mysql://me:***@db/x', expected postgresql",
+        ),
+        ("CELERY_BROKER_URL", None, "CELERY_BROKER_URL: not set, expected redis://"),
+        ("GRANT_CHUNK_SIZE", "0", "GRANT_CHUNK_SIZE: got '0', expected greater than or equal to 1"),
+    ],
+)
+def test_a_bad_setting_stops_the_start(
+    here: Site, variable: str, value: str | None, words: str
+) -> None:
+    """A bad value ends the worker with its name, the value without password, what was expected."""
+    ended = started(here, **{variable: value})
+    assert ended.returncode != 0
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "secret" not in ended.stdout + ended.stderr
+
+
+def test_an_unmigrated_database_stops_the_start(here: Site, database_url: str) -> None:
+    """A worker on a database without its tables says what to run."""
+    ended = started(here, DATABASE_URL=database_url)
+    assert ended.returncode != 0
+    assert "run `interview-access migrate`" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_workers_policy(here: Site) -> None:
+    """A running worker acknowledges late, takes one job a child, listens to its queue only."""
+    inspect = here.producer.control.inspect(timeout=10, limit=1)
+    (conf,) = inspect.conf().values()
+    assert conf["task_acks_late"] is True
+    assert conf["worker_prefetch_multiplier"] == 1
+    (queues,) = inspect.active_queues().values()
+    assert [queue["name"] for queue in queues] == ["interview-access"]
