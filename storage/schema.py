@@ -69,6 +69,7 @@ _NO_TIMEOUTS = text("""
     WHERE name IN ('statement_timeout', 'transaction_timeout',
                    'idle_session_timeout', 'idle_in_transaction_session_timeout')
 """)  # those that this server has: transaction_timeout came with PostgreSQL 17
+_OLDEST_POSTGRESQL = (14,)  # the first with client_connection_check_interval
 _CONNECT_SECONDS = 10
 _TURN_SECONDS = 3600  # an index on a very large table takes its time
 _TURN_PAUSE_SECONDS = 0.2
@@ -149,13 +150,16 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
 
 
 def check_schema(database_url: str) -> str | None:
-    """What is wrong with the database's schema and what to do about it; None where it is right.
+    """What is wrong with the database and what to do about it; None where it is right.
 
     Raises:
         DatabaseUnreachableError: No connection, or it was lost.
         StorageError: PostgreSQL refused to be looked into.
     """
     with _session(database_url, read_only=True) as connection:
+        version = connection.dialect.server_version_info or ()
+        if version < _OLDEST_POSTGRESQL:
+            return f"got PostgreSQL {'.'.join(map(str, version))}, expected 14 or newer"
         found, expected = current_revision(connection), expected_revision()
         try:
             _refuse_what_does_not_fit(connection, found)
