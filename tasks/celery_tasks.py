@@ -198,14 +198,18 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         raise AssertionError("Task.retry returned")
 
     def _bury(self, reason: str, args: Args, kwargs: Kwargs) -> None:
-        self.workplace.dead_letters.bury(
-            self.request.id,
-            self.name,
-            args,
-            kwargs,
-            reason=reason,
-            attempts=self.request.retries + 1,
-        )
+        try:
+            self.workplace.dead_letters.bury(
+                self.request.id,
+                self.name,
+                args,
+                kwargs,
+                reason=reason,
+                attempts=self.request.retries + 1,
+            )
+        except Exception as error:
+            # A message that is neither done nor kept must stay on the queue.
+            raise Reject(error, requeue=True) from error
 
 
 class GrantAccessTask(JobTask):

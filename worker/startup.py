@@ -13,7 +13,7 @@ from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from storage.interface import TransientStorageError
+from storage.interface import StorageError, TransientStorageError
 from storage.schema import check_schema
 from worker.settings import Settings
 
@@ -34,6 +34,8 @@ def check_servers(settings: Settings, app: Celery) -> None:
         problem = check_schema(settings.database_url)
     except TransientStorageError as error:
         logger.warning("PostgreSQL cannot be reached; jobs will wait for it: %s", error)
+    except StorageError as error:
+        problem = str(error)
     try:
         problem = problem or _redis_problem(app)
     except (OperationalError, RedisError, OSError) as error:

@@ -134,7 +134,8 @@ class InterviewAccessClient:
                 queue=QUEUE,
                 # Celery's own would carry the first thousand characters of ids into every event.
                 argsrepr="()",
-                kwargsrepr=summary(user_id, interview_ids),
+                kwargsrepr=f"user_id={shortened(str(user_id))}, "
+                f"interview_ids=<{describe(interview_ids)}>",
             )
         except (OperationalError, RedisError, OSError) as error:
             raise QueueUnavailableError(
@@ -199,12 +200,6 @@ class InterviewAccessClient:
                 {"job_id": job_id},
             ) from error
         return meta
-
-
-def summary(user_id: object, interview_ids: object) -> str:
-    """A job's arguments as one readable line for logs, events and Flower."""
-    count = f"{len(interview_ids):,}" if isinstance(interview_ids, list | tuple) else "?"
-    return f"user_id={shortened(str(user_id))}, interview_ids=<{count}>"
 
 
 def _failure(error: object) -> InterviewAccessError:
