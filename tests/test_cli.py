@@ -24,12 +24,11 @@ from interview_access.errors import (
     QueueUnavailableError,
 )
 from interview_access.producer import InterviewAccessClient
-from sqlalchemy import text
 
 from storage.samples import load_samples
-from tests.database import connected, database
+from tests.database import database
 from tests.stores import Background, until
-from tests.workers import ROOT, Site, site, worker
+from tests.workers import ROOT, Site, held_grant, site, worker
 from worker.local_stack import LocalStack
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -191,14 +190,7 @@ class TestGrant:
         """On a terminal a job of several chunks shows its progress."""
         ours, theirs = pty.openpty()
         words = ["grant", "--user", "cli-bar", "--wait", *by_interview(samples)]
-        with connected(here.store.database_url) as other:
-            other.execute(
-                text(
-                    "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
-                    " VALUES ('cli-bar', CAST(:id AS uuid))"
-                ),
-                {"id": samples[-1]},
-            )
+        with held_grant(here, "cli-bar", samples[-1]):
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker.cli", *words],
                 env={**here.environment(), "TERM": "xterm", "COLUMNS": "100"},
@@ -314,14 +306,7 @@ class TestClient:
     ) -> None:
         """A caller that asks for it sees the progress of a job of several chunks."""
         seen: list[JobProgress] = []
-        with connected(here.store.database_url) as other:
-            other.execute(
-                text(
-                    "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
-                    " VALUES ('client-4', CAST(:id AS uuid))"
-                ),
-                {"id": samples[-1]},
-            )
+        with held_grant(here, "client-4", samples[-1]):
             job_id = client.enqueue("client-4", samples)
             waiting = Background(lambda: client.wait(job_id, timeout=30, on_progress=seen.append))
             until(lambda: bool(seen))

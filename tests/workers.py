@@ -13,7 +13,9 @@ from uuid import uuid4
 
 from celery import Celery
 from redis import Redis
+from sqlalchemy import text
 
+from tests.database import connected
 from tests.stores import PostgresStore, postgres_store, until
 from worker.local_stack import LocalStack, Service
 
@@ -97,6 +99,20 @@ def site(stack: LocalStack, database_url: str, number: int) -> Iterator[Site]:
         here = Site(stack, store, number)
         yield here
         here.redis.close()
+
+
+@contextmanager
+def held_grant(here: Site, user_id: str, interview_id: str) -> Iterator[None]:
+    """A grant that somebody writes and then takes back: a job that wants it waits meanwhile."""
+    with connected(here.store.database_url) as other:
+        other.execute(
+            text(
+                "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
+                " VALUES (:user_id, CAST(:interview_id AS uuid))"
+            ),
+            {"user_id": user_id, "interview_id": interview_id},
+        )
+        yield
 
 
 @contextmanager
