@@ -95,12 +95,24 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         self._argsrepr, self._kwargsrepr = _shown(self._args, self._kwargs)
         self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
 
+    @property
+    def request_dict(self) -> dict[str, Any]:
+        """What a child is told besides the body, in which it reads the arguments.
+
+        Celery's own has them too, as objects: a list nested some hundred times in itself overflows
+        the pickler then, which ends the whole worker.
+        """
+        told = self._request_dict.items()
+        return {key: value for key, value in told if key not in {"args", "kwargs"}}
+
     def on_failure(
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> Any:
         """Celery's own, without a trace in the event where the job failed for a known cause."""
         if isinstance(exc_info.exception, InterviewAccessError):
             exc_info.traceback = ""
+        # Where a child died Celery sends the job again out of these.
+        self._request_dict.update(args=self._args, kwargs=self._kwargs)
         return super().on_failure(exc_info, send_failed_event, return_ok)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,10 +126,12 @@ BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
     "user with surrogate": (("\ud800", [ONE]), {}, INVALID_REQUEST, r"got the string '\ud800'"),
     "user null": ((None, [ONE]), {}, INVALID_REQUEST, "user_id: expected a string of 1 to 36"),
     "user number": ((7, [ONE]), {}, INVALID_REQUEST, "got the number 7"),
+    "user true": ((True, [ONE]), {}, INVALID_REQUEST, "got true"),
     "user list": (([USER], [ONE]), {}, INVALID_REQUEST, "got a list of 1"),
     "nothing": ((), {}, INVALID_REQUEST, "user_id: expected a value, got nothing"),
     "missing": ((), {"user_id": USER}, INVALID_REQUEST, "interview_ids: expected a value"),
     "extra": ((USER, [ONE]), {"extra": 1}, INVALID_REQUEST, "extra: expected only user_id and"),
+    "odd extra": ((USER, [ONE]), {"\ud800\0": 1}, INVALID_REQUEST, r"\ud800\x00: expected only user"),
     "self": ((USER, [ONE]), {"self": 1}, INVALID_REQUEST, "self: expected only user_id and"),
     "too many": ((USER, [ONE], 3), {}, INVALID_REQUEST, "expected at most 2 in order"),
     "twice": ((USER, [ONE]), {"user_id": USER}, INVALID_REQUEST, "user_id: expected one value"),
@@ -135,8 +139,11 @@ BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
     "ids string": ((USER, ONE), {}, INVALID_REQUEST, "interview_ids: expected a list of UUIDs"),
     "ids object": ((USER, {ONE: 1}), {}, INVALID_REQUEST, "got an object of 1"),
     "element null": ((USER, [ONE, None]), {}, INVALID_REQUEST, "interview_ids[1]: expected a UUID"),
+    "element number": ((USER, [7]), {}, INVALID_REQUEST, "as a string, got the number 7"),
     "element list": ((USER, [[ONE]]), {}, INVALID_REQUEST, "interview_ids[0]: expected a UUID"),
-    "deeply nested": ((USER, nested(400)), {}, INVALID_REQUEST, "got a list of 1"),
+    "name with surrogate": ((USER, [ONE]), {"\ud800": 1}, INVALID_REQUEST, "expected only user_id"),
+    "very deeply nested": ((USER, nested(900)), {}, INVALID_REQUEST, "got a list of 1"),
+    "deeply nested": ((USER, nested(500)), {}, INVALID_REQUEST, "got a list of 1"),
     "beyond the limit": ((USER, [ONE] * (LIMIT + 1)), {}, INVALID_REQUEST, "at most 25,000 ids"),
 }  # fmt: skip
 
@@ -161,6 +168,36 @@ def test_bad_requests_say_what_was_wrong(
     assert finished
     assert finished.answer.error
     assert finished.answer.error["type"] == kind
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["{%s}", "urn:uuid:%s", " %s", "%s\n", "%s0", "０%.35s"],
+    ids=["braces", "urn", "space", "line", "longer", "wide digit"],
+)
+def test_no_other_spelling_is_a_uuid(here: Site, spelling: str) -> None:
+    """What some parsers take for a UUID is malformed all the same, and grants nothing."""
+    user, odd = a_user(), spelling % ONE
+    result = here.answer(here.send(user, [odd, TWO]))["result"]
+    assert result["exc_type"] == INVALID_ID
+    shown = odd.replace("\n", r"\n")
+    assert result["exc_message"][1]["interview_ids"] == [{"value": shown, "reason": "malformed"}]
+    assert here.store.granted(user) == []
+
+
+def test_every_offending_id_is_counted_and_twenty_are_named(here: Site) -> None:
+    """Malformed and unknown ids are told together: up to 20 with their reasons, and the total."""
+    malformed = [f"{number}" for number in range(15)]
+    unknown = [str(uuid4()) for _ in range(15)]
+    job_id = here.send(USER, [ONE, *unknown, *malformed, malformed[0]])
+    sentence, details = here.answer(job_id)["result"]["exc_message"]
+    totals = (details["total"], details["malformed_total"], details["unknown_total"])
+    assert totals == (30, 15, 15)
+    named = [(one["value"], one["reason"]) for one in details["interview_ids"]]
+    assert named[:15] == [(one, "malformed") for one in malformed]
+    assert named[15:] == [(one, "unknown") for one in unknown[:5]]
+    assert "30 interview ids cannot be granted" in sentence
+    assert "; and 10 more" in sentence
 
 
 def test_a_bare_redis_client_is_served(here: Site) -> None:
@@ -243,6 +280,20 @@ def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
         job_id = here.send(user, ids)
         assert here.until_state(job_id, "PROGRESS")["result"] == {"done": CHUNK, "total": 3 * CHUNK}
         assert here.store.granted(user) == []
+    assert here.answer(job_id)["result"] == success(3 * CHUNK)
+    assert len(here.store.granted(user)) == 3 * CHUNK
+
+
+def test_a_job_whose_child_died_is_done_all_the_same(here: Site) -> None:
+    """A job whose child is killed inside of its transaction runs again and counts once."""
+    user, ids = a_user(), many(3 * CHUNK)
+    with held_grant(here, user, ids[-1]):
+        job_id = here.send(user, ids)
+        here.until_state(job_id, "PROGRESS")
+        (active,) = here.producer.control.inspect(timeout=10, limit=1).active().values()
+        (pid,) = [job["worker_pid"] for job in active if job["id"] == job_id]
+        os.kill(pid, signal.SIGKILL)
+        here.until_state(job_id, "RETRY")
     assert here.answer(job_id)["result"] == success(3 * CHUNK)
     assert len(here.store.granted(user)) == 3 * CHUNK
 

@@ -12,7 +12,8 @@ from pydantic_settings import BaseSettings
 
 def masked(url: str) -> str:
     """The URL without its password."""
-    without = re.sub(r"(?<=:)[^:/?#]*(?=@)", "***", url)
+    # To the last @, for a password in a URL that is no good may hold anything.
+    without = re.sub(r":(?!//).*@", ":***@", url, flags=re.DOTALL)
     return re.sub(r"(?<=password=)[^&]*", "***", without)
 
 

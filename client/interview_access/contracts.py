@@ -171,13 +171,17 @@ class _Request(BaseModel):
 def _invalid(error: ValidationError, names: Sequence[str]) -> InvalidGrantRequestException:
     problems: list[tuple[str, str, str]] = []
     total = 0
+    known = f"only {' and '.join(names)}"
     for problem in error.errors(include_url=False):
-        argument = shortened(str(problem["loc"][0]), quoted=False)
         total += 1
+        if not problem["loc"]:  # a name with a lone surrogate: pydantic reads no further than that
+            name = shortened(str(problem["input"]), quoted=False)
+            problems.append((name, known, "this one too"))
+            continue
+        argument = shortened(str(problem["loc"][0]), quoted=False)
         if problem["type"] == "missing":
             problems.append((argument, "a value", "nothing"))
         elif problem["type"] == "extra_forbidden":
-            known = f"only {' and '.join(names)}"
             problems.append((argument, known, f"this one too, {describe(problem['input'])}"))
         elif problem["type"] == "elements":
             total += problem["ctx"]["total"] - 1
