@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.database import database
-from tests.stores import Background, until
-from tests.workers import ROOT, Site, held_grant, site, worker
+from tests.stores import until
+from tests.workers import ROOT, Site, events, held_grant, site, worker
 from worker.local_stack import LocalStack
 
 USER = "123e4567-e89b-12d3-a456-426614174000"
@@ -229,25 +230,10 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     """Another request under a used id: the first answer stays; log, event, dead letter tell."""
     job_id = here.send(a_user(), [ONE])
     first = here.answer(job_id)
-    heard: list[dict[str, Any]] = []
-
-    def listen() -> None:
-        with here.producer.connection_for_read() as connection:
-            receiver = here.producer.events.Receiver(connection)
-
-            def hear(event: dict[str, Any]) -> None:
-                heard.append(event)
-                if event["type"] == "job-refused":
-                    receiver.should_stop = True
-
-            receiver.handlers["*"] = hear
-            receiver.capture(limit=None, timeout=30, wakeup=True)
-
-    listener = Background(listen)
-    until(lambda: bool(heard))  # a worker's heartbeat at the latest
     other = a_user()
-    here.send(other, [TWO], job_id=job_id)
-    listener.result()
+    with events(here) as heard:
+        here.send(other, [TWO], job_id=job_id)
+        until(lambda: any(event["type"] == "job-refused" for event in heard))
     (told,) = [event for event in heard if event["type"] == "job-refused"]
     assert told["uuid"] == job_id
     until(lambda: any(letter["job_id"] == job_id for letter in here.dead_letters()))
@@ -260,17 +246,32 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     assert here.store.granted(other) == []
 
 
+def ids_in(text: str) -> set[str]:
+    """What looks like an id in a text."""
+    return set(re.findall("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))
+
+
 def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
     """A job of 20,000 ids shows its user, its number of ids and its id, and none of the ids."""
     user, ids = a_user(), many(20_000)
-    job_id = here.send(user_id=user, interview_ids=ids)
-    assert here.answer(job_id)["result"] == success(20_000)
-    until(lambda: f"[{job_id}] succeeded" in log.read_text(encoding="utf-8"))
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if job_id in line]
-    (line,) = [line for line in lines if user in line]
+    before = log.stat().st_size
+    with events(here) as heard:
+        job_id = here.send(user_id=user, interview_ids=ids)
+        assert here.answer(job_id)["result"] == success(20_000)
+        until(lambda: any(event["type"] == "task-succeeded" for event in heard))
+    (received,) = [event for event in heard if event["type"] == "task-received"]
+    assert (received["uuid"], received["args"]) == (job_id, "()")
+    assert received["kwargs"] == f"user_id='{user}', interview_ids=<a list of 20,000>"
+    assert not ids_in(str(heard)) & set(ids)
+
+    def written() -> str:
+        return log.read_bytes()[before:].decode()
+
+    until(lambda: f"[{job_id}] succeeded" in written())
+    (line,) = [line for line in written().splitlines() if user in line]
     assert f"job {job_id}: user_id='{user}', interview_ids=<a list of 20,000>" in line
     assert "20,000 created, 0 already granted, 0 repeated" in line
-    assert not any(one in line for one in ids[:100] for line in lines)
+    assert not ids_in(written()) & set(ids)
 
 
 def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
@@ -351,7 +352,52 @@ def test_an_attempt_is_made_once(here: Site) -> None:
         here.send(task=task, job_id=job_id, interview_id=ONE, user_id=USER)
         results.append(here.answer(job_id)["result"])
     (attempt,) = here.store.attempts()
+    assert (attempt.interview_id, attempt.user_id) == (ONE, USER)
     assert results == [{"success": True, "interview_attempt_id": attempt.id}] * 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind", "words"),
+    [
+        ({"interview_id": NO_UUID, "user_id": USER}, INVALID_ID, f"'{NO_UUID}' is not a UUID"),
+        ({"interview_id": UNKNOWN, "user_id": USER}, INVALID_ID, "is no interview's id"),
+        (
+            {"interview_id": [ONE], "user_id": USER},
+            INVALID_REQUEST,
+            "interview_id: expected a UUID",
+        ),
+        ({"interview_id": ONE, "user_id": ""}, INVALID_REQUEST, "user_id: expected a string of 1"),
+        ({"interview_id": ONE}, INVALID_REQUEST, "user_id: expected a value, got nothing"),
+    ],
+    ids=["malformed", "unknown", "list", "user", "missing"],
+)
+def test_a_bad_attempt_says_what_was_wrong(
+    here: Site, kwargs: dict[str, Any], kind: str, words: str
+) -> None:
+    """An attempt that cannot be made fails as a grant does, and makes none."""
+    before = len(here.store.attempts())
+    job_id = here.send(task="interview_access.create_interview_attempt", **kwargs)
+    result = here.answer(job_id)["result"]
+    assert (result["exc_type"], result["exc_module"]) == (kind, "interview_access.errors")
+    assert words in result["exc_message"][0]
+    assert len(here.store.attempts()) == before
+    assert here.store.storage.get_finished_job(job_id)
+
+
+def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
+    """Each child has one job; what waits, waits where another worker can take it."""
+    user, ids = a_user(), many(3 * CHUNK)
+    with held_grant(here, user, ids[-1]):
+        held = [here.send(user, ids[1 - turn :]) for turn in range(2)]
+        for job_id in held:
+            here.until_state(job_id, "STARTED", "PROGRESS")
+        waiting = here.send(a_user(), [])
+        (reserved,) = here.producer.control.inspect(timeout=10, limit=1).reserved().values()
+        assert waiting not in {job["id"] for job in reserved}
+        assert here.redis.llen("interview-access") == 1
+        assert here.meta(waiting)["status"] == "PENDING"
+    assert here.answer(waiting)["result"] == success(0)
+    assert sum(here.answer(job_id)["result"]["created_access_count"] for job_id in held) == len(ids)
 
 
 def test_a_pickled_message_is_refused(here: Site) -> None:
@@ -386,7 +432,7 @@ def started(here: Site, **settings: object) -> subprocess.CompletedProcess[str]:
     [
         (
             "DATABASE_URL",
-            "mysql://me:secret@db/x",
+            "mysql://me:a/secret@db/x",
             "got 'mysql://me:***@db/x', expected postgresql",
         ),
         ("CELERY_BROKER_URL", None, "CELERY_BROKER_URL: not set, expected redis://"),

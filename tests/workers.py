@@ -16,7 +16,7 @@ from redis import Redis
 from sqlalchemy import text
 
 from tests.database import connected
-from tests.stores import PostgresStore, postgres_store, until
+from tests.stores import Background, PostgresStore, postgres_store, until
 from worker.local_stack import LocalStack, Service
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,21 @@ def held_grant(here: Site, user_id: str, interview_id: str) -> Iterator[None]:
             {"user_id": user_id, "interview_id": interview_id},
         )
         yield
+
+
+@contextmanager
+def events(here: Site) -> Iterator[list[dict[str, Any]]]:
+    """What the site's worker tells Flower and whoever listens, as it comes."""
+    heard: list[dict[str, Any]] = []
+    with here.producer.connection_for_read() as connection:
+        receiver = here.producer.events.Receiver(connection, handlers={"*": heard.append})
+        listener = Background(lambda: receiver.capture(limit=None, timeout=None, wakeup=True))
+        try:
+            until(lambda: bool(heard))  # a heartbeat at the latest: now nothing is missed
+            yield heard
+        finally:
+            receiver.should_stop = True
+            listener.result()
 
 
 @contextmanager
