@@ -13,13 +13,16 @@ task_default_queue = QUEUE  # without it a retry goes to `celery`, where nobody 
 task_create_missing_queues = False  # without it a typo in `-Q` makes a queue that nobody fills
 
 # --- Delivery --------------------------------------------------------------------------------
+# The transport (worker/transport.py) keeps what a worker holds in Redis, under the worker's lease.
+worker_consumer = "worker.delivery:JobConsumer"  # without it one bad header ends the worker
 task_acks_late = True  # without it a job whose worker dies was acknowledged before it was done
-task_retry_on_worker_lost = True  # without it a job whose child died is failed, though never done
 worker_prefetch_multiplier = 1  # without it a child hoards jobs behind a long one
-worker_cancel_long_running_tasks_on_connection_loss = True
-# Without it a job goes on here while Redis, having lost us, gives it to another worker as well.
+worker_cancel_long_running_tasks_on_connection_loss = False
+# Without it a lost connection ends every job, though the lease outlives it.
+worker_lost_wait = 3.0  # seconds for a dead child's last words; Celery's 10 hold its job up
 broker_transport_options = {
-    "visibility_timeout": 3600,  # seconds; must be longer than any job and any wait for a retry
+    "socket_connect_timeout": 5.0,  # seconds; without them a frozen Redis hangs the worker, and
+    "socket_timeout": 5.0,  # the lease's thread, whose patience must be shorter than the lease
 }
 broker_connection_retry_on_startup = True  # without it a worker started before Redis gives up
 broker_connection_max_retries = None  # without it a worker gives up on a Redis that stays away
@@ -34,6 +37,6 @@ result_expires = 86_400  # seconds that a result can be polled; the ledger keeps
 worker_send_task_events = True  # without it Flower stays empty
 task_track_started = True  # without it a running job reads PENDING, as one that nobody sent
 result_backend_always_retry = True  # without it one lost connection costs a job its result
-result_backend_max_retries = 20  # without it a worker waits for ever on a Redis that stays away
+result_backend_max_retries = 3  # without it a worker waits for ever on a Redis that stays away
 redis_socket_connect_timeout = 5.0  # seconds; without it a frozen Redis hangs the worker
 redis_socket_timeout = 30.0  # seconds; Celery's default is longer than our patience with a lock

@@ -42,6 +42,11 @@ class StorageError(Exception):
 class TransientStorageError(StorageError):
     """The database could not do it now; the whole transaction can be tried again."""
 
+    @property
+    def unreachable(self) -> bool:
+        """Whether no job would fare better: no server answered, or it is going down or full."""
+        return self.sqlstate is None or self.sqlstate[:2] in {"08", "53", "57"}
+
 
 class InterviewTransactionInterface(ABC):
     """One open transaction, isolated as READ COMMITTED or more strictly.

@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NoReturn
 
 from celery import Task
-from celery.exceptions import Reject
+from celery.exceptions import Reject, Retry
 from celery.utils.log import get_task_logger
 from celery.utils.time import get_exponential_backoff_interval
-from celery.worker.request import Request
 from interview_access.contracts import (
     CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
@@ -37,16 +36,15 @@ from interview_access.errors import (
     InvalidGrantRequestException,
     InvalidInterviewIdException,
     JobFailedError,
-    JobIdReusedException,
     StorageUnavailableException,
     shortened,
 )
 
-from storage.dtos import JobDTO
+from storage.dtos import AnswerDTO, JobDTO
 from storage.interface import InterviewStorageInterface, StorageError, TransientStorageError
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 from tasks.interview_attempts import InterviewAttemptInteractor, InterviewAttemptJob
-from tasks.ledger import Outcome, result_of
+from tasks.ledger import Outcome, failure, result_of
 
 logger = get_task_logger(__name__)
 
@@ -54,15 +52,6 @@ _PROGRESS_SECONDS = 0.5
 
 Args = Sequence[object]
 Kwargs = Mapping[str, object]
-
-
-class DeadLetters(Protocol):
-    """Where a message goes that could not be done, with its reason."""
-
-    def bury(
-        self, job_id: str, task: str, args: Args, kwargs: Kwargs, *, reason: str, attempts: int
-    ) -> None:
-        """Keep the message, so that an operator can look at it and send it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,65 +66,35 @@ class Workplace:
     """
 
     storage: Callable[[], InterviewStorageInterface]
-    dead_letters: DeadLetters
     max_interview_ids: int
     retry_limit: int
     retry_max_delay: int
 
 
-class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
-    """A message as the worker's main process holds it, shown short.
-
-    A producer's own representation of 100,000 ids would be the first thousand characters of them,
-    in every event and in Flower; a plain ``LPUSH`` brings none at all.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._argsrepr, self._kwargsrepr = _shown(self._args, self._kwargs)
-        self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
-
-    @property
-    def request_dict(self) -> dict[str, Any]:
-        """What a child is told besides the body, in which it reads the arguments.
-
-        Celery's own has them too, as objects: a list nested some hundred times in itself overflows
-        the pickler then, which ends the whole worker.
-        """
-        told = self._request_dict.items()
-        return {key: value for key, value in told if key not in {"args", "kwargs"}}
-
-    def on_failure(
-        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
-    ) -> Any:
-        """Celery's own, without a trace in the event where the job failed for a known cause."""
-        if isinstance(exc_info.exception, InterviewAccessError):
-            exc_info.traceback = ""
-        # Where a child died Celery sends the job again out of these.
-        self._request_dict.update(args=self._args, kwargs=self._kwargs)
-        return super().on_failure(exc_info, send_failed_event, return_ok)
-
-
 class JobTask(Task):  # type: ignore[misc] # Celery ships no types
-    """One task of the contract: reads its message, has the job settled, tells its outcome."""
+    """One task of the contract: reads its message, has the job settled, tells its outcome.
+
+    What becomes of the message is told to the main process: a return, or a failure for cause, is
+    final and stored; :class:`~celery.exceptions.Retry` asks for another try; and
+    :class:`~celery.exceptions.Reject` sends it to the dead letters, with its reason.
+    """
 
     abstract = True
     typing = False  # what is wrong with an argument is ours to say, with its name
-    Request = f"{__name__}:JobRequest"
     throws: ClassVar[tuple[type[Exception], ...]] = (
         InvalidGrantRequestException,
         InvalidInterviewIdException,
-        StorageUnavailableException,
+        JobFailedError,
     )  # for cause: a line in the log, no trace
-    default_retry_delay = 5  # seconds until a job whose child died runs again
 
     def __init__(self, workplace: Workplace) -> None:
         self.workplace = workplace
-        self.max_retries = workplace.retry_limit
 
     @abstractmethod
-    def settle(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
-        """Make the message a job and have it done."""
+    def settle(
+        self, job_id: str, args: Args, kwargs: Kwargs, fault: InterviewAccessError | None
+    ) -> Outcome:
+        """Make the message a job and have it done, or failed for the ``fault``."""
 
     def __call__(self, /, *args: object, **kwargs: object) -> dict[str, Any]:
         """Run; Celery's own would take a message's argument named ``self`` for this one."""
@@ -145,18 +104,17 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         """Do one delivery of a job.
 
         Raises:
-            InterviewAccessError: the job's failure, as the ledger holds it, or
-                :class:`StorageUnavailableException` when its tries are used up.
+            InterviewAccessError: the job's failure, as the ledger holds it.
+            Retry: the database was in trouble, and may not be by and by.
+            Reject: the outcome is stored, and operators should look at the message.
         """
         job_id = self.request.id
         if not is_job_id(job_id):
             raise InvalidGrantRequestException.of([("job id", JOB_ID_RULE, describe(job_id))])
         started = time.monotonic()
         outcome = self._settled(job_id, args, kwargs)
-        if outcome.refusal:
-            self._refuse(outcome.refusal, args, kwargs)
-        if outcome.trouble or not outcome.answer:
-            self._later(outcome.trouble, args, kwargs)
+        if outcome.answer is None:
+            self._later(outcome.trouble)
         logger.info(
             "job %s: %s: %s in %.2f s",
             job_id,
@@ -164,37 +122,46 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             _told(outcome),
             time.monotonic() - started,
         )
-        return result_of(outcome.answer)
+        if outcome.refusal:
+            logger.warning("job %s: refused: %s", job_id, outcome.refusal)
+            self.send_event("job-refused", reason=outcome.refusal.sentence)
+            self._bury(outcome.refusal, outcome.answer)
+        try:
+            return result_of(outcome.answer)
+        except JobFailedError as error:
+            if not outcome.repeated:
+                self._bury(error, outcome.answer)
+            raise
 
     def _settled(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
+        verdict = self.request.verdict
+        fault = JobFailedError(verdict, {"attempts": self.request.retries}) if verdict else None
         try:
-            outcome = self.settle(job_id, args, kwargs)
+            outcome = self.settle(job_id, args, kwargs, fault)
             if outcome.trouble and not isinstance(outcome.trouble, TransientStorageError):
                 raise outcome.trouble  # noqa: TRY301 - to go the way of every other surprise
         except Exception as error:
-            # Nobody's fault that we know of: kept for an operator, and told without the error's own
-            # words, which may hold anything. The log has it whole.
+            # Nobody's fault that we know of: told without the error's own words, which may hold
+            # anything. The log has it whole.
             kind = type(error).__name__
             code = getattr(error, "sqlstate", None)
             sentence = f"The job failed for a cause of the worker's own: {kind} ({code})."
-            self._bury(sentence, args, kwargs)
-            raise JobFailedError(sentence, {"exc_type": kind, "sqlstate": code}) from error
+            logger.exception("job %s: %s", job_id, sentence)
+            fault = JobFailedError(sentence, {"exc_type": kind, "sqlstate": code})
+            try:
+                outcome = self.settle(job_id, args, kwargs, fault)
+            except Exception:  # noqa: BLE001 - the same again, most likely
+                outcome = Outcome(trouble=StorageError(sentence))
+            if outcome.trouble:
+                self._bury(fault, failure(fault))
         return outcome
 
-    def _refuse(self, refusal: JobIdReusedException, args: Args, kwargs: Kwargs) -> None:
-        """Tell operators; the job's poller is answered as the first time."""
-        logger.warning("job %s: refused: %s", self.request.id, refusal)
-        self.send_event("job-refused", reason=refusal.sentence)
-        self._bury(f"{type(refusal).__name__}: {refusal}", args, kwargs)
-
-    def _later(self, trouble: StorageError | None, args: Args, kwargs: Kwargs) -> NoReturn:
-        """Put the job back for another try, or give it up."""
+    def _later(self, trouble: StorageError | None) -> NoReturn:
+        """Ask for another try, or give it up."""
         tries = self.request.retries + 1
         if tries > self.workplace.retry_limit:
             error = StorageUnavailableException.of(tries, str(trouble))
-            self._bury(f"{type(error).__name__}: {error}", args, kwargs)
-            raise error from trouble
-        argsrepr, kwargsrepr = _shown(args, kwargs)
+            self._bury(error, failure(error))
         delay = get_exponential_backoff_interval(
             factor=1,
             retries=self.request.retries,
@@ -202,26 +169,15 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             full_jitter=True,
         )
         logger.warning("job %s: try %d failed: %s", self.request.id, tries, trouble)
-        try:
-            self.retry(exc=trouble, countdown=delay, argsrepr=argsrepr, kwargsrepr=kwargsrepr)
-        except Reject as reject:
-            # The try could not be put on the queue; Celery would throw the message away with it.
-            raise Reject(reject.reason, requeue=True) from trouble
-        raise AssertionError("Task.retry returned")
+        raise Retry(exc=trouble, when=delay)
 
-    def _bury(self, reason: str, args: Args, kwargs: Kwargs) -> None:
+    def _bury(self, error: InterviewAccessError, answer: AnswerDTO) -> NoReturn:
+        """Store the answer, and have the message kept for the operators with the error."""
         try:
-            self.workplace.dead_letters.bury(
-                self.request.id,
-                self.name,
-                args,
-                kwargs,
-                reason=reason,
-                attempts=self.request.retries + 1,
-            )
-        except Exception as error:
-            # A message that is neither done nor kept must stay on the queue.
-            raise Reject(error, requeue=True) from error
+            self.backend.mark_as_done(self.request.id, result_of(answer), self.request)
+        except InterviewAccessError as failed:
+            self.backend.mark_as_failure(self.request.id, failed, request=self.request)
+        raise Reject(f"{type(error).__name__}: {error}", requeue=False)
 
 
 class GrantAccessTask(JobTask):
@@ -229,12 +185,15 @@ class GrantAccessTask(JobTask):
 
     name = GRANT_ACCESS
 
-    def settle(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
+    def settle(
+        self, job_id: str, args: Args, kwargs: Kwargs, fault: InterviewAccessError | None
+    ) -> Outcome:
         """Have the grants made."""
         interactor = GrantAccessInteractor(self.workplace.storage())
         job = grant_access_job(
             job_id, args, kwargs, max_interview_ids=self.workplace.max_interview_ids
         )
+        job = replace(job, fault=job.fault or fault)
         (outcome,) = interactor.grant_access([job], _Progress(self))
         return outcome
 
@@ -244,12 +203,14 @@ class CreateInterviewAttemptTask(JobTask):
 
     name = CREATE_INTERVIEW_ATTEMPT
 
-    def settle(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
+    def settle(
+        self, job_id: str, args: Args, kwargs: Kwargs, fault: InterviewAccessError | None
+    ) -> Outcome:
         """Have the attempt made."""
         interactor = InterviewAttemptInteractor(self.workplace.storage())
-        (outcome,) = interactor.create_interview_attempt(
-            [interview_attempt_job(job_id, args, kwargs)]
-        )
+        job = interview_attempt_job(job_id, args, kwargs)
+        job = replace(job, fault=job.fault or fault)
+        (outcome,) = interactor.create_interview_attempt([job])
         return outcome
 
 
@@ -283,10 +244,7 @@ def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewA
 
 
 class _Progress:
-    """Tells a running job's progress as its state, at most twice a second, as well as Redis allows.
-
-    Progress is a courtesy: Redis away for a moment fails no job.
-    """
+    """Tells a running job's progress as its state, at most twice a second."""
 
     def __init__(self, task: JobTask) -> None:
         self._task = task
@@ -298,17 +256,14 @@ class _Progress:
             return
         self._next = now + _PROGRESS_SECONDS
         meta = JobProgress(done=done, total=total).model_dump()
-        try:
-            self._task.update_state(state=PROGRESS, meta=meta)
-        except self._task.backend.connection_errors as error:
-            logger.warning("job %s: progress not told: %s", self._task.request.id, error)
+        self._task.update_state(state=PROGRESS, meta=meta)
 
 
 def _unreadable(job_id: str, task: str, args: Args, kwargs: Kwargs) -> JobDTO:
     return JobDTO(job_id, task, None, unreadable_request_digest(task, args, kwargs))
 
 
-def _shown(args: object, kwargs: object) -> tuple[str, str]:
+def shown(args: object, kwargs: object) -> tuple[str, str]:
     """A message's arguments for people: each in a few words, whatever its size."""
     positional = [_brief(value) for value in args] if isinstance(args, list | tuple) else []
     named = (
@@ -320,7 +275,7 @@ def _shown(args: object, kwargs: object) -> tuple[str, str]:
 
 
 def _line(args: Args, kwargs: Kwargs) -> str:
-    positional, named = _shown(args, kwargs)
+    positional, named = shown(args, kwargs)
     return named if positional == "()" else f"{positional} {named}".strip()
 
 

@@ -337,6 +337,7 @@ def test_trouble_that_stays_uses_the_tries_up(
         assert result["exc_type"] == "StorageUnavailableException"
         assert "in 3 tries" in result["exc_message"][0]
         assert "25006" in result["exc_message"][0]
+        until(lambda: bool(there.dead_letters()))
         (letter,) = there.dead_letters()
         assert (letter["job_id"], letter["attempts"]) == (job_id, "3")
         there.send("ann", [], job_id=job_id)

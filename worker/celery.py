@@ -6,13 +6,19 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_after_setup, worker_process_init
+from celery.signals import (
+    celeryd_after_setup,
+    worker_process_init,
+    worker_shutdown,
+    worker_shutting_down,
+)
+from kombu.transport import TRANSPORT_ALIASES
 
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import CreateInterviewAttemptTask, GrantAccessTask, Workplace
-from worker.dead_letters import RedisDeadLetters
 from worker.settings import Settings, SettingsError
 from worker.startup import check_servers
+from worker.transport import lease_of_this_process
 
 try:
     settings = Settings.from_environment()
@@ -20,10 +26,20 @@ except SettingsError as error:
     # No exception of an ordinary kind: Celery's command would print a trace over it.
     raise SystemExit(f"The worker cannot start:\n{error}") from None
 
+for _scheme in ("redis", "rediss"):
+    TRANSPORT_ALIASES[_scheme] = "worker.transport:Transport"
+TRANSPORT_ALIASES["sentinel"] = "worker.transport:SentinelTransport"
+
 app = Celery("interview_access_worker")
 app.config_from_object("celeryconfig")
 app.conf.update(
-    broker_url=settings.celery_broker_url, result_backend=settings.celery_result_backend
+    broker_url=settings.celery_broker_url,
+    result_backend=settings.celery_result_backend,
+    broker_transport_options={
+        **app.conf.broker_transport_options,
+        "attempt_limit": settings.grant_attempt_limit,
+        "stop_grace": settings.grant_stop_grace,
+    },
 )
 app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.results:JobResults")
 
@@ -44,12 +60,26 @@ def _check_servers(**_: Any) -> None:
     check_servers(settings, app)
 
 
+@worker_shutting_down.connect  # type: ignore[untyped-decorator] # Celery ships no types
+def _drain(how: str, **_: Any) -> None:
+    lease = lease_of_this_process()
+    if lease is not None:
+        lease.drain(at_once=how == "Cold")
+
+
+@worker_shutdown.connect  # type: ignore[untyped-decorator] # Celery ships no types
+def _let_go(**_: Any) -> None:
+    lease = lease_of_this_process()
+    if lease is not None:
+        lease.close()
+
+
 workplace = Workplace(
     storage=storage,
-    dead_letters=RedisDeadLetters(app),
     max_interview_ids=settings.grant_max_interview_ids,
     retry_limit=settings.grant_retry_limit,
     retry_max_delay=settings.grant_retry_max_delay,
 )
-app.register_task(GrantAccessTask(workplace))
-app.register_task(CreateInterviewAttemptTask(workplace))
+for task in (GrantAccessTask(workplace), CreateInterviewAttemptTask(workplace)):
+    task.Request = "worker.delivery:JobRequest"
+    app.register_task(task)

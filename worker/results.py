@@ -1,17 +1,42 @@
-"""Where results go: Celery's Redis backend, without what a poller should not see."""
+"""Where results go: Celery's Redis backend, by which only the ledger says how a job ended."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from interview_access.errors import InterviewAccessError
+from celery import states
+from celery.exceptions import BackendStoreError, Reject
+from celery.utils.log import get_logger
+from interview_access.errors import (
+    InterviewAccessError,
+    JobFailedError,
+    StorageUnavailableException,
+)
 from interview_access.producer import PolledResults
+from redis.exceptions import RedisError
 
 from storage.interface import StorageError
 
+logger = get_logger(__name__)
+
+_COMPARE_AND_SET = """#!lua flags=allow-oom
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SETEX', KEYS[1], ARGV[3], ARGV[2])
+redis.call('PUBLISH', KEYS[1], ARGV[2])
+return 1
+"""
+
+_LOOKS = 10
+"""At what is stored, each time after another has stored something meanwhile."""
+
+_UNSETTLED, _NOT_DONE, _GIVEN_UP, _ANSWERED = range(4)
+"""How final a result is. A less final one never takes a more final one's place."""
+
+_NOT_ANSWERS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.__name__: _GIVEN_UP}
+
 
 class JobResults(PolledResults):
-    """Stores a failure for a known cause without a trace: its sentence says what was wrong."""
+    """Stores what a job's poller reads."""
 
     def store_result(
         self,
@@ -22,7 +47,63 @@ class JobResults(PolledResults):
         request: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Celery's own; the log has the trace where there is one to be had."""
+        """Store a state, or an answer for good.
+
+        Where a job is, is a courtesy: it is stored if that can be done. An answer must be stored
+        before its message is acknowledged.
+
+        Raises:
+            Reject: an answer cannot be stored now; the message is to go back to its queue.
+            Exception: a failure that is none of the contract's; it is no verdict, whatever it is.
+        """
         if isinstance(result, InterviewAccessError | StorageError):
-            traceback = None
-        return super().store_result(task_id, result, state, traceback, request, **kwargs)
+            traceback = None  # its sentence says what was wrong; the log has the rest
+        if state not in states.READY_STATES:
+            try:
+                self._store_result(
+                    task_id, self.encode_result(result, state), state, traceback, request
+                )
+            except RedisError as error:
+                logger.warning("job %s: its state %s is not told: %s", task_id, state, error)
+            return result
+        if state != states.SUCCESS and not isinstance(result, InterviewAccessError):
+            raise result
+        try:
+            return super().store_result(task_id, result, state, traceback, request, **kwargs)
+        except (BackendStoreError, RedisError) as error:
+            raise Reject(f"its result cannot be stored: {error}", requeue=True) from error
+
+    def _store_result(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: str | None = None,
+        request: Any = None,
+        **_: Any,
+    ) -> Any:
+        """Compare and set. Celery reads, then writes: a zombie's failure replaces a success."""
+        meta = self._get_result_meta(
+            result=result, state=state, traceback=traceback, request=request
+        )
+        value = self.encode({**meta, "task_id": task_id})
+        rank = _rank(state, meta["result"])
+        key = self.get_key_for_task(task_id)
+        expires = self.failure_expires if state == states.FAILURE else self.expires
+        for _look in range(_LOOKS):
+            stored = self.client.get(key) or b""
+            if stored:
+                before = self.decode(stored)
+                before_rank = _rank(before["status"], before["result"])
+                if rank < before_rank or rank == before_rank > _UNSETTLED:
+                    return result
+            if self.client.register_script(_COMPARE_AND_SET)([key], [stored, value, expires]):
+                return result
+        raise BackendStoreError("others store other states of it", state=state, task_id=task_id)
+
+
+def _rank(state: str, result: Any) -> int:
+    if state not in states.READY_STATES:
+        return _UNSETTLED
+    kind = result.get("exc_type") if isinstance(result, dict) else None
+    return _NOT_ANSWERS.get(str(kind), _ANSWERED)

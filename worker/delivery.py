@@ -1,0 +1,241 @@
+"""What the worker's main process does with one delivered message, from its claim to its end.
+
+It never judges a job. Only the ledger says how a job ended: a child that settled it there says so,
+and its message is acknowledged. Whatever else happens to a child, the message goes back to the
+queue; and when it has gone back too often, was revoked or is past its time, a child is told to
+settle it as failed, which the ledger allows only where there is no answer yet.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from celery.exceptions import Reject, Retry
+from celery.utils.log import get_logger
+from celery.worker import state
+from celery.worker.consumer import Consumer
+from celery.worker.request import Request
+from interview_access.errors import InterviewAccessError, JobFailedError
+from kombu.utils.encoding import safe_repr
+from redis.exceptions import RedisError
+
+from storage.interface import TransientStorageError
+from tasks.celery_tasks import shown
+from worker.lease import Lease
+from worker.transport import lease_of_this_process
+
+logger = get_logger(__name__)
+
+_AGAIN_SECONDS = (
+    5.0  # until a job whose child died, or whose result could not be stored, runs again
+)
+_HOPELESS_TRIES = 3  # of settling a job as failed, when even that ends its child
+
+
+class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
+    """A message as the worker's main process holds it, shown short.
+
+    A producer's own representation of 100,000 ids would be the first thousand characters of them,
+    in every event and in Flower; a plain ``LPUSH`` brings none at all.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._argsrepr, self._kwargsrepr = shown(self._args, self._kwargs)
+        self._lease: Lease = self.message.channel.lease
+        self._receipt: str = self.message.delivery_tag
+        claim = self._lease.claim_of(self._receipt)
+        self._tries = claim.tries
+        self._request_dict.update(
+            argsrepr=self._argsrepr,
+            kwargsrepr=self._kwargsrepr,
+            retries=claim.deferrals,
+            verdict=None,
+        )
+
+    @property
+    def request_dict(self) -> dict[str, Any]:
+        """What a child is told besides the body, in which it reads the arguments.
+
+        Celery's own has them too, as objects: a list nested some hundred times in itself overflows
+        the pickler then, which ends the whole worker.
+        """
+        told = self._request_dict.items()
+        return {key: value for key, value in told if key not in {"args", "kwargs"}}
+
+    def revoked(self) -> bool:
+        """Whether not to run it. Celery asks right before a child gets it.
+
+        Celery's own would answer a revoked or expired job itself, whatever the ledger says.
+        """
+        self._request_dict["verdict"] = self._verdict()
+        if self._tries >= self._lease.attempt_limit + _HOPELESS_TRIES:
+            self._give_up()
+        elif not self._lease.start(self._receipt):
+            self._settled()
+        return bool(self.acknowledged)
+
+    def _verdict(self) -> str | None:
+        """Why it is to be settled as failed, if it is."""
+        if self._tries >= self._lease.attempt_limit:
+            return (
+                f"The job ended its worker's process {self._tries} times, by its size perhaps, "
+                "or went over its time limit; it is not tried again."
+            )
+        if self.id in state.revoked:
+            return "The job was revoked by an operator."
+        if self.expires and datetime.now(UTC) > self.expires.astimezone(UTC):
+            return f"The job expired at {self.expires.isoformat()}, before a worker was free."
+        return None
+
+    def _give_up(self) -> None:
+        """Even settling it as failed ended the child each time: the last word is the operators'."""
+        error = JobFailedError(str(self._request_dict["verdict"]), {"attempts": self._tries})
+        self.task.backend.mark_as_failure(self.id, error, request=self._context)
+        self.send_event("task-failed", exception=safe_repr(error), traceback="")
+        self._bury(error.sentence)
+
+    def acknowledge(self) -> None:
+        """Done with, and said at once: Celery's own waits for a turn of the main loop."""
+        if not self.acknowledged:
+            self._lease.acknowledge(self._receipt)
+            self._settled()
+
+    def reject(self, requeue: bool = False) -> None:
+        """Back to its queue, or to the dead letters."""
+        if not self.acknowledged:
+            if requeue:
+                self._lease.give_back(self._receipt)
+                self._settled()
+            else:
+                self._bury("It was rejected without a reason.")
+
+    def on_success(self, failed__retval__runtime: Any, **kwargs: Any) -> None:
+        """Celery's own; the database can be reached."""
+        if not failed__retval__runtime[0]:
+            self._lease.no_trouble()
+        super().on_success(failed__retval__runtime, **kwargs)
+
+    def _on_retry(self, retry: Retry) -> None:
+        """The job asks for another try: deferred within Redis, never sent anew."""
+        if isinstance(retry.exc, TransientStorageError) and retry.exc.unreachable:
+            self._lease.trouble()
+        self._lease.defer(self._receipt, float(retry.when or 0))
+        self._settled()
+        self.send_event("task-retried", exception=safe_repr(retry.exc), traceback="")
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: ARG002 - Celery's names
+        """Told after :meth:`on_failure` has let go of it."""
+        logger.error("job %s: over its time limit of %s s: its child is ended", self.id, timeout)
+
+    def on_failure(
+        self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
+    ) -> None:
+        """The child failed the job as the ledger says, or said what to do, or is gone."""
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, Retry):
+            self._on_retry(error)
+        elif isinstance(error, Reject) and error.requeue:
+            # Done, perhaps: its result could not be stored, and can be when the ledger is asked.
+            logger.warning("job %s: goes back: %s", self.id, error.reason)
+            self._lease.defer(self._receipt, _AGAIN_SECONDS)
+            self._settled()
+        elif isinstance(error, Reject):
+            self._bury(str(error.reason))
+            if send_failed_event:
+                self.send_event("task-failed", exception=str(error.reason), traceback="")
+        elif return_ok and isinstance(error, InterviewAccessError):
+            self._lease.no_trouble()
+            self.acknowledge()
+            if send_failed_event:
+                self.send_event("task-failed", exception=safe_repr(error), traceback="")
+        else:
+            self._on_child_lost(error)
+
+    def _on_child_lost(self, error: BaseException) -> None:
+        """Nobody knows how far the job came. The ledger does, when it is tried again."""
+        if self.id in state.revoked:
+            self.reject(requeue=True)
+            return
+        logger.error("job %s: try %d ended with its child: %r", self.id, self._tries + 1, error)
+        self._lease.defer(self._receipt, _AGAIN_SECONDS, in_order=False)
+        self._settled()
+        self.send_event("task-retried", exception=safe_repr(error), traceback="")
+
+    def _announce_revoked(
+        self,
+        reason: str,  # noqa: ARG002 - Celery's name
+        terminated: bool,
+        signum: object,
+        expired: bool,
+    ) -> None:
+        """Its child is being ended by an operator's command, which :meth:`on_failure` will hear."""
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+
+    def _announce_cancelled(self, emit_retry: bool = True) -> None:  # noqa: ARG002 - Celery's name
+        """Its child is being ended because the worker is: no verdict, and no try."""
+        self.reject(requeue=True)
+
+    def _bury(self, reason: str) -> None:
+        self._lease.bury(self._receipt, reason, job_id=str(self.id), task=str(self.name))
+        self._settled()
+
+    def _settled(self) -> None:
+        state.task_ready(self)
+        self.acknowledged = True
+        self.message.channel.qos.settled(self._receipt)
+
+
+class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
+    """Celery's consumer, which throws nothing away and survives the loss of its connection."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's own, but for messages that it stumbles over: they are buried.
+
+        Headers that make no sense raise whatever they raise in there, and that would end the
+        worker, or, as a KeyError, pass for a connection that was lost.
+        """
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_task_received(message: Any) -> None:
+            try:
+                handle(message)
+            except (RedisError, OSError):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever its headers may cause
+                self._bury(message, f"It cannot be read: {type(error).__name__}: {error}")
+
+        return on_task_received
+
+    def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002 - Celery's name
+        """No task is named."""
+        self._bury(message, "It is no Celery task: it names none.")
+
+    def on_unknown_task(self, body: object, message: Any, exc: object) -> None:  # noqa: ARG002
+        """A task is named that this worker does not have. The id's poller is told, too."""
+        name, job_id = message.headers.get("task"), message.headers.get("id")
+        reason = f"There is no task {name!r} here."
+        if isinstance(job_id, str):
+            self.app.backend.mark_as_failure(job_id, JobFailedError(reason, {"task": str(name)}))
+        self._bury(message, reason)
+
+    def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """Its content type is refused, or its headers are."""
+        self._bury(message, f"It cannot be read: {type(exc).__name__}: {exc}")
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Its body is not what its content type says."""
+        self._bury(message, f"Its body cannot be decoded: {type(exc).__name__}: {exc}")
+
+    def _bury(self, message: Any, reason: str) -> None:
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        job_id, task = str(headers.get("id", "")), str(headers.get("task", ""))
+        logger.error("job %s: buried: %s", job_id[:255], reason[:500])
+        lease = lease_of_this_process()
+        if lease is not None and not message.acknowledged:
+            lease.bury(message.delivery_tag, reason[:500], job_id=job_id[:255], task=task[:255])
+            message.channel.qos.settled(message.delivery_tag)

@@ -1,0 +1,332 @@
+"""A worker process's lease: what it holds, for how long it has spoken, and how it lets go.
+
+One for the main process, whatever becomes of its connections: a job goes on while the worker
+reconnects. Safety does not hang on any of it. A lease lost too early makes a job run twice, and the
+ledger in PostgreSQL then gives both the same answer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from uuid import uuid4
+
+from billiard.process import active_children
+from celery.utils.log import get_logger
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from worker.claims import Claim, Claims
+
+logger = get_logger(__name__)
+
+LEASE_SECONDS = 8.0
+"""For how long a worker has spoken. A dead one's jobs are back after two of them and a little."""
+
+_BEAT_SECONDS = 1.0
+_DEAF_SECONDS = 120.0
+"""A main loop that has not come round for so long is stuck: its lease is not renewed any more."""
+
+_CLAIM_BYTES = 16 * 1024 * 1024
+"""After so many bytes no more is claimed in one go: a message of 100,000 ids has 4 MB."""
+
+_LONGEST_REST_SECONDS = 30.0
+
+
+class Lease:
+    """What this process holds of the queue. Safe in threads."""
+
+    def __init__(
+        self, client: Redis, *, attempt_limit: int, grace: float, lease: float = LEASE_SECONDS
+    ) -> None:
+        """Nothing is said to Redis before :meth:`open`.
+
+        Args:
+            client: Of the lease's own, without retries.
+            attempt_limit: Tries of a message that kills its worker.
+            grace: Seconds for which a worker that is asked to stop lets running jobs go on.
+            lease: Seconds for which a worker has spoken.
+        """
+        self.attempt_limit = attempt_limit
+        self._claims = Claims(client, lease=lease)
+        self._seconds = lease
+        self._grace = grace
+        self._client = client
+        self._incarnations: list[str] = []  # the last is ours; others, until they are handed over
+        self._server: str | None = None
+        self._next_number = 1
+        self._held: dict[str, Claim] = {}
+        self._running: set[str] = set()
+        self._unsent: dict[str, Callable[[], object]] = {}
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._woken = threading.Event()
+        self._closed = False
+        self._drained_by: float | None = None
+        self._heard = time.monotonic()
+        self._rest_until = 0.0
+        self._troubles = 0
+        self._suspects: dict[str, tuple[float, float]] = {}
+        self._looked = 0.0
+
+    @property
+    def _incarnation(self) -> str:
+        if len(self._incarnations) != 1:
+            raise RedisConnectionError("no lease stands: the worker has not reconnected yet")
+        return self._incarnations[0]
+
+    # --- What the transport asks ------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin, or go on after a connection was lost, under a new incarnation.
+
+        What a claim took whose reply was lost goes back, as do jobs that had not begun; a command
+        that is still on its way on the old connection finds its incarnation gone.
+        """
+        with self._lock:
+            incarnation = uuid4().hex
+            self._incarnations.append(incarnation)
+            server = str(self._client.info("server")["run_id"])
+            kept = set(self._claims.open(incarnation, self._incarnations[:-1], self._held))
+            self._incarnations = [incarnation]
+            lost = [self._held.pop(receipt) for receipt in set(self._held) - kept]
+            self._running &= kept
+            if self._server not in {None, server}:
+                # A server that came back without its last second, or another in its place, may
+                # have neither the claim nor the message. Once too often does no harm.
+                for claim in lost:
+                    self._claims.put(claim.queue, claim.message)
+            if lost:
+                logger.warning("the lease was lost: %d messages are others' by now", len(lost))
+            self._server = server
+            self._let_go_of_the_waiting()
+        self.heard()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+            self._thread.start()
+
+    def claim(self, queues: Sequence[str], room: int) -> list[Claim] | None:
+        """Take at most ``room`` messages; None where the lease is lost.
+
+        Raises what redis raises, and then more may have been claimed than is known: open again.
+        """
+        with self._lock:
+            if not self.may_claim():
+                return []
+            room = 1 if self._troubles else room
+            first, self._next_number = self._next_number, self._next_number + room
+            claims = self._claims.claim(
+                self._incarnation,
+                queues,
+                receipt=first,
+                room=room,
+                size=_CLAIM_BYTES,
+                alone_after=self.attempt_limit - 1,
+            )
+            self._held.update((claim.receipt, claim) for claim in claims or ())
+            return claims
+
+    def may_claim(self) -> bool:
+        """Whether this worker wants another message at all."""
+        alone = any(claim.tries >= self.attempt_limit - 1 for claim in self._held.values())
+        probing = self._troubles > 0 and bool(self._held)
+        return not (
+            alone
+            or probing
+            or self._drained_by is not None
+            or self._closed
+            or time.monotonic() < self._rest_until
+        )
+
+    def heard(self) -> None:
+        """The main loop has come round."""
+        self._heard = time.monotonic()
+
+    def claim_of(self, receipt: str) -> Claim:
+        """What is known of a message; of one that is held no more, nothing."""
+        return self._held.get(receipt, Claim(receipt, "", b"", 0, 0))
+
+    # --- What becomes of a message ----------------------------------------------------------
+
+    def start(self, receipt: str) -> bool:
+        """Count a try, and say whether its job may begin: whether the message is held still."""
+        with self._lock:
+            if self._drained_by is not None or receipt not in self._held:
+                return False
+            try:
+                mine = self._claims.start(self._incarnation, receipt)
+            except RedisError as error:
+                logger.warning("a job is not begun, its try could not be counted: %s", error)
+                self.give_back(receipt)
+                return False
+            if mine:
+                self._running.add(receipt)
+            return bool(mine)
+
+    def acknowledge(self, receipt: str) -> None:
+        """Done with for good."""
+        self._write(receipt, lambda: self._claims.acknowledge(self._incarnation, receipt))
+
+    def give_back(self, receipt: str) -> None:
+        """To its queue at once, uncounted."""
+        self._write(receipt, lambda: self._claims.give_back(self._incarnation, receipt))
+
+    def defer(self, receipt: str, seconds: float, *, in_order: bool = True) -> None:
+        """To its queue in a while; not ``in_order``, as one try more that ended its worker."""
+        self._write(
+            receipt,
+            lambda: self._claims.defer(
+                self._incarnation, receipt, seconds=seconds, in_order=in_order
+            ),
+        )
+
+    def bury(self, receipt: str, reason: str, *, job_id: str = "", task: str = "") -> None:
+        """To the dead letters."""
+        # A lone surrogate, of which JSON allows the escape, has no bytes.
+        texts = (reason, job_id, task)
+        text = [value.encode(errors="backslashreplace").decode() for value in texts]
+        self._write(
+            receipt,
+            lambda: self._claims.bury(
+                self._incarnation, receipt, reason=text[0], job_id=text[1], task=text[2]
+            ),
+        )
+
+    def _write(self, receipt: str, write: Callable[[], object]) -> None:
+        """Say it to Redis; where it cannot be said, go on trying: each takes effect once."""
+        with self._lock:
+            self._running.discard(receipt)
+            if receipt not in self._held or receipt in self._unsent:
+                return
+            try:
+                write()
+            except RedisError as error:
+                logger.warning("Redis is told later what became of a message: %s", error)
+                self._unsent[receipt] = write
+            else:
+                del self._held[receipt]
+
+    # --- A database that is away --------------------------------------------------------------
+
+    def trouble(self) -> None:
+        """The database cannot be reached: rest, then try one job, before many are taken again."""
+        if time.monotonic() >= self._rest_until:
+            rest = min(2.0**self._troubles, _LONGEST_REST_SECONDS)
+            self._rest_until = time.monotonic() + rest
+            self._troubles += 1
+            logger.warning("the database cannot be reached: no job is taken for %.0f s", rest)
+
+    def no_trouble(self) -> None:
+        """A job was done."""
+        self._troubles = 0
+
+    # --- The end ----------------------------------------------------------------------------------
+
+    def drain(self, *, at_once: bool = False) -> None:
+        """Take no more; what has not begun goes back now, what runs may end within the grace.
+
+        Asked a second time, or ``at_once``, it ends now. Callable from a signal's handler.
+        """
+        again = self._drained_by is not None
+        self._drained_by = time.monotonic() + (0 if again or at_once else self._grace)
+        self._woken.set()
+
+    def close(self) -> None:
+        """Give back all that is held still."""
+        with self._lock:
+            if self._closed or not self._incarnations:
+                return
+            self._closed = True
+            self._woken.set()
+            try:
+                self._send_unsent()
+                for name in self._incarnations:
+                    self._claims.close(name)
+            except RedisError as error:
+                logger.warning("jobs go back when the lease has run out: %s", error)
+
+    def _end(self) -> None:
+        """The grace is over: nothing is lost by ending here, for all is held in Redis or done."""
+        logger.warning("%d jobs did not end within the grace and go back", len(self._running))
+        self.close()
+        for child in active_children():
+            try:
+                os.kill(child.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        os._exit(0)
+
+    # --- The thread that keeps it -----------------------------------------------------------------
+
+    def _keep(self) -> None:
+        trouble = False
+        while not self._closed:
+            self._woken.wait(_BEAT_SECONDS)
+            self._woken.clear()
+            if self._drained_by is not None and time.monotonic() >= self._drained_by:
+                self._end()
+            try:
+                self._beat()
+            except (RedisError, OSError) as error:
+                # What was seen before it does not count: it may be Redis that stood still.
+                self._suspects.clear()
+                if not trouble:
+                    logger.warning("the lease cannot be renewed: %s", error)
+                trouble = True
+            else:
+                trouble = False
+
+    def _beat(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            draining = self._drained_by is not None
+            if not draining and time.monotonic() - self._heard > _DEAF_SECONDS:
+                return
+            renewal = [self._claims.renew(name) for name in self._incarnations][-1]
+            if draining:
+                self._let_go_of_the_waiting()
+            self._send_unsent()
+        self._claims.wake()
+        self._look_for_the_dead(renewal.expired)
+
+    def _let_go_of_the_waiting(self) -> None:
+        for receipt in [receipt for receipt in self._held if receipt not in self._running]:
+            self.give_back(receipt)
+
+    def _send_unsent(self) -> None:
+        for receipt, write in list(self._unsent.items()):
+            if receipt in self._held:
+                write()
+                del self._held[receipt]
+            del self._unsent[receipt]
+
+    def _look_for_the_dead(self, expired: dict[str, float]) -> None:
+        """Give back what the dead held: those whose lease was over at two looks, a lease apart.
+
+        After a stall of Redis, or of this machine, every lease looks over until its owner has had
+        the time to renew it; so what was seen before a gap counts for nothing.
+        """
+        now = time.monotonic()
+        if now - self._looked > self._seconds / 2:
+            self._suspects.clear()
+        self._looked = now
+        self._suspects = {
+            name: self._suspects[name]
+            if name in self._suspects and self._suspects[name][0] == deadline
+            else (deadline, now)
+            for name, deadline in expired.items()
+            if name not in self._incarnations
+        }
+        for name, (deadline, since) in self._suspects.items():
+            if now - since < self._seconds:
+                continue
+            left = self._claims.sweep(name, deadline)
+            while left > 0:
+                left = self._claims.sweep(name, deadline)
+            if left == 0:
+                logger.warning("a worker is gone (%s): its jobs are back on the queue", name)
