@@ -58,9 +58,9 @@ class InterviewTransactionInterface(ABC):
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
         """Keep other transactions that lock their jobs away from these until the end of this one.
 
-        With ``wait``, must return all of the ids, after whoever holds one has ended; without,
-        must never wait for another lock, and must return only the ids that it got. To hold no
-        other lock while it waits is the caller's part.
+        With ``wait``, must return all of the ids, after whoever holds one has ended, or was ended
+        for holding it long, frozen perhaps; without, must never wait for another lock, and must
+        return only the ids that it got. To hold no other lock while it waits is the caller's part.
         """
 
     @abstractmethod

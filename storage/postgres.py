@@ -16,7 +16,7 @@ from typing import Any
 
 import psycopg
 from sqlalchemy import Connection, Row, create_engine, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from storage.dtos import (
     AccessOrderDTO,
@@ -45,7 +45,8 @@ from storage.models import (
 
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 # Connections, rollbacks, resources, operator: https://www.postgresql.org/docs/current/errcodes-appendix.html
-_TRANSIENT_CODES = ("55P03", "25006", "25P03", "23503")
+_LOCK_NOT_HAD = "55P03"
+_TRANSIENT_CODES = (_LOCK_NOT_HAD, "25006", "25P03", "23503")
 # A lock not had in time; a server that is a standby now; a worker that stood still for too long;
 # an interview deleted meanwhile, which the next look will find missing and name.
 
@@ -60,13 +61,25 @@ _SET_LIMITS = text(
     " set_config('synchronous_commit', 'on', true)"
 )
 
-_JOB_LOCKS = (
-    "SELECT job_id, {lock}(key) FROM ("
-    "SELECT job_id, hashtextextended('grant_access_job:' || job_id, 0) AS key"
+_JOB_KEYS = (
+    "(SELECT job_id, hashtextextended('grant_access_job:' || job_id, 0) AS key"
     " FROM unnest(CAST(:job_ids AS text[])) AS job_id ORDER BY key OFFSET 0) AS jobs"
 )
-_LOCK_JOBS = text(_JOB_LOCKS.format(lock="pg_advisory_xact_lock"))
-_TRY_LOCK_JOBS = text(_JOB_LOCKS.format(lock="pg_try_advisory_xact_lock"))
+_LOCK_JOBS = text("SELECT job_id, pg_advisory_xact_lock(key) FROM " + _JOB_KEYS)
+_TRY_LOCK_JOBS = text("SELECT job_id, pg_try_advisory_xact_lock(key) FROM " + _JOB_KEYS)
+_LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :lock, true)")
+
+# pg_locks shows a key of 64 bits as two halves.
+_END_JOB_HOLDERS = text(
+    "SELECT count(pg_terminate_backend(pid)) FROM "
+    + _JOB_KEYS
+    + """
+    JOIN pg_locks
+      ON locktype = 'advisory' AND objsubid = 1 AND granted AND pid <> pg_backend_pid()
+     AND CAST(classid AS bigint) << 32 | CAST(objid AS bigint) = key
+    WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    """
+)
 
 _OPEN_JOBS = text("""
     INSERT INTO grant_access_job (job_id, task, state, user_id, request_digest)
@@ -128,11 +141,15 @@ class DatabaseLimits:
 
     Attributes:
         lock: A wait for one lock.
+        twin: The same for an earlier delivery of the same job; its connection is ended then. Its
+            worker is dead, or frozen where no timeout of the database reaches it, or has lost the
+            job to us.
         statement: One statement.
         idle: A transaction whose worker says nothing, frozen perhaps.
     """
 
     lock: float = 20
+    twin: float = 10
     statement: float = 120
     idle: float = 60
 
@@ -168,7 +185,7 @@ class PostgresStorage(InterviewStorageInterface):
         with _driver_errors_translated(), self._engine.begin() as connection:
             limits = {name: f"{seconds}s" for name, seconds in asdict(self._limits).items()}
             connection.execute(_SET_LIMITS, limits)
-            transaction = PostgresTransaction(connection, self._chunk_size)
+            transaction = PostgresTransaction(connection, self._chunk_size, self._limits)
             yield transaction
             if transaction.open:
                 raise StorageError(f"{len(transaction.open)} jobs were opened and never finished")
@@ -186,16 +203,30 @@ class PostgresStorage(InterviewStorageInterface):
 class PostgresTransaction(InterviewTransactionInterface):
     """One transaction on one connection."""
 
-    def __init__(self, connection: Connection, chunk_size: int) -> None:
+    def __init__(self, connection: Connection, chunk_size: int, limits: DatabaseLimits) -> None:
         self.open: set[str] = set()
         self._connection = connection
+        self._limits = limits
         self._chunk_size = chunk_size
 
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
         """See the interface."""
-        statement = _LOCK_JOBS if wait else _TRY_LOCK_JOBS
-        rows = self._connection.execute(statement, {"job_ids": list(job_ids)})
-        return frozenset(job_id for job_id, got in rows if wait or got)
+        ids = {"job_ids": list(job_ids)}
+        rows = self._connection.execute(_TRY_LOCK_JOBS, ids)
+        ours = frozenset(job_id for job_id, got in rows if got)
+        if not wait or len(ours) == len(job_ids):
+            return ours
+        try:
+            with self._connection.begin_nested():
+                self._connection.execute(_LOCK_TIMEOUT, {"lock": f"{self._limits.twin}s"})
+                self._connection.execute(_LOCK_JOBS, ids)
+                self._connection.execute(_LOCK_TIMEOUT, {"lock": f"{self._limits.lock}s"})
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_HAD:
+                raise
+            self._connection.execute(_END_JOB_HOLDERS, ids)
+            self._connection.execute(_LOCK_JOBS, ids)
+        return frozenset(job_ids)
 
     def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
         """See the interface."""

@@ -667,9 +667,23 @@ class TestPostgres:
             postgres.another(limits=DatabaseLimits(lock=0.05)) as hasty,
             postgres.storage.transaction() as holder,
         ):
-            holder.lock_jobs(["a"], wait=True)
+            holder.open_jobs([ledger_entry("a")])
             with ends_with(TransientStorageError, hasty, sqlstate="55P03") as transaction:
-                transaction.lock_jobs(["a"], wait=True)
+                transaction.open_jobs([ledger_entry("a")])
+            holder.finish_jobs([finished("a", 1)])
+
+    def test_delayed_twin_ends_the_holder_of_its_job(self, postgres: PostgresStore) -> None:
+        """A job's later delivery ends the earlier one, frozen in its transaction, and goes on."""
+        (interview_id,) = postgres.add_interviews(1)
+        with (
+            postgres.another(limits=DatabaseLimits(twin=0.1)) as twin,
+            ends_with(TransientStorageError, postgres.storage, sqlstate="57P01") as frozen,
+        ):
+            frozen.lock_jobs(["a"], wait=True)
+            frozen.open_jobs([ledger_entry("a")])
+            assert lock(twin, ["a", "b"], wait=True) == {"a", "b"}
+            frozen.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+        assert postgres.granted("ann") == []
 
     def test_statement_timeout(self, postgres: PostgresStore) -> None:
         """A statement ends at its limit, as transient."""

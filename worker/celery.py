@@ -37,6 +37,7 @@ app.conf.update(
     result_backend=settings.celery_result_backend,
     broker_transport_options={
         **app.conf.broker_transport_options,
+        "lease_seconds": settings.grant_lease_seconds,
         "attempt_limit": settings.grant_attempt_limit,
         "stop_grace": settings.grant_stop_grace,
     },

@@ -24,10 +24,9 @@ from worker.claims import Claim, Claims
 
 logger = get_logger(__name__)
 
-LEASE_SECONDS = 8.0
-"""For how long a worker has spoken. A dead one's jobs are back after two of them and a little."""
+_BEATS = 8
+"""In a lease: so many times it is renewed before it runs out."""
 
-_BEAT_SECONDS = 1.0
 _DEAF_SECONDS = 120.0
 """A main loop that has not come round for so long is stuck: its lease is not renewed any more."""
 
@@ -40,20 +39,19 @@ _LONGEST_REST_SECONDS = 30.0
 class Lease:
     """What this process holds of the queue. Safe in threads."""
 
-    def __init__(
-        self, client: Redis, *, attempt_limit: int, grace: float, lease: float = LEASE_SECONDS
-    ) -> None:
+    def __init__(self, client: Redis, *, seconds: float, attempt_limit: int, grace: float) -> None:
         """Nothing is said to Redis before :meth:`open`.
 
         Args:
             client: Of the lease's own, without retries.
+            seconds: For how long a worker has spoken when it renews its lease. A dead one's jobs
+                are back on the queue after two such times and a little.
             attempt_limit: Tries of a message that kills its worker.
             grace: Seconds for which a worker that is asked to stop lets running jobs go on.
-            lease: Seconds for which a worker has spoken.
         """
         self.attempt_limit = attempt_limit
-        self._claims = Claims(client, lease=lease)
-        self._seconds = lease
+        self._claims = Claims(client, lease=seconds)
+        self._seconds = seconds
         self._grace = grace
         self._client = client
         self._incarnations: list[str] = []  # the last is ours; others, until they are handed over
@@ -265,7 +263,7 @@ class Lease:
     def _keep(self) -> None:
         trouble = False
         while not self._closed:
-            self._woken.wait(_BEAT_SECONDS)
+            self._woken.wait(self._seconds / _BEATS)
             self._woken.clear()
             if self._drained_by is not None and time.monotonic() >= self._drained_by:
                 self._end()

@@ -71,6 +71,8 @@ class Settings(DatabaseSettings):
         grant_retry_limit: Tries after the first while the database is in trouble.
         grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
             are drawn at random up to that, which makes about ten minutes in all.
+        grant_lease_seconds: For how long a worker has spoken when it renews its lease; a dead one's
+            jobs run elsewhere after about two such times.
         grant_attempt_limit: Tries of a job that ends its worker's process each time.
         grant_stop_grace: Seconds for which a worker that is asked to stop lets jobs go on.
     """
@@ -83,6 +85,7 @@ class Settings(DatabaseSettings):
     grant_max_interview_ids: int = Field(default=DEFAULT_MAX_INTERVIEW_IDS, ge=1, le=10_000_000)
     grant_retry_limit: int = Field(default=16, ge=0, le=1_000)
     grant_retry_max_delay: int = Field(default=120, ge=1, le=1_800)
+    grant_lease_seconds: float = Field(default=8.0, ge=1, le=3_600)
     grant_attempt_limit: int = Field(default=5, ge=1, le=100)
     grant_stop_grace: float = Field(default=25.0, ge=0, le=3_600)
 

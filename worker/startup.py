@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import kombu
 from celery import Celery
 from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
@@ -16,6 +17,7 @@ from redis.exceptions import RedisError
 from storage.interface import StorageError, TransientStorageError
 from storage.schema import check_schema
 from worker.settings import Settings
+from worker.transport import missing_seam
 
 logger = get_logger(__name__)
 
@@ -30,6 +32,11 @@ def check_servers(settings: Settings, app: Celery) -> None:
             old or the tables do not fit. What risks jobs without refusing them is a warning.
     """
     problem = None
+    if missing := missing_seam():
+        raise SystemExit(
+            f"The worker cannot start: expected {missing}, on which worker/transport.py stands; "
+            f"got kombu {kombu.__version__}. Install the versions of requirements.lock."
+        )
     try:
         problem = check_schema(settings.database_url)
     except TransientStorageError as error:

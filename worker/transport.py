@@ -47,6 +47,8 @@ _EMPTY_REST_SECONDS = 0.05  # where others were quicker, or the message at hand 
 _REFUSED_REST_SECONDS = 1.0
 _UNLIMITED_ROOM = 100  # messages in one claim of a consumer that set itself no limit
 
+_LEASE_OPTIONS = ("lease_seconds", "attempt_limit", "stop_grace")
+
 _SEAMS = {
     kombu_redis.Channel: {
         "_brpop_start": ["self", "timeout"],
@@ -145,6 +147,7 @@ class _Lossless:
 
     QoS = QoS
     lease: Lease | None = None
+    lease_seconds = 8.0
     attempt_limit = 5
     stop_grace = 25.0
     from_transport_options: ClassVar[tuple[str, ...]]
@@ -162,6 +165,7 @@ class _Lossless:
         if lease is None:
             lease = Lease(
                 Redis(connection_pool=self._get_pool()),
+                seconds=self.lease_seconds,
                 attempt_limit=self.attempt_limit,
                 grace=self.stop_grace,
             )
@@ -249,8 +253,7 @@ class Channel(_Lossless, kombu_redis.Channel):  # type: ignore[misc] # kombu shi
 
     from_transport_options = (
         *kombu_redis.Channel.from_transport_options,
-        "attempt_limit",
-        "stop_grace",
+        *_LEASE_OPTIONS,
     )
 
 
@@ -259,8 +262,7 @@ class SentinelChannel(_Lossless, kombu_redis.SentinelChannel):  # type: ignore[m
 
     from_transport_options = (
         *kombu_redis.SentinelChannel.from_transport_options,
-        "attempt_limit",
-        "stop_grace",
+        *_LEASE_OPTIONS,
     )
 
 

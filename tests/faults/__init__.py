@@ -1,0 +1,1 @@
+"""Whatever dies, wherever: each job counts once and none is lost."""
