@@ -19,7 +19,7 @@ task_acks_late = True  # without it a job whose worker dies was acknowledged bef
 worker_prefetch_multiplier = 1  # without it a child hoards jobs behind a long one
 worker_cancel_long_running_tasks_on_connection_loss = False
 # Without it a lost connection ends every job, though the lease outlives it.
-worker_lost_wait = 3.0  # seconds for a dead child's last words; Celery's 10 hold its job up
+worker_lost_wait = 1.0  # seconds for a dead child's last words; Celery's 10 hold its job up
 broker_transport_options = {
     "socket_connect_timeout": 5.0,  # seconds; without them a frozen Redis hangs the worker, and
     "socket_timeout": 5.0,  # the lease's thread, whose patience must be shorter than the lease

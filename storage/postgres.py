@@ -61,24 +61,23 @@ _SET_LIMITS = text(
     " set_config('synchronous_commit', 'on', true)"
 )
 
-_JOB_KEYS = (
-    "(SELECT job_id, hashtextextended('grant_access_job:' || job_id, 0) AS key"
-    " FROM unnest(CAST(:job_ids AS text[])) AS job_id ORDER BY key OFFSET 0) AS jobs"
+_OF_JOBS = (
+    "SELECT {columns} FROM ("
+    "SELECT job_id, hashtextextended('grant_access_job:' || job_id, 0) AS key"
+    " FROM unnest(CAST(:job_ids AS text[])) AS job_id ORDER BY key OFFSET 0) AS jobs {others}"
 )
-_LOCK_JOBS = text("SELECT job_id, pg_advisory_xact_lock(key) FROM " + _JOB_KEYS)
-_TRY_LOCK_JOBS = text("SELECT job_id, pg_try_advisory_xact_lock(key) FROM " + _JOB_KEYS)
+_LOCK_JOBS = text(_OF_JOBS.format(columns="job_id, pg_advisory_xact_lock(key)", others=""))
+_TRY_LOCK_JOBS = text(_OF_JOBS.format(columns="job_id, pg_try_advisory_xact_lock(key)", others=""))
 _LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :lock, true)")
 
 # pg_locks shows a key of 64 bits as two halves.
+_HOLDERS = """
+    JOIN pg_locks ON locktype = 'advisory' AND objsubid = 1 AND granted
+     AND CAST(classid AS bigint) << 32 | CAST(objid AS bigint) = key AND pid <> pg_backend_pid()
+     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 _END_JOB_HOLDERS = text(
-    "SELECT count(pg_terminate_backend(pid)) FROM "
-    + _JOB_KEYS
-    + """
-    JOIN pg_locks
-      ON locktype = 'advisory' AND objsubid = 1 AND granted AND pid <> pg_backend_pid()
-     AND CAST(classid AS bigint) << 32 | CAST(objid AS bigint) = key
-    WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    """
+    _OF_JOBS.format(columns="count(pg_terminate_backend(pid))", others=_HOLDERS)
 )
 
 _OPEN_JOBS = text("""
@@ -173,6 +172,7 @@ class PostgresStorage(InterviewStorageInterface):
             pool_size=1,
             max_overflow=-1,  # a worker's child has one thread and keeps one connection
             pool_pre_ping=True,
+            use_native_hstore=False,  # or every connection begins by asking for a type we have not
             hide_parameters=True,  # ids of people stay out of errors and logs
             connect_args={"connect_timeout": 10, "application_name": "interview-access-worker"},
         )

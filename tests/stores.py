@@ -311,9 +311,9 @@ def postgres_store(database_url: str) -> Iterator[PostgresStore]:
             store.storage.close()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Come back when the condition is true."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def until(condition: Callable[[], bool], *, within: float = PATIENCE_SECONDS) -> None:
+    """Come back when the condition is true; fail after so many seconds."""
+    deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, "never came true"
         time.sleep(0.002)  # between two looks at something that tells nobody when it happens

@@ -8,11 +8,12 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 
 from __future__ import annotations
 
+import warnings
 from datetime import UTC, datetime
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
-from celery.exceptions import Reject, Retry
+from celery.exceptions import CPendingDeprecationWarning, Reject, Retry
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -28,9 +29,7 @@ from worker.transport import lease_of_this_process
 
 logger = get_logger(__name__)
 
-_AGAIN_SECONDS = (
-    5.0  # until a job whose child died, or whose result could not be stored, runs again
-)
+_AGAIN_SECONDS = 2.0  # until a job whose child died runs again
 _HOPELESS_TRIES = 3  # of settling a job as failed, when even that ends its child
 
 
@@ -210,6 +209,12 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
                 self._bury(message, f"It cannot be read: {type(error).__name__}: {error}")
 
         return on_task_received
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Celery's own, without its advice to end what runs: the lease outlives the connection."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CPendingDeprecationWarning)
+            super().on_connection_error_after_connected(exc)
 
     def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002 - Celery's name
         """No task is named."""

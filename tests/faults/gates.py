@@ -6,7 +6,6 @@ The product knows nothing of it: it connects to the relay's socket as it would t
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import socket
 import struct
@@ -16,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.stores import PATIENCE
+from tests.stores import PATIENCE_SECONDS
 from worker import claims
 
 
 def script(body: str) -> bytes:
     """What Redis is asked by to run one of the scripts in worker.claims."""
-    return hashlib.sha1((claims._SCRIPT + body).encode()).hexdigest().encode()  # noqa: S324, SLF001
+    return hashlib.sha1((claims._SCRIPT + body).encode()).hexdigest().encode()  # noqa: S324
 
 
 class Gate:
@@ -52,7 +51,7 @@ class Gate:
         """Whether traffic has come to the gate."""
         return self._reached.is_set()
 
-    def until_reached(self, within: float = PATIENCE) -> int:
+    def until_reached(self, within: float = PATIENCE_SECONDS) -> int:
         """The process at the gate, as soon as there is one."""
         assert self._reached.wait(within), f"nothing came with {self.pattern!r}"
         return self.pid
@@ -163,9 +162,7 @@ class Relays:
         self._folder = Path(tempfile.mkdtemp(prefix="gates-"))
         redis, _, rest = broker_url.removeprefix("redis+socket://").partition("?")
         folder = database_url.partition("host=")[2].replace("%2F", "/")
-        (postgres,) = (name for name in os.listdir(folder) if name.startswith(".s.PGSQL"))[:1] or (
-            ".s.PGSQL.5432",
-        )
+        postgres = ".s.PGSQL.5432"
         self.queue = Relay(Path(redis), self._folder / "queue")
         self.results = Relay(Path(redis), self._folder / "results")
         self.database = Relay(Path(folder) / postgres, self._folder / postgres)
