@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -127,16 +128,18 @@ class InterviewAccessClient:
         if not is_job_id(job_id):
             raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
         try:
-            self._app.send_task(
-                GRANT_ACCESS,
-                kwargs={"user_id": user_id, "interview_ids": interview_ids},
-                task_id=job_id,
-                queue=QUEUE,
-                # Celery's own would carry the first thousand characters of ids into every event.
-                argsrepr="()",
-                kwargsrepr=f"user_id={shortened(str(user_id))}, "
-                f"interview_ids=<{describe(interview_ids)}>",
-            )
+            with self._connection() as connection:
+                self._app.send_task(
+                    GRANT_ACCESS,
+                    kwargs={"user_id": user_id, "interview_ids": interview_ids},
+                    task_id=job_id,
+                    queue=QUEUE,
+                    connection=connection,
+                    # Celery's own would carry the first thousand characters of ids everywhere.
+                    argsrepr="()",
+                    kwargsrepr=f"user_id={shortened(str(user_id))}, "
+                    f"interview_ids=<{describe(interview_ids)}>",
+                )
         except (OperationalError, RedisError, OSError) as error:
             raise QueueUnavailableError(
                 f"Job {job_id} may not be queued: Redis at {self._broker} did not take it "
@@ -189,6 +192,22 @@ class InterviewAccessClient:
                 )
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        """A connection of the pool, closed where it failed.
+
+        kombu's producers keep a channel that was closed, and end a later call with an
+        AttributeError.
+        """
+        connection = self._app.pool.acquire(block=True)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()  # it opens again at its next use
+            raise
+        finally:
+            connection.release()
 
     def _look(self, job_id: str) -> dict[str, Any]:
         try:
