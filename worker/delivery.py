@@ -193,6 +193,19 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     """Celery's consumer, which throws nothing away and survives the loss of its connection."""
 
+    def on_close(self) -> None:
+        """Celery's own; and jobs that were begun, but that no child has got yet, go back.
+
+        It drops them, for the broker would deliver them again. The lease outlives the connection:
+        it would hold them for as long as the worker lives.
+        """
+        pool = getattr(self.pool, "_pool", None)
+        dropped = list(getattr(pool, "outbound_buffer", ()))
+        super().on_close()
+        for job in dropped:
+            job.discard()
+            job._accept_callback.__self__.reject(requeue=True)  # noqa: SLF001 - its request's
+
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own, but for messages that it stumbles over: they are buried.
 
