@@ -142,6 +142,11 @@ class Lease:
             or time.monotonic() < self._rest_until
         )
 
+    @property
+    def in_hand(self) -> int:
+        """How many messages this worker holds, by whichever connection they came."""
+        return len(self._held)
+
     def heard(self) -> None:
         """The main loop has come round."""
         self._heard = time.monotonic()

@@ -130,7 +130,15 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
     def can_consume(self) -> bool:
         """Not while the lease wants no more: draining, resting, or with a suspect in hand."""
         lease = self.channel.lease
-        return bool(super().can_consume()) and (lease is None or lease.may_claim())
+        if lease is None:
+            return bool(super().can_consume())
+        return bool(lease.may_claim()) and self.room() > 0
+
+    def room(self) -> int:
+        """How many messages more may be in hand: those of connections that were lost are, too."""
+        if not self.prefetch_count:
+            return _UNLIMITED_ROOM
+        return int(self.prefetch_count) - int(self.channel.lease.in_hand)
 
     def restore_visible(self, *args: object, **kwargs: object) -> None:
         """Leaves the jobs of stock workers, by whose clock they are restored, alone."""
@@ -221,9 +229,8 @@ class _Lossless:
     def _claim(self: Any) -> bool:
         queues = self._queue_cycle.consume(len(self.active_queues))
         keys = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
-        room = self.qos.can_consume_max_estimate() if self.qos.prefetch_count else _UNLIMITED_ROOM
         try:
-            claims = self.lease.claim(keys, room)
+            claims = self.lease.claim(keys, self.qos.room())
         except ResponseError as error:
             raise RedisConnectionError(str(error)) from error
         if claims is None:
