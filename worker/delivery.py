@@ -8,6 +8,7 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 
 from __future__ import annotations
 
+import warnings
 from datetime import UTC, datetime
 from typing import Any
 
@@ -192,6 +193,18 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
 class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     """Celery's consumer, which throws nothing away and survives the loss of its connection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Without gossip, which each worker hears of all others and nobody asks for.
+
+        It trips over a connection that is lost, and logs a trace of 150 lines each time.
+        """
+        super().__init__(*args, **(kwargs | {"without_gossip": True}))
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Celery's own, without its ten lines each time on a setting that celeryconfig sets."""
+        with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
+            super().on_connection_error_after_connected(exc)
 
     def on_close(self) -> None:
         """Celery's own; and jobs that were begun, but that no child has got yet, go back.
