@@ -1,0 +1,36 @@
+"""Servers of each test's own, which it may break."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.schema import migrate
+from tests.faults.books import Books
+from tests.workers import site
+from worker.local_stack import LocalStack
+
+
+@pytest.fixture(scope="session")
+def _migrated_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("migrated") / "data"
+    with LocalStack(data, durable=False) as stack:
+        migrate(stack.database_url, report=lambda _: None)
+    return data
+
+
+@pytest.fixture
+def servers(tmp_path: Path, _migrated_data: Path) -> Iterator[LocalStack]:
+    """PostgreSQL with all tables and an empty Valkey, as safe as in production."""
+    with LocalStack(Path(shutil.copytree(_migrated_data, tmp_path / "data"))) as stack:
+        yield stack
+
+
+@pytest.fixture
+def books(servers: LocalStack) -> Iterator[Books]:
+    """The books of a site on these servers."""
+    with site(servers, servers.database_url, 0) as here:
+        yield Books(here)
