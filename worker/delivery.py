@@ -207,17 +207,24 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
             super().on_connection_error_after_connected(exc)
 
     def on_close(self) -> None:
-        """Celery's own; and jobs that were begun, but that no child has got yet, go back.
+        """Celery's own; but a job that a child has is not forgotten, and one without goes back.
 
-        It drops them, for the broker would deliver them again. The lease outlives the connection:
-        it would hold them for as long as the worker lives.
+        Celery forgets both where the child has not told yet that it has begun: the broker would
+        deliver them again. The lease outlives the connection, and would hold them for as long as
+        the worker lives, whatever the child says in the end.
         """
         pool = getattr(self.pool, "_pool", None)
-        dropped = list(getattr(pool, "outbound_buffer", ()))
+        cache: dict[int, Any] = getattr(pool, "_cache", {})
+        unheard = {number: job for number, job in cache.items() if not job.accepted()}
+        waiting = list(getattr(pool, "outbound_buffer", ()))
+        for job in unheard.values():
+            job._accepted = True  # noqa: SLF001 - what Celery asks before it forgets
         super().on_close()
-        for job in dropped:
-            job.discard()
-            job._accept_callback.__self__.reject(requeue=True)  # noqa: SLF001 - its request's
+        for number, job in unheard.items():
+            job._accepted = False  # noqa: SLF001 - see above
+            if job in waiting or number not in cache:
+                job.discard()
+                job._accept_callback.__self__.reject(requeue=True)  # noqa: SLF001 - its request's
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own, but for messages that it stumbles over: they are buried.
