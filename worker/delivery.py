@@ -122,7 +122,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def _on_retry(self, retry: Retry) -> None:
         """The job asks for another try: deferred within Redis, never sent anew."""
         if isinstance(retry.exc, TransientStorageError) and retry.exc.unreachable:
-            self._lease.trouble()
+            self._lease.trouble("the database cannot be reached")
         self._lease.defer(self._receipt, float(retry.when or 0))
         self._settled()
         self.send_event("task-retried", exception=safe_repr(retry.exc), traceback="")
@@ -143,6 +143,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         elif isinstance(error, Reject) and error.requeue:
             # Done, perhaps: its result could not be stored, and can be when the ledger is asked.
             logger.warning("job %s: goes back: %s", self.id, error.reason)
+            self._lease.trouble("results cannot be stored")
             self._lease.defer(self._receipt, _AGAIN_SECONDS)
             self._settled()
         elif isinstance(error, Reject):
