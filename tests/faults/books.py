@@ -7,6 +7,7 @@ nothing is left in Redis of a message on its way.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,7 @@ class Books:
     def __init__(self, here: Site) -> None:
         """Adds interviews to the site's database, and a brake for slow users' jobs."""
         self.here = here
+        self.results = here.redis
         self.sent: list[str] = []
         here.store.execute(
             "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
@@ -88,9 +90,23 @@ class Books:
         count: Any = self.here.redis.llen(QUEUE)
         return int(count)
 
+    def leases(self) -> set[bytes]:
+        """The workers' leases that have not run out."""
+        redis: Any = self.here.redis
+        seconds, _ = redis.time()
+        return set(redis.zrangebyscore(f"{PREFIX}leases", seconds * 1000, "inf"))
+
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """The final results of the jobs that were sent."""
+        stored: Any = self.results.mget([f"celery-task-meta-{job_id}" for job_id in self.sent])
+        metas = {
+            job_id: json.loads(meta or "{}") for job_id, meta in zip(self.sent, stored, strict=True)
+        }
+        return {job_id: meta for job_id, meta in metas.items() if meta.get("status") in FINAL}
+
     def answered(self) -> int:
         """How many of the jobs that were sent have a final result."""
-        return sum(self.here.meta(job_id)["status"] in FINAL for job_id in self.sent)
+        return len(self.answers())
 
     def until_balanced(self) -> None:
         """Come back when all is done, and hold it to the promise."""
@@ -106,8 +122,7 @@ class Books:
         dead = {letter["job_id"] for letter in here.dead_letters()}
         assert set(ledger) | dead == set(self.sent)
         total = 0
-        for job_id in self.sent:
-            meta = here.meta(job_id)
+        for job_id, meta in self.answers().items():
             result, error = ledger.get(job_id, (None, None))
             if meta["status"] == "SUCCESS":
                 assert meta["result"] == result
@@ -189,7 +204,7 @@ class Watch:
 
 @contextmanager
 def working(
-    here: Site, folder: Path, *, workers: int = 1, **settings: object
+    here: Site, folder: Path, *, workers: int = 1, **settings: Any
 ) -> Iterator[list[Watch]]:
     """Workers of the site that wait for nothing longer than a test can, each with its watch."""
     quick = {"GRANT_RETRY_LIMIT": 1_000, "GRANT_RETRY_MAX_DELAY": 1, "GRANT_STOP_GRACE": 1}

@@ -30,6 +30,14 @@ def servers(tmp_path: Path, _migrated_data: Path) -> Iterator[LocalStack]:
 
 
 @pytest.fixture
+def results(tmp_path: Path, _migrated_data: Path) -> Iterator[LocalStack]:
+    """More servers, for results that go to another Redis than the queue's."""
+    data = shutil.copytree(_migrated_data, tmp_path / "results")
+    with LocalStack(Path(data), durable=False) as stack:
+        yield stack
+
+
+@pytest.fixture
 def books(servers: LocalStack) -> Iterator[Books]:
     """The books of a site on these servers."""
     with site(servers, servers.database_url, 0) as here:

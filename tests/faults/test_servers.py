@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
-from tests.faults.books import Books, working
+from tests.faults.books import INTERVIEWS, Books, working
 from tests.stores import until
+from tests.test_cli import status
 from worker.local_stack import LocalStack, Service
 
 
@@ -82,18 +85,22 @@ def test_postgresql_read_only_for_a_while(books: Books, tmp_path: Path) -> None:
 
 
 def test_redis_crashes(servers: LocalStack, books: Books, tmp_path: Path) -> None:
-    """A worker outlives the crash of Redis, and so do the jobs that it runs meanwhile."""
+    """A busy worker outlives the crash of Redis with its jobs, and takes no more than before."""
     with working(books.here, tmp_path) as (watch,):
         running = books.order_slow(2)
         books.order(40)
         watch.restart()
+        before = books.leases()
         crash(servers.valkey)
         until(lambda: "Trying again in 4.00 seconds" in watch.said())
         watch.assert_calm()
         servers.valkey.start()
+        until(lambda: "all alone" in watch.said())
+        until(lambda: books.leases() != before)
         books.release()
         books.until_balanced()
         assert [watch.starts_of(job_id) for job_id in running] == [1, 1]
+        assert watch.said().index("succeeded") < watch.said().index("received")
 
 
 def test_redis_crashes_again_and_again(servers: LocalStack, books: Books, tmp_path: Path) -> None:
@@ -162,3 +169,26 @@ def test_both_servers_crash(servers: LocalStack, books: Books, tmp_path: Path) -
         books.release()
         books.until_balanced()
         watch.assert_runs()
+
+
+def test_the_results_server_is_away_when_a_job_ends(
+    books: Books, results: LocalStack, tmp_path: Path
+) -> None:
+    """A job whose result has nowhere to go counts once, and its result comes when it can."""
+    settings: dict[str, Any] = {"CELERY_RESULT_BACKEND": results.broker_url}
+    books.results = Redis(unix_socket_path=results.broker_url.removeprefix("redis+socket://"))
+    with working(books.here, tmp_path, **settings) as (watch,):
+        job_id, _ = books.order_slow(2)
+        books.order(40)
+        watch.restart()
+        crash(results.valkey)
+        books.release()
+        until(lambda: "no job is taken for 2 s" in watch.said())
+        watch.assert_calm()
+        assert books.waiting() >= 35
+        told = status(books.here, job_id, **settings)
+        assert (told["state"], told["created"]) == ("succeeded", len(INTERVIEWS))
+        results.valkey.start()
+        books.until_balanced()
+        watch.assert_runs()
+    books.results.close()
