@@ -8,6 +8,8 @@ nothing is left in Redis of a message on its way.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -200,6 +202,12 @@ class Watch:
                 continue
             total += float(times.user + times.system)
         return total
+
+
+def crash(server: Service, how: signal.Signals = signal.SIGKILL) -> None:
+    """End a server as no operator would."""
+    os.kill(server.pid, how)
+    server.wait()
 
 
 @contextmanager

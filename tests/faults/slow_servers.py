@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.faults.books import Books, working
+from tests.faults.books import Books, crash, working
 from tests.stores import until
 from worker.lease import LEASE_SECONDS
 from worker.local_stack import LocalStack
@@ -41,3 +41,30 @@ def test_redis_frozen_for_longer_than_two_leases(
             watch.assert_runs()
             assert "a worker is gone" not in watch.said()
         assert [sum(watch.starts_of(job_id) for watch in watches) for job_id in running] == [1] * 3
+
+
+def test_redis_crashes_again_and_again(servers: LocalStack, books: Books, tmp_path: Path) -> None:
+    """Messages on their way from the queue into a worker's hands outlive Redis's crashes."""
+    with working(books.here, tmp_path) as (watch,):
+        books.order(150)
+        for turn in range(3):
+            until(lambda turn=turn: books.answered() > 20 * turn)  # type: ignore[misc]
+            crash(servers.valkey)
+            servers.valkey.start()
+        books.release()
+        books.until_balanced()
+        watch.assert_runs()
+
+
+def test_both_servers_crash(servers: LocalStack, books: Books, tmp_path: Path) -> None:
+    """Where both servers are lost at once and come back, nothing else is lost."""
+    with working(books.here, tmp_path) as (watch,):
+        books.order_slow(2)
+        books.order(40)
+        crash(servers.valkey)
+        crash(servers.postgres, signal.SIGQUIT)
+        servers.valkey.start()
+        servers.postgres.start()
+        books.release()
+        books.until_balanced()
+        watch.assert_runs()
