@@ -44,8 +44,10 @@ class TransientStorageError(StorageError):
 
     @property
     def unreachable(self) -> bool:
-        """Whether no job would fare better: no server answered, or it is going down or full."""
-        return self.sqlstate is None or self.sqlstate[:2] in {"08", "53", "57"}
+        """Whether no job would fare better: none answers, or it ends, is full or read-only."""
+        if self.sqlstate is None or self.sqlstate == "25006":
+            return True
+        return self.sqlstate[:2] in {"08", "53", "57"}
 
 
 class InterviewTransactionInterface(ABC):

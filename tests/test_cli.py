@@ -70,9 +70,9 @@ def run(
     )
 
 
-def status(here: Site, job_id: str) -> dict[str, Any]:
+def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
     """What the command tells of a job."""
-    done = run(here.environment(), "status", job_id, "--json")
+    done = run(here.environment(**settings), "status", job_id, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return dict(json.loads(done.stdout))

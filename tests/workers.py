@@ -135,7 +135,10 @@ def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
     """A worker of two children that takes jobs."""
     service = Service(
         "worker",
-        [sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "2", "-l", "INFO"],
+        [
+            *(sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "2", "-l", "INFO"),
+            "--without-mingle",  # a second at each start, for the ids that others have revoked
+        ],
         log=log,
         environment=here.environment(**settings),
         folder=ROOT,

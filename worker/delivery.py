@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
-from celery.exceptions import CPendingDeprecationWarning, Reject, Retry
+from celery.exceptions import Reject, Retry
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -120,7 +120,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def _on_retry(self, retry: Retry) -> None:
         """The job asks for another try: deferred within Redis, never sent anew."""
         if isinstance(retry.exc, TransientStorageError) and retry.exc.unreachable:
-            self._lease.trouble()
+            self._lease.trouble("the database cannot be reached")
         self._lease.defer(self._receipt, float(retry.when or 0))
         self._settled()
         self.send_event("task-retried", exception=safe_repr(retry.exc), traceback="")
@@ -141,6 +141,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         elif isinstance(error, Reject) and error.requeue:
             # Done, perhaps: its result could not be stored, and can be when the ledger is asked.
             logger.warning("job %s: goes back: %s", self.id, error.reason)
+            self._lease.trouble("results cannot be stored")
             self._lease.defer(self._receipt, _AGAIN_SECONDS)
             self._settled()
         elif isinstance(error, Reject):
@@ -192,6 +193,38 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     """Celery's consumer, which throws nothing away and survives the loss of its connection."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Without gossip, which each worker hears of all others and nobody asks for.
+
+        It trips over a connection that is lost, and logs a trace of 150 lines each time.
+        """
+        super().__init__(*args, **(kwargs | {"without_gossip": True}))
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Celery's own, without its ten lines each time on a setting that celeryconfig sets."""
+        with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
+            super().on_connection_error_after_connected(exc)
+
+    def on_close(self) -> None:
+        """Celery's own; but a job that a child has is not forgotten, and one without goes back.
+
+        Celery forgets both where the child has not told yet that it has begun: the broker would
+        deliver them again. The lease outlives the connection, and would hold them for as long as
+        the worker lives, whatever the child says in the end.
+        """
+        pool = getattr(self.pool, "_pool", None)
+        cache: dict[int, Any] = getattr(pool, "_cache", {})
+        unheard = {number: job for number, job in cache.items() if not job.accepted()}
+        waiting = list(getattr(pool, "outbound_buffer", ()))
+        for job in unheard.values():
+            job._accepted = True  # noqa: SLF001 - what Celery asks before it forgets
+        super().on_close()
+        for number, job in unheard.items():
+            job._accepted = False  # noqa: SLF001 - see above
+            if job in waiting or number not in cache:
+                job.discard()
+                job._accept_callback.__self__.reject(requeue=True)  # noqa: SLF001 - its request's
+
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own, but for messages that it stumbles over: they are buried.
 
@@ -209,12 +242,6 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
                 self._bury(message, f"It cannot be read: {type(error).__name__}: {error}")
 
         return on_task_received
-
-    def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Celery's own, without its advice to end what runs: the lease outlives the connection."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CPendingDeprecationWarning)
-            super().on_connection_error_after_connected(exc)
 
     def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002 - Celery's name
         """No task is named."""

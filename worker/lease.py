@@ -140,6 +140,11 @@ class Lease:
             or time.monotonic() < self._rest_until
         )
 
+    @property
+    def in_hand(self) -> int:
+        """How many messages this worker holds, by whichever connection they came."""
+        return len(self._held)
+
     def heard(self) -> None:
         """The main loop has come round."""
         self._heard = time.monotonic()
@@ -208,15 +213,15 @@ class Lease:
             else:
                 del self._held[receipt]
 
-    # --- A database that is away --------------------------------------------------------------
+    # --- A server that is away ----------------------------------------------------------------
 
-    def trouble(self) -> None:
-        """The database cannot be reached: rest, then try one job, before many are taken again."""
+    def trouble(self, what: str) -> None:
+        """No job would fare better: rest, then try one, before many are taken again."""
         if time.monotonic() >= self._rest_until:
             rest = min(2.0**self._troubles, _LONGEST_REST_SECONDS)
             self._rest_until = time.monotonic() + rest
             self._troubles += 1
-            logger.warning("the database cannot be reached: no job is taken for %.0f s", rest)
+            logger.warning("%s: no job is taken for %.0f s", what, rest)
 
     def no_trouble(self) -> None:
         """A job was done."""

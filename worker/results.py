@@ -45,7 +45,7 @@ class JobResults(PolledResults):
         state: str,
         traceback: str | None = None,
         request: Any = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> Any:
         """Store a state, or an answer for good.
 
@@ -69,9 +69,13 @@ class JobResults(PolledResults):
         if state != states.SUCCESS and not isinstance(result, InterviewAccessError):
             raise result
         try:
-            return super().store_result(task_id, result, state, traceback, request, **kwargs)
+            # Celery's own tries again within 60 ms, and logs a trace of 45 lines each time.
+            stored = self.encode_result(result, state)
+            arguments = (task_id, stored, state, traceback, request)
+            self.ensure(self._store_result, arguments, max_retries=self.max_retries)
         except (BackendStoreError, RedisError) as error:
             raise Reject(f"its result cannot be stored: {error}", requeue=True) from error
+        return result
 
     def _store_result(
         self,

@@ -13,6 +13,8 @@ acknowledged and given back by the scripts of :mod:`worker.claims`, under the le
   buries what is no message. kombu's own ends the worker over one bad message, and each in turn.
 - ``QoS`` keeps nothing in Redis: kombu's ``unacked`` keys are shared with stock workers, and their
   ``visibility_timeout`` would run a long job twice.
+- ``Channel._queue_bind`` goes without where Redis is full, and waits where it is read-only. kombu's
+  own ends the worker in both, when it starts or reconnects: a full queue is drained by nobody.
 - ``Transport.register_with_event_loop`` tells the lease that the main loop comes round.
 
 An idle worker is woken by the default priority of one queue at a time; at its other queues and
@@ -25,6 +27,8 @@ from __future__ import annotations
 import inspect
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Empty
 from typing import Any, ClassVar
 
@@ -35,7 +39,7 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from worker.claims import Claim
 from worker.lease import Lease
@@ -55,6 +59,7 @@ _SEAMS = {
         "_brpop_read": ["self", "options"],
         "basic_consume": ["self", "queue", "args", "kwargs"],
         "_q_for_pri": ["self", "queue", "pri"],
+        "_queue_bind": ["self", "exchange", "routing_key", "pattern", "queue"],
         "_flush_brpop_reauth": ["self"],
         "_get_pool": ["self", "asynchronous"],
     },
@@ -132,7 +137,15 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
     def can_consume(self) -> bool:
         """Not while the lease wants no more: draining, resting, or with a suspect in hand."""
         lease = self.channel.lease
-        return bool(super().can_consume()) and (lease is None or lease.may_claim())
+        if lease is None:
+            return bool(super().can_consume())
+        return bool(lease.may_claim()) and self.room() > 0
+
+    def room(self) -> int:
+        """How many messages more may be in hand: those of connections that were lost are, too."""
+        if not self.prefetch_count:
+            return _UNLIMITED_ROOM
+        return int(self.prefetch_count) - int(self.channel.lease.in_hand)
 
     def restore_visible(self, *args: object, **kwargs: object) -> None:
         """Leaves the jobs of stock workers, by whose clock they are restored, alone."""
@@ -160,6 +173,14 @@ class _Lossless:
             self._open_lease()
         return super().basic_consume(queue, no_ack, *args, **kwargs)  # type: ignore[misc]
 
+    def _queue_bind(self: Any, exchange: str, *args: Any) -> None:
+        """Kombu's own: where the answers to remote commands go."""
+        with _refusal_is_loss():
+            try:
+                super()._queue_bind(exchange, *args)  # type: ignore[misc]
+            except OutOfMemoryError as error:
+                logger.warning("Redis is full, and remote commands may have no answer: %s", error)
+
     def _open_lease(self: Any) -> None:
         lease = lease_of_this_process()
         if lease is None:
@@ -170,12 +191,8 @@ class _Lossless:
                 grace=self.stop_grace,
             )
             _Process.lease, _Process.pid = lease, os.getpid()
-        try:
+        with _refusal_is_loss():
             lease.open()
-        except ResponseError as error:
-            # A server that takes no writes is as good as none; another may be found by its name.
-            time.sleep(_REFUSED_REST_SECONDS)
-            raise RedisConnectionError(str(error)) from error
         self.lease = lease
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
@@ -225,9 +242,8 @@ class _Lossless:
     def _claim(self: Any) -> bool:
         queues = self._queue_cycle.consume(len(self.active_queues))
         keys = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
-        room = self.qos.can_consume_max_estimate() if self.qos.prefetch_count else _UNLIMITED_ROOM
         try:
-            claims = self.lease.claim(keys, room)
+            claims = self.lease.claim(keys, self.qos.room())
         except ResponseError as error:
             raise RedisConnectionError(str(error)) from error
         if claims is None:
@@ -281,6 +297,16 @@ class SentinelTransport(kombu_redis.SentinelTransport, Transport):  # type: igno
     """Lossless, to whichever Redis the Sentinels name."""
 
     Channel = SentinelChannel
+
+
+@contextmanager
+def _refusal_is_loss() -> Iterator[None]:
+    """A server that takes no writes is as good as none; another may be found by its name."""
+    try:
+        yield
+    except ResponseError as error:
+        time.sleep(_REFUSED_REST_SECONDS)
+        raise RedisConnectionError(str(error)) from error
 
 
 def _tell_the_lease() -> None:

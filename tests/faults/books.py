@@ -1,15 +1,46 @@
-"""The books, kept from outside: what was sent against what stands in both servers at the end."""
+"""The books of a site: what was sent, what was answered and what stands, looked at from outside.
+
+They balance when every job that was sent has one final result and that is its ledger's (or its
+message is a dead letter), when the results' counts add up to the grants that stand, and when
+nothing is left in Redis of a message on its way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+import os
+import signal
+import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import psutil
+from redis import Redis
 from sqlalchemy import text
 
 from tests.database import connected
 from tests.stores import PATIENCE_SECONDS, until
-from tests.workers import QUEUE, Site
+from tests.workers import QUEUE, Site, worker
+from worker.claims import PREFIX
+from worker.local_stack import Service
+
+INTERVIEWS = [str(UUID(int=(0xB << 124) + number)) for number in range(12)]
+FINAL = {"SUCCESS", "FAILURE"}
+
+_BRAKE = """
+CREATE TABLE brake ();
+INSERT INTO brake DEFAULT VALUES;
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    WHILE EXISTS (SELECT FROM brake) LOOP PERFORM pg_sleep(0.02); END LOOP;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER slow BEFORE INSERT ON interview_userinterviewaccess
+    FOR EACH ROW WHEN (NEW.user_id LIKE 'slow%') EXECUTE FUNCTION slow()
+"""
+
 
 _PLACES = """
 local messages = 0
@@ -28,12 +59,22 @@ def at_rest(here: Site) -> bool:
 
 
 def balance(
-    here: Site, sent: Collection[str], *, within: float = PATIENCE_SECONDS
+    here: Site,
+    sent: Collection[str],
+    *,
+    within: float = PATIENCE_SECONDS,
+    results: Redis | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Wait until nothing goes on, and hold every job's result against its row of the ledger.
 
     Every job sent is finished, or among the dead letters; every result is its ledger row's; the
     sum of the created counts is the number of rows; and nothing of the protocol is left over.
+
+    Args:
+        here: The site.
+        sent: The ids of its jobs.
+        within: Seconds.
+        results: Where the results are, if not beside the queue.
 
     Returns:
         The results, by job id.
@@ -45,9 +86,10 @@ def balance(
         rows = database.execute(
             text("SELECT count(*) FROM interview_userinterviewaccess")
         ).scalar_one()
-    results: dict[str, dict[str, Any]] = {}
+    told: dict[str, dict[str, Any]] = {}
     for job_id in sent:
-        meta, row = here.meta(job_id), ledger.get(job_id)
+        stored: Any = (results or here.redis).get(f"celery-task-meta-{job_id}")
+        meta, row = json.loads(stored or '{"status": "PENDING", "result": {}}'), ledger.get(job_id)
         if row is None:
             assert job_id in letters, f"{job_id} is lost: {meta}"
         elif row.state == "succeeded":
@@ -55,10 +97,179 @@ def balance(
         else:
             assert meta["status"] == "FAILURE", (job_id, meta, row)
             assert meta["result"]["exc_message"][0] == row.error["sentence"], (job_id, meta, row)
-        results[job_id] = meta["result"]
+        told[job_id] = meta["result"]
     counted = sum(row.created or 0 for row in ledger.values())
     assert counted == rows, f"{counted} counted, {rows} rows"
     left = {key.decode() for key in here.redis.scan_iter("interview-access:started:*")}
     assert not left, left
     assert not here.redis.exists("unacked", "unacked_index")
-    return results
+    return told
+
+
+class Books:
+    """What a site was asked to do, and what became of it."""
+
+    def __init__(self, here: Site) -> None:
+        """Adds interviews to the site's database, and a brake for slow users' jobs."""
+        self.here = here
+        self.results = here.redis
+        self.sent: list[str] = []
+        here.store.execute(
+            "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
+            " 'Interview', interval '1 hour' FROM unnest(CAST(:ids AS text[])) AS id",
+            ids=INTERVIEWS,
+        )
+        here.store.execute(_BRAKE)
+
+    def order(self, count: int) -> list[str]:
+        """Send jobs of few users that ask for much the same, as retries of a platform do."""
+        numbers = range(len(self.sent), len(self.sent) + count)
+        sent = [self.here.send(f"user-{n % 7}", INTERVIEWS[n % 5 : n % 5 + 4]) for n in numbers]
+        self.sent += sent
+        return sent
+
+    def order_slow(self, count: int = 1) -> list[str]:
+        """Send jobs that go on until the brake is released; come back when they do."""
+        sent = [
+            self.here.send(f"slow-{number}", INTERVIEWS)
+            for number in range(len(self.sent), len(self.sent) + count)
+        ]
+        self.sent += sent
+        until(lambda: self.value(_BRAKED) == count)
+        return sent
+
+    def release(self) -> None:
+        """Let slow jobs come to their end."""
+        self.execute("DELETE FROM brake")
+
+    def execute(self, statement: str) -> None:
+        """Run one statement, on a connection of its own: the last one may have been cut."""
+        with connected(self.here.store.database_url, autocommit=True) as connection:
+            connection.execute(text(statement))
+
+    def value(self, statement: str) -> Any:
+        """The one value that a query gives, likewise."""
+        with connected(self.here.store.database_url, autocommit=True) as connection:
+            return connection.execute(text(statement)).scalar_one()
+
+    def waiting(self) -> int:
+        """How many messages stand on the queue."""
+        count: Any = self.here.redis.llen(QUEUE)
+        return int(count)
+
+    def leases(self) -> set[bytes]:
+        """The workers' leases that have not run out."""
+        redis: Any = self.here.redis
+        seconds, _ = redis.time()
+        return set(redis.zrangebyscore(f"{PREFIX}leases", seconds * 1000, "inf"))
+
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """The final results of the jobs that were sent."""
+        stored: Any = self.results.mget([f"celery-task-meta-{job_id}" for job_id in self.sent])
+        metas = {
+            job_id: json.loads(meta or "{}") for job_id, meta in zip(self.sent, stored, strict=True)
+        }
+        return {job_id: meta for job_id, meta in metas.items() if meta.get("status") in FINAL}
+
+    def answered(self) -> int:
+        """How many of the jobs that were sent have a final result."""
+        return len(self.answers())
+
+    def until_balanced(self) -> None:
+        """Come back when all is done, and hold it to the promise."""
+        until(lambda: self.answered() == len(self.sent), within=2 * PATIENCE_SECONDS)
+        balance(self.here, self.sent, results=self.results)
+        until(lambda: not self.on_their_way())
+
+    def on_their_way(self) -> dict[str, Any]:
+        """What Redis holds of messages that are neither done nor dead letters."""
+        redis = self.here.redis
+        lists: dict[str, Any] = {
+            key.decode(): redis.type(key)
+            for pattern in (f"{QUEUE}*", "unacked*", f"{PREFIX}held:*", f"{PREFIX}started:*")
+            for key in redis.scan_iter(pattern)
+            if not key.startswith((f"{PREFIX}dead".encode(), f"{PREFIX}leases".encode()))
+        }
+        for name in ("deferred", "due", "tries", "deferrals"):
+            if redis.exists(PREFIX + name):
+                lists[PREFIX + name] = redis.type(PREFIX + name)
+        return lists
+
+
+_BRAKED = (
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    " AND application_name = 'interview-access-worker' AND state = 'active'"
+    " AND wait_event = 'PgSleep'"
+)
+
+
+class Watch:
+    """What a worker says, and how much it works, from some moment on."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._pid = service.pid
+        self.restart()
+
+    def restart(self) -> None:
+        """From now on."""
+        self._from = self._service.log.stat().st_size
+        self._began = time.monotonic()
+        self._cpu = self._cpu_seconds()
+
+    def said(self) -> str:
+        """What it has logged since."""
+        with self._service.log.open("rb") as log:
+            log.seek(self._from)
+            return log.read().decode()
+
+    def assert_calm(self) -> None:
+        """It neither fills the log nor keeps a processor busy, and runs still."""
+        seconds = time.monotonic() - self._began
+        lines, cpu = len(self.said().splitlines()), self._cpu_seconds() - self._cpu
+        assert lines < 10 * max(seconds, 1.0), f"{lines} lines in {seconds:.1f} s"
+        assert cpu < 0.5 * seconds + 0.5, f"{cpu:.1f} s of CPU in {seconds:.1f} s"
+        self.assert_runs()
+
+    def assert_runs(self) -> None:
+        """It is the process that it was."""
+        assert self._service.alive, self._service.last_words()
+        assert self._service.pid == self._pid
+
+    def starts_of(self, job_id: str) -> int:
+        """How often it was given a job."""
+        return self._service.log.read_text(encoding="utf-8").count(f"[{job_id}] received")
+
+    def _cpu_seconds(self) -> float:
+        main = psutil.Process(self._service.pid)
+        total = 0.0
+        for process in (main, *main.children(recursive=True)):
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += float(times.user + times.system)
+        return total
+
+
+def crash(server: Service, how: signal.Signals = signal.SIGKILL) -> None:
+    """End a server as no operator would."""
+    os.kill(server.pid, how)
+    server.wait()
+
+
+@contextmanager
+def working(
+    here: Site, folder: Path, *, workers: int = 1, **settings: Any
+) -> Iterator[list[Watch]]:
+    """Workers of the site that wait for nothing longer than a test can, each with its watch."""
+    quick = {"GRANT_RETRY_LIMIT": 1_000, "GRANT_RETRY_MAX_DELAY": 1, "GRANT_STOP_GRACE": 1}
+    with ExitStack() as services:
+        yield [
+            Watch(
+                services.enter_context(
+                    worker(here, folder / f"worker-{number}.log", **(quick | settings))
+                )
+            )
+            for number in range(workers)
+        ]

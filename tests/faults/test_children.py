@@ -19,9 +19,9 @@ AT_CHILD = [point for point, (server, _, _) in POINTS.items() if server != "queu
 
 
 @pytest.fixture(scope="module")
-def standing(here: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relays]:
+def standing(shared_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relays]:
     """A worker behind relays that outlives what happens to its children."""
-    with relayed(here, tmp_path_factory.mktemp("standing")) as (relays, _):
+    with relayed(shared_site, tmp_path_factory.mktemp("standing")) as (relays, _):
         yield relays
 
 
