@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
 PYTEST_WORKERS ?= 2
 
-.PHONY: help demo up test check format lock clean
+.PHONY: help demo up test chaos check format lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -18,6 +18,10 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 
 test: .venv/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+
+chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow fault tests (an hour)
+	@$(BIN)/python -m pytest -q tests/faults/slow_*.py
+	@$(BIN)/python -m tests.faults.chaos $(CHAOS)
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,23 @@ if TYPE_CHECKING:  # a command that only enqueues loads no database, and --help 
 
     from interview_access.contracts import JobProgress
 
+    from worker.dead_letters import DeadLetters
     from worker.settings import DatabaseSettings
 
 S = TypeVar("S", bound="DatabaseSettings")
 
+_REASON = 100  # characters of a reason in a list
+
 _FAILED, _NO_ANSWER = 1, 3  # exit codes; 0 is success and 2 click's own for a wrong call
+
+
+def _letter_id(_: object, __: object, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    for one in [given] if isinstance(given, str) else given:
+        if not re.fullmatch(r"\d{1,20}-\d{1,20}", one):
+            raise click.BadParameter(
+                f"got {one!r}, expected an id of the list, such as 1764000000000-0."
+            )
+    return given
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -162,6 +175,112 @@ def demo() -> None:
     from worker.demo import run_demo
 
     sys.exit(run_demo())
+
+
+@main.group("dead-letters", short_help="Look at messages that could not be done.")
+def dead_letters() -> None:
+    """Look at messages that could not be done, send them again or drop them."""
+
+
+@dead_letters.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_letters(as_json: bool) -> None:
+    """List the dead letters, the oldest first: id, time, attempts, size, task, job, reason."""
+    with _letters() as letters:
+        letter = None
+        for letter in letters:
+            if as_json:
+                click.echo(letter.model_dump_json())
+                continue
+            reason = " ".join(letter.reason.split())
+            click.echo(
+                f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {letter.attempts} tries  "
+                f"{letter.size:,} B  {letter.task or '-'}  {letter.job_id or '-'}  "
+                f"{reason if len(reason) <= _REASON else reason[: _REASON - 1] + '…'}"
+            )
+        if letter is None:
+            click.echo("There are no dead letters.", err=True)
+
+
+@dead_letters.command()
+@click.argument("letter_id", metavar="ID", callback=_letter_id)
+@click.option("--raw", is_flag=True, help="The message's own bytes and nothing else.")
+def show(letter_id: str, raw: bool) -> None:
+    """Show one dead letter with its message."""
+    with _letters() as letters:
+        letter = letters.get(letter_id)
+        if letter is None:
+            _end(_FAILED, _unknown_letter(letter_id))
+        if raw:
+            click.echo(letter.message, nl=False)
+            return
+        for name, value in letter.model_dump(mode="json").items():
+            click.echo(f"{name:<9} {value}")
+        import json
+
+        message = letter.readable()
+        told = message if isinstance(message, str) else json.dumps(message, indent=2)
+        click.echo(f"message\n{told}")
+
+
+@dead_letters.command()
+@click.argument("letter_ids", metavar="ID...", nargs=-1, required=True, callback=_letter_id)
+def requeue(letter_ids: tuple[str, ...]) -> None:
+    """Send dead letters to the queue that they came from, their tries begun anew."""
+    _for_each(letter_ids, "requeued")
+
+
+@dead_letters.command()
+@click.argument("letter_ids", metavar="ID...", nargs=-1, required=True, callback=_letter_id)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def drop(letter_ids: tuple[str, ...], yes: bool) -> None:
+    """Delete dead letters for good, after asking."""
+    if not yes:
+        click.confirm(f"Delete {len(letter_ids)} messages for good?", abort=True, err=True)
+    _for_each(letter_ids, "dropped")
+
+
+def _for_each(letter_ids: tuple[str, ...], done: str) -> None:
+    missing = False
+    with _letters() as letters:
+        for letter_id in letter_ids:
+            letter = letters.get(letter_id)
+            act = letters.requeue if done == "requeued" else letters.drop
+            if letter is None or not act(letter):
+                missing = True
+                click.echo(_unknown_letter(letter_id), err=True)
+                continue
+            click.echo(f"{letter_id}: {done} (job {letter.job_id or 'unknown'})")
+            if done == "requeued" and letter.answered_for_good:
+                click.echo(
+                    f"{letter_id}: the ledger has an answer to job {letter.job_id}, which it gets "
+                    "again; to have it done, send the request under a new job id.",
+                    err=True,
+                )
+    if missing:
+        sys.exit(_FAILED)
+
+
+def _unknown_letter(letter_id: str) -> str:
+    return f"{letter_id}: there is no such dead letter; `dead-letters list` tells their ids."
+
+
+@contextmanager
+def _letters() -> Iterator[DeadLetters]:
+    from worker.settings import Settings
+
+    _read(Settings)
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
+    from worker.celery import app
+    from worker.dead_letters import DeadLetters
+
+    try:
+        with app.connection_for_write() as connection:
+            yield DeadLetters(connection.default_channel.client)
+    except (OperationalError, RedisError, OSError) as error:
+        _end(_FAILED, f"The dead letters cannot be reached: Redis says: {error.__cause__ or error}")
 
 
 def _read(kind: type[S]) -> S:

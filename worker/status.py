@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from storage.dtos import FinishedJobDTO
 from storage.postgres import PostgresStorage
 from worker.celery import app
+from worker.claims import PREFIX
+from worker.dead_letters import DeadLetter, DeadLetters
 from worker.settings import Settings
 
 _STATES: dict[str, Literal["queued", "running", "succeeded", "failed", "cancelled"]] = {
@@ -31,7 +33,7 @@ class JobStatus(BaseModel):
     """One job as an operator sees it; what is not known is left out of its JSON.
 
     Attributes:
-        state: ``unknown`` where neither ledger, results nor queue have the job.
+        state: ``unknown`` where neither ledger, results, queue nor dead letters have the job.
     """
 
     job_id: str
@@ -60,6 +62,8 @@ def job_status(settings: Settings, job_id: str) -> JobStatus:
     meta = app.backend.get_task_meta(job_id)
     state = _STATES.get(meta["status"]) or ("queued" if _is_queued(job_id) else "unknown")
     status = JobStatus(job_id=job_id, state=state)
+    if state == "unknown" and (letter := _dead_letter(job_id)):
+        status.state, status.error = "failed", {"type": "DeadLetter", "sentence": letter.reason}
     if meta["status"] == PROGRESS:
         status.progress = JobProgress.model_validate(meta["result"])
     elif state == "failed":
@@ -94,8 +98,14 @@ def _is_queued(job_id: str) -> bool:
         return any(_is_of(message, job_id) for message in _messages(connection.default_channel))
 
 
+def _dead_letter(job_id: str) -> DeadLetter | None:
+    with app.connection_for_read() as connection:
+        letters = DeadLetters(connection.default_channel.client)
+        return next((letter for letter in letters if letter.job_id == job_id), None)
+
+
 def _messages(channel: Any) -> Iterator[bytes]:
-    """Every message of the queue, in all of its priorities, and every one not acknowledged."""
+    """Every message of the queue in all of its priorities, held by a worker, or deferred."""
     client = channel.client
     for priority in channel.priority_steps:
         key = channel._q_for_pri(QUEUE, priority)  # noqa: SLF001 - kombu names a queue's lists so
@@ -103,12 +113,14 @@ def _messages(channel: Any) -> Iterator[bytes]:
         while page := client.lrange(key, start, start + _PAGE - 1):
             yield from page
             start += _PAGE
-    for _, held in client.hscan_iter(channel.unacked_key, count=_PAGE):
-        yield json.dumps(json.loads(held)[0]).encode()
+    for places in f"{PREFIX}held:*", f"{PREFIX}deferred":
+        for place in client.scan_iter(places):
+            for _, held in client.hscan_iter(place, count=_PAGE):
+                yield held.partition(b"\0")[2]
 
 
 def _is_of(message: bytes, job_id: str) -> bool:
     try:
         return bool(json.loads(message)["headers"]["id"] == job_id)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False  # no message of the contract

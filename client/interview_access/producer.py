@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -39,6 +38,7 @@ from interview_access.errors import (
 
 _CONNECT_SECONDS = 2.0
 _SOCKET_SECONDS = 3.0
+_TRIES = 2
 _RETRIES = {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.2, "interval_max": 0.2}
 # Two tries of connecting and of answering: 2 * (2 s + 3 s) is the longest that Redis can hold us.
 
@@ -95,11 +95,11 @@ class InterviewAccessClient:
             result_backend=results,
             task_queues=[job_queue()],
             task_default_queue=QUEUE,
-            task_publish_retry_policy=_RETRIES,
             broker_connection_timeout=_CONNECT_SECONDS,
             broker_transport_options={
                 "socket_connect_timeout": _CONNECT_SECONDS,
                 "socket_timeout": _SOCKET_SECONDS,
+                "max_retries": 0,
             },
             redis_socket_connect_timeout=_CONNECT_SECONDS,
             redis_socket_timeout=_SOCKET_SECONDS,
@@ -128,18 +128,7 @@ class InterviewAccessClient:
         if not is_job_id(job_id):
             raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
         try:
-            with self._connection() as connection:
-                self._app.send_task(
-                    GRANT_ACCESS,
-                    kwargs={"user_id": user_id, "interview_ids": interview_ids},
-                    task_id=job_id,
-                    queue=QUEUE,
-                    connection=connection,
-                    # Celery's own would carry the first thousand characters of ids everywhere.
-                    argsrepr="()",
-                    kwargsrepr=f"user_id={shortened(str(user_id))}, "
-                    f"interview_ids=<{describe(interview_ids)}>",
-                )
+            self._send(job_id, user_id, interview_ids)
         except (OperationalError, RedisError, OSError) as error:
             raise QueueUnavailableError(
                 f"Job {job_id} may not be queued: Redis at {self._broker} did not take it "
@@ -193,21 +182,34 @@ class InterviewAccessClient:
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_POLL_SECONDS)
 
-    @contextmanager
-    def _connection(self) -> Iterator[Any]:
-        """A connection of the pool, closed where it failed.
+    def _send(self, job_id: str, user_id: str | UUID, interview_ids: Sequence[str | UUID]) -> None:
+        """Send the job, on a new connection where the one at hand has failed.
 
-        kombu's producers keep a channel that was closed, and end a later call with an
-        AttributeError.
+        kombu's own way of trying again keeps a channel that it closed, and ends in AttributeError.
         """
-        connection = self._app.pool.acquire(block=True)
-        try:
-            yield connection
-        except BaseException:
-            connection.close()  # it opens again at its next use
-            raise
-        finally:
-            connection.release()
+        for tries_left in reversed(range(_TRIES)):
+            connection = self._app.pool.acquire(block=True)
+            try:
+                self._app.send_task(
+                    GRANT_ACCESS,
+                    kwargs={"user_id": user_id, "interview_ids": interview_ids},
+                    task_id=job_id,
+                    queue=QUEUE,
+                    connection=connection,
+                    retry=False,
+                    # Celery's own would carry the first thousand characters of ids everywhere.
+                    argsrepr="()",
+                    kwargsrepr=f"user_id={shortened(str(user_id))}, "
+                    f"interview_ids=<{describe(interview_ids)}>",
+                )
+            except (OperationalError, RedisError, OSError):
+                connection.close()
+                if not tries_left:
+                    raise
+            else:
+                return
+            finally:
+                connection.release()
 
     def _look(self, job_id: str) -> dict[str, Any]:
         try:

@@ -77,7 +77,7 @@ class Chaos:
     stack: LocalStack
     relays: Relays
     folder: Path
-    application: str
+    without: str
     rng: random.Random
     workers: list[Service] = field(default_factory=list)
     old: list[Service] = field(default_factory=list)
@@ -241,12 +241,15 @@ class Chaos:
 
     def _new_worker(self) -> Service:
         number = len(self.workers) + len(self.old)
-        command = [sys.executable, "-m", "celery", "-A", self.application, "worker", "-c", "2"]
+        application = "tests.faults.broken" if self.without else "worker"
+        command = [sys.executable, "-m", "celery", "-A", application, "worker", "-c", "2"]
         service = Service(
             "worker",
             [*command, "-l", "INFO", "-n", f"worker-{number}@%h", "--without-mingle"],
             log=self.folder / f"worker-{number}.log",
-            environment=self.here.environment(**{**SETTINGS, **self.relays.settings}),
+            environment=self.here.environment(
+                **{**SETTINGS, **self.relays.settings, "CHAOS_WITHOUT": self.without}
+            ),
             folder=ROOT,
         )
         service.start()
@@ -338,7 +341,7 @@ class Producer(threading.Thread):
 
 
 def run(
-    *, seed: int, faults: int, jobs: int, application: str = "worker", report: Callable[[str], None]
+    *, seed: int, faults: int, jobs: int, without: str = "", report: Callable[[str], None]
 ) -> None:
     """One run, with servers of its own.
 
@@ -357,7 +360,7 @@ def run(
                 )
                 relays = Relays(here.broker, here.store.database_url)
                 rng = random.Random(seed)  # noqa: S311 - to be the same again
-                chaos = Chaos(here, stack, relays, folder, application, rng)
+                chaos = Chaos(here, stack, relays, folder, without, rng)
                 try:
                     _run(chaos, seed=seed, faults=faults, jobs=jobs, report=report)
                 finally:
@@ -394,6 +397,7 @@ def _run(chaos: Chaos, *, seed: int, faults: int, jobs: int, report: Callable[[s
     while any(producer.is_alive() for producer in producers) or chaos.frozen:
         chaos.tend()
         time.sleep(0.1)  # the last jobs are sent
+    assert all(len(producer.accepted) >= producer.share for producer in producers)
     accepted = {job_id for producer in producers for job_id in producer.accepted}
     report(_table(struck, led))
     try:
@@ -427,7 +431,12 @@ def _table(struck: Counter[tuple[str, str]], led: dict[str, Counter[str]]) -> st
 @click.option("--seed", default=1, show_default=True, help="Repeats a run.")
 @click.option("--faults", default=1_000, show_default=True)
 @click.option("--jobs", default=5_000, show_default=True, help="At least so many.")
-@click.option("--application", default="worker", show_default=True, help="Celery's -A.")
+@click.option(
+    "--without",
+    type=click.Choice(["", "transport", "ledger", "late-acknowledgement"]),
+    default="",
+    help="Take a ground of the promises away: the books must not balance.",
+)
 def main(**options: Any) -> None:
     """Strike at two workers and both servers, and balance the books."""
     run(report=click.echo, **options)
