@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
+from tests.stores import until
 from worker import claims
 from worker.claims import DEAD, PREFIX, Claim, Claims
 from worker.local_stack import LocalStack
@@ -440,3 +443,310 @@ def test_the_walk_finds_what_is_broken(
         return False
 
     assert any(map(found, range(SEEDS)))
+
+
+# --- Each promise alone --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def protocol(redis: Redis) -> Claims:
+    """The scripts, with workers ``ann`` and ``bob``."""
+    protocol = Claims(redis, lease=3_600)
+    protocol.open("ann")
+    protocol.open("bob")
+    return protocol
+
+
+def take(
+    protocol: Claims,
+    *,
+    by: str = "ann",
+    receipt: int = 1,
+    alone_after: int = NEVER_ALONE,
+    **limits: int,
+) -> list[Claim]:
+    """What a worker that has a lease claims."""
+    limits = {"room": 100, "size": 1_000} | limits
+    got = protocol.claim(by, QUEUES, receipt=receipt, alone_after=alone_after, **limits)
+    assert got is not None
+    return got
+
+
+def ended(redis: Redis, name: str, deadline: float = 1) -> float:
+    """The deadline of a worker for which time has gone by."""
+    redis.zadd(LEASES, {name: deadline})
+    return deadline
+
+
+def test_equal_bytes_are_two_messages(redis: Redis, protocol: Claims) -> None:
+    """Of two messages of the same bytes, and so of the same tag, each has an end of its own."""
+    redis.lpush(JOBS, "same", "same")
+    assert [claim.receipt for claim in take(protocol)] == ["1", "2"]
+    protocol.acknowledge("ann", "1")
+    assert held(look(redis), "ann") == {"2": b"same"}
+    protocol.give_back("ann", "2")
+    assert redis.lrange(JOBS, 0, -1) == [b"same"]
+
+
+def test_messages_are_claimed_as_they_came_the_urgent_first(redis: Redis, protocol: Claims) -> None:
+    """A claim goes through the queues in their order, and through each from its oldest message."""
+    redis.lpush(JOBS, "1", "2")
+    redis.lpush(URGENT, "3", "4")
+    claims = take(protocol, room=3)
+    assert [(claim.queue, claim.message) for claim in claims] == [
+        (URGENT, b"3"),
+        (URGENT, b"4"),
+        (JOBS, b"1"),
+    ]
+
+
+Return = Callable[[Redis, Claims], object]
+
+RETURNS: dict[str, Return] = {
+    "returned": lambda _, protocol: protocol.give_back("ann", "1"),
+    "closed": lambda _, protocol: protocol.close("ann"),
+    "reopened": lambda _, protocol: protocol.open("ann again", ["ann"]),
+    "swept": lambda redis, protocol: protocol.sweep("ann", ended(redis, "ann")),
+    "woken": lambda _, protocol: (protocol.defer("ann", "1", seconds=0), protocol.wake()),
+}
+
+
+@pytest.mark.parametrize("goes_back", RETURNS.values(), ids=RETURNS)
+def test_what_goes_back_is_next(redis: Redis, protocol: Claims, goes_back: Return) -> None:
+    """However a message goes back, it goes to its own queue, before all that waits there."""
+    redis.lpush(URGENT, "first", "second")
+    take(protocol, room=1)
+    goes_back(redis, protocol)
+    assert redis.lrange(URGENT, 0, -1) == [b"second", b"first"]
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (10, 1), (11, 2), (21, 3)])
+def test_a_claim_ends_at_its_size(redis: Redis, protocol: Claims, size: int, count: int) -> None:
+    """No more is claimed once so many bytes are, and one message always is."""
+    redis.lpush(JOBS, *["0123456789"] * 4)
+    assert len(take(protocol, size=size)) == count
+
+
+def test_a_suspect_is_claimed_alone(redis: Redis, protocol: Claims) -> None:
+    """What was tried so often is taken with no other, by a worker that holds no other."""
+    redis.lpush(JOBS, "suspect")
+    take(protocol)
+    protocol.start("ann", "1")
+    protocol.sweep("ann", ended(redis, "ann"))
+    redis.lpush(JOBS, "other")
+    redis.lpush(URGENT, "urgent")
+    assert [claim.message for claim in take(protocol, by="bob", alone_after=1)] == [b"urgent"]
+    assert take(protocol, by="bob", receipt=2, alone_after=1) == []
+    protocol.acknowledge("bob", "1")
+    (suspect,) = take(protocol, by="bob", receipt=2, alone_after=1)
+    assert (suspect.message, suspect.tries) == (b"suspect", 1)
+
+
+def test_many_are_acknowledged_in_one_call(redis: Redis, protocol: Claims) -> None:
+    """The reply counts those that were held, each once."""
+    redis.lpush(JOBS, *"abcd")
+    take(protocol)
+    assert protocol.acknowledge("ann", "1", "3", "3", "99") == 2
+    assert held(look(redis), "ann") == {"2": b"b", "4": b"d"}
+
+
+def test_a_start_counts_once_and_answers_what_is_held(redis: Redis, protocol: Claims) -> None:
+    """A try that is told twice counts once; what is another's by now is not answered."""
+    redis.lpush(JOBS, "a", "b")
+    take(protocol, room=1)
+    assert protocol.start("ann", "1", "2") == ["1"]
+    assert protocol.start("ann", "1", "1") == ["1", "1"]
+    protocol.sweep("ann", ended(redis, "ann"))
+    assert protocol.start("ann", "1") == []
+    assert [claim.tries for claim in take(protocol, by="bob")] == [1, 0]
+
+
+def test_only_tries_that_did_not_end_in_order_count(redis: Redis, protocol: Claims) -> None:
+    """A return and a deferral in order are no tries; a deferral out of order and a death are."""
+    redis.lpush(JOBS, "a")
+    counts = []
+    for receipt, in_order in enumerate([True, False, True, None, True], 1):
+        (claim,) = take(protocol, receipt=receipt)
+        counts.append((claim.tries, claim.deferrals))
+        protocol.start("ann", claim.receipt)
+        if in_order is None:
+            protocol.give_back("ann", claim.receipt)
+            continue
+        protocol.defer("ann", claim.receipt, seconds=0, in_order=in_order)
+        protocol.wake()
+    assert counts == [(0, 0), (0, 1), (1, 1), (1, 2), (1, 2)]
+    take(protocol, receipt=6)
+    protocol.start("ann", "6")
+    protocol.sweep("ann", ended(redis, "ann"))
+    (claim,) = take(protocol, by="bob")
+    assert (claim.tries, claim.deferrals) == (2, 3)
+
+
+def test_what_was_acknowledged_begins_anew(redis: Redis, protocol: Claims) -> None:
+    """No count of a message that is done stays for another of the same bytes."""
+    redis.lpush(JOBS, "a")
+    take(protocol)
+    protocol.start("ann", "1")
+    protocol.defer("ann", "1", seconds=0, in_order=False)
+    protocol.wake()
+    (claim,) = take(protocol, receipt=2)
+    assert claim.tries == 1
+    protocol.acknowledge("ann", "2")
+    assert look(redis).keys() == {LEASES}
+
+
+def letters(redis: Redis) -> list[tuple[str, dict[bytes, bytes]]]:
+    """The dead letters, each with its id."""
+    return [(name.decode(), fields) for name, fields in look(redis).get(DEAD, [])]
+
+
+def test_a_dead_letter_tells_all_and_can_be_tried_again(redis: Redis, protocol: Claims) -> None:
+    """It has the message, its queue, its size, its attempts, and begins anew from its own queue."""
+    redis.lpush(URGENT, b"\xff\0'")
+    take(protocol)
+    protocol.start("ann", "1")
+    protocol.defer("ann", "1", seconds=0, in_order=False)
+    protocol.wake()
+    take(protocol, receipt=2)
+    protocol.start("ann", "2")
+    protocol.defer("ann", "2", seconds=0)
+    protocol.wake()
+    take(protocol, receipt=3)
+    protocol.start("ann", "3")
+    assert protocol.bury("ann", "3", reason="because", job_id="j", task="t") == 1
+    ((name, letter),) = letters(redis)
+    seconds: Any = redis.time()
+    assert abs(float(letter.pop(b"time")) - seconds[0]) < 60
+    assert letter == {
+        b"job_id": b"j",
+        b"task": b"t",
+        b"reason": b"because",
+        b"attempts": b"3",
+        b"size": b"3",
+        b"queue": URGENT.encode(),
+        b"message": b"\xff\0'",
+    }
+    assert protocol.requeue(name, JOBS) == 1
+    assert protocol.requeue(name, JOBS) == 0
+    assert take(protocol, receipt=4) == [Claim("4", URGENT, b"\xff\0'", 0, 0)]
+
+
+def test_a_letter_that_names_no_queue_goes_where_it_is_told(redis: Redis, protocol: Claims) -> None:
+    """A dead letter of an earlier version names no queue."""
+    name: Any = redis.xadd(DEAD, {"message": "a"})
+    assert protocol.requeue(name.decode(), JOBS) == 1
+    assert redis.lrange(JOBS, 0, -1) == [b"a"]
+
+
+def test_a_lost_lease_is_told(redis: Redis, protocol: Claims) -> None:
+    """Whoever was swept learns it from a claim and from a renewal, and gets nothing."""
+    redis.lpush(JOBS, "a")
+    protocol.sweep("ann", ended(redis, "ann"))
+    claim = protocol.claim("ann", QUEUES, receipt=1, room=1, size=1, alone_after=1)
+    assert claim is None
+    assert not protocol.renew("ann").alive
+    assert redis.lrange(JOBS, 0, -1) == [b"a"]
+
+
+def test_a_late_renewal_goes_on(redis: Redis, protocol: Claims) -> None:
+    """A lease that ran out and that nobody swept is renewed, and a sweep then changes nothing."""
+    redis.lpush(JOBS, "a")
+    take(protocol)
+    deadline = ended(redis, "ann")
+    assert protocol.renew("bob").expired == {"ann": deadline}
+    assert protocol.renew("ann").alive
+    before = look(redis)
+    assert protocol.sweep("ann", deadline) == -1
+    assert protocol.sweep("ann", leases(before)["ann"]) == -1
+    assert look(redis) == before
+    assert protocol.renew("bob").expired == {}
+
+
+def test_a_sweep_in_parts_is_ended_by_another(redis: Redis, protocol: Claims) -> None:
+    """Where a sweeper is gone in the midst, the lease is seen still, and the next one goes on."""
+    redis.lpush(JOBS, *"abcde")
+    take(protocol)
+    protocol.start("ann", "1", "2", "3")
+    deadline = ended(redis, "ann")
+    assert protocol.sweep("ann", deadline, 2) == 3
+    assert protocol.renew("bob").expired == {"ann": deadline}
+    assert protocol.sweep("ann", deadline, 2) == 1
+    assert protocol.sweep("ann", deadline, 2) == 0
+    assert protocol.sweep("ann", deadline, 2) == -1
+    assert messages(look(redis)) == Counter({bytes([letter]): 1 for letter in b"abcde"})
+    assert leases(look(redis)).keys() == {"bob"}
+
+
+def test_what_is_deferred_comes_when_it_is_due(redis: Redis, protocol: Claims) -> None:
+    """A deferred message is nobody's until its time, and its worker's death changes nothing."""
+    redis.lpush(JOBS, "a", "b")
+    take(protocol)
+    protocol.defer("ann", "1", seconds=3_600)
+    protocol.defer("ann", "2", seconds=0.05)
+    protocol.sweep("ann", ended(redis, "ann"))
+    until(lambda: protocol.wake() == 1)
+    assert redis.lrange(JOBS, 0, -1) == [b"b"]
+    assert [*look(redis)[f"{PREFIX}deferred"].values()] == [f"{JOBS}\0a".encode()]
+
+
+@pytest.mark.parametrize("off", [-600, 600])
+def test_the_clients_clock_is_of_no_account(
+    redis: Redis, protocol: Claims, monkeypatch: pytest.MonkeyPatch, off: int
+) -> None:
+    """A client whose clock is ten minutes off ends nobody's lease and wakes nothing early."""
+    redis.lpush(JOBS, "a")
+    take(protocol)
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + off)
+    minute = Claims(redis, lease=60)
+    minute.open("carl")
+    minute.renew("bob")
+    assert minute.renew("carl").expired == {}
+    seconds: Any = redis.time()
+    for name in ("bob", "carl"):
+        assert seconds[0] < leases(look(redis))[name] / 1_000 <= seconds[0] + 61
+    minute.defer("ann", "1", seconds=60)
+    assert minute.wake() == 0
+
+
+def test_a_full_server_drains(redis: Redis, protocol: Claims) -> None:
+    """Where Redis takes nothing more, all that moves a message goes through all the same."""
+    redis.lpush(JOBS, *"abcdef")
+    protocol.open("gone")
+    take(protocol, by="gone", room=1)
+    deadline = ended(redis, "gone")
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(ResponseError, match="maxmemory"):
+            redis.lpush(JOBS, "g")
+        protocol.open("carl", ["bob"])
+        assert protocol.renew("ann").alive
+        assert len(take(protocol)) == 5
+        assert protocol.start("ann", "1") == ["1"]
+        assert protocol.acknowledge("ann", "1") == 1
+        assert protocol.defer("ann", "2", seconds=0) == 1
+        assert protocol.wake() == 1
+        assert protocol.bury("ann", "3", reason="because") == 1
+        assert protocol.give_back("ann", "4") == 1
+        assert protocol.sweep("gone", deadline) == 0
+        protocol.put(JOBS, b"h")
+        ((name, _),) = letters(redis)
+        assert protocol.requeue(name, JOBS) == 1
+        protocol.close("carl")
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert messages(look(redis)) == Counter({bytes([letter]): 1 for letter in b"acdefh"})
+
+
+@pytest.mark.parametrize("goes_back", RETURNS.values(), ids=RETURNS)
+def test_a_queue_that_is_none_any_more_loses_nothing(
+    redis: Redis, protocol: Claims, goes_back: Return
+) -> None:
+    """What cannot go back, for its queue's key became another type, is a dead letter."""
+    redis.lpush(JOBS, "a")
+    take(protocol)
+    redis.set(JOBS, "no list")
+    goes_back(redis, protocol)
+    ((_, letter),) = letters(redis)
+    assert (letter[b"message"], letter[b"reason"]) == (b"a", b"Its queue is no list any more.")
+    assert take(protocol, by="bob") == []
