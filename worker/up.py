@@ -195,7 +195,7 @@ def _worker(stack: LocalStack) -> Service:
         [*_CELERY, "worker", "--loglevel=INFO", f"--concurrency={children}"],
         log=stack.data / "worker.log",
         grace=_GRACE,
-        environment=_environment(stack),
+        environment=_environment(stack) | {"GRANT_STOP_GRACE": str(_GRACE / 2)},
         folder=_CHECKOUT,
     )
 

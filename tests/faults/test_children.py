@@ -36,6 +36,15 @@ class TestChildren:
             os.kill(gate.until_reached(), signal.SIGKILL)
         assert balance(here, [job_id])[job_id] == created(10)
 
+    def test_reply_to_a_claim_lost(self, here: Site, standing: Relays, ids: list[str]) -> None:
+        """A message whose claim was made and whose reply is lost is done, as is the next."""
+        with gate_at(standing, "claimed, unknown to the worker") as gate:
+            sent = [here.send("ann", ids)]
+            gate.until_reached()
+            standing.queue.cut()
+        sent.append(here.send("bob", ids))
+        assert [balance(here, sent)[job_id] for job_id in sent] == [created(10)] * 2
+
 
 class TestVerdicts:
     """What the main process thinks of a job never replaces what the ledger says."""
@@ -77,6 +86,17 @@ class TestVerdicts:
         here.producer.send_task(GRANT_ACCESS, ("ann", ids), task_id=job_id, queue=QUEUE, expires=-1)
         assert "expired at" in balance(here, [job_id])[job_id]["exc_message"][0]
         assert here.store.granted("ann") == []
+
+    def test_expired_after_commit(self, here: Site, standing: Relays, ids: list[str]) -> None:
+        """A job past its time when it is delivered again is answered as it was done before."""
+        job_id = str(uuid4())
+        with gate_at(standing, "before the result") as gate:
+            here.producer.send_task(
+                GRANT_ACCESS, ("ann", ids), task_id=job_id, queue=QUEUE, expires=2
+            )
+            child = gate.until_reached()
+            os.kill(child, signal.SIGKILL)
+        assert balance(here, [job_id])[job_id] == created(10)
 
     def test_reused_id_before_the_first_result(
         self, here: Site, standing: Relays, ids: list[str]

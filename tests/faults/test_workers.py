@@ -15,12 +15,7 @@ from tests.faults.sites import another, created, family, gate_at, relayed
 from tests.stores import until
 from tests.workers import QUEUE, Site
 
-AT_WORKER = [
-    "claimed, unknown to the worker",
-    "begun",
-    "after COMMIT",
-    "before the acknowledgement",
-]
+AT_WORKER = ["claimed, unknown to the worker", "after COMMIT"]
 
 
 class TestLostChildren:

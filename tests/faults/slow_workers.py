@@ -1,0 +1,48 @@
+"""What takes longer than a suite should: `make chaos` runs these, by their path."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.books import balance
+from tests.faults.sites import POINTS, another, created, gate_at, relayed
+from tests.workers import Site
+
+LONG = 11.0  # seconds, of leases of one
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_worker_killed(here: Site, tmp_path: Path, ids: list[str], point: str) -> None:
+    """A job whose worker is killed, wherever it was, runs elsewhere and counts once."""
+    with relayed(here, tmp_path) as (relays, service):
+        with gate_at(relays, point) as gate:
+            job_id = here.send("ann", ids)
+            gate.until_reached()
+            os.kill(service.pid, signal.SIGKILL)
+        with another(here, tmp_path):
+            assert balance(here, [job_id])[job_id] == created(10)
+
+
+@pytest.mark.parametrize("asked_to_stop", [False, True])
+def test_long_job_runs_once(
+    here: Site, tmp_path: Path, ids: list[str], asked_to_stop: bool
+) -> None:
+    """A job of more than ten leases begins once, also where its worker is asked to stop."""
+    with (
+        relayed(here, tmp_path, GRANT_STOP_GRACE=60) as (relays, service),
+        gate_at(relays, "inside the transaction") as gate,
+    ):
+        job_id = here.send("ann", ids)
+        gate.until_reached()
+        with another(here, tmp_path) as other:
+            if asked_to_stop:
+                os.kill(service.pid, signal.SIGTERM)
+            time.sleep(LONG)  # the length of the job
+            gate.open()
+            assert balance(here, [job_id])[job_id] == created(10)
+            assert f"[{job_id}] received" not in other.log.read_text(encoding="utf-8")

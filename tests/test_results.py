@@ -1,0 +1,149 @@
+"""What a poller reads is the ledger's answer, whoever else has something to say later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import Celery, states
+from celery.exceptions import Reject
+from interview_access.errors import (
+    InterviewAccessError,
+    InvalidInterviewIdException,
+    JobFailedError,
+    StorageUnavailableException,
+)
+from redis import Redis
+
+from storage.interface import TransientStorageError
+from tests.faults.gates import Relay
+from tests.stores import Background
+from worker.local_stack import LocalStack
+from worker.results import JobResults
+
+SUCCESS = {"success": True, "created_access_count": 3}
+UNAVAILABLE = StorageUnavailableException.of(17, "away")
+MALFORMED = InvalidInterviewIdException("No id.", {"total": 1})
+GIVEN_UP = JobFailedError("It ended its worker.", {})
+
+
+def results_at(url: str) -> JobResults:
+    """A worker's results there."""
+    app = Celery(set_as_current=False)
+    app.loader.override_backends = {"redis": "worker.results:JobResults"}
+    app.conf.update(
+        result_backend=url, result_backend_always_retry=True, result_backend_max_retries=0
+    )
+    results: JobResults = app.backend
+    return results
+
+
+@pytest.fixture
+def results(stack: LocalStack) -> JobResults:
+    """A worker's results."""
+    return results_at(stack.broker_url)
+
+
+@pytest.fixture
+def redis(stack: LocalStack) -> Iterator[Redis]:
+    """What a poller asks."""
+    with Redis(unix_socket_path=stack.broker_url.removeprefix("redis+socket://")) as one:
+        yield one
+
+
+def stored(redis: Redis, job_id: str) -> tuple[str, Any]:
+    """The state that a poller reads, and its result."""
+    meta: Any = redis.get(f"celery-task-meta-{job_id}")
+    told = json.loads(meta)
+    return told["status"], told["result"]
+
+
+def store(results: JobResults, job_id: str, answer: object) -> None:
+    """Store an answer, or a failure."""
+    failed = isinstance(answer, InterviewAccessError)
+    results.store_result(job_id, answer, states.FAILURE if failed else states.SUCCESS)
+
+
+def test_late_failure_does_not_replace_a_success(
+    stack: LocalStack, results: JobResults, redis: Redis
+) -> None:
+    """A failure that was looked for before a success and comes after it is not stored."""
+    job_id = str(uuid4())
+    relay = Relay(
+        Path(stack.broker_url.removeprefix("redis+socket://")),
+        Path(f"/tmp/{job_id}"),  # noqa: S108 - short
+    )
+    try:
+        late = results_at(f"redis+socket:///tmp/{job_id}")
+        with relay.gate(b"EVALSHA") as gate:
+            zombie = Background(lambda: store(late, job_id, UNAVAILABLE))
+            gate.until_reached()
+            store(results, job_id, SUCCESS)
+        zombie.result()
+    finally:
+        relay.close()
+        Path(f"/tmp/{job_id}").unlink()  # noqa: S108 - as above
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stands"),
+    [
+        (SUCCESS, UNAVAILABLE, 1),
+        (SUCCESS, GIVEN_UP, 1),
+        (MALFORMED, UNAVAILABLE, 1),
+        (MALFORMED, GIVEN_UP, 1),
+        (UNAVAILABLE, SUCCESS, 2),
+        (UNAVAILABLE, MALFORMED, 2),
+        (UNAVAILABLE, GIVEN_UP, 2),
+        (GIVEN_UP, SUCCESS, 2),
+    ],
+)
+def test_the_more_final_answer_stands(
+    results: JobResults, redis: Redis, first: object, second: object, stands: int
+) -> None:
+    """An answer of the ledger stands; that the database was away gives way to an answer."""
+    job_id = str(uuid4())
+    store(results, job_id, first)
+    store(results, job_id, second)
+    state, result = stored(redis, job_id)
+    wanted = first if stands == 1 else second
+    if isinstance(wanted, InterviewAccessError):
+        assert (state, result["exc_type"]) == (states.FAILURE, type(wanted).__name__)
+    else:
+        assert (state, result) == (states.SUCCESS, wanted)
+
+
+@pytest.mark.parametrize("state", [states.STARTED, states.RETRY, "PROGRESS"])
+@pytest.mark.parametrize("answer", [SUCCESS, UNAVAILABLE], ids=["success", "failure"])
+def test_no_state_replaces_an_answer(
+    results: JobResults, redis: Redis, state: str, answer: object
+) -> None:
+    """A job that is delivered again does not read as running, once it was answered."""
+    job_id = str(uuid4())
+    store(results, job_id, answer)
+    before = stored(redis, job_id)
+    results.store_result(job_id, {"done": 1}, state)
+    assert stored(redis, job_id) == before
+
+
+def test_failure_that_is_none_of_the_contracts_is_no_verdict(results: JobResults) -> None:
+    """What only went wrong in a worker is raised, not stored."""
+    with pytest.raises(TransientStorageError):
+        results.store_result(str(uuid4()), TransientStorageError("away"), states.FAILURE)
+
+
+def test_answer_that_cannot_be_stored_sends_the_job_back(tmp_path: Path) -> None:
+    """With the results' Redis away, the message is to be delivered again."""
+    with pytest.raises(Reject) as rejected:
+        store(results_at(f"redis+socket://{tmp_path}/none"), str(uuid4()), SUCCESS)
+    assert rejected.value.requeue
+
+
+def test_state_that_cannot_be_stored_stops_nothing(tmp_path: Path) -> None:
+    """With the results' Redis away, that a job runs is not told, and it runs."""
+    results_at(f"redis+socket://{tmp_path}/none").store_result(str(uuid4()), {}, states.STARTED)
