@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from interview_access.errors import (
     QueueUnavailableError,
 )
 from interview_access.producer import InterviewAccessClient
+from redis import Redis
 
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.database import database
@@ -31,6 +36,7 @@ from worker.local_stack import LocalStack
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHUNK = 10
+BOUND = 10.0  # seconds within which a producer fails where Redis is away
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +197,52 @@ def test_redis_away_is_one_error(tmp_path: Path) -> None:
         client.enqueue("client-9", [])
     with pytest.raises(QueueUnavailableError, match="poll it again"):
         client.wait("client-9", timeout=5)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """A Redis of these tests' own, which they may stop."""
+    with LocalStack(tmp_path_factory.mktemp("server") / "data", durable=False) as stack:
+        yield stack
+
+
+@contextmanager
+def failing(server: LocalStack, how: str) -> Iterator[None]:
+    """The server takes no jobs meanwhile."""
+    with Redis(unix_socket_path=server.broker_url.removeprefix("redis+socket://")) as redis:
+        if how == "stopped":
+            server.valkey.stop()
+        elif how == "frozen":
+            os.kill(server.valkey.pid, signal.SIGSTOP)
+        elif how == "full":
+            redis.config_set("maxmemory", 1)
+        else:
+            redis.replicaof("127.0.0.1", 1)
+        try:
+            yield
+        finally:
+            if how == "stopped":
+                server.valkey.start()
+            elif how == "frozen":
+                os.kill(server.valkey.pid, signal.SIGCONT)
+            elif how == "full":
+                redis.config_set("maxmemory", 0)
+            else:
+                redis.replicaof("NO", "ONE")
+
+
+@pytest.mark.parametrize("how", ["stopped", "frozen", "full", "read-only"])
+def test_redis_that_takes_nothing_is_told_in_time(server: LocalStack, how: str) -> None:
+    """Each call fails within 10 s with one error, and the same client goes on when it is over."""
+    client = InterviewAccessClient(server.broker_url)
+    client.enqueue("ann", [])
+    with failing(server, how):
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(QueueUnavailableError, match="under the same id is safe"):
+                client.enqueue("ann", [], job_id=how)
+            assert time.monotonic() - began < BOUND
+    assert client.enqueue("ann", [], job_id=how) == how
 
 
 @pytest.mark.parametrize("number", [0, 1])
