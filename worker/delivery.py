@@ -9,20 +9,23 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
-from celery.exceptions import Reject, Retry
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import InvalidTaskError, Reject, Retry
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
+from interview_access.contracts import is_job_id
 from interview_access.errors import InterviewAccessError, JobFailedError
 from kombu.utils.encoding import safe_repr
 from redis.exceptions import RedisError
 
-from storage.interface import TransientStorageError
+from storage.interface import StorageError, TransientStorageError
 from tasks.celery_tasks import shown
 from worker.lease import Lease
 from worker.transport import lease_of_this_process
@@ -30,7 +33,28 @@ from worker.transport import lease_of_this_process
 logger = get_logger(__name__)
 
 _AGAIN_SECONDS = 2.0  # until a job whose child died runs again
+_PASSING = (
+    *(WorkerLostError, TimeLimitExceeded, Terminated, MemoryError, OSError),
+    *(RedisError, StorageError),
+)
+_LEVELS = 50  # of a message's headers; some hundred more overflow the pickler
+_LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _HOPELESS_TRIES = 3  # of settling a job as failed, when even that ends its child
+
+
+def _limit(value: object) -> bool:
+    """Whether the value can be a time limit: seconds of which a clock can tell the end, or none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 < value <= _LONGEST_LIMIT_SECONDS
+    return value is None
+
+
+def _nested(value: object, levels: int) -> bool:
+    """Whether the value has more levels of lists and objects than that."""
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(inner, Iterable) or isinstance(inner, str | bytes):
+        return False
+    return levels == 0 or any(_nested(one, levels - 1) for one in inner)
 
 
 class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
@@ -40,8 +64,14 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     in every event and in Flower; a plain ``LPUSH`` brings none at all.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Celery derives a class for each task, whose ``on_success`` asks nothing of ours."""
+        super().__init_subclass__()
+        cls._celerys_on_success, cls.on_success = cls.on_success, JobRequest.on_success  # type: ignore[method-assign]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check()
         self._argsrepr, self._kwargsrepr = shown(self._args, self._kwargs)
         self._lease: Lease = self.message.channel.lease
         self._receipt: str = self.message.delivery_tag
@@ -53,6 +83,16 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             retries=claim.deferrals,
             verdict=None,
         )
+
+    def _check(self) -> None:
+        """Refuse now what Celery looks at only when a child is free: there it ends the worker."""
+        match self.time_limits:
+            case [hard, soft] if _limit(hard) and _limit(soft):
+                pass
+            case odd:
+                raise InvalidTaskError(f"invalid timelimit value {odd!r}"[:500])
+        if _nested(self.request_dict, _LEVELS):
+            raise InvalidTaskError(f"headers of more than {_LEVELS} levels")
 
     @property
     def request_dict(self) -> dict[str, Any]:
@@ -71,7 +111,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         """
         self._request_dict["verdict"] = self._verdict()
         if self._tries >= self._lease.attempt_limit + _HOPELESS_TRIES:
-            self._give_up()
+            self._give_up(str(self._request_dict["verdict"]))
         elif not self._lease.start(self._receipt):
             self._settled()
         return bool(self.acknowledged)
@@ -89,10 +129,16 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             return f"The job expired at {self.expires.isoformat()}, before a worker was free."
         return None
 
-    def _give_up(self) -> None:
-        """Even settling it as failed ended the child each time: the last word is the operators'."""
-        error = JobFailedError(str(self._request_dict["verdict"]), {"attempts": self._tries})
-        self.task.backend.mark_as_failure(self.id, error, request=self._context)
+    def _give_up(self, reason: str) -> None:
+        """Not even settling it as failed can be done: the last word is the operators'."""
+        error = JobFailedError(reason, {"attempts": self._tries})
+        if is_job_id(self.id):
+            try:
+                # Without its request, whose callbacks may be what is wrong.
+                self.task.backend.mark_as_failure(self.id, error)
+            except Reject as rejected:
+                self._again(rejected)
+                return
         self.send_event("task-failed", exception=safe_repr(error), traceback="")
         self._bury(error.sentence)
 
@@ -113,9 +159,14 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
     def on_success(self, failed__retval__runtime: Any, **kwargs: Any) -> None:
         """Celery's own; the database can be reached."""
-        if not failed__retval__runtime[0]:
-            self._lease.no_trouble()
-        super().on_success(failed__retval__runtime, **kwargs)
+        failed, told, _ = failed__retval__runtime
+        if failed or told is not None:
+            if not failed:
+                self._lease.no_trouble()
+            self._celerys_on_success(failed__retval__runtime, **kwargs)
+        else:
+            # A success that tells nothing is none: Celery could not even begin.
+            self._give_up("It cannot be run: its body makes no call.")
 
     def _on_retry(self, retry: Retry) -> None:
         """The job asks for another try: deferred within Redis, never sent anew."""
@@ -139,11 +190,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         if isinstance(error, Retry):
             self._on_retry(error)
         elif isinstance(error, Reject) and error.requeue:
-            # Done, perhaps: its result could not be stored, and can be when the ledger is asked.
-            logger.warning("job %s: goes back: %s", self.id, error.reason)
-            self._lease.trouble("results cannot be stored")
-            self._lease.defer(self._receipt, _AGAIN_SECONDS)
-            self._settled()
+            self._again(error)
         elif isinstance(error, Reject):
             self._bury(str(error.reason))
             if send_failed_event:
@@ -153,8 +200,18 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             self.acknowledge()
             if send_failed_event:
                 self.send_event("task-failed", exception=safe_repr(error), traceback="")
-        else:
+        elif isinstance(error, _PASSING):
             self._on_child_lost(error)
+        else:
+            # Celery stumbled over what the message says beside the job, as it would each time.
+            self._give_up(f"It cannot be run: {type(error).__name__}: {error}"[:500])
+
+    def _again(self, rejected: Reject) -> None:
+        """Done, perhaps: its result could not be stored, and can be when it comes again."""
+        logger.warning("job %s: goes back: %s", self.id, rejected.reason)
+        self._lease.trouble("results cannot be stored")
+        self._lease.defer(self._receipt, _AGAIN_SECONDS)
+        self._settled()
 
     def _on_child_lost(self, error: BaseException) -> None:
         """Nobody knows how far the job came. The ledger does, when it is tried again."""
