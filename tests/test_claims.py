@@ -385,7 +385,7 @@ BREAKS = {
     ),
     "a release that leaves": ("    redis.call('HDEL', held(incarnation), receipt)\n", ""),
     "a release that was started still": ("redis.call('SREM', started(incarnation), receipt)", "0"),
-    "a release that throws away": ("if queue then put(queue, message) end", ""),
+    "a release that throws away": ("    put(parts(value))\n", ""),
     "an acknowledgement of what is not held": ("count = count + 1", "end do count = count + 1"),
     "tries at zero": ("digest, -1) <= 0", "digest, -1) < 0"),
     "a handover that forgets what is unwanted": ("give_back(former, receipt, true)", ""),
@@ -750,3 +750,22 @@ def test_a_queue_that_is_none_any_more_loses_nothing(
     ((_, letter),) = letters(redis)
     assert (letter[b"message"], letter[b"reason"]) == (b"a", b"Its queue is no list any more.")
     assert take(protocol, by="bob") == []
+
+
+@pytest.mark.parametrize("goes_back", RETURNS.values(), ids=RETURNS)
+def test_what_can_go_nowhere_stays_where_it_is(
+    redis: Redis, protocol: Claims, goes_back: Return
+) -> None:
+    """Where the dead letters' key is no stream either, the move is refused and nothing is lost."""
+    redis.lpush(JOBS, "a")
+    take(protocol)
+    redis.set(JOBS, "no list")
+    redis.set(DEAD, "no stream")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        goes_back(redis, protocol)
+    state = look(redis)
+    values = [
+        *state.get(f"{PREFIX}held:ann", {}).values(),
+        *state.get(f"{PREFIX}deferred", {}).values(),
+    ]
+    assert values == [f"{JOBS}\0a".encode()]

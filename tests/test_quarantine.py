@@ -97,12 +97,12 @@ ODD: tuple[Any, ...] = (
 )
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every object or list within a value, with each of its keys or positions."""
-    if isinstance(value, dict | list):
+def places(value: Any, levels: int = 6) -> Iterator[tuple[Any, Any]]:
+    """The objects and lists within a value, each with every one of its keys or positions."""
+    if isinstance(value, dict | list) and levels:
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
-            yield from places(value[key])
+            yield from places(value[key], levels - 1)
 
 
 def changed_field(chance: random.Random, message: Message) -> bytes:

@@ -92,10 +92,13 @@ local function release(incarnation, receipt, in_order)
     return queue, message
 end
 
+-- Put first: an error ends a script, and what it did before stands.
 local function give_back(incarnation, receipt, in_order)
-    local queue, message = release(incarnation, receipt, in_order)
-    if queue then put(queue, message) end
-    return queue and 1 or 0
+    local value = redis.call('HGET', held(incarnation), receipt)
+    if not value then return 0 end
+    put(parts(value))
+    release(incarnation, receipt, in_order)
+    return 1
 end
 """
 
