@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,11 +75,21 @@ def encoded(body: bytes) -> str:
     return base64.b64encode(body).decode()
 
 
+def dumped(value: object) -> bytes:
+    """A value as JSON, nested as it may be: a test may be deep in its runner's frames itself."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10 * limit)
+    try:
+        return json.dumps(value).encode()
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def written(message: Message) -> bytes:
     """A message as it is sent: what is no text yet of its body, encoded."""
     if "body" in message and not isinstance(message["body"], str):
-        message["body"] = encoded(json.dumps(message["body"]).encode())
-    return json.dumps(message).encode()
+        message["body"] = encoded(dumped(message["body"]))
+    return dumped(message)
 
 
 def nested(depth: int) -> list[Any]:
@@ -141,7 +152,7 @@ def changed(chance: random.Random, message: Message) -> bytes:
         case 1:
             return changed_bytes(chance, written(message))
         case _:
-            body = json.dumps(message["body"]).encode()
+            body = dumped(message["body"])
             return written(message | {"body": encoded(changed_bytes(chance, body))})
 
 

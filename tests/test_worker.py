@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -281,20 +279,6 @@ def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
         job_id = here.send(user, ids)
         assert here.until_state(job_id, "PROGRESS")["result"] == {"done": CHUNK, "total": 3 * CHUNK}
         assert here.store.granted(user) == []
-    assert here.answer(job_id)["result"] == success(3 * CHUNK)
-    assert len(here.store.granted(user)) == 3 * CHUNK
-
-
-def test_a_job_whose_child_died_is_done_all_the_same(here: Site) -> None:
-    """A job whose child is killed inside of its transaction runs again and counts once."""
-    user, ids = a_user(), many(3 * CHUNK)
-    with held_grant(here, user, ids[-1]):
-        job_id = here.send(user, ids)
-        here.until_state(job_id, "PROGRESS")
-        (active,) = here.producer.control.inspect(timeout=10, limit=1).active().values()
-        (pid,) = [job["worker_pid"] for job in active if job["id"] == job_id]
-        os.kill(pid, signal.SIGKILL)
-        here.until_state(job_id, "RETRY")
     assert here.answer(job_id)["result"] == success(3 * CHUNK)
     assert len(here.store.granted(user)) == 3 * CHUNK
 
