@@ -19,7 +19,7 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 test: .venv/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
-chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow fault tests (an hour)
+chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
 	@$(BIN)/python -m pytest -q tests/faults/slow_*.py
 	@$(BIN)/python -m tests.faults.chaos $(CHAOS)
 

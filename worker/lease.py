@@ -274,11 +274,12 @@ class Lease:
                 self._end()
             try:
                 self._beat()
-            except (RedisError, OSError) as error:
+            except Exception as error:  # whatever it is: without this thread every job runs twice
                 # What was seen before it does not count: it may be Redis that stood still.
                 self._suspects.clear()
                 if not trouble:
-                    logger.warning("the lease cannot be renewed: %s", error)
+                    known = isinstance(error, RedisError | OSError)
+                    logger.warning("the lease cannot be renewed: %r", error, exc_info=not known)
                 trouble = True
             else:
                 trouble = False
