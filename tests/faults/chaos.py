@@ -43,6 +43,8 @@ PRODUCERS = 3
 QUEUED = 40
 """Messages on the queue at most: enough that there is always one to strike at."""
 
+_REST_WITHIN = 600  # seconds, for the jobs that are sent after the last fault
+
 SETTINGS = {
     "GRANT_LEASE_SECONDS": 1,
     "GRANT_CHUNK_SIZE": 8,
@@ -394,7 +396,9 @@ def _run(chaos: Chaos, *, seed: int, faults: int, jobs: int, report: Callable[[s
         chaos.tend()
     for producer in producers:
         producer.enough.set()
+    deadline = time.monotonic() + _REST_WITHIN
     while any(producer.is_alive() for producer in producers) or chaos.frozen:
+        assert time.monotonic() < deadline, "the rest of the jobs is lost: the queue stands still"
         chaos.tend()
         time.sleep(0.1)  # the last jobs are sent
     assert all(len(set(producer.accepted)) >= producer.share for producer in producers)
