@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.books import balance
 from tests.faults.sites import POINTS, another, created, gate_at, relayed
+from tests.stores import until
 from tests.workers import Site
 
 LONG = 11.0  # seconds, of leases of one
@@ -46,3 +48,25 @@ def test_long_job_runs_once(
             gate.open()
             assert balance(here, [job_id])[job_id] == created(10)
             assert f"[{job_id}] received" not in other.log.read_text(encoding="utf-8")
+
+
+def test_rolling_restart(here: Site, tmp_path: Path, ids: list[str]) -> None:
+    """Workers restarted one after the other under load fail no job, and try none again."""
+    sent = [here.send(f"user-{number % 9}", ids[number % 7 :]) for number in range(400)]
+
+    def answered(count: int) -> bool:
+        metas: Any = here.redis.mget([f"celery-task-meta-{one}" for one in sent])
+        return sum(b"SUCCESS" in (meta or b"") for meta in metas) >= count
+
+    with another(here, tmp_path) as first, another(here, tmp_path) as second:
+        for number, worker in enumerate((first, second), start=1):
+            until(lambda number=number: answered(100 * number))  # type: ignore[misc]
+            os.kill(worker.pid, signal.SIGTERM)
+            with another(here, tmp_path):
+                assert worker.wait(30) == 0
+                until(lambda number=number: answered(150 * number))  # type: ignore[misc]
+    with another(here, tmp_path):
+        results = balance(here, sent)
+    assert all(result["success"] for result in results.values())
+    logs = [log.read_text(encoding="utf-8") for log in tmp_path.glob("*.log")]
+    assert not [line for log in logs for line in log.splitlines() if " try " in line]
