@@ -5,10 +5,11 @@ set it in a copy, and lose the promises that hang on it.
 """
 
 from interview_access.contracts import QUEUE
-from interview_access.producer import job_queue
+from kombu import Exchange, Queue
 
 # --- The queue -------------------------------------------------------------------------------
-task_queues = [job_queue()]  # without it workers listen on Celery's own queue, `celery`
+task_queues = [Queue(QUEUE, Exchange("", type="direct"), routing_key=QUEUE)]
+# Without it workers listen on Celery's own queue, `celery`.
 task_default_queue = QUEUE  # without it a retry goes to `celery`, where nobody listens
 task_create_missing_queues = False  # without it a typo in `-Q` makes a queue that nobody fills
 

@@ -82,18 +82,31 @@ class FiguresDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class RejectedIdsDTO:
+    """All ids for which a job failed, as they were given, each spelling once."""
+
+    unknown: tuple[str, ...]
+    malformed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerDTO:
     """A job's final answer: a result or an error, never both.
 
     Attributes:
+        state: ``succeeded`` with a result; ``failed``, ``cancelled`` or ``expired`` with an error.
         result: The result as its producer reads it.
         error: ``{"type": class name, "sentence": …, "details": {…}}``.
         figures: Where the job was one of grants and succeeded.
+        rejected: Where it failed for its ids. Not read with other jobs' answers, only by
+            :meth:`~storage.interface.InterviewStorageInterface.get_finished_job`.
     """
 
+    state: str
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     figures: FiguresDTO | None = None
+    rejected: RejectedIdsDTO | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +120,20 @@ class FinishedJobDTO:
     job: JobDTO
     answer: AnswerDTO
     finished_at: datetime | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRequestDTO:
+    """A job that a service asked for through the database.
+
+    Attributes:
+        interview_ids: As given; it may hold anything that a text array can.
+        requested_at: Aware.
+        sent_at: When it was last put on the queue, aware; None before the first time.
+    """
+
+    job_id: str
+    user_id: str
+    interview_ids: tuple[str | None, ...]
+    requested_at: datetime
+    sent_at: datetime | None

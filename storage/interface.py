@@ -76,6 +76,17 @@ class InterviewTransactionInterface(ABC):
         """
 
     @abstractmethod
+    def request_cancellation(self, job_id: str) -> None:
+        """Note that a job is to be cancelled. Twice is once."""
+
+    @abstractmethod
+    def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
+        """The jobs among these that are to be cancelled.
+
+        Must see what other transactions have kept before this call.
+        """
+
+    @abstractmethod
     def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
         """The ids that no interview has.
 
@@ -114,7 +125,7 @@ class InterviewTransactionInterface(ABC):
 
     @abstractmethod
     def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
-        """Write the answers of jobs that this transaction opened.
+        """Write the answers of jobs that this transaction opened, with all ids they rejected.
 
         Must raise :class:`StorageError` where one of them is not open in this transaction.
         """
@@ -135,4 +146,8 @@ class InterviewStorageInterface(ABC):
 
     @abstractmethod
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
-        """The job's row of the ledger, or None where no such job has finished."""
+        """The job's row of the ledger and all that it rejected, or None where none has finished."""
+
+    @abstractmethod
+    def is_cancelled(self, job_id: str) -> bool:
+        """Whether the job was asked to be cancelled, whatever became of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 
 from storage.dtos import (
@@ -35,11 +35,10 @@ class _Tables:
     grants: dict[UserInterviewAccessDTO, None] = field(default_factory=dict)
     attempts: dict[str, InterviewAttemptDTO] = field(default_factory=dict)
     jobs: dict[str, FinishedJobDTO] = field(default_factory=dict)
+    cancellations: dict[str, None] = field(default_factory=dict)
 
     def copy(self) -> _Tables:
-        return _Tables(
-            dict(self.interviews), dict(self.grants), dict(self.attempts), dict(self.jobs)
-        )
+        return _Tables(*(dict(getattr(self, table.name)) for table in fields(self)))
 
 
 class MemoryStorage(InterviewStorageInterface):
@@ -64,6 +63,10 @@ class MemoryStorage(InterviewStorageInterface):
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
         return self._tables.jobs.get(job_id)
+
+    def is_cancelled(self, job_id: str) -> bool:
+        """See the interface."""
+        return job_id in self._tables.cancellations
 
     def add_interview(self, interview: InterviewDTO) -> None:
         """What the platform does: add an interview."""
@@ -105,6 +108,14 @@ class MemoryTransaction(InterviewTransactionInterface):
         }
         self.open.update((job.job_id, job) for job in jobs if job.job_id not in finished)
         return finished
+
+    def request_cancellation(self, job_id: str) -> None:
+        """See the interface."""
+        self._tables.cancellations[job_id] = None
+
+    def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        return frozenset(job_ids) & self._tables.cancellations.keys()
 
     def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""

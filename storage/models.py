@@ -1,4 +1,4 @@
-"""SQLAlchemy models of the tables: four of the platform's Django service, and our ledger.
+"""SQLAlchemy models of the tables: four of the platform's Django service, and four of ours.
 
 The first four stand to the name, type, index and key as Django declares them, so that a worker
 pointed at that service's database works and the service reads what the worker wrote. Nothing
@@ -12,7 +12,10 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
+    JSON,
     BigInteger,
+    CheckConstraint,
     DateTime,
     ForeignKey,
     Identity,
@@ -22,6 +25,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -44,6 +48,10 @@ def _user_indexes(name: str) -> tuple[Index, Index]:
     """What Django makes for indexed text: one index for equality and one for LIKE."""
     by_prefix = {"user_id": "varchar_pattern_ops"}
     return Index(name, "user_id"), Index(f"{name}_like", "user_id", postgresql_ops=by_prefix)
+
+
+def _now() -> Mapped[datetime]:
+    return mapped_column(DateTime(timezone=True), server_default=text("clock_timestamp()"))
 
 
 class Interview(Base):
@@ -127,3 +135,49 @@ class GrantAccessJob(Base):
     result: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     error: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     finished_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class GrantAccessRequest(Base):
+    """A job that a service asked for in a transaction of its own, until the ledger has its answer.
+
+    Attributes:
+        sent_at: When it was last put on the queue.
+        look_at: When a relay looks at it next.
+    """
+
+    __tablename__ = "grant_access_request"
+    __table_args__ = (
+        CheckConstraint("job_id ~ '^[ -~]{1,255}$'", name="grant_access_request_job_id_check"),
+        Index("grant_access_request_look_at_idx", "look_at"),
+    )
+
+    job_id: Mapped[str] = mapped_column(
+        String(255, collation="C"),
+        primary_key=True,
+        server_default=text("gen_random_uuid()::text"),
+    )
+    user_id: Mapped[str] = mapped_column(Text)
+    interview_ids: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    requested_at: Mapped[datetime] = _now()
+    sent_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    look_at: Mapped[datetime] = _now()
+
+
+class GrantAccessCancellation(Base):
+    """That a job is to be cancelled. What becomes of that, the ledger says."""
+
+    __tablename__ = "grant_access_cancellation"
+
+    job_id: Mapped[str] = mapped_column(String(255, collation="C"), primary_key=True)
+    requested_at: Mapped[datetime] = _now()
+
+
+class GrantAccessRejection(Base):
+    """All ids for which a job failed, as they were given; its error names the first of them."""
+
+    __tablename__ = "grant_access_rejection"
+
+    job_id: Mapped[str] = mapped_column(String(255, collation="C"), primary_key=True)
+    # The type json keeps every string that JSON can hold; jsonb refuses NUL and lone surrogates.
+    unknown_interview_ids: Mapped[list[str]] = mapped_column(JSON)
+    malformed_interview_ids: Mapped[list[str]] = mapped_column(JSON)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psycopg
 from sqlalchemy import Connection, Row, create_engine, insert, select, text
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from storage.dtos import (
@@ -26,6 +27,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobDTO,
+    RejectedIdsDTO,
     UserInterviewAccessDTO,
 )
 from storage.interface import (
@@ -36,7 +38,9 @@ from storage.interface import (
     TransientStorageError,
 )
 from storage.models import (
+    GrantAccessCancellation,
     GrantAccessJob,
+    GrantAccessRejection,
     Interview,
     InterviewAttempt,
     InterviewConfig,
@@ -193,7 +197,15 @@ class PostgresStorage(InterviewStorageInterface):
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
         with self.transaction() as transaction:
-            return transaction.finished_jobs([job_id]).get(job_id)
+            finished = transaction.finished_jobs([job_id]).get(job_id)
+            if finished and (rejected := transaction.rejected_ids(job_id)):
+                return replace(finished, answer=replace(finished.answer, rejected=rejected))
+            return finished
+
+    def is_cancelled(self, job_id: str) -> bool:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return bool(transaction.find_cancelled_jobs([job_id]))
 
     def close(self) -> None:
         """Close the connections."""
@@ -257,6 +269,31 @@ class PostgresTransaction(InterviewTransactionInterface):
             )
         )
         return {row.job_id: _finished_job(row) for row in rows}
+
+    def rejected_ids(self, job_id: str) -> RejectedIdsDTO | None:
+        """All ids for which the job failed, if it failed for those."""
+        row = self._connection.execute(
+            select(
+                GrantAccessRejection.unknown_interview_ids,
+                GrantAccessRejection.malformed_interview_ids,
+            ).where(GrantAccessRejection.job_id == job_id)
+        ).one_or_none()
+        return row and RejectedIdsDTO(tuple(row[0]), tuple(row[1]))
+
+    def request_cancellation(self, job_id: str) -> None:
+        """See the interface."""
+        self._connection.execute(
+            upsert(GrantAccessCancellation).values(job_id=job_id).on_conflict_do_nothing()
+        )
+
+    def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        rows = self._connection.execute(
+            select(GrantAccessCancellation.job_id).where(
+                GrantAccessCancellation.job_id.in_(job_ids)
+            )
+        )
+        return frozenset(rows.scalars())
 
     def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
@@ -340,6 +377,20 @@ class PostgresTransaction(InterviewTransactionInterface):
             raise StorageError(
                 f"{len(jobs)} jobs to finish, but only {finished.rowcount} are open in the ledger"
             )
+        rejections = [
+            {
+                "job_id": job.job.job_id,
+                "unknown_interview_ids": rejected.unknown,
+                "malformed_interview_ids": rejected.malformed,
+            }
+            for job in jobs
+            if (rejected := job.answer.rejected)
+        ]
+        if rejections:
+            put = upsert(GrantAccessRejection)
+            columns = {name: put.excluded[name] for name in rejections[0]}
+            put = put.on_conflict_do_update(index_elements=["job_id"], set_=columns)
+            self._connection.execute(put, rejections)
         self.open.difference_update(job.job.job_id for job in jobs)
 
 
@@ -403,7 +454,7 @@ def _answer_columns(jobs: Sequence[FinishedJobDTO]) -> dict[str, list[Any]]:
     answers = [job.answer for job in jobs]
     columns: dict[str, list[Any]] = {
         "job_id": [job.job.job_id for job in jobs],
-        "state": ["failed" if answer.error else "succeeded" for answer in answers],
+        "state": [answer.state for answer in answers],
         "result": [answer.result and json.dumps(answer.result) for answer in answers],
         "error": [answer.error and json.dumps(answer.error) for answer in answers],
     }
@@ -422,7 +473,7 @@ def _finished_job(row: Row[Any]) -> FinishedJobDTO:
     )
     return FinishedJobDTO(
         JobDTO(row.job_id, row.task, row.user_id, row.request_digest),
-        AnswerDTO(row.result, row.error, figures),
+        AnswerDTO(row.state, row.result, row.error, figures),
         row.finished_at,
     )
 

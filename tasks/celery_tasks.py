@@ -35,6 +35,8 @@ from interview_access.errors import (
     InterviewAccessError,
     InvalidGrantRequestException,
     InvalidInterviewIdException,
+    JobCancelledException,
+    JobExpiredException,
     JobFailedError,
     StorageUnavailableException,
     shortened,
@@ -44,7 +46,7 @@ from storage.dtos import AnswerDTO, JobDTO
 from storage.interface import InterviewStorageInterface, StorageError, TransientStorageError
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 from tasks.interview_attempts import InterviewAttemptInteractor, InterviewAttemptJob
-from tasks.ledger import Outcome, failure, result_of
+from tasks.ledger import Outcome, error_of, failure, result_of
 
 logger = get_task_logger(__name__)
 
@@ -84,6 +86,8 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
     throws: ClassVar[tuple[type[Exception], ...]] = (
         InvalidGrantRequestException,
         InvalidInterviewIdException,
+        JobCancelledException,
+        JobExpiredException,
         JobFailedError,
     )  # for cause: a line in the log, no trace
 
@@ -135,7 +139,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
 
     def _settled(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
         verdict = self.request.verdict
-        fault = JobFailedError(verdict, {"attempts": self.request.retries}) if verdict else None
+        fault = error_of(verdict) if verdict else None
         try:
             outcome = self.settle(job_id, args, kwargs, fault)
             if outcome.trouble and not isinstance(outcome.trouble, TransientStorageError):

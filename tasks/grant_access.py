@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from interview_access.contracts import GrantAccessResult, RequestedInterviews
 from interview_access.errors import InterviewAccessError, InvalidInterviewIdException
 
-from storage.dtos import AccessOrderDTO, AnswerDTO, FiguresDTO, JobDTO
+from storage.dtos import AccessOrderDTO, AnswerDTO, FiguresDTO, JobDTO, RejectedIdsDTO
 from storage.interface import (
     ChunkDone,
     InterviewStorageInterface,
     InterviewTransactionInterface,
 )
-from tasks.ledger import Outcome, failure, settle
+from tasks.ledger import Outcome, failure, settle, stopping_if_cancelled
 
 NO_INTERVIEWS = RequestedInterviews.among([])
 
@@ -72,13 +72,16 @@ def _grant(
         missing = [one for one in job.interviews.wanted if one in unknown]
         if job.interviews.malformed or missing:
             error = InvalidInterviewIdException.of(job.interviews.malformed, missing)
-            answers[job.entry.job_id] = failure(error)
+            rejected = RejectedIdsDTO(
+                job.interviews.spelled(frozenset(missing)), job.interviews.malformed
+            )
+            answers[job.entry.job_id] = failure(error, rejected)
         else:
             granted.append(job)
 
     created = transaction.bulk_create_user_access(
         [AccessOrderDTO(job.entry.job_id, job.user_id, job.interviews.wanted) for job in granted],
-        on_chunk,
+        stopping_if_cancelled(transaction, granted, on_chunk),
     )
     for job in granted:
         answers[job.entry.job_id] = _success(job, created[job.entry.job_id])
@@ -87,9 +90,10 @@ def _grant(
 
 def _success(job: GrantAccessJob, created: int) -> AnswerDTO:
     return AnswerDTO(
+        "succeeded",
         result=GrantAccessResult(created_access_count=created).model_dump(),
         figures=FiguresDTO(
-            requested=job.interviews.requested,
+            requested=len(job.interviews.given),
             repeated=job.interviews.repeated,
             already_granted=len(job.interviews.wanted) - created,
             created=created,

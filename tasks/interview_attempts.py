@@ -66,7 +66,7 @@ def _start(
             attempt = _attempt(job.user_id, interviews[interview_id])
             attempts.append(attempt)
             result = InterviewAttemptResult(interview_attempt_id=attempt.id)
-            answers[job.entry.job_id] = AnswerDTO(result=result.model_dump())
+            answers[job.entry.job_id] = AnswerDTO("succeeded", result.model_dump())
     transaction.create_interview_attempt(attempts)
     return answers
 

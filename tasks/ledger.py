@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from interview_access import errors
-from interview_access.errors import InterviewAccessError, JobIdReusedException
+from interview_access.errors import (
+    InterviewAccessError,
+    JobCancelledException,
+    JobIdReusedException,
+)
 
-from storage.dtos import AnswerDTO, FinishedJobDTO, JobDTO
+from storage.dtos import AnswerDTO, FinishedJobDTO, JobDTO, RejectedIdsDTO
 from storage.interface import (
+    ChunkDone,
     InterviewStorageInterface,
     InterviewTransactionInterface,
     StorageError,
@@ -95,6 +100,9 @@ def _settle_distinct(
     except StorageError as error:
         if len(jobs) == 1:
             return {jobs[0].entry.job_id: error}
+    except _CancelledMidwayError:
+        if len(jobs) == 1:
+            return _settle_distinct(storage, jobs, work)
     for job in jobs:
         if job.entry.job_id not in settled:
             settled.update(_settle_distinct(storage, [job], work))
@@ -111,7 +119,9 @@ def _settle_together(
         known = transaction.open_jobs([job.entry for job in jobs])
         new = [job for job in jobs if job.entry.job_id not in known]
         answers = {job.entry.job_id: failure(job.fault) for job in new if job.fault}
-        answers.update(work(transaction, [job for job in new if not job.fault]))
+        for job_id in transaction.find_cancelled_jobs([job.entry.job_id for job in new]):
+            answers[job_id] = failure(JobCancelledException.of(job_id))
+        answers.update(work(transaction, [job for job in new if job.entry.job_id not in answers]))
         finished = [FinishedJobDTO(job.entry, answers[job.entry.job_id]) for job in new]
         transaction.finish_jobs(finished)
     settled = {job_id: _Settled(job, repeated=True) for job_id, job in known.items()}
@@ -135,15 +145,71 @@ def _outcome_of(job: Job, settled: _Settled | StorageError, first: Job) -> Outco
     )
 
 
-def failure(error: InterviewAccessError) -> AnswerDTO:
-    """The answer of a job that failed for cause."""
+class _CancelledMidwayError(Exception):
+    """A job is to be cancelled whose work has begun: nothing of this transaction is to be kept."""
+
+
+def stopping_if_cancelled(
+    transaction: InterviewTransactionInterface, jobs: Sequence[Job], on_chunk: ChunkDone | None
+) -> ChunkDone:
+    """What is to be called after each chunk of the jobs' work, so that a cancelled one stops.
+
+    The settling begins anew then, and finds the job cancelled before any work is done for it.
+    """
+    job_ids = [job.entry.job_id for job in jobs]
+
+    def chunk_done(done: int, total: int) -> None:
+        if done < total and transaction.find_cancelled_jobs(job_ids):
+            raise _CancelledMidwayError
+        if on_chunk:
+            on_chunk(done, total)
+
+    return chunk_done
+
+
+def cancel(storage: InterviewStorageInterface, job_id: str, entry: JobDTO | None) -> bool:
+    """Have a job cancelled: unless it has ended, it never begins, or it stops at its next chunk.
+
+    Args:
+        storage: Where the ledger is.
+        job_id: The job's id.
+        entry: How the job stands in the ledger; None where nothing but its id is known, and then
+            its message, when it comes, has it settled as cancelled.
+
+    Returns:
+        Whether another transaction is at the job now. If not, and it is known, the ledger has its
+        answer.
+
+    Raises:
+        StorageError: it is not known to be cancelled.
+    """
+    with storage.transaction() as transaction:
+        transaction.request_cancellation(job_id)
+        if not transaction.lock_jobs([job_id], wait=False):
+            return True
+        if entry and not transaction.open_jobs([entry]):
+            answer = failure(JobCancelledException.of(job_id))
+            transaction.finish_jobs([FinishedJobDTO(entry, answer)])
+    return False
+
+
+def failure(error: InterviewAccessError, rejected: RejectedIdsDTO | None = None) -> AnswerDTO:
+    """The answer of a job that ended for cause, with all ids that it rejected, if any."""
     return AnswerDTO(
+        error.state,
         error={
             "type": type(error).__name__,
             "sentence": error.sentence,
             "details": error.details,
-        }
+        },
+        rejected=rejected,
     )
+
+
+def error_of(told: Mapping[str, Any]) -> InterviewAccessError:
+    """The error that an answer holds, in its own class."""
+    kind: type[InterviewAccessError] = getattr(errors, told["type"])
+    return kind(told["sentence"], told["details"])
 
 
 def result_of(answer: AnswerDTO) -> dict[str, Any]:
@@ -153,6 +219,5 @@ def result_of(answer: AnswerDTO) -> dict[str, Any]:
         InterviewAccessError: the error that it holds instead, in its own class.
     """
     if answer.error:
-        kind: type[InterviewAccessError] = getattr(errors, answer.error["type"])
-        raise kind(answer.error["sentence"], answer.error["details"])
+        raise error_of(answer.error)
     return answer.result or {}

@@ -63,6 +63,7 @@ def ledger_entry(job_id: str, digest: str = DIGEST) -> JobDTO:
 def finished(job_id: str, created: int = 0, digest: str = DIGEST) -> FinishedJobDTO:
     """A job and its answer, a success."""
     answer = AnswerDTO(
+        "succeeded",
         result={"success": True, "created_access_count": created},
         figures=FiguresDTO(created + 5, 2, 3, created),
     )
@@ -239,7 +240,9 @@ class TestFinishJobs:
         before = datetime.now(UTC)
         job = FinishedJobDTO(
             JobDTO("a", "task", "ann", DIGEST),
-            AnswerDTO(result={"success": True, "n": 1}, figures=FiguresDTO(10, 1, 2, 7)),
+            AnswerDTO(
+                "succeeded", result={"success": True, "n": 1}, figures=FiguresDTO(10, 1, 2, 7)
+            ),
         )
         finish(store.storage, job)
         row = store.storage.get_finished_job("a")
@@ -251,7 +254,7 @@ class TestFinishJobs:
     def test_row_tells_all_of_a_failure(self, store: Store) -> None:
         """A failure is kept with its error, without figures, also where it has no user."""
         error = {"type": "T", "sentence": "Says “no” \\ 🦄", "details": {"total": 1, "x": [None]}}
-        job = FinishedJobDTO(JobDTO("a", "task", None, DIGEST), AnswerDTO(error=error))
+        job = FinishedJobDTO(JobDTO("a", "task", None, DIGEST), AnswerDTO("failed", error=error))
         finish(store.storage, job)
         assert store.storage.get_finished_job("a") == job
 

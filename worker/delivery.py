@@ -21,12 +21,18 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 from interview_access.contracts import is_job_id
-from interview_access.errors import InterviewAccessError, JobFailedError
+from interview_access.errors import (
+    InterviewAccessError,
+    JobCancelledException,
+    JobExpiredException,
+    JobFailedError,
+)
 from kombu.utils.encoding import safe_repr
 from redis.exceptions import RedisError
 
 from storage.interface import StorageError, TransientStorageError
 from tasks.celery_tasks import shown
+from tasks.ledger import failure
 from worker.lease import Lease
 from worker.transport import lease_of_this_process
 
@@ -109,29 +115,30 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
         Celery's own would answer a revoked or expired job itself, whatever the ledger says.
         """
-        self._request_dict["verdict"] = self._verdict()
-        if self._tries >= self._lease.attempt_limit + _HOPELESS_TRIES:
-            self._give_up(str(self._request_dict["verdict"]))
+        verdict = self._verdict()
+        self._request_dict["verdict"] = verdict and failure(verdict).error
+        if verdict and self._tries >= self._lease.attempt_limit + _HOPELESS_TRIES:
+            self._give_up(verdict)
         elif not self._lease.start(self._receipt):
             self._settled()
         return bool(self.acknowledged)
 
-    def _verdict(self) -> str | None:
-        """Why it is to be settled as failed, if it is."""
+    def _verdict(self) -> InterviewAccessError | None:
+        """Why it is to be settled without being done, if it is."""
         if self._tries >= self._lease.attempt_limit:
-            return (
+            return JobFailedError(
                 f"The job ended its worker's process {self._tries} times, by its size perhaps, "
-                "or went over its time limit; it is not tried again."
+                "or went over its time limit; it is not tried again.",
+                {"attempts": self._tries},
             )
         if self.id in state.revoked:
-            return "The job was revoked by an operator."
+            return JobCancelledException.of(str(self.id))
         if self.expires and datetime.now(UTC) > self.expires.astimezone(UTC):
-            return f"The job expired at {self.expires.isoformat()}, before a worker was free."
+            return JobExpiredException.of(str(self.id), self.expires.isoformat())
         return None
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, error: InterviewAccessError) -> None:
         """Not even settling it as failed can be done: the last word is the operators'."""
-        error = JobFailedError(reason, {"attempts": self._tries})
         if is_job_id(self.id):
             try:
                 # Without its request, whose callbacks may be what is wrong.
@@ -166,7 +173,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             self._celerys_on_success(failed__retval__runtime, **kwargs)
         else:
             # A success that tells nothing is none: Celery could not even begin.
-            self._give_up("It cannot be run: its body makes no call.")
+            self._give_up(JobFailedError("It cannot be run: its body makes no call."))
 
     def _on_retry(self, retry: Retry) -> None:
         """The job asks for another try: deferred within Redis, never sent anew."""
@@ -204,7 +211,8 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             self._on_child_lost(error)
         else:
             # Celery stumbled over what the message says beside the job, as it would each time.
-            self._give_up(f"It cannot be run: {type(error).__name__}: {error}"[:500])
+            reason = f"It cannot be run: {type(error).__name__}: {error}"[:500]
+            self._give_up(JobFailedError(reason))
 
     def _again(self, rejected: Reject) -> None:
         """Done, perhaps: its result could not be stored, and can be when it comes again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from celery import states
+from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError, Reject
 from celery.utils.log import get_logger
 from interview_access.errors import (
@@ -12,7 +13,6 @@ from interview_access.errors import (
     JobFailedError,
     StorageUnavailableException,
 )
-from interview_access.producer import PolledResults
 from redis.exceptions import RedisError
 
 from storage.interface import StorageError
@@ -35,7 +35,7 @@ _UNSETTLED, _NOT_DONE, _GIVEN_UP, _ANSWERED = range(4)
 _NOT_ANSWERS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.__name__: _GIVEN_UP}
 
 
-class JobResults(PolledResults):
+class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     """Stores what a job's poller reads."""
 
     def store_result(

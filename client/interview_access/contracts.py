@@ -9,12 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NewType, Self
+from datetime import datetime
+from typing import Annotated, Any, Literal, NewType, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
 from interview_access.errors import NAMED_AT_MOST, InvalidGrantRequestException, shortened
@@ -22,6 +30,12 @@ from interview_access.errors import NAMED_AT_MOST, InvalidGrantRequestException,
 QUEUE = "interview-access"
 GRANT_ACCESS = "interview_access.grant_access"
 CREATE_INTERVIEW_ATTEMPT = "interview_access.create_interview_attempt"
+
+CONTROL_QUEUE = "interview-access-control"
+JOB_STATUS = "interview_access.job_status"
+CANCEL_JOB = "interview_access.cancel_job"
+"""What workers are asked about a job, at once, however busy they are: by its id, on the control
+queue, with a :class:`JobStatus` for a result."""
 
 PROGRESS = "PROGRESS"
 """State of a job of several chunks while it runs; its result is then a :class:`JobProgress`."""
@@ -130,6 +144,27 @@ def _texts(values: Sequence[object]) -> tuple[str, ...] | None:
     return texts if all(isinstance(text, str) for text in texts) else None  # type: ignore[return-value] # all() is no type guard
 
 
+_INTERVIEW_ID_SCHEMA = {
+    "type": "string",
+    "pattern": f"^(?:{_UUID.pattern})$",
+    "description": "A UUID: 32 ASCII hex digits, or 8-4-4-4-12 of them, in any case.",
+}
+
+UserId = Annotated[
+    str,
+    PlainValidator(_user_id),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": _USER_ID_LENGTH,
+            "pattern": "^[^\\u0000]*$",
+            "description": "Taken to the letter; no NUL, no lone surrogate.",
+        }
+    ),
+]
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -200,8 +235,20 @@ class GrantAccessRequest(_Request):
         interview_ids: Strings as given: any order, spelling and repetition, also what is no UUID.
     """
 
-    user_id: Annotated[str, PlainValidator(_user_id)]
-    interview_ids: Annotated[tuple[str, ...], PlainValidator(_interview_ids)]
+    user_id: UserId
+    interview_ids: Annotated[
+        tuple[str, ...],
+        PlainValidator(_interview_ids),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": _INTERVIEW_ID_SCHEMA,
+                "maxItems": DEFAULT_MAX_INTERVIEW_IDS,
+                "description": "In any order; a repeated id counts once. The limit is the "
+                "worker's GRANT_MAX_INTERVIEW_IDS.",
+            }
+        ),
+    ]
 
 
 class CreateInterviewAttemptRequest(_Request):
@@ -212,8 +259,10 @@ class CreateInterviewAttemptRequest(_Request):
         user_id: 1 to 36 characters, taken to the letter.
     """
 
-    interview_id: Annotated[str, PlainValidator(_interview_id)]
-    user_id: Annotated[str, PlainValidator(_user_id)]
+    interview_id: Annotated[
+        str, PlainValidator(_interview_id), WithJsonSchema(_INTERVIEW_ID_SCHEMA)
+    ]
+    user_id: UserId
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +272,12 @@ class RequestedInterviews:
     Attributes:
         wanted: Canonical ids, each once, in the order of their first appearance.
         malformed: Strings that are no UUID, each once, likewise.
-        requested: How many were given in all.
+        given: All of them, as given.
     """
 
     wanted: tuple[InterviewId, ...]
     malformed: tuple[str, ...]
-    requested: int
+    given: tuple[str, ...]
 
     @classmethod
     def among(cls, texts: Sequence[str]) -> Self:
@@ -241,12 +290,17 @@ class RequestedInterviews:
                 malformed[text] = None
             else:
                 wanted[interview_id] = None
-        return cls(tuple(wanted), tuple(malformed), len(texts))
+        return cls(tuple(wanted), tuple(malformed), tuple(texts))
 
     @property
     def repeated(self) -> int:
         """How many were given again, in whatever spelling."""
-        return self.requested - len(self.wanted) - len(self.malformed)
+        return len(self.given) - len(self.wanted) - len(self.malformed)
+
+    def spelled(self, interview_ids: Collection[str]) -> tuple[str, ...]:
+        """These canonical ids as they were given, every spelling once."""
+        spellings = dict.fromkeys(self.given)
+        return tuple(one for one in spellings if canonical_interview_id(one) in interview_ids)
 
 
 def request_digest(task: str, user_id: str, interview_ids: Iterable[str]) -> str:
@@ -301,3 +355,88 @@ class JobProgress(BaseModel):
 
     done: int
     total: int
+
+
+class JobFailure(BaseModel):
+    """Why a job failed, was cancelled or expired.
+
+    Attributes:
+        type: The name of the error's class.
+        sentence: For people.
+        details: For programs.
+    """
+
+    type: str
+    sentence: str
+    details: dict[str, Any] = {}
+
+
+# pydantic's own strings have no lone surrogates, of which JSON allows the escape.
+_AsGiven = Annotated[
+    list[str], PlainValidator(list), WithJsonSchema({"type": "array", "items": {"type": "string"}})
+]
+
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired", "unknown"]
+
+FINAL_STATES: frozenset[JobState] = frozenset({"succeeded", "failed", "cancelled", "expired"})
+
+
+class JobStatus(BaseModel):
+    """What is known of a job; what is not known, or does not apply, is left out of its JSON.
+
+    Attributes:
+        state: ``queued``: sent, and no worker has begun it. ``running``: a worker has.
+            ``cancelled`` and ``expired``: it was not done and never will be. ``unknown``: nobody
+            has announced a job of this id, and none was begun or finished under it.
+        cancel_requested: It was asked to be cancelled and has not ended yet: unless it is about to
+            finish, it stops at its next chunk; unless it has begun, it never will.
+        progress: While it runs, in several chunks.
+        requested: Ids as given; the sum of the three that follow. Where it succeeded.
+        repeated: Given again, in whatever spelling.
+        already_granted: Grants that stood before.
+        created: Grants that this job made.
+        result: As the contract has it. Where it succeeded.
+        error: Where it failed, was cancelled or expired.
+        unknown_interview_ids: All that no interview has, as given, to be cut from the request.
+        malformed_interview_ids: All that are no UUID, likewise.
+    """
+
+    job_id: str
+    state: JobState
+    task: str | None = None
+    user_id: str | None = None
+    sent_at: datetime | None = None
+    eta: datetime | None = None
+    expires_at: datetime | None = None
+    cancel_requested: Literal[True] | None = None
+    progress: JobProgress | None = None
+    requested: int | None = None
+    repeated: int | None = None
+    already_granted: int | None = None
+    created: int | None = None
+    result: dict[str, Any] | None = None
+    error: JobFailure | None = None
+    unknown_interview_ids: _AsGiven | None = None
+    malformed_interview_ids: _AsGiven | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether it will not change any more."""
+        return self.state in FINAL_STATES
+
+
+class Announcement(BaseModel):
+    """What makes a job's id known before a worker has begun it: stored with its message.
+
+    Whoever enqueues without the client package may write one too, in the same MULTI as the message.
+
+    Attributes:
+        digest: Of the request, where the writer knows it: :func:`request_digest`.
+    """
+
+    task: str
+    digest: str | None = None
+    sent_at: datetime
+    eta: datetime | None = None
+    expires_at: datetime | None = None

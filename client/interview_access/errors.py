@@ -8,7 +8,7 @@ therefore plain JSON values, and nothing else may ever be put into them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self
 
 Details = dict[str, Any]
 """A JSON object for programs: at least ``total``, the number of offending values."""
@@ -23,7 +23,10 @@ class InterviewAccessError(Exception):
     Attributes:
         sentence: One sentence for people.
         details: The same as a JSON object for programs.
+        state: The state of a job that ended with it.
     """
+
+    state: ClassVar[Literal["failed", "cancelled", "expired"]] = "failed"
 
     def __init__(self, sentence: str, details: Details | None = None) -> None:
         self.sentence = sentence
@@ -134,6 +137,41 @@ class JobFailedError(InterviewAccessError):
     """The job failed for a cause that is none of the contract's, such as a lost worker."""
 
 
+class JobCancelledException(InterviewAccessError):  # noqa: N818 - beside the contract's names
+    """The job was cancelled before it was done. Permanent: nothing was granted."""
+
+    state = "cancelled"
+
+    @classmethod
+    def of(cls, job_id: str) -> Self:
+        """The error of a job that somebody had cancelled."""
+        return cls(
+            f"Job {shortened(job_id)} was cancelled before it was done; nothing was granted. "
+            "To have it done after all, send the request under a new job id.",
+            {"total": 1, "job_id": job_id},
+        )
+
+
+class JobExpiredException(InterviewAccessError):  # noqa: N818 - beside the contract's names
+    """The job's own expiry passed before it began. Permanent: nothing was granted."""
+
+    state = "expired"
+
+    @classmethod
+    def of(cls, job_id: str, expires_at: str) -> Self:
+        """The error of a job that no worker was free for in time.
+
+        Args:
+            job_id: The job's id.
+            expires_at: Its expiry, in ISO 8601.
+        """
+        return cls(
+            f"Job {shortened(job_id)} expired at {expires_at}, before a worker began it; nothing "
+            "was granted. To have it done after all, send the request under a new job id.",
+            {"total": 1, "job_id": job_id, "expires_at": expires_at},
+        )
+
+
 class QueueUnavailableError(InterviewAccessError):
     """Redis did not take the job, or did not answer, in time. It may have been queued all the same.
 
@@ -142,7 +180,7 @@ class QueueUnavailableError(InterviewAccessError):
 
 
 class NoAnswerInTimeError(InterviewAccessError):
-    """The job had no answer by the caller's deadline. It may still run."""
+    """No answer came by the caller's deadline: the job may still run, or no worker is there."""
 
 
 def shortened(text: str, *, quoted: bool = True, at_most: int = 80) -> str:

@@ -1,142 +1,93 @@
-"""Enqueue jobs and read their results: what a service needs of Celery, and no more of it.
+"""The client for services that block: threads, processes, web servers of the ordinary kind.
 
-Owns the connection to Redis and its bounds in time. Ids go to the worker unchecked: the worker is
-the judge of a request.
+Owns the connections to Redis and their bounds in time; what is said on them is
+:mod:`interview_access.protocol`'s. Ids go to the worker unchecked: the worker is the judge.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
-from uuid import UUID, uuid4
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from uuid import UUID
 
-from celery import Celery, states
-from celery.backends.redis import RedisBackend
-from kombu import Exchange, Queue
-from kombu.exceptions import OperationalError
-from kombu.utils.url import maybe_sanitize_url
+from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
-from interview_access.contracts import (
-    GRANT_ACCESS,
-    JOB_ID_RULE,
-    PROGRESS,
-    QUEUE,
-    JobProgress,
-    describe,
-    is_job_id,
-)
-from interview_access.errors import (
-    InterviewAccessError,
-    JobFailedError,
-    NoAnswerInTimeError,
-    QueueUnavailableError,
-    shortened,
-)
+from interview_access import protocol
+from interview_access.contracts import JobProgress, JobStatus
+from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
 
-_CONNECT_SECONDS = 2.0
-_SOCKET_SECONDS = 3.0
-_TRIES = 2
-_RETRIES = {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.2, "interval_max": 0.2}
+T = TypeVar("T")
+
+ANSWER_SECONDS = 10.0
+"""For how long workers are waited for that were asked about a job."""
+
+CONNECT_SECONDS, SOCKET_SECONDS = 2.0, 3.0
+TRIES = 2
 # Two tries of connecting and of answering: 2 * (2 s + 3 s) is the longest that Redis can hold us.
-
-_FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.01, 0.25
-
-
-class PolledResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
-    """Celery's result backend without its subscription.
-
-    Celery subscribes a producer to the channel of every job that it sends, and keeps the
-    subscription until the result was fetched; whoever only polls would leave one behind for each.
-    """
-
-    def on_task_call(self, producer: object, task_id: str) -> dict[str, object]:  # noqa: ARG002 - Celery's signature
-        """Subscribe to nothing."""
-        return {}
-
-
-def job_queue() -> Queue:
-    """The queue of the contract: the default exchange, one Redis list of that name."""
-    return Queue(QUEUE, Exchange("", type="direct"), routing_key=QUEUE)
 
 
 class InterviewAccessClient:
-    """Enqueues grant-access jobs and reads their results.
+    """Enqueues grant-access jobs, tells what became of them, and cancels them.
 
-    Every call ends within 10 s when Redis is away, but for :meth:`wait`, which has a deadline.
+    One for a whole process: safe in threads, and in processes forked off later. Every call ends
+    within 10 s when Redis is away, but for those with a timeout of their own, which is a deadline.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
         """Connects at the first call.
 
         Args:
-            broker_url: As Celery takes it; ``CELERY_BROKER_URL`` of the environment without one.
+            broker_url: Redis, as Celery takes it: ``redis://``, ``rediss://`` or
+                ``redis+socket://``; ``CELERY_BROKER_URL`` of the environment without one.
             result_backend: Likewise, from ``CELERY_RESULT_BACKEND``; the broker's without one.
 
         Raises:
-            ValueError: where no broker is given.
+            ValueError: where no broker is given, or one that is no such URL.
         """
-        broker_url = broker_url or os.environ.get("CELERY_BROKER_URL")
-        if not broker_url:
-            raise ValueError(
-                "No broker: expected a URL as an argument or in CELERY_BROKER_URL, "
-                "such as redis://localhost:6379/0."
-            )
-        results = result_backend or os.environ.get("CELERY_RESULT_BACKEND") or broker_url
-        self._broker = maybe_sanitize_url(broker_url)
-        self._app = Celery("interview_access", set_as_current=False)
-        self._app.loader.override_backends = dict.fromkeys(
-            ("redis", "rediss"), f"{__name__}:PolledResults"
-        )
-        self._app.conf.update(
-            broker_url=broker_url,
-            result_backend=results,
-            task_queues=[job_queue()],
-            task_default_queue=QUEUE,
-            broker_connection_timeout=_CONNECT_SECONDS,
-            broker_transport_options={
-                "socket_connect_timeout": _CONNECT_SECONDS,
-                "socket_timeout": _SOCKET_SECONDS,
-                "max_retries": 0,
-            },
-            redis_socket_connect_timeout=_CONNECT_SECONDS,
-            redis_socket_timeout=_SOCKET_SECONDS,
-            result_backend_transport_options={"retry_policy": _RETRIES},
-        )
+        queue, results = redis_urls(broker_url, result_backend)
+        self._queue = _connected(queue)
+        self._results = self._queue if results == queue else _connected(results)
 
     def enqueue(
-        self, user_id: str | UUID, interview_ids: Sequence[str | UUID], *, job_id: str | None = None
+        self,
+        user_id: str | UUID,
+        interview_ids: Iterable[str | UUID],
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
     ) -> str:
         """Ask for one user's access to interviews.
 
         Args:
             user_id: 1 to 36 characters.
             interview_ids: UUIDs.
-            job_id: 1 to 255 printable characters, new for each request; a random UUID without one.
+            job_id: 1 to 255 printable characters, one for each request; a random UUID without one.
                 Sending one request twice under one id is safe: it takes effect once.
+            countdown: Seconds before which no worker begins it.
+            expires: Seconds, or a datetime (UTC where it has no zone), after which none does.
 
         Returns:
-            The job's id, to poll its result by.
+            The job's id, to poll it by.
 
         Raises:
-            ValueError: when the job id is none.
-            QueueUnavailableError: when Redis did not take the job in time.
+            ValueError: the job id, the countdown or the expiry is none.
+            InvalidGrantRequestException: an argument cannot be sent at all.
+            JobIdReusedException: the id is known of another request; nothing was sent.
+            QueueUnavailableError: Redis did not take the job in time.
         """
-        job_id = str(uuid4()) if job_id is None else job_id
-        if not is_job_id(job_id):
-            raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
-        try:
-            self._send(job_id, user_id, interview_ids)
-        except (OperationalError, RedisError, OSError) as error:
-            raise QueueUnavailableError(
-                f"Job {job_id} may not be queued: Redis at {self._broker} did not take it "
-                f"({_reason(error)}). Expected a Redis that can be reached and written to. "
-                "Sending the job again under the same id is safe.",
-                {"job_id": job_id},
-            ) from error
-        return job_id
+        message = GrantMessage.of(
+            user_id, interview_ids, job_id=job_id, countdown=countdown, expires=expires
+        )
+        return self._hold(protocol.enqueue(message))
 
     def wait(
         self,
@@ -161,75 +112,115 @@ class InterviewAccessClient:
             NoAnswerInTimeError: when the time is over.
             QueueUnavailableError: when the results cannot be read.
         """
-        deadline = time.monotonic() + timeout
-        pause = _FIRST_POLL_SECONDS
-        while True:
-            answer = self._look(job_id)
-            match answer["status"]:
-                case states.SUCCESS:
-                    return dict(answer["result"])
-                case states.FAILURE | states.REVOKED:
-                    raise _failure(answer["result"])
-                case state if state == PROGRESS and on_progress:
-                    on_progress(JobProgress.model_validate(answer["result"]))
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise NoAnswerInTimeError(
-                    f"Job {job_id} had no answer within {timeout:g} s (its state is "
-                    f"{answer['status']}). It may still run: poll it again by its id.",
-                    {"job_id": job_id, "state": answer["status"]},
-                )
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+        return self._hold(protocol.result(job_id, timeout=timeout, on_progress=on_progress))
 
-    def _send(self, job_id: str, user_id: str | UUID, interview_ids: Sequence[str | UUID]) -> None:
-        """Send the job, on a new connection where the one at hand has failed.
+    def status(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
+        """What is known of a job, whoever sent it and however long ago.
 
-        kombu's own way of trying again keeps a channel that it closed, and ends in AttributeError.
+        Args:
+            job_id: The job's id.
+            timeout: Seconds to wait for a worker's answer.
+
+        Raises:
+            NoAnswerInTimeError: no worker answered.
+            StorageUnavailableException: one did, but cannot reach the ledger now.
+            QueueUnavailableError: Redis is away.
         """
-        for tries_left in reversed(range(_TRIES)):
-            connection = self._app.pool.acquire(block=True)
-            try:
-                self._app.send_task(
-                    GRANT_ACCESS,
-                    kwargs={"user_id": user_id, "interview_ids": interview_ids},
-                    task_id=job_id,
-                    queue=QUEUE,
-                    connection=connection,
-                    retry=False,
-                    # Celery's own would carry the first thousand characters of ids everywhere.
-                    argsrepr="()",
-                    kwargsrepr=f"user_id={shortened(str(user_id))}, "
-                    f"interview_ids=<{describe(interview_ids)}>",
-                )
-            except (OperationalError, RedisError, OSError):
-                connection.close()
-                if not tries_left:
-                    raise
-            else:
-                return
-            finally:
-                connection.release()
+        return self._hold(protocol.status(job_id, timeout=timeout))
 
-    def _look(self, job_id: str) -> dict[str, Any]:
+    def cancel(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
+        """Have a job cancelled: not begun, it never will be; running, it stops at its next chunk.
+
+        Args:
+            job_id: The job's id.
+            timeout: Seconds to wait for a worker's answer, and for a running job to stop.
+
+        Returns:
+            What is known of the job then: ``cancelled``, or as it had ended before. Still
+            ``running`` when the time is over, or ``unknown`` where nobody has announced such a job:
+            ``cancel_requested`` tells that it stops as soon as it can, or will not begin.
+
+        Raises:
+            NoAnswerInTimeError: no worker answered, and the job may not be cancelled.
+            StorageUnavailableException: one did, but cannot reach the ledger now.
+            QueueUnavailableError: Redis is away.
+        """
+        return self._hold(protocol.cancel(job_id, timeout=timeout))
+
+    def close(self) -> None:
+        """Close the connections; another call opens new ones."""
+        self._queue.close()
+        self._results.close()
+
+    def _hold(self, conversation: Conversation[T]) -> T:
+        """Do what the conversation asks for until it returns."""
+        replies: Any = None
+        failed: Exception | None = None
         try:
-            meta: dict[str, Any] = self._app.backend.get_task_meta(job_id, cache=False)
-        except (OperationalError, RedisError, OSError) as error:
-            raise QueueUnavailableError(
-                f"The result of job {job_id} cannot be read from Redis ({_reason(error)}). "
-                "The job itself is not touched by this: poll it again.",
-                {"job_id": job_id},
-            ) from error
-        return meta
+            while True:
+                step = conversation.throw(failed) if failed else conversation.send(replies)
+                replies, failed = None, None
+                if isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                    continue
+                try:
+                    replies = self._execute(step)
+                except (RedisError, OSError) as error:
+                    failed = error
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return] # a generator's return value
+
+    def _execute(self, step: Commands) -> list[Any]:
+        client = self._results if step.results else self._queue
+        if len(step.commands) == 1:
+            return [client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
+        with client.pipeline(transaction=True) as pipeline:
+            for command in step.commands:
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
+            return pipeline.execute()
 
 
-def _failure(error: object) -> InterviewAccessError:
-    if isinstance(error, InterviewAccessError):
-        return error
-    kind = type(error).__name__
-    return JobFailedError(f"The job failed: {kind}: {error}", {"exc_type": kind})
+def redis_urls(broker_url: str | None, result_backend: str | None) -> tuple[str, str]:
+    """The servers of queue and results, from the arguments or the environment, as redis takes them.
+
+    Raises:
+        ValueError: where no broker is given, or one that is no URL of Redis.
+    """
+    broker = broker_url or os.environ.get("CELERY_BROKER_URL")
+    if not broker:
+        raise ValueError(
+            "No broker: expected a URL as an argument or in CELERY_BROKER_URL, "
+            "such as redis://localhost:6379/0."
+        )
+    results = result_backend or os.environ.get("CELERY_RESULT_BACKEND") or broker
+    return _redis_url(broker), _redis_url(results)
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong, without Celery's wrapping."""
-    return str(error.__cause__ or error) or type(error).__name__
+def _redis_url(url: str) -> str:
+    """Celery's way of writing a Redis server, as redis-py reads it."""
+    parts = urlsplit(url)
+    scheme = {"redis+socket": "unix", "socket": "unix"}.get(parts.scheme, parts.scheme)
+    if scheme not in {"redis", "rediss", "unix"}:
+        raise ValueError(
+            f"No broker: got a URL of the kind {parts.scheme!r}, expected redis://, rediss:// or "
+            "redis+socket://."
+        )
+    names = {"virtual_host": "db"}
+    options = [
+        (
+            names.get(name, name),
+            re.sub("^CERT_", "", value).lower() if "cert_reqs" in name else value,
+        )
+        for name, value in parse_qsl(parts.query)
+    ]
+    return urlunsplit((scheme, parts.netloc, parts.path, urlencode(options), ""))
+
+
+def _connected(url: str) -> Redis:
+    # A command that was sent twice takes effect once: by the job's id, or by what it asks.
+    return Redis.from_url(
+        url,
+        retry=Retry(NoBackoff(), TRIES - 1),
+        socket_connect_timeout=CONNECT_SECONDS,
+        socket_timeout=SOCKET_SECONDS,
+    )

@@ -1,0 +1,120 @@
+"""The client for services on asyncio: says the same as the blocking one, and blocks no loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from interview_access import protocol
+from interview_access.contracts import JobProgress, JobStatus
+from interview_access.producer import (
+    ANSWER_SECONDS,
+    CONNECT_SECONDS,
+    SOCKET_SECONDS,
+    TRIES,
+    redis_urls,
+)
+from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
+
+T = TypeVar("T")
+
+
+class AsyncInterviewAccessClient:
+    """:class:`~interview_access.producer.InterviewAccessClient`, to be awaited.
+
+    One for each event loop: connections belong to the loop that opened them.
+    """
+
+    def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
+        """See the blocking client."""
+        queue, results = redis_urls(broker_url, result_backend)
+        self._queue = _connected(queue)
+        self._results = self._queue if results == queue else _connected(results)
+
+    async def enqueue(
+        self,
+        user_id: str | UUID,
+        interview_ids: Iterable[str | UUID],
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> str:
+        """See the blocking client."""
+        # The loop goes on while 100,000 ids are written down.
+        message = await asyncio.to_thread(
+            GrantMessage.of,
+            user_id,
+            interview_ids,
+            job_id=job_id,
+            countdown=countdown,
+            expires=expires,
+        )
+        return await self._hold(protocol.enqueue(message))
+
+    async def wait(
+        self,
+        job_id: str,
+        *,
+        timeout: float,
+        on_progress: Callable[[JobProgress], None] | None = None,
+    ) -> dict[str, Any]:
+        """See the blocking client."""
+        return await self._hold(protocol.result(job_id, timeout=timeout, on_progress=on_progress))
+
+    async def status(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
+        """See the blocking client."""
+        return await self._hold(protocol.status(job_id, timeout=timeout))
+
+    async def cancel(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
+        """See the blocking client."""
+        return await self._hold(protocol.cancel(job_id, timeout=timeout))
+
+    async def close(self) -> None:
+        """Close the connections; another call opens new ones."""
+        await self._queue.aclose()
+        if self._results is not self._queue:
+            await self._results.aclose()
+
+    async def _hold(self, conversation: Conversation[T]) -> T:
+        replies: Any = None
+        failed: Exception | None = None
+        try:
+            while True:
+                step = conversation.throw(failed) if failed else conversation.send(replies)
+                replies, failed = None, None
+                if isinstance(step, Pause):
+                    await asyncio.sleep(step.seconds)
+                    continue
+                try:
+                    replies = await self._execute(step)
+                except (RedisError, OSError) as error:
+                    failed = error
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return] # a generator's return value
+
+    async def _execute(self, step: Commands) -> list[Any]:
+        client = self._results if step.results else self._queue
+        if len(step.commands) == 1:
+            return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
+        async with client.pipeline(transaction=True) as pipeline:
+            for command in step.commands:
+                pipeline.execute_command(*command)
+            return await pipeline.execute()
+
+
+def _connected(url: str) -> Redis:
+    return Redis.from_url(
+        url,
+        retry=Retry(NoBackoff(), TRIES - 1),
+        socket_connect_timeout=CONNECT_SECONDS,
+        socket_timeout=SOCKET_SECONDS,
+    )

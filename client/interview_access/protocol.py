@@ -1,0 +1,420 @@
+"""What a client says to Redis, in which order, and how it reads what comes back.
+
+Knows no connection: each conversation is a generator that yields commands or pauses, and is sent
+the replies, so that the blocking client and the asyncio one say the very same. The envelope is
+Celery's message protocol 2, as kombu's Redis transport reads it
+(https://docs.celeryq.dev/en/stable/internals/protocol.html).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+from redis.exceptions import RedisError
+
+from interview_access import errors
+from interview_access.contracts import (
+    CANCEL_JOB,
+    CONTROL_QUEUE,
+    GRANT_ACCESS,
+    JOB_ID_RULE,
+    JOB_STATUS,
+    PROGRESS,
+    QUEUE,
+    Announcement,
+    GrantAccessRequest,
+    JobProgress,
+    JobStatus,
+    describe,
+    is_job_id,
+    unreadable_request_digest,
+)
+from interview_access.errors import (
+    InterviewAccessError,
+    JobFailedError,
+    JobIdReusedException,
+    NoAnswerInTimeError,
+    QueueUnavailableError,
+    shortened,
+)
+
+T = TypeVar("T")
+
+ANNOUNCED_DAYS = 30
+"""For how long an id is known of a job that no worker begins."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds between two looks at a result
+_ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
+_CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Redis commands of one round trip, in one MULTI where there are several.
+
+    Attributes:
+        results: Whether for the server of the results, and not that of the queue.
+    """
+
+    commands: tuple[tuple[Any, ...], ...]
+    results: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Seconds to let pass."""
+
+    seconds: float
+
+
+Conversation = Generator[Commands | Pause, Any, T]
+"""Yields what is to be done, is sent the list of replies, and returns what came of it.
+
+What Redis raises is thrown into it; it leaves as an error of this package.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantMessage:
+    """A grant-access job, ready to be sent.
+
+    Attributes:
+        is_new: Whether its id was made for it, so that no other request can have it.
+        envelope: The bytes that a worker takes off the queue.
+        announcement: What makes its id known.
+    """
+
+    job_id: str
+    is_new: bool
+    envelope: bytes
+    announcement: Announcement
+
+    @classmethod
+    def of(
+        cls,
+        user_id: str | UUID,
+        interview_ids: Iterable[str | UUID],
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> GrantMessage:
+        """The message that asks for one user's access to interviews, not judged.
+
+        Args:
+            user_id: 1 to 36 characters.
+            interview_ids: UUIDs.
+            job_id: 1 to 255 printable characters; a random UUID without one.
+            countdown: Seconds before which it is not begun.
+            expires: Seconds, or a datetime (UTC where it has no zone), after which it is not begun.
+
+        Raises:
+            ValueError: the job id, the countdown or the expiry is none.
+            InvalidGrantRequestException: an argument cannot be written as JSON.
+        """
+        is_new = job_id is None
+        job_id = str(uuid4()) if job_id is None else job_id
+        if not is_job_id(job_id):
+            raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
+        now = datetime.now(UTC)
+        eta = None if countdown is None else _later(now, countdown, "countdown")
+        expires_at = None if expires is None else _later(now, expires, "expires")
+        kwargs = {"user_id": _as_text(user_id), "interview_ids": _as_texts(interview_ids)}
+        told = f"user_id={_shown(user_id)}, interview_ids=<{describe(kwargs['interview_ids'])}>"
+        try:
+            envelope = _envelope(
+                GRANT_ACCESS, job_id, QUEUE, kwargs, told, eta=eta, expires_at=expires_at
+            )
+        except (TypeError, ValueError, RecursionError):
+            GrantAccessRequest.read((), kwargs)  # names what JSON has no word for
+            raise
+        return cls(
+            job_id,
+            is_new,
+            envelope,
+            Announcement(
+                task=GRANT_ACCESS,
+                digest=unreadable_request_digest(GRANT_ACCESS, (), kwargs),
+                sent_at=now,
+                eta=eta,
+                expires_at=expires_at,
+            ),
+        )
+
+    @property
+    def commands(self) -> tuple[tuple[Any, ...], ...]:
+        """Announce the job, unless its id is known, and enqueue it: for one MULTI."""
+        known = self.announcement
+        until = (known.eta or known.sent_at) + timedelta(days=ANNOUNCED_DAYS)
+        text = known.model_dump_json(exclude_none=True)
+        seconds = int((until - known.sent_at).total_seconds())
+        return (
+            ("SET", announcement_key(self.job_id), text, "NX", "GET", "EX", seconds),
+            ("LPUSH", QUEUE, self.envelope),
+        )
+
+
+def announcement_key(job_id: str) -> str:
+    """Where in Redis a job is announced; beside its queue."""
+    return f"interview-access:job:{job_id}"
+
+
+def result_key(job_id: str) -> str:
+    """Where in Redis Celery stores a job's state and result."""
+    return f"celery-task-meta-{job_id}"
+
+
+# --- Conversations ------------------------------------------------------------------------------
+
+
+def enqueue(message: GrantMessage) -> Conversation[str]:
+    """Send the job, but not under an id that is known of another request."""
+    key = announcement_key(message.job_id)
+    try:
+        if not message.is_new:
+            (before,) = yield Commands((("GET", key),))
+            _refuse_other_request(message, before)
+        before, _ = yield Commands(message.commands)
+    except (RedisError, OSError) as error:
+        raise QueueUnavailableError(
+            f"Job {message.job_id} may not be queued: Redis did not take it ({_reason(error)}). "
+            "Expected a Redis that can be reached and written to. "
+            "Sending the job again under the same id is safe.",
+            {"job_id": message.job_id},
+        ) from error
+    _refuse_other_request(message, before)
+    return message.job_id
+
+
+def result(
+    job_id: str, *, timeout: float, on_progress: Callable[[JobProgress], None] | None
+) -> Conversation[dict[str, Any]]:
+    """Poll a job's result until it stands, or the time is over.
+
+    Where nothing is stored of the job, not even that it was sent, the workers are asked: a result
+    that Redis has dropped is in the ledger.
+    """
+    deadline = time.monotonic() + timeout
+    pause, ask_at = _FIRST_PAUSE, time.monotonic()
+    while True:
+        stored, announced = yield from _look(job_id)
+        state = stored["status"] if stored else "PENDING"
+        if stored and state in {"SUCCESS", "FAILURE", "REVOKED"}:
+            return _answer(stored)
+        if stored and state == PROGRESS and on_progress:
+            on_progress(JobProgress.model_validate(stored["result"]))
+        left = deadline - time.monotonic()
+        if not stored and not announced and left > 0 and time.monotonic() >= ask_at:
+            ask_at = time.monotonic() + _ASK_SECONDS
+            known = yield from _known(job_id, timeout=min(left, _ASK_SECONDS))
+            if known and known.final:
+                return _answer_of(known)
+            left = deadline - time.monotonic()
+        if left <= 0:
+            raise NoAnswerInTimeError(
+                f"Job {job_id} had no answer within {timeout:g} s (its state is {state}). "
+                "It may still run: poll it again by its id.",
+                {"job_id": job_id, "state": state},
+            )
+        yield Pause(min(pause, left))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
+    """Ask the workers what is known of a job."""
+    return (yield from _ask(JOB_STATUS, job_id, timeout))
+
+
+def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
+    """Have a job cancelled, and wait until it has stopped, or finished before it could be."""
+    deadline = time.monotonic() + timeout
+    while True:
+        known = yield from _ask(CANCEL_JOB, job_id, max(deadline - time.monotonic(), 0))
+        left = deadline - time.monotonic()
+        if known.state != "running" or left <= _CANCEL_PAUSE:
+            return known
+        yield Pause(_CANCEL_PAUSE)
+
+
+def _known(job_id: str, *, timeout: float) -> Conversation[JobStatus | None]:
+    """What the workers know of a job, where one answers."""
+    try:
+        return (yield from _ask(JOB_STATUS, job_id, timeout))
+    except InterviewAccessError:
+        return None
+
+
+def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
+    deadline = time.monotonic() + timeout
+    question = str(uuid4())
+    expires_at = datetime.now(UTC) + timedelta(seconds=timeout)
+    envelope = _envelope(
+        task,
+        question,
+        CONTROL_QUEUE,
+        {"job_id": job_id},
+        f"job_id={shortened(job_id)}",
+        eta=None,
+        expires_at=expires_at,
+    )
+    try:
+        yield Commands((("LPUSH", CONTROL_QUEUE, envelope),))
+        pause = _FIRST_PAUSE
+        while True:
+            (reply,) = yield Commands((("GETDEL", result_key(question)),), results=True)
+            if reply is not None:
+                return JobStatus.model_validate(_answer(json.loads(reply)))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            yield Pause(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        yield Commands((("LREM", CONTROL_QUEUE, 1, envelope),))
+    except (RedisError, OSError) as error:
+        raise QueueUnavailableError(
+            f"The workers cannot be asked about job {job_id}: Redis says: {_reason(error)}. "
+            "Expected a Redis that can be reached and written to. Asking again is safe.",
+            {"job_id": job_id},
+        ) from error
+    raise NoAnswerInTimeError(
+        f"No worker answered about job {job_id} within {timeout:g} s. Expected one that runs on "
+        "this Redis: nothing can be told of the job without. Ask again.",
+        {"job_id": job_id},
+    )
+
+
+def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
+    """What is stored of a job's result, and whether the job is announced."""
+    try:
+        (stored,) = yield Commands((("GET", result_key(job_id)),), results=True)
+        if stored is not None:
+            return json.loads(stored), True
+        (announced,) = yield Commands((("EXISTS", announcement_key(job_id)),))
+    except (RedisError, OSError) as error:
+        raise QueueUnavailableError(
+            f"The result of job {job_id} cannot be read from Redis ({_reason(error)}). "
+            "The job itself is not touched by this: poll it again.",
+            {"job_id": job_id},
+        ) from error
+    return None, bool(announced)
+
+
+# --- What stands in Redis -------------------------------------------------------------------------
+
+
+def _envelope(
+    task: str,
+    job_id: str,
+    queue: str,
+    kwargs: Mapping[str, object],
+    told: str,
+    *,
+    eta: datetime | None,
+    expires_at: datetime | None,
+) -> bytes:
+    """A message of Celery's, version 2, with its body in plain JSON.
+
+    Args:
+        task: The task's name.
+        job_id: What its result is stored under.
+        queue: Where it is put.
+        kwargs: The task's arguments.
+        told: The arguments for people: Celery's own would carry the first thousand characters of
+            ids into every event and log.
+        eta: Not before.
+        expires_at: Not after.
+    """
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    headers = {
+        "lang": "py",
+        "task": task,
+        "id": job_id,
+        "root_id": job_id,
+        "parent_id": None,
+        "group": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "eta": eta and eta.isoformat(),
+        "expires": expires_at and expires_at.isoformat(),
+        "argsrepr": "()",
+        "kwargsrepr": told,
+        "origin": "interview-access-client",
+    }
+    envelope = {
+        "body": json.dumps([[], kwargs, embed]),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": headers,
+        "properties": {
+            "correlation_id": job_id,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "delivery_tag": str(uuid4()),
+            "priority": 0,
+        },
+    }
+    return json.dumps(envelope).encode()
+
+
+def _answer(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The result that Celery stored, or its error, raised."""
+    if stored["status"] == "SUCCESS":
+        return dict(stored["result"])
+    error: Any = stored["result"]
+    kind, module = str(error.get("exc_type")), error.get("exc_module")
+    said = error.get("exc_message")
+    ours = getattr(errors, kind, None) if module == errors.__name__ else None
+    match said:
+        case [str(sentence), dict(details)] if isinstance(ours, type):
+            raise ours(sentence, details)
+    said = said[0] if isinstance(said, list) and said else said
+    raise JobFailedError(f"The job failed: {kind}: {said}", {"exc_type": kind})
+
+
+def _answer_of(known: JobStatus) -> dict[str, Any]:
+    """The result that the ledger holds, or its error, raised."""
+    if known.error:
+        kind = getattr(errors, known.error.type, JobFailedError)
+        raise kind(known.error.sentence, known.error.details)
+    return known.result or {}
+
+
+def _refuse_other_request(message: GrantMessage, before: bytes | None) -> None:
+    if before is None:
+        return
+    digest = json.loads(before).get("digest")
+    if digest and digest != message.announcement.digest:
+        raise JobIdReusedException.of(message.job_id, digest, str(message.announcement.digest))
+
+
+def _as_texts(values: object) -> object:
+    """Whatever can be gone through, as a list; what is none is for the worker to name."""
+    iterable = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    return [_as_text(one) for one in values] if iterable else values  # type: ignore[attr-defined]
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, UUID) else value
+
+
+def _shown(value: object) -> str:
+    return shortened(value) if isinstance(value, str) else f"<{describe(value)}>"
+
+
+def _later(now: datetime, when: float | datetime, name: str) -> datetime:
+    if isinstance(when, datetime):
+        return when if when.tzinfo else when.replace(tzinfo=UTC)
+    try:
+        return now + timedelta(seconds=when)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: expected a number of seconds, got {describe(when)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
