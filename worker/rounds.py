@@ -18,6 +18,7 @@ from storage.interface import StorageError
 
 logger = get_logger(__name__)
 
+_KNOWN = (OperationalError, RedisError, OSError, StorageError)
 _AFTER_TROUBLE_SECONDS = 1.0
 
 
@@ -70,5 +71,6 @@ class Rounds(ABC):
     def _redis(self) -> Redis:
         """A connection of the thread's own, to whichever server kombu finds behind its URL."""
         if self._client is None:
-            self._client = self._app.connection_for_write().channel().client
+            self._connection = self._app.connection_for_write()
+            self._client = self._connection.channel().client
         return self._client
