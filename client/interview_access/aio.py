@@ -20,7 +20,9 @@ from interview_access.producer import (
     CONNECT_SECONDS,
     SOCKET_SECONDS,
     TRIES,
+    as_it_came,
     redis_urls,
+    told,
 )
 from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
 
@@ -94,27 +96,30 @@ class AsyncInterviewAccessClient:
                 if isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                     continue
+                client = self._results if step.results else self._queue
                 try:
-                    replies = await self._execute(step)
+                    replies = await _execute(client, step)
                 except (RedisError, OSError) as error:
-                    failed = error
+                    failed = told(error, client.connection_pool.connection_kwargs)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return] # a generator's return value
 
-    async def _execute(self, step: Commands) -> list[Any]:
-        client = self._results if step.results else self._queue
-        if len(step.commands) == 1:
-            return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
-        async with client.pipeline(transaction=True) as pipeline:
-            for command in step.commands:
-                pipeline.execute_command(*command)
-            return await pipeline.execute()
+
+async def _execute(client: Redis, step: Commands) -> list[Any]:
+    if len(step.commands) == 1:
+        return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
+    async with client.pipeline(transaction=True) as pipeline:
+        for command in step.commands:
+            pipeline.execute_command(*command)
+        return await pipeline.execute()
 
 
 def _connected(url: str) -> Redis:
-    return Redis.from_url(
+    client = Redis.from_url(
         url,
         retry=Retry(NoBackoff(), TRIES - 1),
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=SOCKET_SECONDS,
     )
+    client.set_response_callback("SET", as_it_came)
+    return client

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
 
 from redis import Redis
@@ -163,21 +163,25 @@ class InterviewAccessClient:
                 if isinstance(step, Pause):
                     time.sleep(step.seconds)
                     continue
+                client = self._results if step.results else self._queue
                 try:
-                    replies = self._execute(step)
+                    replies = _execute(client, step)
                 except (RedisError, OSError) as error:
-                    failed = error
+                    failed = told(error, client.connection_pool.connection_kwargs)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return] # a generator's return value
 
-    def _execute(self, step: Commands) -> list[Any]:
-        client = self._results if step.results else self._queue
-        if len(step.commands) == 1:
-            return [client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
-        with client.pipeline(transaction=True) as pipeline:
-            for command in step.commands:
-                pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
-            return pipeline.execute()
+
+def as_it_came(response: Any, **kwargs: Any) -> Any:  # noqa: ARG001 - redis-py's names
+    """What SET ... GET answers: redis-py's own callback tells only whether it was set."""
+    return response
+
+
+def told(error: Exception, server: Mapping[str, Any]) -> RedisError:
+    """What Redis said, and where it is: a timeout alone names no server."""
+    place = server.get("path") or f"{server.get('host')}:{server.get('port')}"
+    said = str(error) or type(error).__name__
+    return RedisError(said if place in said else f"{place}: {said}")
 
 
 def redis_urls(broker_url: str | None, result_backend: str | None) -> tuple[str, str]:
@@ -213,14 +217,25 @@ def _redis_url(url: str) -> str:
         )
         for name, value in parse_qsl(parts.query)
     ]
-    return urlunsplit((scheme, parts.netloc, parts.path, urlencode(options), ""))
+    return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options)}"
+
+
+def _execute(client: Redis, step: Commands) -> list[Any]:
+    if len(step.commands) == 1:
+        return [client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
+    with client.pipeline(transaction=True) as pipeline:
+        for command in step.commands:
+            pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
+        return pipeline.execute()
 
 
 def _connected(url: str) -> Redis:
     # A command that was sent twice takes effect once: by the job's id, or by what it asks.
-    return Redis.from_url(
+    client = Redis.from_url(
         url,
         retry=Retry(NoBackoff(), TRIES - 1),
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=SOCKET_SECONDS,
     )
+    client.set_response_callback("SET", as_it_came)
+    return client

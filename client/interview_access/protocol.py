@@ -76,7 +76,7 @@ class Pause:
 Conversation = Generator[Commands | Pause, Any, T]
 """Yields what is to be done, is sent the list of replies, and returns what came of it.
 
-What Redis raises is thrown into it; it leaves as an error of this package.
+Where a command fails, a RedisError is thrown into it, and leaves it as an error of this package.
 """
 
 
@@ -181,9 +181,9 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
             (before,) = yield Commands((("GET", key),))
             _refuse_other_request(message, before)
         before, _ = yield Commands(message.commands)
-    except (RedisError, OSError) as error:
+    except RedisError as error:
         raise QueueUnavailableError(
-            f"Job {message.job_id} may not be queued: Redis did not take it ({_reason(error)}). "
+            f"Job {message.job_id} may not be queued: Redis did not take it ({error}). "
             "Expected a Redis that can be reached and written to. "
             "Sending the job again under the same id is safe.",
             {"job_id": message.job_id},
@@ -276,9 +276,9 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
             yield Pause(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
         yield Commands((("LREM", CONTROL_QUEUE, 1, envelope),))
-    except (RedisError, OSError) as error:
+    except RedisError as error:
         raise QueueUnavailableError(
-            f"The workers cannot be asked about job {job_id}: Redis says: {_reason(error)}. "
+            f"The workers cannot be asked about job {job_id}: Redis says: {error}. "
             "Expected a Redis that can be reached and written to. Asking again is safe.",
             {"job_id": job_id},
         ) from error
@@ -296,9 +296,9 @@ def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
         if stored is not None:
             return json.loads(stored), True
         (announced,) = yield Commands((("EXISTS", announcement_key(job_id)),))
-    except (RedisError, OSError) as error:
+    except RedisError as error:
         raise QueueUnavailableError(
-            f"The result of job {job_id} cannot be read from Redis ({_reason(error)}). "
+            f"The result of job {job_id} cannot be read from Redis ({error}). "
             "The job itself is not touched by this: poll it again.",
             {"job_id": job_id},
         ) from error
@@ -414,7 +414,3 @@ def _later(now: datetime, when: float | datetime, name: str) -> datetime:
         return now + timedelta(seconds=when)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: expected a number of seconds, got {describe(when)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
