@@ -1,7 +1,6 @@
 """What is known of a job, and having it cancelled: for the client, by the desk, and the command.
 
-What a queue's server tells of a job is read before the ledger, which has the last word: a job that
-finishes in between is found finished.
+The ledger has the first word and the last; Redis tells of what the ledger does not have yet.
 """
 
 from __future__ import annotations
@@ -53,13 +52,12 @@ class Inquiries:
             redis: The server of the queue.
             job_id: The job's id, which may be anybody's.
         """
-        stored = self._stored(job_id)
-        announced = _announced(redis, job_id)
         storage = self._storage()
-        finished = storage.get_finished_job(job_id)
-        if finished:
+        if finished := storage.get_finished_job(job_id):
             return _finished(finished)
-        status = _unfinished(job_id, stored, announced)
+        status = _unfinished(job_id, self._stored(job_id), _announced(redis, job_id))
+        if status.final and (finished := storage.get_finished_job(job_id)):
+            return _finished(finished)  # meanwhile
         if not status.final and storage.is_cancelled(job_id):
             status.cancel_requested = True
         return status

@@ -283,7 +283,7 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
             {"job_id": job_id},
         ) from error
     raise NoAnswerInTimeError(
-        f"No worker answered about job {job_id} within {timeout:g} s. Expected one that runs on "
+        f"No worker answered about job {job_id} within {timeout:.3g} s. Expected one that runs on "
         "this Redis: nothing can be told of the job without. Ask again.",
         {"job_id": job_id},
     )
