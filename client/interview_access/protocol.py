@@ -256,12 +256,14 @@ def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
 def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
     """Have a job cancelled, and wait until it has stopped, or finished before it could be."""
     deadline = time.monotonic() + timeout
-    while True:
-        known = yield from _ask(CANCEL_JOB, job_id, max(deadline - time.monotonic(), 0))
-        left = deadline - time.monotonic()
-        if known.state != "running" or left <= _CANCEL_PAUSE:
-            return known
+    known = yield from _ask(CANCEL_JOB, job_id, timeout)
+    while known.state == "running" and deadline - time.monotonic() > _CANCEL_PAUSE:
         yield Pause(_CANCEL_PAUSE)
+        try:
+            known = yield from _ask(CANCEL_JOB, job_id, max(deadline - time.monotonic(), 0))
+        except NoAnswerInTimeError:
+            break  # it was asked to stop all the same
+    return known
 
 
 def _known(job_id: str, *, timeout: float) -> Conversation[JobStatus | None]:
