@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, WatchError
 
 from interview_access import protocol
 from interview_access.contracts import JobProgress, JobStatus
@@ -19,14 +19,13 @@ from interview_access.producer import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
     SOCKET_SECONDS,
-    TRIES,
-    as_it_came,
     redis_urls,
-    told,
 )
 from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
 
 T = TypeVar("T")
+
+MOST_CONNECTIONS = 50
 
 
 class AsyncInterviewAccessClient:
@@ -96,30 +95,37 @@ class AsyncInterviewAccessClient:
                 if isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                     continue
-                client = self._results if step.results else self._queue
                 try:
-                    replies = await _execute(client, step)
+                    replies = await self._execute(step)
                 except (RedisError, OSError) as error:
-                    failed = told(error, client.connection_pool.connection_kwargs)
+                    failed = error
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return] # a generator's return value
 
-
-async def _execute(client: Redis, step: Commands) -> list[Any]:
-    if len(step.commands) == 1:
-        return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
-    async with client.pipeline(transaction=True) as pipeline:
-        for command in step.commands:
-            pipeline.execute_command(*command)
-        return await pipeline.execute()
+    async def _execute(self, step: Commands) -> list[Any]:
+        client = self._results if step.results else self._queue
+        if len(step.commands) == 1 and not step.provided:
+            return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
+        async with client.pipeline(transaction=True) as pipeline:
+            if step.provided:
+                key, value = step.provided
+                await pipeline.watch(key)
+                if await pipeline.get(key) != value:
+                    raise WatchError
+                pipeline.multi()  # type: ignore[no-untyped-call] # redis-py's
+            for command in step.commands:
+                pipeline.execute_command(*command)
+            return await pipeline.execute()
 
 
 def _connected(url: str) -> Redis:
-    client = Redis.from_url(
+    # A thousand tasks at once share these connections; redis-py's other pool would fail the 101st.
+    pool = BlockingConnectionPool.from_url(
         url,
-        retry=Retry(NoBackoff(), TRIES - 1),
+        max_connections=MOST_CONNECTIONS,
+        timeout=SOCKET_SECONDS,
+        retry=Retry(NoBackoff(), 0),
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=SOCKET_SECONDS,
     )
-    client.set_response_callback("SET", as_it_came)
-    return client
+    return Redis.from_pool(pool)
