@@ -124,16 +124,16 @@ class FinishedJobDTO:
 
 @dataclass(frozen=True, slots=True)
 class AccessRequestDTO:
-    """A job that a service asked for through the database.
+    """A job that a service asked for in a transaction of its own.
 
     Attributes:
-        interview_ids: As given; it may hold anything that a text array can.
+        interview_ids: As given; it may hold what a text array can besides, such as None.
         requested_at: Aware.
         sent_at: When it was last put on the queue, aware; None before the first time.
     """
 
     job_id: str
     user_id: str
-    interview_ids: tuple[str | None, ...]
+    interview_ids: tuple[Any, ...]
     requested_at: datetime
-    sent_at: datetime | None
+    sent_at: datetime | None = None

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 
 from storage.dtos import (
     AccessOrderDTO,
+    AccessRequestDTO,
     FinishedJobDTO,
     InterviewAttemptDTO,
     InterviewDTO,
@@ -130,6 +131,27 @@ class InterviewTransactionInterface(ABC):
         Must raise :class:`StorageError` where one of them is not open in this transaction.
         """
 
+    @abstractmethod
+    def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
+        """Requests that are to be looked at, those that have waited longest first.
+
+        Must return no more than ``limit``, and none that another transaction has taken and is not
+        over; must never wait for one.
+        """
+
+    @abstractmethod
+    def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
+        """Delete those of these requests whose job the ledger has an answer of, and name them."""
+
+    @abstractmethod
+    def look_again_at_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
+        """Make these requests due later: in as long as they stand already, but 1 to 60 s.
+
+        Args:
+            job_ids: Of requests that this transaction has taken.
+            sent: Whether they were put on the queue just now.
+        """
+
 
 class InterviewStorageInterface(ABC):
     """A store of interviews, grants, attempts and finished jobs. Safe in threads."""
@@ -147,6 +169,14 @@ class InterviewStorageInterface(ABC):
     @abstractmethod
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """The job's row of the ledger and all that it rejected, or None where none has finished."""
+
+    @abstractmethod
+    def get_request(self, job_id: str) -> AccessRequestDTO | None:
+        """The request under this id, or None where there is none, or none any more."""
+
+    @abstractmethod
+    def make_requests_due(self) -> None:
+        """Have every request looked at now."""
 
     @abstractmethod
     def is_cancelled(self, job_id: str) -> bool:

@@ -10,10 +10,11 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from storage.dtos import (
     AccessOrderDTO,
+    AccessRequestDTO,
     FinishedJobDTO,
     InterviewAttemptDTO,
     InterviewDTO,
@@ -36,6 +37,8 @@ class _Tables:
     attempts: dict[str, InterviewAttemptDTO] = field(default_factory=dict)
     jobs: dict[str, FinishedJobDTO] = field(default_factory=dict)
     cancellations: dict[str, None] = field(default_factory=dict)
+    requests: dict[str, AccessRequestDTO] = field(default_factory=dict)
+    looks: dict[str, datetime] = field(default_factory=dict)
 
     def copy(self) -> _Tables:
         return _Tables(*(dict(getattr(self, table.name)) for table in fields(self)))
@@ -63,6 +66,21 @@ class MemoryStorage(InterviewStorageInterface):
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
         return self._tables.jobs.get(job_id)
+
+    def get_request(self, job_id: str) -> AccessRequestDTO | None:
+        """See the interface."""
+        return self._tables.requests.get(job_id)
+
+    def make_requests_due(self) -> None:
+        """See the interface."""
+        with self._one_at_a_time:
+            self._tables.looks = dict.fromkeys(self._tables.requests, datetime.now(UTC))
+
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """What a service does: ask for a job in a transaction of its own."""
+        with self._one_at_a_time:
+            self._tables.requests[request.job_id] = request
+            self._tables.looks[request.job_id] = datetime.now(UTC)
 
     def is_cancelled(self, job_id: str) -> bool:
         """See the interface."""
@@ -161,6 +179,29 @@ class MemoryTransaction(InterviewTransactionInterface):
             if self.open.pop(job.job.job_id, None) is None:
                 raise StorageError(f"job {job.job.job_id} is not open in this transaction")
             self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
+
+    def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
+        """See the interface."""
+        now = datetime.now(UTC)
+        looks = sorted((at, job_id) for job_id, at in self._tables.looks.items() if at <= now)
+        return [self._tables.requests[job_id] for _, job_id in looks[:limit]]
+
+    def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        answered = frozenset(job_ids) & self._tables.jobs.keys() & self._tables.requests.keys()
+        for job_id in answered:
+            del self._tables.requests[job_id], self._tables.looks[job_id]
+        return answered
+
+    def look_again_at_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
+        """See the interface."""
+        now = datetime.now(UTC)
+        for job_id in job_ids:
+            request = self._tables.requests[job_id]
+            age = (now - request.requested_at).total_seconds()
+            self._tables.looks[job_id] = now + timedelta(seconds=min(max(age, 1), 60))
+            if sent:
+                self._tables.requests[job_id] = replace(request, sent_at=now)
 
     def _must_exist(self, interview_ids: Iterator[str]) -> None:
         missing = set(interview_ids) - self._tables.interviews.keys()

@@ -12,15 +12,17 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Row, create_engine, insert, select, text
+from sqlalchemy import Connection, Row, create_engine, delete, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from storage.dtos import (
     AccessOrderDTO,
+    AccessRequestDTO,
     AnswerDTO,
     FiguresDTO,
     FinishedJobDTO,
@@ -41,6 +43,7 @@ from storage.models import (
     GrantAccessCancellation,
     GrantAccessJob,
     GrantAccessRejection,
+    GrantAccessRequest,
     Interview,
     InterviewAttempt,
     InterviewConfig,
@@ -53,6 +56,16 @@ _LOCK_NOT_HAD = "55P03"
 _TRANSIENT_CODES = (_LOCK_NOT_HAD, "25006", "25P03", "23503")
 # A lock not had in time; a server that is a standby now; a worker that stood still for too long;
 # an interview deleted meanwhile, which the next look will find missing and name.
+
+_SOONEST_LOOK, _LATEST_LOOK = timedelta(seconds=1), timedelta(seconds=60)
+
+_REQUEST = (
+    GrantAccessRequest.job_id,
+    GrantAccessRequest.user_id,
+    GrantAccessRequest.interview_ids,
+    GrantAccessRequest.requested_at,
+    GrantAccessRequest.sent_at,
+)
 
 _LEDGER_LOOKS = 3
 """Looks for a ledger row that an INSERT met and a SELECT then missed, as when it was pruned."""
@@ -201,6 +214,16 @@ class PostgresStorage(InterviewStorageInterface):
             if finished and (rejected := transaction.rejected_ids(job_id)):
                 return replace(finished, answer=replace(finished.answer, rejected=rejected))
             return finished
+
+    def get_request(self, job_id: str) -> AccessRequestDTO | None:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.request(job_id)
+
+    def make_requests_due(self) -> None:
+        """See the interface."""
+        with self.transaction() as transaction:
+            transaction.make_requests_due()
 
     def is_cancelled(self, job_id: str) -> bool:
         """See the interface."""
@@ -393,6 +416,53 @@ class PostgresTransaction(InterviewTransactionInterface):
             self._connection.execute(put, rejections)
         self.open.difference_update(job.job.job_id for job in jobs)
 
+    def request(self, job_id: str) -> AccessRequestDTO | None:
+        """The request under this id, if there is one."""
+        row = self._connection.execute(
+            select(*_REQUEST).where(GrantAccessRequest.job_id == job_id)
+        ).one_or_none()
+        return row and _request(row)
+
+    def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
+        """See the interface."""
+        rows = self._connection.execute(
+            select(*_REQUEST)
+            .where(GrantAccessRequest.look_at <= func.clock_timestamp())
+            .order_by(GrantAccessRequest.look_at)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        return [_request(row) for row in rows]
+
+    def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        answered = select(GrantAccessJob.job_id).where(
+            GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
+        )
+        rows = self._connection.execute(
+            delete(GrantAccessRequest)
+            .where(GrantAccessRequest.job_id.in_(answered))
+            .returning(GrantAccessRequest.job_id)
+        )
+        return frozenset(rows.scalars())
+
+    def look_again_at_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
+        """See the interface."""
+        now = func.clock_timestamp()
+        age = now - GrantAccessRequest.requested_at
+        wait = func.least(func.greatest(age, _SOONEST_LOOK), _LATEST_LOOK)
+        later = update(GrantAccessRequest).where(GrantAccessRequest.job_id.in_(job_ids))
+        self._connection.execute(
+            later.values(look_at=now + wait, **{"sent_at": now} if sent else {})
+        )
+
+    def make_requests_due(self) -> None:
+        """Have every request looked at now."""
+        now = func.clock_timestamp()
+        self._connection.execute(
+            update(GrantAccessRequest).where(GrantAccessRequest.look_at > now).values(look_at=now)
+        )
+
 
 @contextmanager
 def _driver_errors_translated() -> Iterator[None]:
@@ -475,6 +545,12 @@ def _finished_job(row: Row[Any]) -> FinishedJobDTO:
         JobDTO(row.job_id, row.task, row.user_id, row.request_digest),
         AnswerDTO(row.state, row.result, row.error, figures),
         row.finished_at,
+    )
+
+
+def _request(row: Row[*tuple[Any, ...]]) -> AccessRequestDTO:
+    return AccessRequestDTO(
+        row.job_id, row.user_id, tuple(row.interview_ids), row.requested_at, row.sent_at
     )
 
 

@@ -20,10 +20,10 @@ from sqlalchemy import Connection, Engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from storage import memory
-from storage.dtos import InterviewAttemptDTO, InterviewDTO
+from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, InterviewDTO
 from storage.interface import InterviewStorageInterface, TransientStorageError
 from storage.memory import MemoryStorage
-from storage.models import Interview, InterviewAttempt, InterviewConfig
+from storage.models import GrantAccessRequest, Interview, InterviewAttempt, InterviewConfig
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.celery_tasks import grant_access_job
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
@@ -106,6 +106,10 @@ class Store(ABC):
         """All attempts that stand."""
 
     @abstractmethod
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """What a service does: ask for a job in a transaction of its own, which is kept."""
+
+    @abstractmethod
     def until_waiting(self, other: Background[Any]) -> None:
         """Come back when the other one waits for a transaction, or is over."""
 
@@ -156,6 +160,10 @@ class MemoryStore(Store):
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
         """See the store."""
         return self.storage.attempts()
+
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """See the store."""
+        self.storage.add_request(request)
 
     def until_waiting(self, other: Background[Any]) -> None:
         """See the store: whoever waits here waits inside of the model, for its one lock."""
@@ -226,6 +234,18 @@ class PostgresStore(Store):
             )
             for row in rows
         ]
+
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """See the store."""
+        self._platform.execute(
+            insert(GrantAccessRequest).values(
+                job_id=request.job_id,
+                user_id=request.user_id,
+                interview_ids=list(request.interview_ids),
+                requested_at=request.requested_at,
+                sent_at=request.sent_at,
+            )
+        )
 
     def until_waiting(self, other: Background[Any]) -> None:
         """See the store: the server knows who waits for a lock."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -17,11 +18,13 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.dtos import (
     AccessOrderDTO,
+    AccessRequestDTO,
     AnswerDTO,
     FiguresDTO,
     FinishedJobDTO,
     InterviewAttemptDTO,
     JobDTO,
+    RejectedIdsDTO,
     UserInterviewAccessDTO,
 )
 from storage.interface import (
@@ -68,6 +71,11 @@ def finished(job_id: str, created: int = 0, digest: str = DIGEST) -> FinishedJob
         figures=FiguresDTO(created + 5, 2, 3, created),
     )
     return FinishedJobDTO(ledger_entry(job_id, digest), answer)
+
+
+def a_request(job_id: str) -> AccessRequestDTO:
+    """A request as a service makes it, now."""
+    return AccessRequestDTO(job_id, "ann", ("one", "two"), datetime.now(UTC))
 
 
 def finish(storage: InterviewStorageInterface, *jobs: FinishedJobDTO) -> None:
@@ -258,6 +266,19 @@ class TestFinishJobs:
         finish(store.storage, job)
         assert store.storage.get_finished_job("a") == job
 
+    def test_row_tells_all_that_was_rejected(self, store: Store) -> None:
+        """All rejected ids come back to the letter, also what no other column could hold."""
+        rejected = RejectedIdsDTO(("one", "ONE"), ("NUL\0", "\ud800", "ä", "x" * 5000))
+        error = {"type": "X", "sentence": "No.", "details": {}}
+        answer = AnswerDTO("failed", error=error, rejected=rejected)
+        finish(store.storage, FinishedJobDTO(ledger_entry("a"), answer), finished("b"))
+        row = store.storage.get_finished_job("a")
+        assert row
+        assert row.answer.rejected == rejected
+        other = store.storage.get_finished_job("b")
+        assert other
+        assert other.answer.rejected is None
+
     def test_job_that_was_never_opened_is_refused(self, store: Store) -> None:
         """Finishing a job that is not open raises, and nothing of the transaction is kept."""
         with ends_with(StorageError, store.storage) as transaction:
@@ -281,6 +302,111 @@ class TestFinishJobs:
             transaction.finish_jobs([finished("a", 1)])
             transaction.finish_jobs([finished("a", 2)])
         assert store.storage.get_finished_job("a") is None
+
+
+class TestCancellation:
+    """request_cancellation, find_cancelled_jobs, is_cancelled."""
+
+    def test_jobs_to_be_cancelled_are_found(self, store: Store) -> None:
+        """Those among the ids that were asked for are found, each once, and no other."""
+        for job_id in "b", "a", "b":
+            with store.storage.transaction() as transaction:
+                transaction.request_cancellation(job_id)
+        with store.storage.transaction() as transaction:
+            assert transaction.find_cancelled_jobs(["a", "B", "c"]) == {"a"}
+            assert transaction.find_cancelled_jobs([]) == frozenset()
+        assert store.storage.is_cancelled("b")
+        assert not store.storage.is_cancelled("c")
+
+    def test_what_others_asked_for_meanwhile_is_seen(self, postgres: PostgresStore) -> None:
+        """A cancellation that is kept after this transaction began is found by it."""
+        with postgres.storage.transaction() as transaction:
+            assert transaction.find_cancelled_jobs(["a"]) == frozenset()
+            with postgres.another() as other, other.transaction() as canceller:
+                canceller.request_cancellation("a")
+            assert transaction.find_cancelled_jobs(["a"]) == {"a"}
+
+    def test_one_that_is_not_kept_is_not_found(self, store: Store) -> None:
+        """A cancellation of a transaction that raises is none."""
+        with ends_with(StorageError, store.storage) as transaction:
+            transaction.request_cancellation("a")
+            transaction.open_jobs([ledger_entry("left open")])
+        assert not store.storage.is_cancelled("a")
+
+
+class TestRequests:
+    """The requests that services make in the database."""
+
+    def test_due_ones_are_taken_the_oldest_first(self, store: Store) -> None:
+        """New requests are due, in the order in which they came, and no more than asked for."""
+        requests = [a_request(job_id) for job_id in ("b", "a", "c")]
+        for request in requests:
+            store.add_request(request)
+        with store.storage.transaction() as transaction:
+            assert list(transaction.take_due_requests(2)) == requests[:2]
+        assert store.storage.get_request("c") == requests[2]
+        assert store.storage.get_request("d") is None
+
+    def test_what_another_transaction_has_taken_is_left_to_it(
+        self, postgres: PostgresStore
+    ) -> None:
+        """A request is taken by one transaction at a time, and nobody waits for it."""
+        postgres.add_request(a_request("a"))
+        postgres.add_request(a_request("b"))
+        with postgres.storage.transaction() as one:
+            assert [request.job_id for request in one.take_due_requests(1)] == ["a"]
+            with postgres.another() as storage, storage.transaction() as other:
+                assert [request.job_id for request in other.take_due_requests(9)] == ["b"]
+        with postgres.storage.transaction() as one:
+            assert len(one.take_due_requests(9)) == 2
+
+    def test_later_means_not_now(self, store: Store) -> None:
+        """One that is to be looked at later is not due, until all are made due."""
+        for job_id in "a", "b":
+            store.add_request(a_request(job_id))
+        with store.storage.transaction() as transaction:
+            transaction.look_again_at_requests(["a"], sent=True)
+            transaction.look_again_at_requests(["b"], sent=False)
+            assert transaction.take_due_requests(9) == []
+        store.storage.make_requests_due()
+        with store.storage.transaction() as transaction:
+            taken = {request.job_id: request for request in transaction.take_due_requests(9)}
+        assert taken["a"].sent_at is not None
+        assert taken["b"].sent_at is None
+
+    @pytest.mark.parametrize(("age", "least", "most"), [(0, 0.9, 1.1), (20, 19, 25), (900, 59, 61)])
+    def test_how_much_later_grows_with_age(
+        self, postgres: PostgresStore, age: int, least: float, most: float
+    ) -> None:
+        """It is looked at again in as long as it stands already, but 1 to 60 s."""
+        requested_at = datetime.now(UTC) - timedelta(seconds=age)
+        postgres.add_request(replace(a_request("a"), requested_at=requested_at))
+        with postgres.storage.transaction() as transaction:
+            transaction.look_again_at_requests(["a"], sent=True)
+        wait = postgres.value(
+            "SELECT extract(epoch FROM look_at - sent_at) FROM grant_access_request"
+        )
+        assert least <= wait <= most
+
+    def test_answered_ones_are_forgotten(self, store: Store) -> None:
+        """Of those named, the requests go whose job has an answer, and no other."""
+        for job_id in "a", "b", "c":
+            store.add_request(a_request(job_id))
+        finish(store.storage, finished("a"), finished("c"), finished("d"))
+        with store.storage.transaction() as transaction:
+            assert transaction.forget_answered_requests(["a", "b", "d"]) == {"a"}
+            assert transaction.forget_answered_requests([]) == frozenset()
+        assert store.storage.get_request("a") is None
+        assert store.storage.get_request("b")
+        assert store.storage.get_request("c")
+
+    @pytest.mark.parametrize("job_id", ["", "x" * 256, "line\nbreak", "Zoë", "\x7f"])
+    def test_an_id_that_no_worker_takes_is_refused(
+        self, postgres: PostgresStore, job_id: str
+    ) -> None:
+        """The service's own transaction hears of a job id that is none."""
+        with pytest.raises(DBAPIError):
+            postgres.add_request(a_request(job_id))
 
 
 class TestFindUnknownInterviews:

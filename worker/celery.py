@@ -18,6 +18,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import CreateInterviewAttemptTask, GrantAccessTask, Workplace
 from worker.desk import Desk
+from worker.relay import Relay
 from worker.settings import Settings, SettingsError
 from worker.startup import check_servers
 from worker.transport import lease_of_this_process
@@ -63,7 +64,7 @@ def _check_servers(**_: Any) -> None:
     check_servers(settings, app)
 
 
-rounds = (Desk(app, storage),)
+rounds = (Desk(app, storage), Relay(app, storage))
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator] # Celery ships no types

@@ -28,6 +28,7 @@ from redis import Redis
 from storage.dtos import FinishedJobDTO, JobDTO
 from storage.interface import InterviewStorageInterface
 from tasks import ledger
+from worker.relay import message_of
 
 
 class Inquiries:
@@ -55,7 +56,8 @@ class Inquiries:
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
             return _finished(finished)
-        status = _unfinished(job_id, self._stored(job_id), _announced(redis, job_id))
+        announced = _announced(redis, job_id) or self._requested(job_id)
+        status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
             return _finished(finished)  # meanwhile
         if not status.final and storage.is_cancelled(job_id):
@@ -64,7 +66,7 @@ class Inquiries:
 
     def cancel(self, redis: Redis, job_id: str) -> JobStatus:
         """Have a job cancelled, and tell what is known of it then; see :func:`ledger.cancel`."""
-        announced = _announced(redis, job_id)
+        announced = _announced(redis, job_id) or self._requested(job_id)
         entry = (
             JobDTO(job_id, announced.task, None, announced.digest)
             if announced and announced.digest
@@ -78,6 +80,14 @@ class Inquiries:
         elif is_running and not status.final:
             status.state = "running"
         return status
+
+    def _requested(self, job_id: str) -> Announcement | None:
+        """A job that a service asked for in the database, as it will be announced."""
+        request = self._storage().get_request(job_id)
+        if request is None:
+            return None
+        announcement = message_of(request).announcement
+        return announcement.model_copy(update={"sent_at": request.requested_at})
 
     def _stored(self, job_id: str) -> dict[str, Any]:
         """What pollers read; an empty object where nothing is stored."""
