@@ -336,14 +336,18 @@ def _digest(content: list[object]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-class GrantAccessResult(BaseModel):
+class _Result(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
+
+
+class GrantAccessResult(_Result):
     """The result of a grant-access job; created_access_count is the rows that this job inserted."""
 
     success: Literal[True] = True
     created_access_count: int
 
 
-class InterviewAttemptResult(BaseModel):
+class InterviewAttemptResult(_Result):
     """The result of a create-interview-attempt job."""
 
     success: Literal[True] = True
