@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
 PYTEST_WORKERS ?= 4
 
-.PHONY: help demo up test chaos check format contract lock clean
+.PHONY: help demo up test chaos soak check format contract lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -22,6 +22,9 @@ test: .venv/ready .venv/node/ready ## the tests, on real servers
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
 	@$(BIN)/python -m pytest -q tests/faults/slow_*.py
 	@$(BIN)/python -m tests.faults.chaos $(CHAOS)
+
+soak: .venv/ready ## 100,000 jobs out of one process: speed, memory and connections (minutes)
+	@$(BIN)/python -m pytest -q -s tests/slow_client.py
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

@@ -291,7 +291,14 @@ DELETE_INTERVIEW = (
 )
 """What the platform's service runs to delete an interview that nobody has access to."""
 
-_JOBS_TABLES = ("interview_userinterviewaccess", "interview_interviewattempt", "grant_access_job")
+_JOBS_TABLES = (
+    "interview_userinterviewaccess",
+    "interview_interviewattempt",
+    "grant_access_job",
+    "grant_access_request",
+    "grant_access_cancellation",
+    "grant_access_rejection",
+)
 _INTERVIEW_TABLES = ("interview_interviewconfig", "interview_interview")
 _WAITING = (
     "SELECT count(*) FROM pg_stat_activity"

@@ -21,7 +21,7 @@ import pytest
 from storage.samples import load_samples
 from tests.database import database
 from tests.stores import until
-from tests.workers import ROOT, Site, held_grant, site, worker
+from tests.workers import GRANT_ACCESS, ROOT, Site, held_grant, site, worker
 from worker.local_stack import LocalStack
 
 BOUND = 10.0  # seconds within which a producer fails where Redis is away
@@ -176,7 +176,7 @@ class TestGrant:
             done = run(environment, "grant", "--user", "x", "--interview", "i", "--job-id", "j")
         assert time.monotonic() - started < BOUND
         assert (done.returncode, done.stdout) == (3, "")
-        assert "Job j may not be queued: Redis at" in done.stderr
+        assert "Job j may not be queued: Redis did not take it (" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert "secret" not in done.stderr
 
@@ -223,12 +223,14 @@ class TestStatus:
         assert told["error"]["type"] == "InvalidInterviewIdException"
 
     def test_a_waiting_job_is_queued(self, idle: Site) -> None:
-        """A job that no worker has taken is queued."""
-        job_id = idle.send("status-3", [])
-        assert status(idle, job_id) == {"job_id": job_id, "state": "queued"}
+        """A job that no worker has taken is queued, with what its sender announced."""
+        job_id = run(idle.environment(), "grant", "--user", "x", "--interview", "i").stdout.strip()
+        told = status(idle, job_id)
+        assert (told["job_id"], told["state"], told["task"]) == (job_id, "queued", GRANT_ACCESS)
+        assert told.keys() == {"job_id", "state", "task", "sent_at"}
 
     def test_an_id_that_nobody_sent_is_unknown(self, idle: Site) -> None:
-        """An id that neither ledger, results nor queue have is unknown, never queued."""
+        """An id that nobody has announced, begun or finished is unknown, never queued."""
         job_id = str(uuid4())
         assert status(idle, job_id) == {"job_id": job_id, "state": "unknown"}
         words = run(idle.environment(), "status", job_id).stdout

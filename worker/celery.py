@@ -9,6 +9,7 @@ from celery import Celery
 from celery.signals import (
     celeryd_after_setup,
     worker_process_init,
+    worker_ready,
     worker_shutdown,
     worker_shutting_down,
 )
@@ -16,6 +17,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import CreateInterviewAttemptTask, GrantAccessTask, Workplace
+from worker.desk import Desk
 from worker.settings import Settings, SettingsError
 from worker.startup import check_servers
 from worker.transport import lease_of_this_process
@@ -61,8 +63,19 @@ def _check_servers(**_: Any) -> None:
     check_servers(settings, app)
 
 
+rounds = (Desk(app, storage),)
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator] # Celery ships no types
+def _begin_rounds(**_: Any) -> None:
+    for thread in rounds:
+        thread.start()
+
+
 @worker_shutting_down.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _drain(how: str, **_: Any) -> None:
+    for thread in rounds:
+        thread.stop()
     lease = lease_of_this_process()
     if lease is not None:
         lease.drain(at_once=how == "Cold")

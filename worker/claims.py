@@ -14,6 +14,7 @@ Keys, all of them ours, beside the queues that kombu's producers write:
 - ``tries``: hash, SHA-1 of a message to its tries that began and have not ended in order
 - ``deferrals``: hash, likewise to how often its job asked for another try
 - ``dead``: stream of the dead letters
+- ``job:ID``: the announcement that a producer wrote with a job's message
 
 Times are the server's own, for clients' clocks are of no account. All scripts carry the flag
 ``allow-oom``: a full server refuses every other way of taking a message off a queue and keeping it.
@@ -21,7 +22,8 @@ Times are the server's own, for clients' clocks are of no account. All scripts c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from redis import Redis
@@ -31,6 +33,9 @@ PREFIX = "interview-access:"
 
 DEAD = f"{PREFIX}dead"
 """The stream of dead letters: job_id, task, reason, time, attempts, size, queue, message."""
+
+_ANNOUNCED_SECONDS = 86_400
+"""For how long a job's announcement outlives it: as long as its result does."""
 
 _SCRIPT = """#!lua flags=allow-oom
 local prefix, arguments = KEYS[1], ARGV
@@ -184,10 +189,11 @@ return mine
 
 _ACKNOWLEDGE = """
 local count = 0
-for index = 2, #arguments do
+for index = 3, #arguments, 2 do
     local queue, message = release(arguments[1], arguments[index], false)
     if queue then
         forget(message)
+        redis.call('EXPIRE', prefix .. 'job:' .. arguments[index + 1], arguments[2])
         count = count + 1
     end
 end
@@ -407,9 +413,25 @@ class Claims:
         """
         return _texts(self._run(self._start, incarnation, *receipts))
 
-    def acknowledge(self, incarnation: str, *receipts: str) -> int:
-        """Done with: the messages are gone for good. Returns how many were held."""
-        return int(self._run(self._acknowledge, incarnation, *receipts))
+    def acknowledge(
+        self, incarnation: str, *receipts: str, job_ids: Mapping[str, str] | None = None
+    ) -> int:
+        """Done with: the messages are gone for good, and their jobs' announcements by and by.
+
+        Args:
+            incarnation: The worker's.
+            receipts: Of the messages.
+            job_ids: Their jobs, by receipt, where they are known.
+
+        Returns:
+            How many were held.
+        """
+        pairs = ((receipt, (job_ids or {}).get(receipt, "")) for receipt in receipts)
+        return int(
+            self._run(
+                self._acknowledge, incarnation, _ANNOUNCED_SECONDS, *chain.from_iterable(pairs)
+            )
+        )
 
     def give_back(self, incarnation: str, *receipts: str) -> int:
         """To the end of their queues that is taken from, uncounted. Returns how many were held."""

@@ -15,9 +15,11 @@ import click
 if TYPE_CHECKING:  # a command that only enqueues loads no database, and --help loads nothing
     from collections.abc import Callable
 
-    from interview_access.contracts import JobProgress
+    from interview_access.contracts import JobProgress, JobStatus
+    from redis import Redis
 
     from worker.dead_letters import DeadLetters
+    from worker.inquiries import Inquiries
     from worker.settings import DatabaseSettings
 
 S = TypeVar("S", bound="DatabaseSettings")
@@ -109,28 +111,25 @@ def grant(
 @click.argument("job_id")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def status(job_id: str, as_json: bool) -> None:
-    """Tell what is known of a job: from the ledger, the results and the queue."""
-    from worker.settings import Settings
+    """Tell what is known of a job: from the ledger, the results and its announcement."""
+    with _inquiries() as (inquiries, redis):
+        known = inquiries.status(redis, job_id)
+    _tell(known, as_json=as_json)
 
-    settings = _read(Settings)
-    from celery.exceptions import CeleryError
-    from kombu.exceptions import OperationalError
-    from redis.exceptions import RedisError
 
-    from storage.interface import StorageError
-    from worker.status import job_status
+@main.command(short_help="Have a job cancelled.")
+@click.argument("job_id")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def cancel(job_id: str, as_json: bool) -> None:
+    """Have a job cancelled: not begun, it never will be; running, it stops at its next chunk.
 
-    try:
-        known = job_status(settings, job_id)
-    except StorageError as error:
-        _end(_FAILED, f"The status is not known: PostgreSQL says: {error}")
-    except (CeleryError, OperationalError, RedisError, OSError) as error:
-        _end(_FAILED, f"The status is not known: Redis says: {error}")
-    if as_json:
-        click.echo(known.model_dump_json(exclude_none=True))
-        return
-    for name, value in known.model_dump(mode="json", exclude_none=True).items():
-        click.echo(f"{name:<16} {value}")
+    Prints what is known of the job then. Ends 0 where it is cancelled, or will be unless it is
+    about to finish; 1 where it had ended before.
+    """
+    with _inquiries() as (inquiries, redis):
+        known = inquiries.cancel(redis, job_id)
+    _tell(known, as_json=as_json)
+    sys.exit(0 if known.cancel_requested or known.state == "cancelled" else _FAILED)
 
 
 @main.command(short_help="Bring the tables to the newest revision.")
@@ -238,6 +237,40 @@ def drop(letter_ids: tuple[str, ...], yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {len(letter_ids)} messages for good?", abort=True, err=True)
     _for_each(letter_ids, "dropped")
+
+
+@contextmanager
+def _inquiries() -> Iterator[tuple[Inquiries, Redis]]:
+    from worker.settings import Settings
+
+    _read(Settings)
+    from celery.exceptions import CeleryError
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
+    from storage.interface import StorageError
+    from worker.celery import app, storage
+    from worker.inquiries import Inquiries
+
+    try:
+        with app.connection_for_write() as connection:
+            yield Inquiries(storage, app.backend), connection.default_channel.client
+    except StorageError as error:
+        _end(_FAILED, f"Nothing is known of the job: PostgreSQL says: {error}")
+    except (CeleryError, OperationalError, RedisError, OSError) as error:
+        _end(_FAILED, f"Nothing is known of the job: Redis says: {error.__cause__ or error}")
+
+
+def _tell(known: JobStatus, *, as_json: bool) -> None:
+    import json
+
+    told = known.model_dump(mode="json", exclude_none=True)
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    for name, value in told.items():
+        shown = f"{len(value):,} (--json names them)" if isinstance(value, list) else value
+        click.echo(f"{name:<24} {shown}")
 
 
 def _for_each(letter_ids: tuple[str, ...], done: str) -> None:

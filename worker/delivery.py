@@ -152,7 +152,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def acknowledge(self) -> None:
         """Done with, and said at once: Celery's own waits for a turn of the main loop."""
         if not self.acknowledged:
-            self._lease.acknowledge(self._receipt)
+            self._lease.acknowledge(self._receipt, str(self.id))
             self._settled()
 
     def reject(self, requeue: bool = False) -> None:
@@ -255,6 +255,18 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         self.message.channel.qos.settled(self._receipt)
 
 
+def _seconds_until_due(message: Any) -> float:
+    """How long a message is to wait; none where its header makes no sense, which Celery tells."""
+    eta = message.headers.get("eta")
+    if not isinstance(eta, str):
+        return 0.0
+    try:
+        due = datetime.fromisoformat(eta)
+    except ValueError:
+        return 0.0
+    return ((due if due.tzinfo else due.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
+
+
 class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     """Celery's consumer, which throws nothing away and survives the loss of its connection."""
 
@@ -291,15 +303,22 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
                 job._accept_callback.__self__.reject(requeue=True)  # noqa: SLF001 - its request's
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
-        """Celery's own, but for messages that it stumbles over: they are buried.
+        """Celery's own, but for messages that are not due, and for those that it stumbles over.
 
-        Headers that make no sense raise whatever they raise in there, and that would end the
-        worker, or, as a KeyError, pass for a connection that was lost.
+        The first wait in Redis: Celery keeps them in the worker's memory, thousands of them
+        perhaps, and holds them for as long as they have to wait. The others are buried: headers
+        that make no sense raise whatever they raise in there, and that would end the worker, or,
+        as a KeyError, pass for a connection that was lost.
         """
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> None:
             try:
+                seconds = _seconds_until_due(message)
+                if seconds > 0:
+                    message.channel.lease.defer(message.delivery_tag, seconds, in_order=False)
+                    message.channel.qos.settled(message.delivery_tag)
+                    return
                 handle(message)
             except (RedisError, OSError):
                 raise
@@ -313,12 +332,8 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         self._bury(message, "It is no Celery task: it names none.")
 
     def on_unknown_task(self, body: object, message: Any, exc: object) -> None:  # noqa: ARG002
-        """A task is named that this worker does not have. The id's poller is told, too."""
-        name, job_id = message.headers.get("task"), message.headers.get("id")
-        reason = f"There is no task {name!r} here."
-        if isinstance(job_id, str):
-            self.app.backend.mark_as_failure(job_id, JobFailedError(reason, {"task": str(name)}))
-        self._bury(message, reason)
+        """A task is named that this worker does not have."""
+        self._bury(message, f"There is no task {message.headers.get('task')!r} here.")
 
     def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
         """Its content type is refused, or its headers are."""
@@ -331,8 +346,17 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     def _bury(self, message: Any, reason: str) -> None:
         headers = message.headers if isinstance(message.headers, dict) else {}
         job_id, task = str(headers.get("id", "")), str(headers.get("task", ""))
-        logger.error("job %s: buried: %s", job_id[:255], reason[:500])
         lease = lease_of_this_process()
-        if lease is not None and not message.acknowledged:
+        if lease is None or message.acknowledged:
+            return
+        try:
+            if is_job_id(headers.get("id")):  # or its poller would wait for ever
+                error = JobFailedError(reason[:500], {"task": task[:255]})
+                self.app.backend.mark_as_failure(job_id, error)
+        except Reject as rejected:
+            logger.warning("a message goes back: %s", rejected.reason)
+            lease.defer(message.delivery_tag, _AGAIN_SECONDS, in_order=False)
+        else:
+            logger.error("job %s: buried: %s", job_id[:255], reason[:500])
             lease.bury(message.delivery_tag, reason[:500], job_id=job_id[:255], task=task[:255])
-            message.channel.qos.settled(message.delivery_tag)
+        message.channel.qos.settled(message.delivery_tag)

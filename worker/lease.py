@@ -170,9 +170,13 @@ class Lease:
                 self._running.add(receipt)
             return bool(mine)
 
-    def acknowledge(self, receipt: str) -> None:
+    def acknowledge(self, receipt: str, job_id: str = "") -> None:
         """Done with for good."""
-        self._write(receipt, lambda: self._claims.acknowledge(self._incarnation, receipt))
+        job_ids = {receipt: job_id}
+        self._write(
+            receipt,
+            lambda: self._claims.acknowledge(self._incarnation, receipt, job_ids=job_ids),
+        )
 
     def give_back(self, receipt: str) -> None:
         """To its queue at once, uncounted."""

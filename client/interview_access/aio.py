@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, WatchError
 
 from interview_access import protocol
 from interview_access.contracts import JobProgress, JobStatus
@@ -19,12 +19,13 @@ from interview_access.producer import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
     SOCKET_SECONDS,
-    TRIES,
     redis_urls,
 )
 from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
 
 T = TypeVar("T")
+
+MOST_CONNECTIONS = 50
 
 
 class AsyncInterviewAccessClient:
@@ -103,18 +104,28 @@ class AsyncInterviewAccessClient:
 
     async def _execute(self, step: Commands) -> list[Any]:
         client = self._results if step.results else self._queue
-        if len(step.commands) == 1:
+        if len(step.commands) == 1 and not step.provided:
             return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
         async with client.pipeline(transaction=True) as pipeline:
+            if step.provided:
+                key, value = step.provided
+                await pipeline.watch(key)
+                if await pipeline.get(key) != value:
+                    raise WatchError
+                pipeline.multi()  # type: ignore[no-untyped-call] # redis-py's
             for command in step.commands:
                 pipeline.execute_command(*command)
             return await pipeline.execute()
 
 
 def _connected(url: str) -> Redis:
-    return Redis.from_url(
+    # A thousand tasks at once share these connections; redis-py's other pool would fail the 101st.
+    pool = BlockingConnectionPool.from_url(
         url,
-        retry=Retry(NoBackoff(), TRIES - 1),
+        max_connections=MOST_CONNECTIONS,
+        timeout=SOCKET_SECONDS,
+        retry=Retry(NoBackoff(), 0),
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=SOCKET_SECONDS,
     )
+    return Redis.from_pool(pool)

@@ -7,21 +7,21 @@ Owns the connections to Redis and their bounds in time; what is said on them is
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
 
-from redis import Redis
+from redis import ConnectionPool, Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, WatchError
 from redis.retry import Retry
 
 from interview_access import protocol
 from interview_access.contracts import JobProgress, JobStatus
+from interview_access.errors import shortened
 from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
 
 T = TypeVar("T")
@@ -30,8 +30,9 @@ ANSWER_SECONDS = 10.0
 """For how long workers are waited for that were asked about a job."""
 
 CONNECT_SECONDS, SOCKET_SECONDS = 2.0, 3.0
-TRIES = 2
-# Two tries of connecting and of answering: 2 * (2 s + 3 s) is the longest that Redis can hold us.
+# What the protocol tries twice ends with 10 s by these.
+MOST_CONNECTIONS = 100_000
+"""Of threads: each has one while it speaks. redis-py's own limit would fail the 101st."""
 
 
 class InterviewAccessClient:
@@ -172,9 +173,15 @@ class InterviewAccessClient:
 
     def _execute(self, step: Commands) -> list[Any]:
         client = self._results if step.results else self._queue
-        if len(step.commands) == 1:
+        if len(step.commands) == 1 and not step.provided:
             return [client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
         with client.pipeline(transaction=True) as pipeline:
+            if step.provided:
+                key, value = step.provided
+                pipeline.watch(key)  # type: ignore[no-untyped-call] # redis-py's
+                if pipeline.get(key) != value:
+                    raise WatchError
+                pipeline.multi()
             for command in step.commands:
                 pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
             return pipeline.execute()
@@ -193,34 +200,45 @@ def redis_urls(broker_url: str | None, result_backend: str | None) -> tuple[str,
             "such as redis://localhost:6379/0."
         )
     results = result_backend or os.environ.get("CELERY_RESULT_BACKEND") or broker
-    return _redis_url(broker), _redis_url(results)
+    return _redis_url(broker, "broker"), _redis_url(results, "result backend")
 
 
-def _redis_url(url: str) -> str:
+def _redis_url(url: str, name: str) -> str:
     """Celery's way of writing a Redis server, as redis-py reads it."""
-    parts = urlsplit(url)
-    scheme = {"redis+socket": "unix", "socket": "unix"}.get(parts.scheme, parts.scheme)
+    kind = url.partition("://")[0] if "://" in url else ""
+    scheme = {"redis+socket": "unix", "socket": "unix"}.get(kind, kind)
     if scheme not in {"redis", "rediss", "unix"}:
         raise ValueError(
-            f"No broker: got a URL of the kind {parts.scheme!r}, expected redis://, rediss:// or "
-            "redis+socket://."
+            f"The {name} is no Redis: got {f'a {shortened(kind)} URL' if kind else 'no URL'}, "
+            "expected redis://, rediss:// or redis+socket://."
         )
-    names = {"virtual_host": "db"}
-    options = [
-        (
-            names.get(name, name),
-            re.sub("^CERT_", "", value).lower() if "cert_reqs" in name else value,
-        )
-        for name, value in parse_qsl(parts.query)
-    ]
-    return urlunsplit((scheme, parts.netloc, parts.path, urlencode(options), ""))
+    try:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query))
+        if "virtual_host" in options:
+            options["db"] = options.pop("virtual_host").strip("/")
+        if "ssl_cert_reqs" in options:
+            options["ssl_cert_reqs"] = options["ssl_cert_reqs"].removeprefix("CERT_").lower()
+        if scheme != "unix" and "db" not in options:
+            options["db"] = str(int(parts.path.strip("/") or 0))
+        # Written out, because urlunsplit drops the // of a scheme that it does not know.
+        read = f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options)}"
+        ConnectionPool.from_url(read).make_connection()  # opens nothing, but reads every part
+    except (ValueError, TypeError, RedisError):
+        # What these say may quote a part of the password.
+        raise ValueError(
+            f"The {name}'s URL cannot be read: expected {kind}://"
+            + ("/path?virtual_host=0" if scheme == "unix" else ":password@host:6379/0")
+            + ", with % codes for : / ? # @ in a password, and options that redis-py has."
+        ) from None
+    return read
 
 
 def _connected(url: str) -> Redis:
-    # A command that was sent twice takes effect once: by the job's id, or by what it asks.
     return Redis.from_url(
         url,
-        retry=Retry(NoBackoff(), TRIES - 1),
+        retry=Retry(NoBackoff(), 0),
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=SOCKET_SECONDS,
+        max_connections=MOST_CONNECTIONS,
     )

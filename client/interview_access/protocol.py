@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError as LostConnectionError
+from redis.exceptions import RedisError, ResponseError, WatchError
+from redis.exceptions import TimeoutError as SilenceError
 
 from interview_access import errors
 from interview_access.contracts import (
@@ -52,6 +55,7 @@ ANNOUNCED_DAYS = 30
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds between two looks at a result
 _ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
 _CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
+_TRY_AGAIN_WITHIN = 4.0  # seconds: a try that begins later could end after the 10 s that we promise
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +64,13 @@ class Commands:
 
     Attributes:
         results: Whether for the server of the results, and not that of the queue.
+        provided: A key, and the value (None: no value) that it must have until they are done;
+            they are not done, and WatchError is thrown, where it has another.
     """
 
     commands: tuple[tuple[Any, ...], ...]
     results: bool = False
+    provided: tuple[str, bytes | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +131,14 @@ class GrantMessage:
             raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
         now = datetime.now(UTC)
         eta = None if countdown is None else _later(now, countdown, "countdown")
-        expires_at = None if expires is None else _later(now, expires, "expires")
+        expires_at = None if expires is None else _expiry(now, expires)
         kwargs = {"user_id": _as_text(user_id), "interview_ids": _as_texts(interview_ids)}
         told = f"user_id={_shown(user_id)}, interview_ids=<{describe(kwargs['interview_ids'])}>"
         try:
             envelope = _envelope(
                 GRANT_ACCESS, job_id, QUEUE, kwargs, told, eta=eta, expires_at=expires_at
             )
+            digest = unreadable_request_digest(GRANT_ACCESS, (), kwargs)
         except (TypeError, ValueError, RecursionError):
             GrantAccessRequest.read((), kwargs)  # names what JSON has no word for
             raise
@@ -140,7 +148,7 @@ class GrantMessage:
             envelope,
             Announcement(
                 task=GRANT_ACCESS,
-                digest=unreadable_request_digest(GRANT_ACCESS, (), kwargs),
+                digest=digest,
                 sent_at=now,
                 eta=eta,
                 expires_at=expires_at,
@@ -151,11 +159,11 @@ class GrantMessage:
     def commands(self) -> tuple[tuple[Any, ...], ...]:
         """Announce the job, unless its id is known, and enqueue it: for one MULTI."""
         known = self.announcement
-        until = (known.eta or known.sent_at) + timedelta(days=ANNOUNCED_DAYS)
+        delay = known.eta - known.sent_at if known.eta else timedelta()
+        kept = max(delay, timedelta()) + timedelta(days=ANNOUNCED_DAYS)
         text = known.model_dump_json(exclude_none=True)
-        seconds = int((until - known.sent_at).total_seconds())
         return (
-            ("SET", announcement_key(self.job_id), text, "NX", "GET", "EX", seconds),
+            ("SET", announcement_key(self.job_id), text, "NX", "EX", int(kept.total_seconds())),
             ("LPUSH", QUEUE, self.envelope),
         )
 
@@ -175,12 +183,11 @@ def result_key(job_id: str) -> str:
 
 def enqueue(message: GrantMessage) -> Conversation[str]:
     """Send the job, but not under an id that is known of another request."""
-    key = announcement_key(message.job_id)
     try:
-        if not message.is_new:
-            (before,) = yield Commands((("GET", key),))
-            _refuse_other_request(message, before)
-        before, _ = yield Commands(message.commands)
+        if message.is_new:
+            yield from _replies(Commands(message.commands))
+        else:
+            yield from _send_as_first(message)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"Job {message.job_id} may not be queued: Redis did not take it ({_reason(error)}). "
@@ -188,8 +195,23 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
             "Sending the job again under the same id is safe.",
             {"job_id": message.job_id},
         ) from error
-    _refuse_other_request(message, before)
     return message.job_id
+
+
+def _send_as_first(message: GrantMessage) -> Conversation[None]:
+    """Send the job where no other request has its id, whoever else tries at the same time."""
+    key, known = announcement_key(message.job_id), None
+    give_up = time.monotonic() + _TRY_AGAIN_WITHIN
+    while True:
+        try:
+            yield from _replies(Commands(message.commands, provided=(key, known)))
+        except WatchError:  # also where the connection was lost before the answer
+            if time.monotonic() > give_up:
+                raise
+            (known,) = yield from _replies(Commands((("GET", key),)), give_up=give_up)
+            _refuse_other_request(message, known)
+        else:
+            return
 
 
 def result(
@@ -234,20 +256,26 @@ def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
 def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
     """Have a job cancelled, and wait until it has stopped, or finished before it could be."""
     deadline = time.monotonic() + timeout
-    while True:
-        known = yield from _ask(CANCEL_JOB, job_id, max(deadline - time.monotonic(), 0))
-        left = deadline - time.monotonic()
-        if known.state != "running" or left <= _CANCEL_PAUSE:
-            return known
+    known = yield from _ask(CANCEL_JOB, job_id, timeout)
+    while known.state == "running" and deadline - time.monotonic() > _CANCEL_PAUSE:
         yield Pause(_CANCEL_PAUSE)
+        try:
+            known = yield from _ask(CANCEL_JOB, job_id, max(deadline - time.monotonic(), 0))
+        except NoAnswerInTimeError:
+            break  # it was asked to stop all the same
+    return known
 
 
 def _known(job_id: str, *, timeout: float) -> Conversation[JobStatus | None]:
     """What the workers know of a job, where one answers."""
     try:
         return (yield from _ask(JOB_STATUS, job_id, timeout))
+    except QueueUnavailableError as error:
+        if not isinstance(error.__cause__, ResponseError):
+            raise  # to look once more would take as long again
     except InterviewAccessError:
-        return None
+        pass
+    return None  # a Redis that takes no questions, being full, may still get results
 
 
 def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
@@ -264,10 +292,12 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
         expires_at=expires_at,
     )
     try:
-        yield Commands((("LPUSH", CONTROL_QUEUE, envelope),))
+        yield from _replies(Commands((("LPUSH", CONTROL_QUEUE, envelope),)))
         pause = _FIRST_PAUSE
         while True:
-            (reply,) = yield Commands((("GETDEL", result_key(question)),), results=True)
+            (reply,) = yield from _replies(
+                Commands((("GETDEL", result_key(question)),), results=True)
+            )
             if reply is not None:
                 return JobStatus.model_validate(_answer(json.loads(reply)))
             left = deadline - time.monotonic()
@@ -275,7 +305,7 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
                 break
             yield Pause(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
-        yield Commands((("LREM", CONTROL_QUEUE, 1, envelope),))
+        yield from _replies(Commands((("LREM", CONTROL_QUEUE, 0, envelope),)))
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"The workers cannot be asked about job {job_id}: Redis says: {_reason(error)}. "
@@ -292,10 +322,10 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
 def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
     """What is stored of a job's result, and whether the job is announced."""
     try:
-        (stored,) = yield Commands((("GET", result_key(job_id)),), results=True)
+        (stored,) = yield from _replies(Commands((("GET", result_key(job_id)),), results=True))
         if stored is not None:
             return json.loads(stored), True
-        (announced,) = yield Commands((("EXISTS", announcement_key(job_id)),))
+        (announced,) = yield from _replies(Commands((("EXISTS", announcement_key(job_id)),)))
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"The result of job {job_id} cannot be read from Redis ({_reason(error)}). "
@@ -303,6 +333,20 @@ def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
             {"job_id": job_id},
         ) from error
     return None, bool(announced)
+
+
+def _replies(step: Commands, *, give_up: float | None = None) -> Conversation[list[Any]]:
+    """The replies, after a second try where the first lost its connection.
+
+    What was done twice takes effect once: by the job's id, or by what it asks.
+    """
+    give_up = time.monotonic() + _TRY_AGAIN_WITHIN if give_up is None else give_up
+    try:
+        return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
+    except (LostConnectionError, SilenceError, OSError):
+        if time.monotonic() > give_up:
+            raise
+    return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
 
 
 # --- What stands in Redis -------------------------------------------------------------------------
@@ -407,13 +451,17 @@ def _shown(value: object) -> str:
     return shortened(value) if isinstance(value, str) else f"<{describe(value)}>"
 
 
-def _later(now: datetime, when: float | datetime, name: str) -> datetime:
+def _later(now: datetime, seconds: float, name: str) -> datetime:
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(seconds, bool):
+            return now + timedelta(seconds=seconds)
+    raise ValueError(f"{name}: expected a number of seconds, got {describe(seconds)}")
+
+
+def _expiry(now: datetime, when: float | datetime) -> datetime:
     if isinstance(when, datetime):
         return when if when.tzinfo else when.replace(tzinfo=UTC)
-    try:
-        return now + timedelta(seconds=when)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}: expected a number of seconds, got {describe(when)}") from None
+    return _later(now, when, "expires")
 
 
 def _reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from uuid import UUID
 
 import click
 import psutil
-from interview_access.errors import QueueUnavailableError
+from interview_access.errors import JobIdReusedException, QueueUnavailableError
 from interview_access.producer import InterviewAccessClient
 from redis.exceptions import RedisError
 from sqlalchemy import text
@@ -330,8 +330,11 @@ class Producer(threading.Thread):
             if self._rng.random() < 0.03:
                 ids.append(UNKNOWN)
             while True:
-                with suppress(QueueUnavailableError):
-                    client.enqueue(user, ids, job_id=job_id)
+                with suppress(QueueUnavailableError, RedisError):
+                    try:
+                        client.enqueue(user, ids, job_id=job_id)
+                    except JobIdReusedException:  # as the client refuses; the worker must, too
+                        self._here.push({"user_id": user, "interview_ids": ids}, job_id=job_id)
                     break
             self.accepted.append(job_id)
 

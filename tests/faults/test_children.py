@@ -9,12 +9,14 @@ from uuid import uuid4
 
 import psutil
 import pytest
+from interview_access.producer import InterviewAccessClient
 
 from tests.faults.books import balance
 from tests.faults.gates import Relays
 from tests.faults.sites import POINTS, created, gate_at, relayed
 from tests.workers import GRANT_ACCESS, QUEUE, Site
 
+AFTER_THE_LAST_CHUNK = ["at COMMIT", "after COMMIT", "before the result"]
 AT_CHILD = [point for point, (server, _, _) in POINTS.items() if server != "queue"]
 
 
@@ -76,7 +78,7 @@ class TestVerdicts:
         here.producer.control.revoke(job_id, reply=True, timeout=10)
         here.send("ann", ids, job_id=job_id)
         result = balance(here, [job_id])[job_id]
-        assert "revoked by an operator" in result["exc_message"][0]
+        assert "was cancelled before it was done" in result["exc_message"][0]
         assert here.store.granted("ann") == []
 
     @pytest.mark.usefixtures("standing")
@@ -97,6 +99,21 @@ class TestVerdicts:
             child = gate.until_reached()
             os.kill(child, signal.SIGKILL)
         assert balance(here, [job_id])[job_id] == created(10)
+
+    @pytest.mark.parametrize(
+        "point", ["before the transaction", "inside the transaction", *AFTER_THE_LAST_CHUNK]
+    )
+    def test_cancelled(self, here: Site, standing: Relays, ids: list[str], point: str) -> None:
+        """A job cancelled before its last chunk leaves nothing; later it is done, and told so."""
+        ends = "succeeded" if point in AFTER_THE_LAST_CHUNK else "cancelled"
+        client = InterviewAccessClient(here.broker)
+        with gate_at(standing, point) as gate:
+            job_id = client.enqueue("ann", ids)
+            gate.until_reached()
+            assert client.cancel(job_id, timeout=1).state in {"running", ends}
+        balance(here, [job_id])
+        assert client.cancel(job_id).state == ends
+        assert len(here.store.granted("ann")) == (10 if ends == "succeeded" else 0)
 
     def test_reused_id_before_the_first_result(
         self, here: Site, standing: Relays, ids: list[str]

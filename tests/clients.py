@@ -1,0 +1,66 @@
+"""Both clients, called the same way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.contracts import JobStatus
+from interview_access.producer import InterviewAccessClient
+
+
+class Client(Protocol):
+    """What both can do."""
+
+    @property
+    def enqueue(self) -> Callable[..., str]:
+        """See the blocking client, as all of these."""
+
+    @property
+    def wait(self) -> Callable[..., dict[str, Any]]:
+        """A result."""
+
+    @property
+    def status(self) -> Callable[..., JobStatus]:
+        """What is known."""
+
+    @property
+    def cancel(self) -> Callable[..., JobStatus]:
+        """What is known then."""
+
+    def close(self) -> None:
+        """Ends the connections."""
+
+
+class Awaited:
+    """The asyncio client on a loop of its own; for one thread at a time."""
+
+    def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
+        self._runner = asyncio.Runner()
+        self._client = AsyncInterviewAccessClient(broker_url, result_backend)
+
+    def enqueue(self, user_id: Any, interview_ids: Any, **options: Any) -> str:
+        """See the blocking client."""
+        return self._runner.run(self._client.enqueue(user_id, interview_ids, **options))
+
+    def wait(self, job_id: str, **options: Any) -> dict[str, Any]:
+        """See the blocking client."""
+        return self._runner.run(self._client.wait(job_id, **options))
+
+    def status(self, job_id: str, *, timeout: float) -> JobStatus:
+        """See the blocking client."""
+        return self._runner.run(self._client.status(job_id, timeout=timeout))
+
+    def cancel(self, job_id: str, *, timeout: float) -> JobStatus:
+        """See the blocking client."""
+        return self._runner.run(self._client.cancel(job_id, timeout=timeout))
+
+    def close(self) -> None:
+        """Close the connections and the loop."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+CLIENTS: dict[str, Callable[..., Client]] = {"blocking": InterviewAccessClient, "asyncio": Awaited}

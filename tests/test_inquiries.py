@@ -1,0 +1,389 @@
+"""What is known of a job, and having it cancelled, asked of a real worker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from interview_access.contracts import (
+    CANCEL_JOB,
+    CONTROL_QUEUE,
+    JOB_STATUS,
+    JobStatus,
+)
+from interview_access.errors import (
+    InvalidGrantRequestException,
+    InvalidInterviewIdException,
+    JobCancelledException,
+    JobExpiredException,
+    JobIdReusedException,
+    NoAnswerInTimeError,
+    StorageUnavailableException,
+)
+from interview_access.producer import InterviewAccessClient
+
+from storage.samples import load_samples
+from tests.database import database
+from tests.stores import Background, until
+from tests.workers import GRANT_ACCESS, QUEUE, ROOT, Site, held_grant, site, worker
+from worker.local_stack import LocalStack
+
+CHUNK = 10
+
+
+@pytest.fixture(scope="module")
+def here(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site with a worker of two children and sample interviews."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 8) as here,
+        worker(here, tmp_path_factory.mktemp("asked") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
+    ):
+        yield here
+
+
+@pytest.fixture(scope="module")
+def samples(here: Site) -> list[str]:
+    """Ids of interviews that stand, sorted."""
+    return sorted(load_samples(here.store.database_url, 3 * CHUNK))
+
+
+@pytest.fixture(scope="module")
+def client(here: Site) -> InterviewAccessClient:
+    """A client of the site."""
+    return InterviewAccessClient(here.broker)
+
+
+@pytest.fixture
+def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
+    """A site without a worker."""
+    with site(stack, migrated_url, 9) as idle:
+        yield idle
+
+
+@pytest.fixture
+def user() -> str:
+    """A user of the test's own."""
+    return str(uuid4())
+
+
+@contextmanager
+def all_busy(here: Site, samples: list[str]) -> Iterator[list[str]]:
+    """Every child of the worker has a job in its second chunk, which waits."""
+    users = [f"busy-{uuid4()}"[:36] for _ in range(2)]
+    with ExitStack() as stack:
+        for one in users:
+            stack.enter_context(held_grant(here, one, samples[CHUNK]))
+        jobs = [here.send(one, samples) for one in users]
+        for job_id in jobs:
+            here.until_state(job_id, "PROGRESS")
+        yield jobs
+    for job_id in jobs:
+        here.answer(job_id)
+
+
+class TestStatus:
+    """What is known of a job."""
+
+    def test_a_success_has_figures_that_add_up(
+        self, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """Requested is repeated and already granted and created together."""
+        client.wait(client.enqueue(user, samples[:4]), timeout=30)
+        job_id = client.enqueue(user, [*samples[:7], samples[0].upper(), samples[1]])
+        result = client.wait(job_id, timeout=30)
+        known = client.status(job_id)
+        assert (known.state, known.result, known.user_id) == ("succeeded", result, user)
+        assert (known.requested, known.repeated, known.already_granted, known.created) == (
+            *(9, 2, 4, 3),
+        )
+
+    def test_all_offending_ids_can_be_cut_from_the_request(
+        self, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """Every unknown and malformed id comes back as it was given, in each of its spellings."""
+        nobodys = [str(uuid4()) for _ in range(30)]
+        respelled = [one.replace("-", "").upper() for one in nobodys[:3]]
+        malformed = [f"no-uuid-{number}" for number in range(30)] + ["\ud800", "NUL\0", "ä"]
+        asked = [*samples[:5], *nobodys, *malformed, *respelled, *nobodys[:2]]
+        job_id = client.enqueue(user, asked)
+        with pytest.raises(InvalidInterviewIdException) as caught:
+            client.wait(job_id, timeout=30)
+        assert len(caught.value.details["interview_ids"]) == 20
+        known = client.status(job_id)
+        assert known.unknown_interview_ids == [*nobodys, *respelled]
+        assert known.malformed_interview_ids == malformed
+        bad = {*known.unknown_interview_ids, *known.malformed_interview_ids}
+        again = client.enqueue(user, [one for one in asked if one not in bad])
+        assert client.wait(again, timeout=30)["created_access_count"] == 5
+
+    def test_a_result_that_redis_dropped_comes_from_the_ledger(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """Without its result and its announcement a job's state, result and failure stand."""
+        done, failed = client.enqueue(user, samples[:2]), client.enqueue(user, ["no-uuid"])
+        for job_id in done, failed:
+            here.answer(job_id)
+            here.redis.delete(f"celery-task-meta-{job_id}", f"interview-access:job:{job_id}")
+        assert client.status(done).state == "succeeded"
+        assert client.status(failed).state == "failed"
+        assert client.wait(done, timeout=30)["created_access_count"] == 2
+        with pytest.raises(InvalidInterviewIdException, match="'no-uuid'"):
+            client.wait(failed, timeout=30)
+
+    def test_an_id_that_nobody_sent_is_unknown(self, client: InterviewAccessClient) -> None:
+        """An id that nobody has announced, begun or finished is unknown, never queued."""
+        job_id = str(uuid4())
+        assert client.status(job_id) == JobStatus(job_id=job_id, state="unknown")
+
+    def test_busy_workers_answer(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """With all children busy the worker tells what runs, how far it is, and what waits."""
+        with all_busy(here, samples) as running:
+            waiting = client.enqueue(user, samples[:1])
+            known = client.status(running[0])
+            assert known.state == "running"
+            assert known.progress is not None
+            assert (known.progress.done, known.progress.total) == (CHUNK, 3 * CHUNK)
+            known = client.status(waiting)
+            assert (known.state, known.task) == ("queued", GRANT_ACCESS)
+            assert known.sent_at is not None
+        assert client.wait(waiting, timeout=30)["created_access_count"] == 1
+
+    def test_a_foreign_job_is_known_from_its_begin(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A job that nobody announced is unknown while it waits, and then told as any other."""
+        with all_busy(here, samples) as running:
+            waiting = here.send(user, samples[:1])
+            assert client.status(waiting).state == "unknown"
+            assert client.status(running[0]).state == "running"
+        here.answer(waiting)
+        assert client.status(waiting).state == "succeeded"
+
+    def test_an_expired_job_is_expired(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A job whose own expiry passed before it began is expired, and nothing is granted."""
+        with all_busy(here, samples):
+            job_id = client.enqueue(user, samples[:1], expires=0.1)
+            known = client.status(job_id)
+            assert known.state == "queued"
+            until(lambda: known.expires_at is not None and datetime.now(UTC) > known.expires_at)
+        with pytest.raises(JobExpiredException, match="before a worker began it"):
+            client.wait(job_id, timeout=30)
+        known = client.status(job_id)
+        assert (known.state, known.error and known.error.type) == ("expired", "JobExpiredException")
+        assert here.store.granted(user) == []
+
+    def test_without_a_worker_there_is_no_answer(self, idle: Site) -> None:
+        """Where no worker answers by the deadline that is the error, and no question stays."""
+        client = InterviewAccessClient(idle.broker)
+        for ask in client.status, client.cancel:
+            with pytest.raises(NoAnswerInTimeError, match=r"No worker answered .* within 0\.2 s"):
+                ask("nobodys", timeout=0.2)
+        assert idle.redis.keys("*") == []
+
+    def test_without_the_database_that_is_said(
+        self, idle: Site, samples: list[str], tmp_path: Path
+    ) -> None:
+        """A worker that cannot read the ledger says so; it does not guess."""
+        client = InterviewAccessClient(idle.broker)
+        nowhere = "postgresql://nobody@127.0.0.1:1/none"
+        with worker(idle, tmp_path / "log", DATABASE_URL=nowhere):
+            job_id = client.enqueue("ann", samples)
+            for ask in client.status, client.cancel:
+                with pytest.raises(StorageUnavailableException, match="ask again"):
+                    ask(job_id, timeout=30)
+
+    def test_it_is_a_task_as_any_other(self, here: Site, samples: list[str], user: str) -> None:
+        """Any Celery producer can ask, and reads one JSON object with what is known."""
+        job_id = here.send(user, samples[:1])
+        here.answer(job_id)
+        question = here.producer.send_task(JOB_STATUS, (job_id,), queue=CONTROL_QUEUE)
+        told = question.get(timeout=30)
+        assert (told["job_id"], told["state"], told["created"]) == (job_id, "succeeded", 1)
+        assert None not in told.values()
+        assert 0 < here.redis.ttl(f"celery-task-meta-{question.id}") <= 60
+
+    @pytest.mark.parametrize(
+        ("task", "args", "kwargs", "says"),
+        [
+            (JOB_STATUS, [], {}, "job_id: expected 1 to 255 printable characters"),
+            (JOB_STATUS, [7], {}, "got the number 7"),
+            (CANCEL_JOB, ["x", "y"], {}, "and nothing else"),
+            (GRANT_ACCESS, [], {"user_id": "x"}, "task: expected interview_access.job_status or"),
+        ],
+    )
+    def test_what_is_no_question_is_told(
+        self, here: Site, task: str, args: list[object], kwargs: dict[str, object], says: str
+    ) -> None:
+        """A question with other arguments, or of another task, fails with what was expected."""
+        question = here.producer.send_task(task, args, kwargs, queue=CONTROL_QUEUE)
+        with pytest.raises(InvalidGrantRequestException, match=says):
+            question.get(timeout=30)
+
+    def test_rubbish_is_survived(
+        self, here: Site, client: InterviewAccessClient, samples: list[str]
+    ) -> None:
+        """Whatever comes to the control queue, the next question is answered."""
+        for rubbish in "", "[]", "{}", "\0", '{"headers": {"id": 1}, "body": "", "properties": {}}':
+            here.redis.lpush(CONTROL_QUEUE, rubbish)
+        assert client.status("nobodys").state == "unknown"
+        assert here.answer(here.send("after-rubbish", samples[:1]))["status"] == "SUCCESS"
+
+
+class TestCancel:
+    """Having a job cancelled."""
+
+    def test_before_it_begins_it_never_runs(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A job that waits is cancelled at once, and its message has no effect any more."""
+        with all_busy(here, samples):
+            job_id = client.enqueue(user, samples)
+            known = client.cancel(job_id)
+            assert (known.state, known.task) == ("cancelled", GRANT_ACCESS)
+            assert client.status(job_id) == known
+            with pytest.raises(JobCancelledException):
+                client.wait(job_id, timeout=30)
+        until(lambda: here.redis.llen(QUEUE) == 0)
+        here.answer(here.send("after-it", samples[:1]))
+        until(lambda: here.redis.keys("interview-access:held:*") == [])
+        assert here.store.granted(user) == []
+        assert client.cancel(job_id).state == "cancelled"
+
+    def test_while_it_runs_it_stops_at_the_next_chunk(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A job in its second chunk of three is stopped after it, and leaves nothing."""
+        with held_grant(here, user, samples[CHUNK]):
+            job_id = client.enqueue(user, samples)
+            here.until_state(job_id, "PROGRESS")
+            known = client.cancel(job_id, timeout=0.3)
+            assert (known.state, known.cancel_requested) == ("running", True)
+            assert client.status(job_id).cancel_requested
+            stopped = Background(lambda: client.cancel(job_id, timeout=30))
+        assert stopped.result().state == "cancelled"
+        with pytest.raises(JobCancelledException):
+            client.wait(job_id, timeout=30)
+        assert here.store.granted(user) == []
+
+    def test_after_it_finished_the_answer_says_so(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A job that is done stays done, and a failed one failed."""
+        done, failed = client.enqueue(user, samples[:2]), client.enqueue(user, ["no-uuid"])
+        here.answer(done)
+        here.answer(failed)
+        known = client.cancel(done)
+        assert (known.state, known.created, known.cancel_requested) == ("succeeded", 2, None)
+        assert client.cancel(failed).state == "failed"
+        assert len(here.store.granted(user)) == 2
+
+    def test_the_ledger_decides_the_race_with_finishing(
+        self, here: Site, client: InterviewAccessClient, samples: list[str]
+    ) -> None:
+        """Cancelled anywhere on its way, a job is either done or has left nothing, as is told."""
+        seen = set()
+        for number in range(40):
+            user_id = f"race-{number}-{uuid4()}"[:36]
+            job_id = client.enqueue(user_id, samples)
+            if number % 2:
+                here.until_state(job_id, "STARTED", "PROGRESS", "SUCCESS")
+            state = client.cancel(job_id, timeout=30).state
+            rows = len(here.store.granted(user_id))
+            assert (state, rows) in {("cancelled", 0), ("succeeded", len(samples))}
+            assert here.answer(job_id)["status"] == {0: "FAILURE"}.get(rows, "SUCCESS")
+            seen.add(state)
+        assert "cancelled" in seen
+
+    def test_an_unknown_job_will_not_begin(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """An id that nobody announced stays unknown; a job that comes under it never runs."""
+        job_id = str(uuid4())
+        known = client.cancel(job_id)
+        assert (known.state, known.cancel_requested) == ("unknown", True)
+        here.send(user, samples, job_id=job_id)
+        assert here.answer(job_id)["result"]["exc_type"] == "JobCancelledException"
+        assert client.status(job_id).state == "cancelled"
+        assert here.store.granted(user) == []
+
+    def test_a_job_that_is_not_due_can_be_cancelled(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A job with a countdown waits in Redis, in no worker's hands, and is cancelled there."""
+        job_id = client.enqueue(user, samples, countdown=2)
+        until(lambda: here.redis.hlen("interview-access:deferred") == 1)
+        assert here.redis.keys("interview-access:held:*") == []
+        known = client.status(job_id)
+        assert known.state == "queued"
+        assert known.eta is not None
+        assert client.cancel(job_id).state == "cancelled"
+        until(lambda: here.redis.hlen("interview-access:deferred") == 0)
+        here.answer(here.send("after-due", samples[:1]))
+        assert here.store.granted(user) == []
+
+    def test_the_same_id_stays_cancelled(
+        self, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """Sent again, a cancelled job has its first answer; for another request it is refused."""
+        job_id = str(uuid4())
+        client.enqueue(user, samples, job_id=job_id, countdown=60)
+        client.cancel(job_id)
+        client.enqueue(user, samples, job_id=job_id)
+        with pytest.raises(JobCancelledException, match="under a new job id"):
+            client.wait(job_id, timeout=30)
+        with pytest.raises(JobIdReusedException):
+            client.enqueue(user, samples[:1], job_id=job_id)
+
+
+class TestCommand:
+    """interview-access status and cancel tell the same as the client."""
+
+    @staticmethod
+    def run(here: Site, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command as an operator does."""
+        return subprocess.run(
+            [sys.executable, "-m", "worker.cli", *arguments],
+            env=here.environment(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def test_it_says_what_the_client_says(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """Status is one JSON object, the same as the client's; for people it is lines."""
+        job_id = client.enqueue(user, [*samples[:2], "no-uuid", "\ud800"])
+        here.answer(job_id)
+        known = client.status(job_id)
+        told = json.loads(self.run(here, "status", job_id, "--json").stdout)
+        assert JobStatus.model_validate(told) == known
+        assert "malformed_interview_ids  2 (--json" in self.run(here, "status", job_id).stdout
+
+    def test_it_cancels(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """Cancel ends 0 where the job is cancelled, and 1 where it had ended before."""
+        waiting = client.enqueue(user, samples, countdown=60)
+        done = self.run(here, "cancel", waiting, "--json")
+        assert (done.returncode, json.loads(done.stdout)["state"]) == (0, "cancelled")
+        finished = client.enqueue(user, samples[:1])
+        here.answer(finished)
+        done = self.run(here, "cancel", finished, "--json")
+        assert (done.returncode, json.loads(done.stdout)["state"]) == (1, "succeeded")
