@@ -182,6 +182,7 @@ def test_a_redis_user_needs_no_more(here: Site, url: str) -> None:
         push, get, announced = blocks("Any Redis client", "redis")
         with speaker(url, pusher) as redis:
             said(redis, push)
+            here.answer("page-redis-1")
             assert said(redis, get)[0]
             for refused in announced, f"LPOP {QUEUE}", "KEYS *":
                 with pytest.raises(NoPermissionError):
