@@ -21,6 +21,7 @@ from redis.exceptions import NoPermissionError
 
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.database import database
+from tests.stores import until
 from tests.workers import QUEUE, ROOT, Site, site, worker
 from worker.local_stack import LocalStack
 
@@ -166,6 +167,15 @@ def test_what_status_tells_of_a_job_that_waits(url: str) -> None:
     assert client.status("later-redis-2").state == "queued"
     cancelled = client.cancel("later-redis-1")
     assert (cancelled.state, cancelled.cancel_requested) == ("unknown", True)
+    client.close()
+
+
+def test_what_status_tells_between_two_tries(here: Site, url: str) -> None:
+    """Once a worker has begun it, a job that nobody announced is told like any other."""
+    here.store.raise_for_grants("NEW.user_id = 'fay'", "40001")
+    job_id = here.send("fay", [NAMED_SAMPLES[0]])
+    client = InterviewAccessClient(url)
+    until(lambda: client.status(job_id).state == "queued")
     client.close()
 
 
