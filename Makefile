@@ -55,7 +55,8 @@ contract: .venv/ready ## the JSON Schemas of contract/, from the models
 	@echo "Setting up .venv/node (once) ..."
 	@mkdir -p .venv/node
 	@cp tests/node/package*.json .venv/node/
-	@PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix .venv/node --ignore-scripts --no-audit --no-fund --loglevel error
+	@PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix .venv/node --ignore-scripts \
+		--no-audit --no-fund --update-notifier=false --loglevel error
 	@touch $@
 
 lock: ## pin the dependencies anew, with hashes
@@ -67,7 +68,7 @@ lock: ## pin the dependencies anew, with hashes
 		--no-emit-package interview-access-client --custom-compile-command "make lock" \
 		--extra local --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 	@PATH="$(CURDIR)/.venv/lock/bin:$$PATH" npm install --prefix tests/node --package-lock-only \
-		--omit-lockfile-registry-resolved --no-audit --no-fund --loglevel error
+		--omit-lockfile-registry-resolved --no-audit --no-fund --update-notifier=false --loglevel error
 	@rm -rf .venv/lock
 
 clean: ## remove what the targets above made, the data of `make up` excepted
