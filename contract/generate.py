@@ -1,0 +1,302 @@
+"""Writes the JSON Schemas of this folder, from the models that workers and the client run on.
+
+``make contract`` runs it; a test fails where a file is not what it writes. What no model says is
+said here: the envelope, and what Celery stores around a result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from interview_access import errors
+from interview_access.contracts import (
+    CANCEL_JOB,
+    CREATE_INTERVIEW_ATTEMPT,
+    GRANT_ACCESS,
+    JOB_ID_RULE,
+    JOB_STATUS,
+    PROGRESS,
+    Announcement,
+    CreateInterviewAttemptRequest,
+    GrantAccessRequest,
+    GrantAccessResult,
+    InterviewAttemptResult,
+    JobProgress,
+    JobStatus,
+)
+from interview_access.errors import NAMED_AT_MOST
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import core_schema
+
+FOLDER = Path(__file__).parent
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+Schema = dict[str, Any]
+
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_TEXT: Schema = {"type": "string"}
+_JOB_ID: Schema = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 255,
+    "description": f"{JOB_ID_RULE[0].upper()}{JOB_ID_RULE[1:]}.",
+}
+_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
+
+
+class _Plain(GenerateJsonSchema):
+    """Of the models as they are written: None is left out, and fields need no title."""
+
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - pydantic's name
+        return False
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> Schema:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> Schema:
+        inner = self.generate_inner(schema["schema"])
+        return inner if schema.get("default") is None else {**inner, "default": schema["default"]}
+
+
+def _model(model: type[BaseModel], *, request: bool = False) -> Schema:
+    """A model's schema, its docstring read for people: the first part, and each attribute's."""
+    schema = model.model_json_schema(
+        schema_generator=_Plain, mode="validation" if request else "serialization"
+    )
+    _describe(schema)
+    for part in schema.get("$defs", {}).values():
+        _describe(part)
+    return schema
+
+
+def _describe(schema: Schema) -> None:
+    told, _, attributes = schema.get("description", "").partition("\n\nAttributes:\n")
+    schema["description"] = _plain(told)
+    for name, words in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
+        schema["properties"][name].setdefault("description", _plain(words))
+
+
+def _plain(words: str) -> str:
+    """A docstring's words without their markup."""
+    words = re.sub(r":\w+:`~?([\w.]+)`", r"\1", " ".join(words.split()))
+    return words.replace("``", "`")
+
+
+def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None) -> Schema:
+    return {
+        "type": "object",
+        "properties": {**required, **(optional or {})},
+        "required": list(required),
+    }
+
+
+def _named(items: Schema) -> Schema:
+    return {"type": "array", "items": items, "maxItems": NAMED_AT_MOST}
+
+
+FAILURES: dict[str, Schema] = {
+    errors.InvalidGrantRequestException.__name__: _object(
+        {
+            "total": _COUNT,
+            "problems": _named(_object({"argument": _TEXT, "expected": _TEXT, "got": _TEXT})),
+        }
+    ),
+    errors.InvalidInterviewIdException.__name__: _object(
+        {
+            "total": _COUNT,
+            "malformed_total": _COUNT,
+            "unknown_total": _COUNT,
+            "interview_ids": _named(
+                _object({"value": _TEXT, "reason": {"enum": ["malformed", "unknown"]}})
+            ),
+        }
+    ),
+    errors.JobCancelledException.__name__: _object({"total": _COUNT, "job_id": _TEXT}),
+    errors.JobExpiredException.__name__: _object(
+        {"total": _COUNT, "job_id": _TEXT, "expires_at": _TEXT}
+    ),
+    errors.StorageUnavailableException.__name__: _object(
+        {"total": _COUNT, "tries": _COUNT, "reason": _TEXT}
+    ),
+    errors.JobFailedError.__name__: {"type": "object"},
+}
+"""The details of each error that a worker stores."""
+
+
+def _failure() -> Schema:
+    kinds = [
+        {
+            "if": {"properties": {"exc_type": {"const": name}}},
+            "then": {"properties": {"exc_message": {"prefixItems": [True, details]}}},
+        }
+        for name, details in FAILURES.items()
+    ]
+    return {
+        "title": "Failure",
+        "description": "The result of a job whose status is FAILURE. A reader takes an exc_type "
+        "that it does not know for a JobFailedError, and lets keys pass that it does not know.",
+        **_object(
+            {
+                "exc_type": {"type": "string", "examples": list(FAILURES)},
+                "exc_module": {"const": errors.__name__},
+                "exc_message": {
+                    "type": "array",
+                    "prefixItems": [
+                        {"type": "string", "description": "One sentence for people."},
+                        {"type": "object", "description": "The same for programs."},
+                    ],
+                    "minItems": 2,
+                    "maxItems": 2,
+                },
+            }
+        ),
+        "allOf": kinds,
+    }
+
+
+def _stored_result() -> Schema:
+    results = {
+        "SUCCESS": {
+            "anyOf": [
+                {"$ref": "grant-access-result.schema.json"},
+                {"$ref": "create-interview-attempt-result.schema.json"},
+                {"$ref": "job-status.schema.json"},
+            ]
+        },
+        "FAILURE": {"$ref": "failure.schema.json"},
+        PROGRESS: {"$ref": "progress.schema.json"},
+    }
+    return {
+        "title": "StoredResult",
+        "description": "What GET celery-task-meta-JOB_ID gives. Only SUCCESS and FAILURE are "
+        "final; with any other status, or with no value, the job waits or runs.",
+        **_object(
+            {
+                "task_id": {**_JOB_ID, "description": "The job's id."},
+                "status": {"type": "string", "examples": [*results, "STARTED", "RETRY"]},
+                "result": {},
+            },
+            {"traceback": {"type": ["string", "null"]}, "date_done": _TIME},
+        ),
+        "allOf": [
+            {
+                "if": {"properties": {"status": {"const": status}}},
+                "then": {"properties": {"result": result}},
+            }
+            for status, result in results.items()
+        ],
+    }
+
+
+def _envelope() -> Schema:
+    kwargs = [
+        {"$ref": f"{name}.schema.json"}
+        for name in ("grant-access-request", "create-interview-attempt-request", "job-question")
+    ]
+    headers = _object(
+        {
+            "task": {"enum": [GRANT_ACCESS, CREATE_INTERVIEW_ATTEMPT, JOB_STATUS, CANCEL_JOB]},
+            "id": _JOB_ID,
+        },
+        {
+            "eta": {**_TIME, "description": "Not begun before; UTC where it has no zone."},
+            "expires": {**_TIME, "description": "Not begun after; UTC where it has no zone."},
+            "timelimit": {
+                "type": "array",
+                "items": {"type": ["number", "null"], "exclusiveMinimum": 0},
+                "minItems": 2,
+                "maxItems": 2,
+                "description": "Seconds, hard and soft, in place of the worker's own limit.",
+            },
+            "ignore_result": {
+                "type": ["boolean", "null"],
+                "description": "With true no result is stored in Redis.",
+            },
+        },
+    )
+    properties = {
+        "type": "object",
+        "properties": {"body_encoding": {"enum": ["base64", None]}},
+        "description": "May be empty, and may not be missing.",
+    }
+    body = {
+        "type": "string",
+        "description": "JSON: [args, kwargs, embed]; in base64 where properties.body_encoding says "
+        "so, else as it is. With args empty and embed an empty object, as best.",
+        "contentMediaType": "application/json",
+        "contentSchema": {
+            "type": "array",
+            "prefixItems": [
+                {"type": "array"},
+                {"anyOf": kwargs},
+                {"type": ["object", "null"]},
+            ],
+            "minItems": 3,
+            "maxItems": 3,
+        },
+    }
+    return {
+        "title": "Envelope",
+        "description": "One element of the queue's list: a message of Celery's protocol 2. What is "
+        "not named here is allowed and not looked at.",
+        **_object(
+            {
+                "body": body,
+                "content-type": {"const": "application/json"},
+                "headers": headers,
+                "properties": properties,
+            },
+            {"content-encoding": {"const": "utf-8"}},
+        ),
+    }
+
+
+def _job_question() -> Schema:
+    return {
+        "title": "JobQuestion",
+        "description": f"The kwargs of {JOB_STATUS} and {CANCEL_JOB}, on the control queue.",
+        **_object({"job_id": _JOB_ID}),
+        "additionalProperties": False,
+    }
+
+
+def schemas() -> dict[str, str]:
+    """The text of every schema file, by its name."""
+    content = {
+        "grant-access-request": _model(GrantAccessRequest, request=True),
+        "grant-access-result": _model(GrantAccessResult),
+        "create-interview-attempt-request": _model(CreateInterviewAttemptRequest, request=True),
+        "create-interview-attempt-result": _model(InterviewAttemptResult),
+        "progress": _model(JobProgress),
+        "announcement": _model(Announcement),
+        "job-status": _model(JobStatus),
+        "job-question": _job_question(),
+        "failure": _failure(),
+        "stored-result": _stored_result(),
+        "envelope": _envelope(),
+    }
+    texts = {}
+    for name, schema in content.items():
+        file = f"{name}.schema.json"
+        whole = {"$schema": DIALECT, "$id": file, **schema}
+        texts[file] = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+    return texts
+
+
+def main() -> None:
+    """Write the files, and remove those that are generated no more."""
+    texts = schemas()
+    for path in FOLDER.glob("*.schema.json"):
+        if path.name not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
