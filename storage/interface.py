@@ -48,7 +48,8 @@ class TransientStorageError(StorageError):
         """Whether no job would fare better: none answers, or it ends, is full or read-only."""
         if self.sqlstate is None or self.sqlstate == "25006":
             return True
-        return self.sqlstate[:2] in {"08", "53", "57"}
+        # 57014 is one statement's: it took too long.
+        return self.sqlstate[:2] in {"08", "53", "57"} and self.sqlstate != "57014"
 
 
 class InterviewTransactionInterface(ABC):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
-from celery import Task
+from celery import Task, states
 from celery.exceptions import Reject, Retry
 from celery.utils.log import get_task_logger
 from celery.utils.time import get_exponential_backoff_interval
@@ -131,11 +131,15 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             self.send_event("job-refused", reason=outcome.refusal.sentence)
             self._bury(outcome.refusal, outcome.answer)
         try:
-            return result_of(outcome.answer)
+            result = result_of(outcome.answer)
         except JobFailedError as error:
             if not outcome.repeated:
                 self._bury(error, outcome.answer)
             raise
+        if self.request.callbacks or self.request.chain or self.request.chord:
+            # Celery sends these first, and what cannot be sent would make it a failure.
+            self.backend.store_result(job_id, result, states.SUCCESS, request=self.request)
+        return result
 
     def _settled(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
         verdict = self.request.verdict
@@ -144,6 +148,8 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             outcome = self.settle(job_id, args, kwargs, fault)
             if outcome.trouble and not isinstance(outcome.trouble, TransientStorageError):
                 raise outcome.trouble  # noqa: TRY301 - to go the way of every other surprise
+        except MemoryError:
+            raise  # it passes, in another child
         except Exception as error:
             # Nobody's fault that we know of: told without the error's own words, which may hold
             # anything. The log has it whole.
@@ -156,7 +162,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
                 outcome = self.settle(job_id, args, kwargs, fault)
             except Exception:  # noqa: BLE001 - the same again, most likely
                 outcome = Outcome(trouble=StorageError(sentence))
-            if outcome.trouble:
+            if outcome.trouble and not isinstance(outcome.trouble, TransientStorageError):
                 self._bury(fault, failure(fault))
         return outcome
 

@@ -19,6 +19,8 @@ ARROWS = {
 }
 DRIVERS = {"sqlalchemy", "psycopg", "alembic"}
 CELERY = {"celery", "kombu", "billiard"}
+ASKS_IN_SQL = "client/interview_access/outbox.py"
+"""Holds the INSERT that a service runs in its own transaction, and names its connection's type."""
 MAY_KNOW_CELERY = {"tasks/celery_tasks.py"}
 MAY_KNOW_REDIS = {f"client/interview_access/{name}.py" for name in ("aio", "producer", "protocol")}
 
@@ -54,8 +56,9 @@ def test_imports_run_one_way(folder: str) -> None:
 def test_the_database_is_known_to_storage_only(folder: str) -> None:
     """No file outside storage/ imports SQLAlchemy, a driver or Alembic, or holds an INSERT."""
     for path in sources(folder):
-        assert not imported(path) & DRIVERS, path
-        assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
+        if str(path.relative_to(ROOT)) != ASKS_IN_SQL:
+            assert not imported(path) & DRIVERS, path
+            assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("folder", ["tasks", "storage", "client/interview_access"])

@@ -14,7 +14,7 @@ import pytest
 
 from tests.database import database
 from tests.stores import until
-from tests.workers import ROOT, Site, events, held_grant, site, worker
+from tests.workers import QUEUE, ROOT, Site, events, held_grant, site, worker
 from worker.local_stack import LocalStack
 
 USER = "123e4567-e89b-12d3-a456-426614174000"
@@ -383,6 +383,18 @@ def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
         assert here.meta(waiting)["status"] == "PENDING"
     assert here.answer(waiting)["result"] == success(0)
     assert sum(here.answer(job_id)["result"]["created_access_count"] for job_id in held) == len(ids)
+
+
+def test_a_link_that_cannot_be_sent_costs_no_answer(here: Site) -> None:
+    """A job that is done is told as done, whatever its producer has linked to it."""
+    nobodys = here.producer.signature("nobodys.task", queue="nobodys-queue")
+    user, job_id = a_user(), str(uuid4())
+    here.producer.send_task(
+        "interview_access.grant_access", (user, [ONE]), task_id=job_id, queue=QUEUE, link=nobodys
+    )
+    assert here.answer(job_id)["result"] == success(1)
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    assert here.answer(job_id)["result"] == success(1)
 
 
 def test_a_pickled_message_is_refused(here: Site) -> None:

@@ -440,7 +440,11 @@ class Claims:
     def defer(
         self, incarnation: str, receipt: str, *, seconds: float, in_order: bool = True
     ) -> int:
-        """Back to its queue in a while. Not ``in_order``, the try counts: it ended its worker."""
+        """Back to its queue in a while.
+
+        Not ``in_order``, it asked for nothing: a try that began counts as one that ended its
+        worker, and one that did not begin as none.
+        """
         return int(
             self._run(self._defer, incarnation, receipt, round(seconds * 1000), int(in_order))
         )

@@ -9,7 +9,8 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -71,9 +72,11 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     """
 
     def __init_subclass__(cls) -> None:
-        """Celery derives a class for each task, whose ``on_success`` asks nothing of ours."""
+        """Celery derives a class for each task, two of whose methods ask nothing of ours."""
         super().__init_subclass__()
-        cls._celerys_on_success, cls.on_success = cls.on_success, JobRequest.on_success  # type: ignore[method-assign]
+        for name in "on_success", "execute_using_pool":
+            setattr(cls, f"_celerys_{name}", getattr(cls, name))
+            setattr(cls, name, getattr(JobRequest, name))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,6 +86,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         self._receipt: str = self.message.delivery_tag
         claim = self._lease.claim_of(self._receipt)
         self._tries = claim.tries
+        self._is_due = False
         self._request_dict.update(
             argsrepr=self._argsrepr,
             kwargsrepr=self._kwargsrepr,
@@ -110,11 +114,19 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         told = self._request_dict.items()
         return {key: value for key, value in told if key not in {"args", "kwargs"}}
 
-    def revoked(self) -> bool:
-        """Whether not to run it. Celery asks right before a child gets it.
+    def execute_using_pool(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's own: it asks :meth:`revoked`, and hands the job to a child."""
+        self._is_due = True
+        return self._celerys_execute_using_pool(*args, **kwargs)
 
-        Celery's own would answer a revoked or expired job itself, whatever the ledger says.
+    def revoked(self) -> bool:
+        """Whether not to run it: a job begins here.
+
+        Celery's own would answer a revoked or expired job itself, whatever the ledger says. Celery
+        also asks when such a message comes, long before a child may be free for it.
         """
+        if not self._is_due:
+            return False
         verdict = self._verdict()
         self._request_dict["verdict"] = verdict and failure(verdict).error
         if verdict and self._tries >= self._lease.attempt_limit + _HOPELESS_TRIES:
@@ -141,8 +153,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         """Not even settling it as failed can be done: the last word is the operators'."""
         if is_job_id(self.id):
             try:
-                # Without its request, whose callbacks may be what is wrong.
-                self.task.backend.mark_as_failure(self.id, error)
+                self.task.backend.store_failure(self.id, error)
             except Reject as rejected:
                 self._again(rejected)
                 return
@@ -167,13 +178,25 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def on_success(self, failed__retval__runtime: Any, **kwargs: Any) -> None:
         """Celery's own; the database can be reached."""
         failed, told, _ = failed__retval__runtime
-        if failed or told is not None:
-            if not failed:
-                self._lease.no_trouble()
-            self._celerys_on_success(failed__retval__runtime, **kwargs)
-        else:
-            # A success that tells nothing is none: Celery could not even begin.
-            self._give_up(JobFailedError("It cannot be run: its body makes no call."))
+        with self._let_go_of_in_any_case():
+            if failed or told is not None:
+                if not failed:
+                    self._lease.no_trouble()
+                self._celerys_on_success(failed__retval__runtime, **kwargs)
+            else:
+                # A success that tells nothing is none: Celery could not even begin.
+                self._give_up(JobFailedError("It cannot be run: its body makes no call."))
+
+    @contextmanager
+    def _let_go_of_in_any_case(self) -> Iterator[None]:
+        """Celery's pool logs what a callback raises, and the message would be held for ever."""
+        try:
+            yield
+        except Exception:
+            logger.exception("job %s: goes back", self.id)
+            if not self.acknowledged:
+                self._lease.defer(self._receipt, _AGAIN_SECONDS, in_order=False)
+                self._settled()
 
     def _on_retry(self, retry: Retry) -> None:
         """The job asks for another try: deferred within Redis, never sent anew."""
@@ -191,6 +214,10 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> None:
         """The child failed the job as the ledger says, or said what to do, or is gone."""
+        with self._let_go_of_in_any_case():
+            self._on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def _on_failure(self, exc_info: Any, *, send_failed_event: bool, return_ok: bool) -> None:
         error = exc_info.exception
         if isinstance(error, ExceptionWithTraceback):
             error = error.exc
@@ -223,7 +250,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
     def _on_child_lost(self, error: BaseException) -> None:
         """Nobody knows how far the job came. The ledger does, when it is tried again."""
-        if self.id in state.revoked:
+        if isinstance(error, Terminated) and self.id in state.revoked:
             self.reject(requeue=True)
             return
         logger.error("job %s: try %d ended with its child: %r", self.id, self._tries + 1, error)
@@ -352,7 +379,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         try:
             if is_job_id(headers.get("id")):  # or its poller would wait for ever
                 error = JobFailedError(reason[:500], {"task": task[:255]})
-                self.app.backend.mark_as_failure(job_id, error)
+                self.app.backend.store_failure(job_id, error)
         except Reject as rejected:
             logger.warning("a message goes back: %s", rejected.reason)
             lease.defer(message.delivery_tag, _AGAIN_SECONDS, in_order=False)

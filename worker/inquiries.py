@@ -76,7 +76,7 @@ class Inquiries:
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
             error = ledger.error_of(status.error.model_dump())
-            self._results.mark_as_failure(job_id, error)  # for those who poll it
+            self._results.store_failure(job_id, error)  # for those who poll it
         elif is_running and not status.final:
             status.state = "running"
         return status

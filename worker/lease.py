@@ -33,7 +33,7 @@ _DEAF_SECONDS = 120.0
 _CLAIM_BYTES = 16 * 1024 * 1024
 """After so many bytes no more is claimed in one go: a message of 100,000 ids has 4 MB."""
 
-_LONGEST_REST_SECONDS = 30.0
+_RESTS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds; the last one again and again
 
 
 class Lease:
@@ -85,27 +85,32 @@ class Lease:
         What a claim took whose reply was lost goes back, as do jobs that had not begun; a command
         that is still on its way on the old connection finds its incarnation gone.
         """
+        self._open()
+        self.heard()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+            self._thread.start()
+
+    def _open(self) -> None:
         with self._lock:
             incarnation = uuid4().hex
             self._incarnations.append(incarnation)
             server = str(self._client.info("server")["run_id"])
             kept = set(self._claims.open(incarnation, self._incarnations[:-1], self._held))
             self._incarnations = [incarnation]
-            lost = [self._held.pop(receipt) for receipt in set(self._held) - kept]
-            self._running &= kept
-            if self._server not in {None, server}:
-                # A server that came back without its last second, or another in its place, may
-                # have neither the claim nor the message. Once too often does no harm.
-                for claim in lost:
+            lost = set(self._held) - kept
+            for receipt in lost:
+                claim = self._held[receipt]
+                if self._server not in {None, server}:
+                    # A server that came back without its last second, or another in its place, may
+                    # have neither the claim nor the message. Once too often does no harm.
                     self._claims.put(claim.queue, claim.message)
+                del self._held[receipt]
+            self._running &= kept
             if lost:
                 logger.warning("the lease was lost: %d messages are others' by now", len(lost))
             self._server = server
             self._let_go_of_the_waiting()
-        self.heard()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
-            self._thread.start()
 
     def claim(self, queues: Sequence[str], room: int) -> list[Claim] | None:
         """Take at most ``room`` messages; None where the lease is lost.
@@ -130,8 +135,9 @@ class Lease:
 
     def may_claim(self) -> bool:
         """Whether this worker wants another message at all."""
-        alone = any(claim.tries >= self.attempt_limit - 1 for claim in self._held.values())
-        probing = self._troubles > 0 and bool(self._held)
+        held = list(self._held.values())  # in one step: the lease's thread lets go of some
+        alone = any(claim.tries >= self.attempt_limit - 1 for claim in held)
+        probing = self._troubles > 0 and bool(held)
         return not (
             alone
             or probing
@@ -168,6 +174,8 @@ class Lease:
                 return False
             if mine:
                 self._running.add(receipt)
+            else:
+                del self._held[receipt]
             return bool(mine)
 
     def acknowledge(self, receipt: str, job_id: str = "") -> None:
@@ -183,7 +191,11 @@ class Lease:
         self._write(receipt, lambda: self._claims.give_back(self._incarnation, receipt))
 
     def defer(self, receipt: str, seconds: float, *, in_order: bool = True) -> None:
-        """To its queue in a while; not ``in_order``, as one try more that ended its worker."""
+        """To its queue in a while.
+
+        Not ``in_order``, it asked for nothing: a try that began counts as one that ended its
+        worker, and one that did not begin as none.
+        """
         self._write(
             receipt,
             lambda: self._claims.defer(
@@ -222,7 +234,7 @@ class Lease:
     def trouble(self, what: str) -> None:
         """No job would fare better: rest, then try one, before many are taken again."""
         if time.monotonic() >= self._rest_until:
-            rest = min(2.0**self._troubles, _LONGEST_REST_SECONDS)
+            rest = _RESTS[min(self._troubles, len(_RESTS) - 1)]
             self._rest_until = time.monotonic() + rest
             self._troubles += 1
             logger.warning("%s: no job is taken for %.0f s", what, rest)
@@ -296,6 +308,8 @@ class Lease:
             if not draining and time.monotonic() - self._heard > _DEAF_SECONDS:
                 return
             renewal = [self._claims.renew(name) for name in self._incarnations][-1]
+            if not renewal.alive:
+                self._open()
             if draining:
                 self._let_go_of_the_waiting()
             self._send_unsent()

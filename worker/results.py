@@ -77,6 +77,21 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             raise Reject(f"its result cannot be stored: {error}", requeue=True) from error
         return result
 
+    def store_failure(self, job_id: str, error: InterviewAccessError) -> None:
+        """Store a failure from the main process, which must not wait for long: one try.
+
+        Without its request: its callbacks may be what is wrong.
+
+        Raises:
+            Reject: it cannot be stored now; the message is to come again.
+        """
+        try:
+            self._store_result(
+                job_id, self.encode_result(error, states.FAILURE), states.FAILURE, None, None
+            )
+        except (BackendStoreError, RedisError, OSError) as failed:
+            raise Reject(f"its result cannot be stored: {failed}", requeue=True) from failed
+
     def _store_result(
         self,
         task_id: str,

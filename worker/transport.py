@@ -145,7 +145,7 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
         """How many messages more may be in hand: those of connections that were lost are, too."""
         if not self.prefetch_count:
             return _UNLIMITED_ROOM
-        return int(self.prefetch_count) - int(self.channel.lease.in_hand)
+        return max(int(self.prefetch_count) - int(self.channel.lease.in_hand), 0)
 
     def restore_visible(self, *args: object, **kwargs: object) -> None:
         """Leaves the jobs of stock workers, by whose clock they are restored, alone."""

@@ -1,0 +1,221 @@
+"""Jobs that a service asks for in a transaction of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from interview_access.outbox import INSERT, enqueue_in_sqlalchemy
+from interview_access.producer import InterviewAccessClient
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from storage.interface import StorageError
+from storage.postgres import PostgresStorage, PostgresTransaction
+from storage.samples import NAMED_SAMPLES, load_samples
+from tests.database import connected, database
+from tests.stores import all_at_once, until
+from tests.test_migrations import Database, DjangoService
+from tests.test_producers import blocks
+from tests.workers import QUEUE, Site, site, worker
+from worker.local_stack import LocalStack
+from worker.relay import Relay
+
+SECTION = "Inside a transaction of your database"
+REQUESTS = "SELECT count(*) FROM grant_access_request"
+
+
+@pytest.fixture(scope="module")
+def here(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site with a worker and sample interviews."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 13) as here,
+        worker(here, tmp_path_factory.mktemp("outbox") / "worker.log"),
+    ):
+        load_samples(url, len(NAMED_SAMPLES))
+        yield here
+
+
+@pytest.fixture
+def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
+    """A site without a worker, with sample interviews."""
+    with site(stack, migrated_url, 14) as idle:
+        load_samples(migrated_url, len(NAMED_SAMPLES))
+        yield idle
+
+
+@pytest.fixture
+def user() -> str:
+    """A user of the test's own."""
+    return str(uuid4())
+
+
+def ask(here: Site, user_id: str, *, job_id: str | None = None) -> str:
+    """Ask for a job, and commit."""
+    with connected(here.store.database_url) as connection:
+        job_id = enqueue_in_sqlalchemy(connection, user_id, NAMED_SAMPLES, job_id=job_id)
+        connection.commit()
+    return job_id
+
+
+def go_round(here: Site, storage: PostgresStorage | None = None) -> None:
+    """Have the relay go one round."""
+    Relay(here.producer, lambda: storage or here.store.storage).round(here.redis)
+
+
+def is_answered(here: Site) -> bool:
+    """Whether no request stands any more."""
+    return bool(here.store.value(REQUESTS) == 0)
+
+
+class TestThePage:
+    """What docs/producers.md shows, as it stands there."""
+
+    def test_the_insert(self, here: Site) -> None:
+        """The page's INSERT asks for a job of which the result is polled by the id returned."""
+        (block,) = blocks(SECTION, "sql")
+        began = time.monotonic()
+        with Database(here.store.database_url).connect() as connection:
+            begin, insert, commit = block.rstrip(";\n").split(";\n")
+            connection.execute(begin.encode())
+            (row,) = connection.execute(insert.encode()).fetchall()
+            connection.execute(commit.encode())
+        assert here.answer(row["job_id"])["result"]["created_access_count"] == 1
+        assert time.monotonic() - began < 5  # a second, it says; machines are busy at times
+        until(lambda: is_answered(here))
+
+    def test_django(self, here: Site) -> None:
+        """The page's Django service asks for a job inside of atomic."""
+        block, _ = blocks(SECTION, "python")
+        printed = DjangoService(Database(here.store.database_url)).run_python(block)
+        assert here.answer(printed.strip())["result"]["created_access_count"] == 1
+
+    def test_sqlalchemy(self, here: Site) -> None:
+        """The page's SQLAlchemy session asks for a job."""
+        _, block = blocks(SECTION, "python")
+        done = subprocess.run(
+            [sys.executable, "-c", block],
+            env=here.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert here.answer(done.stdout.strip())["result"]["created_access_count"] == 1
+
+
+class TestPromises:
+    """What is asked for takes effect once, or not at all."""
+
+    def test_rolled_back_it_never_runs(self, here: Site, user: str) -> None:
+        """Of two requests, the one that is rolled back is never known."""
+        with connected(here.store.database_url) as connection:
+            undone = enqueue_in_sqlalchemy(connection, user, NAMED_SAMPLES)
+        here.answer(ask(here, str(uuid4())))
+        assert here.store.granted(user) == []
+        assert InterviewAccessClient(here.broker).status(undone).state == "unknown"
+
+    def test_an_emptied_redis_is_filled_again(self, idle: Site, user: str, tmp_path: Path) -> None:
+        """A message that Redis lost is sent again as soon as that is seen, and counts once."""
+        job_id = ask(idle, user)
+        go_round(idle)
+        assert idle.redis.llen(QUEUE) == 1
+        idle.redis.flushdb()
+        go_round(idle)
+        assert idle.redis.llen(QUEUE) == 1
+        idle.redis.flushdb()
+        with worker(idle, tmp_path / "log"):
+            assert idle.answer(job_id)["result"]["created_access_count"] == len(NAMED_SAMPLES)
+            until(lambda: is_answered(idle))
+
+    def test_a_redis_that_is_away_costs_time_only(self, idle: Site, user: str) -> None:
+        """What cannot be sent stays due."""
+        ask(idle, user)
+        with Redis(unix_socket_path="/nowhere") as away, pytest.raises(RedisConnectionError):
+            Relay(idle.producer, lambda: idle.store.storage).round(away)
+        go_round(idle)
+        assert idle.redis.llen(QUEUE) == 1
+
+    def test_sent_and_not_noted_it_counts_once(self, idle: Site, user: str, tmp_path: Path) -> None:
+        """A relay that dies before it notes what it sent has it sent again, to one effect."""
+
+        class Dying(PostgresStorage):
+            """Ends before its COMMIT."""
+
+            @contextmanager
+            def transaction(self) -> Iterator[PostgresTransaction]:
+                with super().transaction() as transaction:
+                    yield transaction
+                    raise StorageError("the worker is gone")
+
+        idle.redis.set("interview-access:relay", 1)
+        dying = Dying(idle.store.database_url)
+        job_id = ask(idle, user)
+        with pytest.raises(StorageError, match="the worker is gone"):
+            go_round(idle, dying)
+        dying.close()
+        go_round(idle)
+        assert idle.redis.llen(QUEUE) == 2
+        with worker(idle, tmp_path / "log"):
+            assert idle.answer(job_id)["result"]["created_access_count"] == len(NAMED_SAMPLES)
+            until(lambda: idle.redis.llen(QUEUE) == 0)
+        assert idle.store.rows() == len(NAMED_SAMPLES)
+
+    def test_relays_share_the_requests(self, idle: Site) -> None:
+        """Relays that go round at once send every request once."""
+        idle.redis.set("interview-access:relay", 1)
+        jobs = {ask(idle, str(uuid4())) for _ in range(20)}
+        with idle.store.another() as one, idle.store.another() as other:
+            all_at_once([lambda: go_round(idle, one), lambda: go_round(idle, other)])
+        go_round(idle)
+        assert idle.redis.llen(QUEUE) == len(jobs)
+
+    def test_a_reused_id_is_refused_by_the_worker(self, here: Site, user: str) -> None:
+        """Another request under an id that has an answer has no effect and is a dead letter."""
+        job_id = here.send(user, NAMED_SAMPLES[:1])
+        here.answer(job_id)
+        ask(here, user, job_id=job_id)
+        until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+        until(lambda: is_answered(here))
+        assert here.store.granted(user) == list(NAMED_SAMPLES[:1])
+
+    def test_what_no_worker_can_read_fails_as_any_job(self, here: Site, user: str) -> None:
+        """A request with a NULL among its ids fails, saying so, and is gone."""
+        with connected(here.store.database_url) as connection:
+            row = {"job_id": user, "user_id": user, "interview_ids": [NAMED_SAMPLES[0], None]}
+            connection.exec_driver_sql(INSERT, row)
+            connection.commit()
+        assert "interview_ids[1]" in here.answer(user)["result"]["exc_message"][0]
+        until(lambda: is_answered(here))
+
+    def test_it_is_queued_and_can_be_cancelled_before_it_is_sent(
+        self, here: Site, idle: Site, user: str, tmp_path: Path
+    ) -> None:
+        """A request that waits for its relay is known, and cancelled it never runs."""
+        del here
+        client = InterviewAccessClient(idle.broker)
+        with worker(idle, tmp_path / "log"):
+            with connected(idle.store.database_url) as holder:  # as a relay that stands still
+                job_id = ask(idle, user)
+                holder.exec_driver_sql("SELECT FROM grant_access_request FOR UPDATE")
+                idle.redis.flushdb()
+                assert client.status(job_id).state == "queued"
+                assert client.cancel(job_id).state == "cancelled"
+            until(lambda: is_answered(idle))
+        assert idle.store.granted(user) == []
+
+    def test_an_id_that_is_none_is_refused_at_once(self, idle: Site) -> None:
+        """The helper names a job id that the table would not take."""
+        for job_id in "", "x" * 256, "Zoë":
+            with pytest.raises(ValueError, match=re.escape("job id: expected 1 to 255")):
+                ask(idle, "ann", job_id=job_id)
