@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from interview_access.aio import AsyncInterviewAccessClient
 from interview_access.contracts import JobStatus
 from interview_access.producer import InterviewAccessClient
+
+T = TypeVar("T")
 
 
 class Client(Protocol):
@@ -64,3 +67,14 @@ class Awaited:
 
 
 CLIENTS: dict[str, Callable[..., Client]] = {"blocking": InterviewAccessClient, "asyncio": Awaited}
+
+
+async def longest_gap(call: Coroutine[Any, Any, T]) -> tuple[float, T | BaseException]:
+    """For how long the call kept its loop from other tasks; and what it returned or raised."""
+    longest, last = 0.0, time.perf_counter()
+    task = asyncio.ensure_future(call)
+    while not task.done():
+        await asyncio.sleep(0.005)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest, task.exception() or task.result()

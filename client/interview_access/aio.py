@@ -88,6 +88,7 @@ class AsyncInterviewAccessClient:
     async def _hold(self, conversation: Conversation[T]) -> T:
         replies: Any = None
         failed: Exception | None = None
+        cancelled_before = _cancellations()
         try:
             while True:
                 step = conversation.throw(failed) if failed else conversation.send(replies)
@@ -99,6 +100,10 @@ class AsyncInterviewAccessClient:
                     replies = await self._execute(step)
                 except (RedisError, OSError) as error:
                     failed = error
+                if _cancellations() > cancelled_before:
+                    # redis-py writes within asyncio.wait_for, which may swallow it: where the
+                    # write is done in the same turn of the loop, before Python 3.12.
+                    raise asyncio.CancelledError
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return] # a generator's return value
 
@@ -116,6 +121,12 @@ class AsyncInterviewAccessClient:
             for command in step.commands:
                 pipeline.execute_command(*command)
             return await pipeline.execute()
+
+
+def _cancellations() -> int:
+    """How often the current task was asked to stop."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
 
 
 def _connected(url: str) -> Redis:
