@@ -16,7 +16,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
-from celery.exceptions import InvalidTaskError, Reject, Retry
+from celery.exceptions import InvalidTaskError, Reject, Retry, TaskRevokedError
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.consumer import Consumer
@@ -101,6 +101,8 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
                 pass
             case odd:
                 raise InvalidTaskError(f"invalid timelimit value {odd!r}"[:500])
+        if self.expires:
+            self.expires.astimezone(UTC)  # or it is out of every clock's range
         if _nested(self.request_dict, _LEVELS):
             raise InvalidTaskError(f"headers of more than {_LEVELS} levels")
 
@@ -117,7 +119,9 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def execute_using_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own: it asks :meth:`revoked`, and hands the job to a child."""
         self._is_due = True
-        return self._celerys_execute_using_pool(*args, **kwargs)
+        with self._let_go_of_in_any_case():
+            return self._celerys_execute_using_pool(*args, **kwargs)
+        raise TaskRevokedError(self.id)  # by which Celery learns that no child was needed
 
     def revoked(self) -> bool:
         """Whether not to run it: a job begins here.
@@ -189,9 +193,11 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
     @contextmanager
     def _let_go_of_in_any_case(self) -> Iterator[None]:
-        """Celery's pool logs what a callback raises, and the message would be held for ever."""
+        """Celery logs or drops what is raised here, and the message would be held for ever."""
         try:
             yield
+        except TaskRevokedError:
+            raise
         except Exception:
             logger.exception("job %s: goes back", self.id)
             if not self.acknowledged:
