@@ -188,7 +188,9 @@ class Books:
             key.decode(): redis.type(key)
             for pattern in (f"{QUEUE}*", "unacked*", f"{PREFIX}held:*", f"{PREFIX}started:*")
             for key in redis.scan_iter(pattern)
-            if not key.startswith((f"{PREFIX}dead".encode(), f"{PREFIX}leases".encode()))
+            if not key.startswith(
+                tuple(f"{PREFIX}{name}".encode() for name in ("dead", "leases", "job:", "relay"))
+            )
         }
         for name in ("deferred", "due", "tries", "deferrals"):
             if redis.exists(PREFIX + name):

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from tests.stores import PATIENCE_SECONDS
 from worker import claims
 
@@ -64,9 +66,14 @@ class Gate:
 class Relay:
     """One server's relay."""
 
-    def __init__(self, server: Path, address: Path) -> None:
-        """Listens at ``address`` from now on, and connects to ``server`` for each who comes."""
+    def __init__(self, server: Path, address: Path, *, children_only: bool = False) -> None:
+        """Listens at ``address`` from now on, and connects to ``server`` for each who comes.
+
+        With ``children_only``, gates are for the workers' children: what their main processes do
+        beside the jobs passes.
+        """
         self._server = server
+        self._children_only = children_only
         self._gates: list[Gate] = []
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -117,6 +124,8 @@ class Relay:
             pair = client, server
             self._pairs.add(pair)
             answers: list[Gate] = []
+            if self._children_only and not _is_child(pid):
+                pid = 0
             for relay in self._ask, self._answer:
                 threading.Thread(target=relay, args=(pair, pid, answers), daemon=True).start()
 
@@ -126,7 +135,7 @@ class Relay:
         client, server = pair
         with suppress(OSError):
             while data := client.recv(1 << 20):
-                for gate in list(self._gates):
+                for gate in list(self._gates) if pid else ():
                     if gate.take(data):
                         if gate.answered:
                             answers.append(gate)
@@ -154,6 +163,16 @@ class Relay:
             one.close()
 
 
+def _is_child(pid: int) -> bool:
+    """Whether it is a worker's child: forked off, it has its parent's command line."""
+    try:
+        process = psutil.Process(pid)
+        parent = process.parent()
+        return parent is not None and parent.cmdline() == process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Relays:
     """Relays before the queue, the results and the database of a site, for its workers alone."""
 
@@ -164,8 +183,8 @@ class Relays:
         folder = database_url.partition("host=")[2].replace("%2F", "/")
         postgres = ".s.PGSQL.5432"
         self.queue = Relay(Path(redis), self._folder / "queue")
-        self.results = Relay(Path(redis), self._folder / "results")
-        self.database = Relay(Path(folder) / postgres, self._folder / postgres)
+        self.results = Relay(Path(redis), self._folder / "results", children_only=True)
+        self.database = Relay(Path(folder) / postgres, self._folder / postgres, children_only=True)
         self.settings = {
             "CELERY_BROKER_URL": f"redis+socket://{self._folder}/queue?{rest}",
             "CELERY_RESULT_BACKEND": f"redis+socket://{self._folder}/results?{rest}",
