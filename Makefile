@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
-PYTEST_WORKERS ?= 4
+PYTEST_WORKERS ?= 6
 
 .PHONY: help demo up test chaos soak check format contract lock clean
 
@@ -17,7 +17,7 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 	@$(BIN)/interview-access up
 
 test: .venv/ready .venv/node/ready ## the tests, on real servers
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
 	@$(BIN)/python -m pytest -q tests/faults/slow_*.py

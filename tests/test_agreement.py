@@ -105,7 +105,7 @@ def test_generated_requests_are_answered_alike(
     memory, postgres = stores
     seen = 0
 
-    @settings(GENERATED, max_examples=320)
+    @settings(GENERATED, max_examples=200)
     @given(batches)
     def agree(generated: list[list[Message]]) -> None:
         nonlocal seen
@@ -146,7 +146,7 @@ def test_two_transactions_at_once_end_as_one_after_the_other(
     # more ends than the two orders of whole batches.
     alone = st.lists(good, min_size=1, max_size=1)
 
-    @settings(GENERATED, max_examples=60)
+    @settings(GENERATED, max_examples=40)
     @given(st.tuples(alone, alone))
     def agree(pair: tuple[list[Message], list[Message]]) -> None:
         first, second = map(jobs_of, pair)
@@ -169,7 +169,7 @@ def test_many_jobs_at_once_in_two_batches_add_up(
     """Of two batches at the same time, whatever their jobs, the counts sum to the rows."""
     memory, postgres = stores
 
-    @settings(GENERATED, max_examples=60)
+    @settings(GENERATED, max_examples=40)
     @given(st.lists(messages, min_size=1, max_size=5), st.lists(messages, min_size=1, max_size=5))
     def add_up(one: list[Message], two: list[Message]) -> None:
         for store in (memory, postgres):

@@ -25,14 +25,15 @@ from tests.stores import Background, all_at_once
 from tests.workers import QUEUE, ROOT
 from worker.local_stack import LocalStack
 
+NUMBER = 15
 MANY = 150  # more than the 100 connections that redis-py's pools allow by themselves
 
 
 @pytest.fixture
 def redis(stack: LocalStack) -> Iterator[Redis]:
-    """An empty Redis database, number 10."""
+    """An empty Redis database, to which no other test connects."""
     path = stack.broker_url.removeprefix("redis+socket://")
-    with Redis(unix_socket_path=path, db=10) as redis:
+    with Redis(unix_socket_path=path, db=NUMBER) as redis:
         redis.flushdb()
         yield redis
         redis.flushdb()
@@ -41,7 +42,12 @@ def redis(stack: LocalStack) -> Iterator[Redis]:
 @pytest.fixture
 def url(stack: LocalStack) -> str:
     """That database, as Celery writes it."""
-    return f"{stack.broker_url}?virtual_host=10"
+    return f"{stack.broker_url}?virtual_host={NUMBER}"
+
+
+def connections(redis: Redis) -> int:
+    """How many there are to that database, this one included."""
+    return len([one for one in redis.client_list() if one["db"] == str(NUMBER)])
 
 
 def sent(redis: Redis) -> list[str]:
@@ -125,7 +131,7 @@ def test_more_tasks_than_a_pool_has_connections(url: str, redis: Redis) -> None:
     async def send() -> list[str]:
         client = AsyncInterviewAccessClient(url)
         told = await asyncio.gather(*(client.enqueue("ann", []) for _ in range(1_000)))
-        assert len([one for one in redis.client_list() if one["db"] == "10"]) <= 51
+        assert connections(redis) <= 51
         await client.close()
         return told
 
@@ -175,4 +181,4 @@ def test_a_task_that_is_cancelled_leaves_the_client_whole(url: str, redis: Redis
         await client.close()
 
     asyncio.run(give_up())
-    assert len([one for one in redis.client_list() if one["db"] == "10"]) == 1
+    assert connections(redis) == 1

@@ -199,20 +199,22 @@ class TestPromises:
         until(lambda: is_answered(here))
 
     def test_it_is_queued_and_can_be_cancelled_before_it_is_sent(
-        self, here: Site, idle: Site, user: str, tmp_path: Path
+        self, idle: Site, user: str, tmp_path: Path
     ) -> None:
         """A request that waits for its relay is known, and cancelled it never runs."""
-        del here
         client = InterviewAccessClient(idle.broker)
-        with worker(idle, tmp_path / "log"):
-            with connected(idle.store.database_url) as holder:  # as a relay that stands still
-                job_id = ask(idle, user)
-                holder.exec_driver_sql("SELECT FROM grant_access_request FOR UPDATE")
-                idle.redis.flushdb()
-                assert client.status(job_id).state == "queued"
-                assert client.cancel(job_id).state == "cancelled"
+        with worker(idle, tmp_path / "log"), connected(idle.store.database_url) as service:
+            ask(idle, user)
+            until(lambda: is_answered(idle))  # by a relay that knows this Redis by now
+            job_id = enqueue_in_sqlalchemy(service, user, NAMED_SAMPLES)
+            service.exec_driver_sql("UPDATE grant_access_request SET look_at = 'infinity'")
+            service.commit()
+            assert client.status(job_id).state == "queued"
+            assert client.cancel(job_id).state == "cancelled"
+            service.exec_driver_sql("UPDATE grant_access_request SET look_at = now()")
+            service.commit()
             until(lambda: is_answered(idle))
-        assert idle.store.granted(user) == []
+            assert client.status(job_id).state == "cancelled"
 
     def test_an_id_that_is_none_is_refused_at_once(self, idle: Site) -> None:
         """The helper names a job id that the table would not take."""

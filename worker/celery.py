@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import lru_cache
 from typing import Any
 
@@ -60,8 +61,11 @@ def _forget_the_parents_storage(**_: Any) -> None:
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator] # Celery ships no types
-def _check_servers(**_: Any) -> None:
+def _prepare(**_: Any) -> None:
     check_servers(settings, app)
+    # The children share what stands by now: a collection in one would make its own copy of it.
+    gc.collect()
+    gc.freeze()
 
 
 rounds = (Desk(app, storage), Relay(app, storage))

@@ -34,7 +34,7 @@ from storage.schema import migrate
 from tests.database import connected
 from tests.faults.books import balance
 from tests.faults.gates import Gate, Relay, Relays
-from tests.faults.sites import POINTS
+from tests.faults.sites import POINTS, family, kill_all
 from tests.workers import QUEUE, ROOT, Site, site
 from worker.local_stack import LocalStack, Service
 
@@ -100,10 +100,7 @@ class Chaos:
 
     def kill_worker_and_children(self, pid: int) -> None:
         """A worker with all its processes."""
-        main = psutil.Process(self.worker_of(pid).pid)
-        for process in [main, *main.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_all(self.worker_of(pid))
 
     def stop_worker(self, pid: int) -> None:
         """A worker is asked to stop."""
@@ -220,8 +217,7 @@ class Chaos:
         """The worker that a process belongs to; any, where it is gone."""
         for worker in self.workers:
             with suppress(psutil.NoSuchProcess):
-                main = psutil.Process(worker.pid)
-                if pid in {main.pid, *(child.pid for child in main.children(recursive=True))}:
+                if pid in {process.pid for process in family(worker)}:
                     return worker
         return self.rng.choice(self.workers)
 

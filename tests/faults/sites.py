@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -63,6 +63,13 @@ def family(service: Service) -> list[psutil.Process]:
     """A worker's own process and its children."""
     main = psutil.Process(service.pid)
     return [main, *main.children(recursive=True)]
+
+
+def kill_all(service: Service) -> None:
+    """Kill a worker's own process and its children, some of which go by themselves."""
+    for process in family(service):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def created(count: int) -> dict[str, Any]:

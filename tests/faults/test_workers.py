@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.faults.books import balance
-from tests.faults.sites import another, created, family, gate_at, relayed
+from tests.faults.sites import another, created, family, gate_at, kill_all, relayed
 from tests.stores import until
 from tests.workers import QUEUE, Site
 
@@ -84,8 +84,7 @@ class TestWorkers:
             with gate_at(relays, "inside the transaction") as gate:
                 job_id = here.send("ann", ids)
                 gate.until_reached()
-                for process in family(service):
-                    process.kill()
+                kill_all(service)
             with another(here, tmp_path):
                 assert balance(here, [job_id])[job_id] == created(10)
 
@@ -122,8 +121,7 @@ class TestWorkers:
                 else:
                     held.open()
                 gate.until_reached()
-                for process in family(service):
-                    process.kill()
+                kill_all(service)
         with another(here, tmp_path, GRANT_ATTEMPT_LIMIT=2):
             results = balance(here, sent)
         assert results[sent[0]] == created(10)
