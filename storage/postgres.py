@@ -9,16 +9,27 @@ racing transactions of ours wait for each other and never in a circle.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Row, create_engine, delete, func, insert, select, text, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    TextClause,
+    create_engine,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from storage.dtos import (
     AccessOrderDTO,
@@ -53,6 +64,7 @@ from storage.models import (
 _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 # Connections, rollbacks, resources, operator: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _LOCK_NOT_HAD = "55P03"
+_NOT_UNIQUE = "23505"
 _TRANSIENT_CODES = (_LOCK_NOT_HAD, "25006", "25P03", "23503")
 # A lock not had in time; a server that is a standby now; a worker that stood still for too long;
 # an interview deleted meanwhile, which the next look will find missing and name.
@@ -120,6 +132,14 @@ _FINISH_JOBS = text("""
     WHERE job.job_id = done.job_id AND job.state = 'open'
 """)
 
+_HOLD_INTERVIEWS = text("""
+    WITH held AS (
+        SELECT FROM interview_interview
+        WHERE id = ANY (CAST(:interview_ids AS uuid[])) ORDER BY id FOR KEY SHARE
+    )
+    SELECT count(*) FROM held
+""")
+
 # Names what is missing, not what is there: the answer is short for a job of any size. A CTE that
 # locks rows is run to its end, so every interview that stands is held.
 _FIND_UNKNOWN_INTERVIEWS = text("""
@@ -131,24 +151,58 @@ _FIND_UNKNOWN_INTERVIEWS = text("""
     WHERE NOT EXISTS (SELECT FROM held WHERE held.id = wanted.id)
 """)
 
+_INSERT_ACCESS = """
+    INSERT INTO interview_userinterviewaccess (user_id, interview_id)
+    SELECT user_id, interview_id FROM wanted {those}
+    ORDER BY user_id COLLATE "C", interview_id {conflict}
+"""
+_CREATE_ACCESS_OF_ONE = """
+    WITH wanted AS (
+        SELECT CAST(:user_id AS text) AS user_id, interview_id
+        FROM unnest(CAST(:interview_ids AS uuid[])) AS ids (interview_id)
+    ) {insert}
+"""
 # Counts by order inside the database: a client that stalls while it receives rows is deaf to every
-# timeout. Without the conflict's columns a collision of the primary key would be swallowed too.
-_CREATE_ACCESS = text("""
+# timeout.
+_CREATE_ACCESS_OF_MANY = """
     WITH wanted AS (
         SELECT users.user_id, grants.interview_id, grants.owner
         FROM unnest(CAST(:owners AS int[]), CAST(:interview_ids AS uuid[]))
              AS grants (owner, interview_id)
         JOIN unnest(CAST(:user_ids AS text[])) WITH ORDINALITY AS users (user_id, number)
-          ON users.number = grants.owner
-    ), created AS (
-        INSERT INTO interview_userinterviewaccess (user_id, interview_id)
-        SELECT user_id, interview_id FROM wanted ORDER BY user_id COLLATE "C", interview_id
-        ON CONFLICT (user_id, interview_id) DO NOTHING
-        RETURNING user_id, interview_id
-    )
+          ON users.number = grants.owner + 1
+    ), created AS ({insert} RETURNING user_id, interview_id)
     SELECT wanted.owner, count(*) FROM created JOIN wanted USING (user_id, interview_id)
     GROUP BY wanted.owner
-""")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _CreateAccess:
+    """Makes the grants that are missing: in one statement for one order, and for many."""
+
+    of_one: TextClause
+    of_many: TextClause
+
+    @classmethod
+    def by(cls, *, those: str = "", conflict: str = "") -> _CreateAccess:
+        insert = _INSERT_ACCESS.format(those=those, conflict=conflict)
+        return cls(
+            text(_CREATE_ACCESS_OF_ONE.format(insert=insert)),
+            text(_CREATE_ACCESS_OF_MANY.format(insert=insert)),
+        )
+
+
+# A row that is not known to stand goes in at COPY's pace where no conflict is provided for
+# (docs/performance.md); where somebody else makes the same row meanwhile, this one fails.
+_CREATE_MISSING = _CreateAccess.by(
+    those="""WHERE NOT EXISTS (
+        SELECT FROM interview_userinterviewaccess AS standing
+        WHERE standing.user_id = wanted.user_id AND standing.interview_id = wanted.interview_id
+    )"""
+)
+# Without the conflict's columns a collision of the primary key would be swallowed too.
+_CREATE_IN_A_RACE = _CreateAccess.by(conflict="ON CONFLICT (user_id, interview_id) DO NOTHING")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,10 +376,10 @@ class PostgresTransaction(InterviewTransactionInterface):
         """See the interface."""
         if not interview_ids:
             return frozenset()
-        rows = self._connection.execute(
-            _FIND_UNKNOWN_INTERVIEWS, {"interview_ids": _uuid_array(interview_ids)}
-        )
-        return frozenset(rows.scalars())
+        wanted = {"interview_ids": _array(sorted(interview_ids))}
+        if self._connection.execute(_HOLD_INTERVIEWS, wanted).scalar_one() == len(interview_ids):
+            return frozenset()
+        return frozenset(self._connection.execute(_FIND_UNKNOWN_INTERVIEWS, wanted).scalars())
 
     def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
         """See the interface."""
@@ -361,27 +415,51 @@ class PostgresTransaction(InterviewTransactionInterface):
     ) -> Mapping[str, int]:
         """See the interface."""
         counts = dict.fromkeys((order.job_id for order in orders), 0)
-        users = [order.user_id for order in orders]
         owners, interview_ids = _in_lock_order(orders)
         for start in range(0, len(owners), self._chunk_size):
-            end = min(start + self._chunk_size, len(owners))
-            created = self._connection.execute(
-                _CREATE_ACCESS,
-                {
-                    "user_ids": users,
-                    "owners": owners[start:end],
-                    "interview_ids": _uuid_array(interview_ids[start:end]),
-                },
-            )
-            for owner, count in created:
-                counts[orders[owner - 1].job_id] += count
+            chunk = slice(start, start + self._chunk_size)
+            for order, created in self._create(orders, owners[chunk], interview_ids[chunk]):
+                counts[order.job_id] += created
             if on_chunk:
-                on_chunk(end, len(owners))
+                on_chunk(min(chunk.stop, len(owners)), len(owners))
         # The keys are declared deferred; checked here, one that fails does so in its own words and
         # not in those of a COMMIT.
         if owners:
             self._connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
         return counts
+
+    def _create(
+        self, orders: Sequence[AccessOrderDTO], owners: Sequence[int], interview_ids: Sequence[str]
+    ) -> Iterable[tuple[AccessOrderDTO, int]]:
+        """Make a chunk's grants that are missing; how many each order added, 0 perhaps left out."""
+        try:
+            with self._connection.begin_nested():
+                return self._create_by(_CREATE_MISSING, orders, owners, interview_ids)
+        except IntegrityError as error:
+            if getattr(error.orig, "sqlstate", None) != _NOT_UNIQUE:
+                raise
+        return self._create_by(_CREATE_IN_A_RACE, orders, owners, interview_ids)
+
+    def _create_by(
+        self,
+        statements: _CreateAccess,
+        orders: Sequence[AccessOrderDTO],
+        owners: Sequence[int],
+        interview_ids: Sequence[str],
+    ) -> Iterable[tuple[AccessOrderDTO, int]]:
+        wanted: dict[str, Any] = {"interview_ids": _array(interview_ids)}
+        if len(set(owners)) == 1:
+            order = orders[owners[0]]
+            created = self._connection.execute(
+                statements.of_one, {**wanted, "user_id": order.user_id}
+            )
+            return [(order, created.rowcount)]
+        users = [order.user_id for order in orders]
+        rows = self._connection.execute(
+            statements.of_many,
+            {**wanted, "owners": _array(map(str, owners)), "user_ids": users},
+        )
+        return [(orders[owner], count) for owner, count in rows]
 
     def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
         """See the interface."""
@@ -489,11 +567,11 @@ def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[st
     """All grants asked for, each once, by user and interview.
 
     Returns:
-        The number, from 1, of the order that each grant counts for (the first that asks for it),
-        and the interview ids, in step.
+        The index of the order that each grant counts for (the first that asks for it), and the
+        interview ids, in step.
     """
     by_user: dict[str, dict[str, int]] = {}
-    for number, order in enumerate(orders, start=1):
+    for number, order in enumerate(orders):
         asked = by_user.setdefault(order.user_id, {})
         for interview_id in order.interview_ids:
             asked.setdefault(interview_id, number)
@@ -508,9 +586,12 @@ def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[st
     return owners, interview_ids
 
 
-def _uuid_array(interview_ids: Collection[str]) -> str:
-    """An array literal, a third cheaper than a list of UUIDs; safe because ids are canonical."""
-    return "{" + ",".join(interview_ids) + "}"
+def _array(values: Iterable[str]) -> str:
+    """The literal of an array of UUIDs or numbers, a third cheaper than a list of them.
+
+    Safe because canonical ids and numbers have nothing to quote; not for text.
+    """
+    return "{" + ",".join(values) + "}"
 
 
 def _columns(jobs: Collection[JobDTO]) -> dict[str, list[Any]]:

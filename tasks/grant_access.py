@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from interview_access.contracts import GrantAccessResult, RequestedInterviews
 from interview_access.errors import InterviewAccessError, InvalidInterviewIdException
@@ -63,19 +64,18 @@ def _grant(
     jobs: Sequence[GrantAccessJob],
     on_chunk: ChunkDone | None,
 ) -> Mapping[str, AnswerDTO]:
-    wanted = {interview_id for job in jobs for interview_id in job.interviews.wanted}
+    wanted = dict.fromkeys(chain.from_iterable(job.interviews.wanted for job in jobs))
     unknown = transaction.find_unknown_interviews(wanted)
 
     answers: dict[str, AnswerDTO] = {}
     granted: list[GrantAccessJob] = []
     for job in jobs:
-        missing = [one for one in job.interviews.wanted if one in unknown]
-        if job.interviews.malformed or missing:
-            error = InvalidInterviewIdException.of(job.interviews.malformed, missing)
-            rejected = RejectedIdsDTO(
-                job.interviews.spelled(frozenset(missing)), job.interviews.malformed
-            )
-            answers[job.entry.job_id] = failure(error, rejected)
+        malformed = job.interviews.malformed
+        if malformed or not unknown.isdisjoint(job.interviews.wanted):
+            missing = job.interviews.spelled(unknown)
+            distinct = tuple(dict.fromkeys(missing.values()))
+            error = InvalidInterviewIdException.of(malformed, distinct)
+            answers[job.entry.job_id] = failure(error, RejectedIdsDTO(tuple(missing), malformed))
         else:
             granted.append(job)
 

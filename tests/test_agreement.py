@@ -105,7 +105,7 @@ def test_generated_requests_are_answered_alike(
     memory, postgres = stores
     seen = 0
 
-    @settings(GENERATED, max_examples=200)
+    @settings(GENERATED, max_examples=240)
     @given(batches)
     def agree(generated: list[list[Message]]) -> None:
         nonlocal seen

@@ -266,4 +266,4 @@ class TestPostgres:
                 with statements_counted() as statements:
                     GrantAccessInteractor(storage).grant_access(jobs)
                 counts.append(len(statements))
-        assert counts[0] == counts[1] <= 9
+        assert counts[0] == counts[1] <= 10

@@ -936,11 +936,12 @@ class TestPostgres:
         assert "job-of-the-row" not in str(caught.value.__cause__)
 
     def test_collision_of_other_keys_is_not_swallowed(self, postgres: PostgresStore) -> None:
-        """A grant whose row number is taken fails, and is not counted as granted already."""
+        """A grant whose row number is taken, and the next, fails and is not counted as granted."""
         one, two = postgres.add_interviews(2)
         postgres.execute(
             "INSERT INTO interview_userinterviewaccess (id, user_id, interview_id)"
-            " OVERRIDING SYSTEM VALUE VALUES (1, 'bob', CAST(:id AS uuid))",
+            " OVERRIDING SYSTEM VALUE VALUES"
+            " (1, 'bob', CAST(:id AS uuid)), (2, 'eve', CAST(:id AS uuid))",
             id=one,
         )
         with pytest.raises(StorageError) as caught:

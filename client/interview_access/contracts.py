@@ -270,8 +270,8 @@ class RequestedInterviews:
     """Interview ids as given, told apart.
 
     Attributes:
-        wanted: Canonical ids, each once, in the order of their first appearance.
-        malformed: Strings that are no UUID, each once, likewise.
+        wanted: Canonical ids, each once, sorted: whoever sorts them again has it for nothing.
+        malformed: Strings that are no UUID, each once, in the order of their first appearance.
         given: All of them, as given.
     """
 
@@ -282,25 +282,25 @@ class RequestedInterviews:
     @classmethod
     def among(cls, texts: Sequence[str]) -> Self:
         """Tell the ids apart."""
-        wanted: dict[InterviewId, None] = {}
+        wanted: set[InterviewId] = set()
         malformed: dict[str, None] = {}
         for text in texts:
             interview_id = canonical_interview_id(text)
             if interview_id is None:
                 malformed[text] = None
             else:
-                wanted[interview_id] = None
-        return cls(tuple(wanted), tuple(malformed), tuple(texts))
+                wanted.add(interview_id)
+        return cls(tuple(sorted(wanted)), tuple(malformed), tuple(texts))
 
     @property
     def repeated(self) -> int:
         """How many were given again, in whatever spelling."""
         return len(self.given) - len(self.wanted) - len(self.malformed)
 
-    def spelled(self, interview_ids: Collection[str]) -> tuple[str, ...]:
-        """These canonical ids as they were given, every spelling once."""
-        spellings = dict.fromkeys(self.given)
-        return tuple(one for one in spellings if canonical_interview_id(one) in interview_ids)
+    def spelled(self, interview_ids: Collection[str]) -> dict[str, InterviewId]:
+        """These canonical ids by each of their spellings, in the order as given."""
+        spellings = {text: canonical_interview_id(text) for text in self.given}
+        return {text: one for text, one in spellings.items() if one and one in interview_ids}
 
 
 def request_digest(task: str, user_id: str, interview_ids: Iterable[str]) -> str:
@@ -310,7 +310,7 @@ def request_digest(task: str, user_id: str, interview_ids: Iterable[str]) -> str
     UUIDs, as a JSON array in ASCII without white space. Order, spelling and repetition do not
     change it.
     """
-    return _digest([task, user_id, sorted(set(interview_ids))])
+    return _digest([task, user_id, sorted(dict.fromkeys(interview_ids))])
 
 
 def unreadable_request_digest(
