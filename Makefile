@@ -72,4 +72,4 @@ lock: ## pin the dependencies anew, with hashes
 	@rm -rf .venv/lock
 
 clean: ## remove what the targets above made, the data of `make up` excepted
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info client/*.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info client/build client/*.egg-info

@@ -367,7 +367,7 @@ def test_a_question_waits_on_the_control_queue(idle: Site, client: Client) -> No
 def test_a_wait_without_any_trace_has_an_end(idle: Site, client: Client) -> None:
     """A wait for a job that nobody knows asks the workers, ends in time and leaves nothing."""
     before = datetime.now(UTC)
-    with pytest.raises(NoAnswerInTimeError, match="state is PENDING"):
+    with pytest.raises(NoAnswerInTimeError, match="nothing is stored of it"):
         client.wait("nobody", timeout=0.3)
     assert datetime.now(UTC) - before < timedelta(seconds=3)
     assert idle.redis.keys() == []
@@ -452,5 +452,5 @@ def test_the_environment_names_the_servers(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("CELERY_BROKER_URL", "redis://host")
         make().close()
         monkeypatch.setenv("CELERY_RESULT_BACKEND", "db+postgresql://ann:s3cret@host/db")
-        with pytest.raises(ValueError, match=r"result backend is no Redis: got a 'db\+p"):
+        with pytest.raises(ValueError, match=r"result backend cannot be used: got a 'db\+p"):
             make()

@@ -214,7 +214,7 @@ class TestStatus:
         told = question.get(timeout=30)
         assert (told["job_id"], told["state"], told["created"]) == (job_id, "succeeded", 1)
         assert None not in told.values()
-        assert 0 < here.redis.ttl(f"celery-task-meta-{question.id}") <= 60
+        until(lambda: 0 < here.redis.ttl(f"celery-task-meta-{question.id}") <= 60)
 
     @pytest.mark.parametrize(
         ("task", "args", "kwargs", "says"),

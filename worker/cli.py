@@ -75,7 +75,8 @@ def grant(
     """Enqueue a job that grants a user access to interviews, and print its id.
 
     With --wait, its result comes as a line of JSON on standard output, all else on standard error.
-    Ends 0 on success, 1 where the job failed, 2 for a wrong call, 3 where no answer came in time.
+    Ends 0 on success, 1 where the job failed, 2 for a wrong call, 3 where no answer came in time or
+    Redis is away.
     """
     from interview_access.errors import (
         InterviewAccessError,
@@ -192,8 +193,9 @@ def list_letters(as_json: bool) -> None:
                 click.echo(letter.model_dump_json())
                 continue
             reason = " ".join(letter.reason.split())
+            tries = "1 try" if letter.attempts == 1 else f"{letter.attempts} tries"
             click.echo(
-                f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {letter.attempts} tries  "
+                f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {tries}  "
                 f"{letter.size:,} B  {letter.task or '-'}  {letter.job_id or '-'}  "
                 f"{reason if len(reason) <= _REASON else reason[: _REASON - 1] + '…'}"
             )
@@ -269,7 +271,11 @@ def _tell(known: JobStatus, *, as_json: bool) -> None:
         click.echo(json.dumps(told))
         return
     for name, value in told.items():
-        shown = f"{len(value):,} (--json names them)" if isinstance(value, list) else value
+        shown = value
+        if isinstance(value, list):
+            shown = f"{len(value):,} (--json names them)"
+        elif isinstance(value, dict):
+            shown = json.dumps(value)
         click.echo(f"{name:<24} {shown}")
 
 

@@ -120,7 +120,6 @@ def run_up(
 
     try:
         with _one_interrupt(), ExitStack() as leaving:
-            leaving.callback(say, "Stopped.")
             _run(LocalStack(data), leaving, say, parent=os.getppid() if with_parent else None)
     except KeyboardInterrupt:
         pass  # it was told to end, and has
@@ -157,7 +156,9 @@ def _run(
 ) -> None:
     """Starts everything, tells about it, and watches it for ever."""
     say(f"Starting PostgreSQL and Valkey in {stack.data} ...")
-    leaving.enter_context(stack)
+    stack.start()
+    leaving.callback(say, "Stopped.")
+    leaving.callback(stack.stop)
     migrate(stack.database_url, report=say)
     interviews = load_samples(stack.database_url, _SAMPLES)
 
@@ -270,8 +271,11 @@ def _answers(port: int) -> bool:
 def _write_environment(stack: LocalStack) -> Path:
     """Writes the file that another shell reads with `source`."""
     path = stack.data / "environment"
+    addresses = stack.environment()
+    # As psql and every other program reads it.
+    addresses["DATABASE_URL"] = addresses["DATABASE_URL"].replace("+psycopg", "", 1)
     path.write_text(
-        "".join(f"export {k}={shlex.quote(v)}\n" for k, v in stack.environment().items()),
+        "".join(f"export {k}={shlex.quote(v)}\n" for k, v in addresses.items()),
         encoding="utf-8",
     )
     return path
@@ -292,7 +296,7 @@ It runs until Ctrl-C. To send a job, in another shell:
   source {shlex.quote(str(environment))}
   {grant}
 
-That file says where the servers are:
+That file says where the servers are, at another place after each start:
 
   {exports}
 

@@ -209,7 +209,7 @@ def _redis_url(url: str, name: str) -> str:
     scheme = {"redis+socket": "unix", "socket": "unix"}.get(kind, kind)
     if scheme not in {"redis", "rediss", "unix"}:
         raise ValueError(
-            f"The {name} is no Redis: got {f'a {shortened(kind)} URL' if kind else 'no URL'}, "
+            f"The {name} cannot be used: got {f'a {shortened(kind)} URL' if kind else 'no URL'}, "
             "expected redis://, rediss:// or redis+socket://."
         )
     try:

@@ -239,8 +239,10 @@ def result(
                 return _answer_of(known)
             left = deadline - time.monotonic()
         if left <= 0:
+            unheard_of = "it is queued" if announced else "nothing is stored of it"
+            so_far = f"its state is {state}" if stored else unheard_of
             raise NoAnswerInTimeError(
-                f"Job {job_id} had no answer within {timeout:g} s (its state is {state}). "
+                f"Job {job_id} had no answer within {timeout:g} s ({so_far}). "
                 "It may still run: poll it again by its id.",
                 {"job_id": job_id, "state": state},
             )
@@ -465,4 +467,4 @@ def _expiry(now: datetime, when: float | datetime) -> datetime:
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return str(error).rstrip(".") or type(error).__name__
