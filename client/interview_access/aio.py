@@ -14,14 +14,20 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, WatchError
 
 from interview_access import protocol
-from interview_access.contracts import JobProgress, JobStatus
+from interview_access.contracts import GrantJob, JobProgress, JobStatus
 from interview_access.producer import (
     ANSWER_SECONDS,
     CONNECT_SECONDS,
     SOCKET_SECONDS,
     redis_urls,
 )
-from interview_access.protocol import Commands, Conversation, GrantMessage, Pause
+from interview_access.protocol import (
+    Commands,
+    Conversation,
+    GrantMessage,
+    Pause,
+    grant_messages,
+)
 
 T = TypeVar("T")
 
@@ -60,6 +66,11 @@ class AsyncInterviewAccessClient:
             expires=expires,
         )
         return await self._hold(protocol.enqueue(message))
+
+    async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
+        """See the blocking client; the jobs are gone through in another thread."""
+        messages = await asyncio.to_thread(grant_messages, jobs)
+        return await self._hold(protocol.enqueue_many(messages))
 
     async def wait(
         self,
@@ -113,9 +124,8 @@ class AsyncInterviewAccessClient:
             return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
         async with client.pipeline(transaction=True) as pipeline:
             if step.provided:
-                key, value = step.provided
-                await pipeline.watch(key)
-                if await pipeline.get(key) != value:
+                await pipeline.watch(*step.provided)
+                if await pipeline.mget(step.provided) != [*step.provided.values()]:
                     raise WatchError
                 pipeline.multi()  # type: ignore[no-untyped-call] # redis-py's
             for command in step.commands:

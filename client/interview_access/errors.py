@@ -36,6 +36,29 @@ class InterviewAccessError(Exception):
     def __str__(self) -> str:
         return self.sentence
 
+    def with_account(
+        self, *, sent: Sequence[str], perhaps_sent: Sequence[str], not_sent: Sequence[str]
+    ) -> Self:
+        """The same error, met while many jobs were sent, and what became of each by its id.
+
+        Args:
+            sent: Are on the queue.
+            perhaps_sent: May be: Redis was asked, and its answer did not come.
+            not_sent: Are not.
+        """
+        total = len(sent) + len(perhaps_sent) + len(not_sent)
+        return type(self)(
+            f"{self.sentence} Of {total:,} jobs {len(sent):,} were sent, {len(perhaps_sent):,} may "
+            f"have been and {len(not_sent):,} were not: details name them by their ids. A job "
+            "that is sent again under its id counts once.",
+            {
+                **self.details,
+                "sent": [*sent],
+                "perhaps_sent": [*perhaps_sent],
+                "not_sent": [*not_sent],
+            },
+        )
+
 
 class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the contract's name
     """An argument is missing, unknown or of the wrong type or size. Permanent."""
@@ -102,13 +125,27 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
     """A job id came again with another request. Permanent: the first answer stays."""
 
     @classmethod
-    def of(cls, job_id: str, first_digest: str, digest: str) -> Self:
-        """The refusal of a second request under one job id, both named by their digests."""
+    def of(cls, job_id: str, first_digest: str, digest: str, others: Sequence[str] = ()) -> Self:
+        """The refusal of a second request under one job id, both named by their digests.
+
+        Args:
+            job_id: The id.
+            first_digest: Of the request that has it.
+            digest: Of the request that was to have it.
+            others: Job ids sent with this one that are refused likewise.
+        """
+        likewise = f" So were {len(others):,} more ids that came with it." if others else ""
         return cls(
             f"Job id {shortened(job_id)} was used before for another request: expected the request "
-            f"with digest {first_digest}, got one with digest {digest}. "
+            f"with digest {first_digest}, got one with digest {digest}.{likewise} "
             "Send the new request under a job id of its own.",
-            {"total": 1, "job_id": job_id, "first_digest": first_digest, "digest": digest},
+            {
+                "total": 1 + len(others),
+                "job_id": job_id,
+                "first_digest": first_digest,
+                "digest": digest,
+                **({"others": [*others]} if others else {}),
+            },
         )
 
 
