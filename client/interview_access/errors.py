@@ -36,26 +36,24 @@ class InterviewAccessError(Exception):
     def __str__(self) -> str:
         return self.sentence
 
-    def with_account(
-        self, *, sent: Sequence[str], perhaps_sent: Sequence[str], not_sent: Sequence[str]
-    ) -> Self:
-        """The same error, met while many jobs were sent, and what became of each by its id.
+    def with_account(self, job_ids: Sequence[str], *, sent: int, perhaps_sent: int = 0) -> Self:
+        """The same error, met while many jobs were sent, with what became of each of them.
 
         Args:
-            sent: Are on the queue.
-            perhaps_sent: May be: Redis was asked, and its answer did not come.
-            not_sent: Are not.
+            job_ids: All of them, in the order in which they are sent.
+            sent: How many are on the queue.
+            perhaps_sent: How many after those may be, because no answer came.
         """
-        total = len(sent) + len(perhaps_sent) + len(not_sent)
+        asked = sent + perhaps_sent
         return type(self)(
-            f"{self.sentence} Of {total:,} jobs {len(sent):,} were sent, {len(perhaps_sent):,} may "
-            f"have been and {len(not_sent):,} were not: details name them by their ids. A job "
-            "that is sent again under its id counts once.",
+            f"{self.sentence} Of {len(job_ids):,} jobs {sent:,} were sent, {perhaps_sent:,} may "
+            f"have been, and {len(job_ids) - asked:,} were not; the details name them. "
+            "A job that is sent again under its id counts once.",
             {
                 **self.details,
-                "sent": [*sent],
-                "perhaps_sent": [*perhaps_sent],
-                "not_sent": [*not_sent],
+                "sent": [*job_ids[:sent]],
+                "perhaps_sent": [*job_ids[sent:asked]],
+                "not_sent": [*job_ids[asked:]],
             },
         )
 

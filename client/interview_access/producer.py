@@ -110,17 +110,16 @@ class InterviewAccessClient:
             The jobs' ids, in step with them.
 
         Raises:
-            ValueError: as from :meth:`enqueue`, of the job that it names as ``jobs[3]``; nothing
-                was sent.
-            InvalidGrantRequestException: likewise.
-            JobIdReusedException: ids are known of other requests, and nothing was sent, unless one
-                was taken meanwhile; or two jobs of different requests have one id.
-            QueueUnavailableError: Redis did not take all jobs in time.
+            ValueError: as from :meth:`enqueue`, with the job's position; nothing was sent.
+            InvalidGrantRequestException: likewise; or two requests here have one id.
+            JobIdReusedException: ids are known of other requests; nothing was sent, unless another
+                took one meanwhile.
+            QueueUnavailableError: Redis did not take all of them in time.
 
-        Where some may have been sent, the last two name all ids in their details, as ``sent``,
-        ``perhaps_sent`` or ``not_sent``.
+        The details of the last two name every id once, in order: those ``sent``, those
+        ``perhaps_sent`` (when an answer did not come) and those ``not_sent``.
         """
-        return self._hold(protocol.enqueue_many(grant_messages(jobs)))
+        return self._hold(protocol.enqueue_many(list(grant_messages(jobs))))
 
     def wait(
         self,

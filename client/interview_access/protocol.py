@@ -54,17 +54,12 @@ T = TypeVar("T")
 ANNOUNCED_DAYS = 30
 """For how long an id is known of a job that no worker begins."""
 
-_LOST = LostConnectionError, SilenceError, OSError
-"""What leaves open whether Redis did as it was told."""
-
+_LOST = LostConnectionError, SilenceError, OSError  # whether Redis did as it was told is not known
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds between two looks at a result
 _ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
 _CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
 _TRY_AGAIN_WITHIN = 4.0  # seconds: a try that begins later could end after the 10 s that we promise
-_JOBS_AT_ONCE, _BYTES_AT_ONCE = (
-    500,
-    4_000_000,
-)  # in one MULTI, which holds up all who use this Redis
+_JOBS_AT_ONCE, _BYTES_AT_ONCE = 500, 4_000_000  # in one MULTI: others wait for Redis meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +177,13 @@ class GrantMessage:
         )
 
 
-def grant_messages(jobs: Iterable[object]) -> list[GrantMessage]:
+def grant_messages(jobs: Iterable[object]) -> Iterator[GrantMessage]:
     """The messages of many jobs, in step with them; one job given twice has one message.
 
     Raises:
-        ValueError: as GrantMessage.of, for the first job that cannot be sent, by its position.
-        InvalidGrantRequestException: likewise; or it is no GrantJob.
-        JobIdReusedException: two requests are to have one id.
+        ValueError: as GrantMessage.of, naming the job by its position.
+        InvalidGrantRequestException: likewise; or it is no GrantJob, or has another request's id.
     """
-    messages: list[GrantMessage] = []
     first_of: dict[str, GrantMessage] = {}
     for position, job in enumerate(jobs):
         try:
@@ -205,14 +198,15 @@ def grant_messages(jobs: Iterable[object]) -> list[GrantMessage]:
             )
             first = first_of.setdefault(message.job_id, message)
             if first.announcement.digest != message.announcement.digest:
-                raise _reused([(message, str(first.announcement.digest))])
-        except InterviewAccessError as error:
-            details = {**error.details, "position": position}
-            raise type(error)(f"jobs[{position}]: {error.sentence}", details) from None
+                taken = f"{shortened(message.job_id)} of a request before"
+                raise InvalidGrantRequestException.of([("job id", "one of its own", taken)])
+        except InvalidGrantRequestException as error:
+            raise InvalidGrantRequestException(
+                f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
+            ) from None
         except ValueError as error:
             raise ValueError(f"jobs[{position}]: {error}") from None
-        messages.append(first)
-    return messages
+        yield first
 
 
 def announcement_key(job_id: str) -> str:
@@ -243,40 +237,32 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
 
 
 def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
-    """Send jobs, none of them where an id is known of another request, and return their ids.
+    """Send jobs, none of them where an id is known of another request.
 
     What fails on the way, also an id that another takes meanwhile, tells which were sent.
     """
-    waiting = {message.job_id: message for message in messages}
-    batches = list(_batches(waiting.values()))
-    sent: list[str] = []
-    under_way: list[str] = []
-
-    def account() -> dict[str, list[str]]:
-        left = waiting.keys() - {*sent, *under_way}
-        not_sent = [job_id for job_id in waiting if job_id in left]
-        return {"sent": sent, "perhaps_sent": under_way, "not_sent": not_sent}
-
+    each_once = {message.job_id: message for message in messages}
+    job_ids = list(each_once)
+    batches = list(_batches(each_once.values()))
+    sent = under_way = 0
     try:
         known: dict[str, bytes | None] = {}
         for batch in batches:
             known |= yield from _announced(batch)
-        _refuse_other_requests(waiting.values(), known)
+        _refuse_other_requests(each_once.values(), known)
         for batch in batches:
-            under_way = [message.job_id for message in batch]
+            under_way = len(batch)
             yield from _send(batch, {message.key: known[message.key] for message in batch})
-            sent += under_way
-            under_way = []
+            sent, under_way = sent + under_way, 0
     except JobIdReusedException as error:
-        under_way = []
-        raise error.with_account(**account()) from None
+        raise error.with_account(job_ids, sent=sent) from None
     except (RedisError, OSError) as error:
-        if not isinstance(error, _LOST):
-            under_way = []
         raise QueueUnavailableError(
             f"Not all jobs are queued: Redis did not take them ({_reason(error)}). "
             "Expected a Redis that can be reached and written to."
-        ).with_account(**account()) from error
+        ).with_account(
+            job_ids, sent=sent, perhaps_sent=0 if isinstance(error, ResponseError) else under_way
+        ) from error
     return [message.job_id for message in messages]
 
 
@@ -297,12 +283,11 @@ def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
 def _send(
     messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]
 ) -> Conversation[None]:
-    """Send jobs, all or none, where no other request has their ids, whoever else tries meanwhile.
+    """Send jobs, all or none, where no other request has an id of theirs, whoever else tries.
 
     Args:
         messages: Of different jobs.
-        known: The announcements, as far as is known, that stand at the keys of those whose ids
-            others may have.
+        known: Of each whose id others may have, by its key: the announcement that seems to stand.
     """
     give_up = time.monotonic() + _TRY_AGAIN_WITHIN
     try:
@@ -310,7 +295,7 @@ def _send(
     except _LOST as lost:
         if time.monotonic() > give_up:
             raise
-        # What is announced by now tells whether this try came through.
+        # By what is announced the second try sees whether the first came through.
         known = {**dict.fromkeys(message.key for message in messages), **known}
         try:
             yield from _send_where_free(messages, known, give_up)
@@ -326,13 +311,13 @@ def _send_where_free(
     while True:
         try:
             yield Commands(commands, provided=known)
-        except WatchError:
+        except WatchError:  # also where the connection was lost before the answer
             if time.monotonic() > give_up:
                 raise
             (texts,) = yield Commands((("MGET", *known),))
             known = dict(zip(known, texts, strict=True))
             if known == ours:
-                return  # the try before this one came through, and only its answer was lost
+                return  # a try before came through, and only its answer was lost
             _refuse_other_requests(messages, known)
         else:
             return
@@ -466,12 +451,12 @@ def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
     return None, bool(announced)
 
 
-def _replies(step: Commands, *, give_up: float | None = None) -> Conversation[list[Any]]:
+def _replies(step: Commands) -> Conversation[list[Any]]:
     """The replies, after a second try where the first lost its connection.
 
     What was done twice takes effect once: by the job's id, or by what it asks.
     """
-    give_up = time.monotonic() + _TRY_AGAIN_WITHIN if give_up is None else give_up
+    give_up = time.monotonic() + _TRY_AGAIN_WITHIN
     try:
         return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
     except _LOST:
@@ -571,18 +556,13 @@ def _refuse_other_requests(
         if first and first != message.announcement.digest:
             refused.append((message, first))
     if refused:
-        raise _reused(refused)
-
-
-def _reused(refused: Sequence[tuple[GrantMessage, str]]) -> JobIdReusedException:
-    """The refusal of messages, each with the digest of the request that has its id."""
-    message, first = refused[0]
-    return JobIdReusedException.of(
-        message.job_id,
-        first,
-        str(message.announcement.digest),
-        others=[other.job_id for other, _ in refused[1:]],
-    )
+        (message, first), *others = refused
+        raise JobIdReusedException.of(
+            message.job_id,
+            first,
+            str(message.announcement.digest),
+            others=[other.job_id for other, _ in others],
+        )
 
 
 def _as_texts(values: object) -> object:
