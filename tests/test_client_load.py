@@ -70,7 +70,7 @@ def test_many_at_once_leave_nothing_behind(stack: LocalStack) -> None:
     """After 40,000 jobs in four calls, memory is as after 20,000."""
     marks = flood(stack, "many", rounds=4, each=1_250)
     assert {mark.connections for mark in marks} == {1}
-    assert marks[3].rss - marks[1].rss < 3_000_000
+    assert marks[3].rss - marks[1].rss < 10_000_000  # a call that was kept would be 30 MB
 
 
 @pytest.mark.parametrize("how", ["fork", "pool"])

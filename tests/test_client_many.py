@@ -350,6 +350,34 @@ def test_a_connection_that_is_lost_on_the_way(
     assert calling.result() == ids_of(jobs) == queued(redis)
 
 
+def test_a_refusal_after_a_lost_connection(redis: Redis, relay: Relay, behind: Client) -> None:
+    """A batch whose first try was lost may have been sent, even if the second was refused."""
+    jobs = jobs_of(3 * AT_ONCE)
+    ids = ids_of(jobs)
+    try:
+        with second_batch(relay, lambda: behind.enqueue_many(jobs)) as calling:
+            redis.config_set("maxmemory", 1)
+            relay.cut()
+        with pytest.raises(QueueUnavailableError) as caught:
+            calling.result()
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert account(caught.value) == (ids[:AT_ONCE], ids[AT_ONCE:-AT_ONCE], ids[-AT_ONCE:])
+
+
+@pytest.mark.parametrize("job_id", [None, "chosen"])
+def test_a_single_job_whose_answer_is_lost(
+    redis: Redis, relay: Relay, behind: Client, job_id: str | None
+) -> None:
+    """It is the same for one job: where only the answer was lost, it is not sent twice."""
+    with relay.gate(EXEC, answered=True) as gate:
+        calling = Background(lambda: behind.enqueue("ann", [ID], job_id=job_id))
+        gate.until_reached()
+        until(lambda: redis.llen(QUEUE) == 1)
+        relay.cut()
+    assert [calling.result()] == queued(redis)
+
+
 def test_a_redis_that_is_full(redis: Redis, client: Client) -> None:
     """A full Redis takes none, and the account says so; with room again, the same call serves."""
     jobs = jobs_of(2 * AT_ONCE)

@@ -311,7 +311,9 @@ def _send_where_free(
     while True:
         try:
             yield Commands(commands, provided=known)
-        except WatchError:  # also where the connection was lost before the answer
+        except WatchError as error:
+            if isinstance(error.__context__, _LOST):
+                raise error.__context__ from None  # redis-py has this word for it while it watches
             if time.monotonic() > give_up:
                 raise
             (texts,) = yield Commands((("MGET", *known),))
