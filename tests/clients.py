@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from interview_access.aio import AsyncInterviewAccessClient
-from interview_access.contracts import JobStatus
+from interview_access.contracts import GrantJob, JobStatus
 from interview_access.producer import InterviewAccessClient
 
 T = TypeVar("T")
@@ -20,6 +20,10 @@ class Client(Protocol):
     @property
     def enqueue(self) -> Callable[..., str]:
         """See the blocking client, as all of these."""
+
+    @property
+    def enqueue_many(self) -> Callable[[Iterable[GrantJob]], list[str]]:
+        """Ids."""
 
     @property
     def wait(self) -> Callable[..., dict[str, Any]]:
@@ -47,6 +51,10 @@ class Awaited:
     def enqueue(self, user_id: Any, interview_ids: Any, **options: Any) -> str:
         """See the blocking client."""
         return self._runner.run(self._client.enqueue(user_id, interview_ids, **options))
+
+    def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
+        """See the blocking client."""
+        return self._runner.run(self._client.enqueue_many(jobs))
 
     def wait(self, job_id: str, **options: Any) -> dict[str, Any]:
         """See the blocking client."""

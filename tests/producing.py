@@ -1,6 +1,7 @@
 """Processes that enqueue much, or fork, and say what became of it.
 
-``python -m tests.producing flood URL KIND ROUNDS EACH`` (a line of JSON for each round),
+``python -m tests.producing flood URL KIND ROUNDS EACH`` (a line of JSON for each round; KIND is
+``blocking``, ``asyncio`` or ``many``),
 ``python -m tests.producing fork URL``, ``python -m tests.producing pool URL``.
 """
 
@@ -12,12 +13,13 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import psutil
 from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
 
 THREADS = 8
@@ -29,9 +31,13 @@ _shared: list[InterviewAccessClient] = []
 
 
 def flood(url: str, kind: str, rounds: int, each: int) -> None:
-    """Enqueue from eight threads, or tasks, and wait now and then."""
-    sending = _from_threads if kind == "blocking" else _from_tasks
-    for seconds in sending(url, rounds, each):
+    """Enqueue from eight threads, or tasks, and wait now and then; or a round in one call."""
+    sending: dict[str, Callable[[str, int, int], Iterator[float]]] = {
+        "blocking": _from_threads,
+        "asyncio": _from_tasks,
+        "many": _in_one_call,
+    }
+    for seconds in sending[kind](url, rounds, each):
         rss = psutil.Process().memory_info().rss
         print(json.dumps({"seconds": seconds, "rss": rss}), flush=True)  # noqa: T201 - its reader waits for it
         sys.stdin.readline()
@@ -71,6 +77,14 @@ def _from_tasks(url: str, rounds: int, each: int) -> Iterator[float]:
             runner.run(send_all())
             yield time.perf_counter() - began
         runner.run(client.close())
+
+
+def _in_one_call(url: str, rounds: int, each: int) -> Iterator[float]:
+    client = InterviewAccessClient(url)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        client.enqueue_many(GrantJob("ann", _IDS) for _ in range(THREADS * each))
+        yield time.perf_counter() - began
 
 
 def fork(url: str) -> None:

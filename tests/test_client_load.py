@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import pytest
 from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
@@ -63,6 +64,13 @@ def test_much_leaves_nothing_behind(stack: LocalStack, kind: str) -> None:
     assert {mark.subscriptions for mark in marks} == {0}
     assert max(mark.connections for mark in marks) <= THREADS + 1
     assert marks[1].rss - marks[0].rss < 3_000_000
+
+
+def test_many_at_once_leave_nothing_behind(stack: LocalStack) -> None:
+    """After 40,000 jobs in four calls, memory is as after 20,000."""
+    marks = flood(stack, "many", rounds=4, each=1_250)
+    assert {mark.connections for mark in marks} == {1}
+    assert marks[3].rss - marks[1].rss < 10_000_000  # a call that was kept would be 30 MB
 
 
 @pytest.mark.parametrize("how", ["fork", "pool"])
@@ -159,6 +167,32 @@ def test_the_loop_goes_on_while_100_000_ids_are_enqueued(url: str, redis: Redis)
     assert awaited < 0.2
     assert awaited < blocked / 1.5
     assert redis.llen(QUEUE) == 7
+
+
+def test_the_loop_goes_on_while_5_000_jobs_are_enqueued(url: str, redis: Redis) -> None:
+    """The asyncio client lets other tasks run during a call for many; the blocking one does not."""
+    ids = [str(uuid4()) for _ in range(20)]
+    blocking = InterviewAccessClient(url)
+
+    def jobs() -> list[GrantJob]:
+        return [GrantJob("ann", ids) for _ in range(5_000)]
+
+    async def block() -> list[str]:
+        return blocking.enqueue_many(jobs())
+
+    async def gaps() -> tuple[float, float]:
+        client = AsyncInterviewAccessClient(url)
+        await client.enqueue("ann", [])
+        awaited = [(await longest_gap(client.enqueue_many(jobs())))[0] for _ in range(3)]
+        blocked = [(await longest_gap(block()))[0] for _ in range(3)]
+        await client.close()
+        return min(awaited), min(blocked)  # the least: others share this machine
+
+    awaited, blocked = asyncio.run(gaps())
+    blocking.close()
+    assert awaited < 0.1
+    assert awaited < blocked / 3
+    assert redis.llen(QUEUE) == 1 + 6 * 5_000
 
 
 def test_a_task_that_is_cancelled_leaves_the_client_whole(url: str, redis: Redis) -> None:

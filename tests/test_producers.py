@@ -105,6 +105,15 @@ def test_the_client_package(here: Site, url: str) -> None:
     assert here.store.granted("ann") == here.store.granted("bob") == [NAMED_SAMPLES[0]]
 
 
+def test_thousands_at_once(here: Site, url: str) -> None:
+    """A thousand jobs are sent in one call, and done."""
+    (program,) = blocks("Thousands of jobs at once", "python")
+    assert run(PYTHON, program, url) == ["1 created"]
+    for number in range(0, 1_000, 100):
+        assert here.answer(f"page-many-{number}")["status"] == "SUCCESS"
+    assert here.store.granted("page-many-0") == [NAMED_SAMPLES[0]]
+
+
 def test_celery_alone(here: Site, url: str) -> None:
     """A producer of Celery's sends, and reads a failure with its details."""
     (program,) = blocks("Python, with Celery alone", "python")
@@ -187,7 +196,8 @@ def test_a_redis_user_needs_no_more(here: Site, url: str) -> None:
     names = [re.findall(r"SETUSER (\w+)", block)[0] for block in (ours, plain, celery)]
     client, pusher, sender = (f"{name}:secret" for name in names)
     try:
-        for block in blocks("Python, with our package", "python"):
+        sections = "Python, with our package", "Thousands of jobs at once"
+        for block in (block for section in sections for block in blocks(section, "python")):
             run(PYTHON, block, url.replace("//", f"//{client}@"))
         push, get, announced = blocks("Any Redis client", "redis")
         with speaker(url, pusher) as redis:

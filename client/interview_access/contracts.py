@@ -10,10 +10,10 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, Literal, NewType, Self
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from pydantic import (
     BaseModel,
@@ -249,6 +249,26 @@ class GrantAccessRequest(_Request):
             }
         ),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class GrantJob:
+    """One of many jobs to be enqueued together: one user's access to interviews, not judged yet.
+
+    Attributes:
+        user_id: 1 to 36 characters.
+        interview_ids: UUIDs.
+        job_id: 1 to 255 printable characters, one for each request; a random UUID where none is
+            given, so that whoever holds the job can poll it, or send it again.
+        countdown: Seconds before which no worker begins it.
+        expires: Seconds, or a datetime (UTC where it has no zone), after which none does.
+    """
+
+    user_id: str | UUID
+    interview_ids: Iterable[str | UUID]
+    job_id: str = field(default_factory=lambda: str(uuid4()))
+    countdown: float | None = None
+    expires: float | datetime | None = None
 
 
 class CreateInterviewAttemptRequest(_Request):

@@ -36,6 +36,27 @@ class InterviewAccessError(Exception):
     def __str__(self) -> str:
         return self.sentence
 
+    def with_account(self, job_ids: Sequence[str], *, sent: int, perhaps_sent: int = 0) -> Self:
+        """The same error, met while many jobs were sent, with what became of each of them.
+
+        Args:
+            job_ids: All of them, in the order in which they are sent.
+            sent: How many are on the queue.
+            perhaps_sent: How many after those may be, because no answer came.
+        """
+        asked = sent + perhaps_sent
+        return type(self)(
+            f"{self.sentence} Of {len(job_ids):,} jobs {sent:,} were sent, {perhaps_sent:,} may "
+            f"have been, and {len(job_ids) - asked:,} were not; the details name them. "
+            "A job that is sent again under its id counts once.",
+            {
+                **self.details,
+                "sent": [*job_ids[:sent]],
+                "perhaps_sent": [*job_ids[sent:asked]],
+                "not_sent": [*job_ids[asked:]],
+            },
+        )
+
 
 class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the contract's name
     """An argument is missing, unknown or of the wrong type or size. Permanent."""
@@ -102,13 +123,27 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
     """A job id came again with another request. Permanent: the first answer stays."""
 
     @classmethod
-    def of(cls, job_id: str, first_digest: str, digest: str) -> Self:
-        """The refusal of a second request under one job id, both named by their digests."""
+    def of(cls, job_id: str, first_digest: str, digest: str, others: Sequence[str] = ()) -> Self:
+        """The refusal of a second request under one job id, both named by their digests.
+
+        Args:
+            job_id: The id.
+            first_digest: Of the request that has it.
+            digest: Of the request that was to have it.
+            others: Job ids sent with this one that are refused likewise.
+        """
+        likewise = f" So were {len(others):,} more ids that came with it." if others else ""
         return cls(
             f"Job id {shortened(job_id)} was used before for another request: expected the request "
-            f"with digest {first_digest}, got one with digest {digest}. "
+            f"with digest {first_digest}, got one with digest {digest}.{likewise} "
             "Send the new request under a job id of its own.",
-            {"total": 1, "job_id": job_id, "first_digest": first_digest, "digest": digest},
+            {
+                "total": 1 + len(others),
+                "job_id": job_id,
+                "first_digest": first_digest,
+                "digest": digest,
+                **({"others": [*others]} if others else {}),
+            },
         )
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -32,6 +32,7 @@ from interview_access.contracts import (
     QUEUE,
     Announcement,
     GrantAccessRequest,
+    GrantJob,
     JobProgress,
     JobStatus,
     describe,
@@ -40,6 +41,7 @@ from interview_access.contracts import (
 )
 from interview_access.errors import (
     InterviewAccessError,
+    InvalidGrantRequestException,
     JobFailedError,
     JobIdReusedException,
     NoAnswerInTimeError,
@@ -52,10 +54,12 @@ T = TypeVar("T")
 ANNOUNCED_DAYS = 30
 """For how long an id is known of a job that no worker begins."""
 
+_LOST = LostConnectionError, SilenceError, OSError  # whether Redis did as it was told is not known
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds between two looks at a result
 _ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
 _CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
 _TRY_AGAIN_WITHIN = 4.0  # seconds: a try that begins later could end after the 10 s that we promise
+_JOBS_AT_ONCE, _BYTES_AT_ONCE = 500, 4_000_000  # in one MULTI: others wait for Redis meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +68,13 @@ class Commands:
 
     Attributes:
         results: Whether for the server of the results, and not that of the queue.
-        provided: A key, and the value (None: no value) that it must have until they are done;
-            they are not done, and WatchError is thrown, where it has another.
+        provided: Keys, and the value (None: no value) that each must have until they are done;
+            they are not done, and WatchError is thrown, where one has another.
     """
 
     commands: tuple[tuple[Any, ...], ...]
     results: bool = False
-    provided: tuple[str, bytes | None] | None = None
+    provided: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +160,53 @@ class GrantMessage:
         )
 
     @property
+    def key(self) -> str:
+        """Where it is announced."""
+        return announcement_key(self.job_id)
+
+    @property
     def commands(self) -> tuple[tuple[Any, ...], ...]:
         """Announce the job, unless its id is known, and enqueue it: for one MULTI."""
         known = self.announcement
         delay = known.eta - known.sent_at if known.eta else timedelta()
         kept = max(delay, timedelta()) + timedelta(days=ANNOUNCED_DAYS)
-        text = known.model_dump_json(exclude_none=True)
+        text = known.model_dump_json(exclude_none=True).encode()
         return (
-            ("SET", announcement_key(self.job_id), text, "NX", "EX", int(kept.total_seconds())),
+            ("SET", self.key, text, "NX", "EX", int(kept.total_seconds())),
             ("LPUSH", QUEUE, self.envelope),
         )
+
+
+def grant_messages(jobs: Iterable[object]) -> Iterator[GrantMessage]:
+    """The messages of many jobs, in step with them; one job given twice has one message.
+
+    Raises:
+        ValueError: as GrantMessage.of, naming the job by its position.
+        InvalidGrantRequestException: likewise; or it is no GrantJob, or has another request's id.
+    """
+    first_of: dict[str, GrantMessage] = {}
+    for position, job in enumerate(jobs):
+        try:
+            if not isinstance(job, GrantJob):
+                raise InvalidGrantRequestException.of([("the job", "a GrantJob", describe(job))])
+            message = GrantMessage.of(
+                job.user_id,
+                job.interview_ids,
+                job_id=job.job_id,
+                countdown=job.countdown,
+                expires=job.expires,
+            )
+            first = first_of.setdefault(message.job_id, message)
+            if first.announcement.digest != message.announcement.digest:
+                taken = f"{shortened(message.job_id)} of a request before"
+                raise InvalidGrantRequestException.of([("job id", "one of its own", taken)])
+        except InvalidGrantRequestException as error:
+            raise InvalidGrantRequestException(
+                f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"jobs[{position}]: {error}") from None
+        yield first
 
 
 def announcement_key(job_id: str) -> str:
@@ -184,10 +225,7 @@ def result_key(job_id: str) -> str:
 def enqueue(message: GrantMessage) -> Conversation[str]:
     """Send the job, but not under an id that is known of another request."""
     try:
-        if message.is_new:
-            yield from _replies(Commands(message.commands))
-        else:
-            yield from _send_as_first(message)
+        yield from _send([message], {} if message.is_new else {message.key: None})
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"Job {message.job_id} may not be queued: Redis did not take it ({_reason(error)}). "
@@ -198,20 +236,100 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
     return message.job_id
 
 
-def _send_as_first(message: GrantMessage) -> Conversation[None]:
-    """Send the job where no other request has its id, whoever else tries at the same time."""
-    key, known = announcement_key(message.job_id), None
+def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
+    """Send jobs, none of them where an id is known of another request.
+
+    What fails on the way, also an id that another takes meanwhile, tells which were sent.
+    """
+    each_once = {message.job_id: message for message in messages}
+    job_ids = list(each_once)
+    batches = list(_batches(each_once.values()))
+    sent = under_way = 0
+    try:
+        known: dict[str, bytes | None] = {}
+        for batch in batches:
+            known |= yield from _announced(batch)
+        _refuse_other_requests(each_once.values(), known)
+        for batch in batches:
+            under_way = len(batch)
+            yield from _send(batch, {message.key: known[message.key] for message in batch})
+            sent, under_way = sent + under_way, 0
+    except JobIdReusedException as error:
+        raise error.with_account(job_ids, sent=sent) from None
+    except (RedisError, OSError) as error:
+        raise QueueUnavailableError(
+            f"Not all jobs are queued: Redis did not take them ({_reason(error)}). "
+            "Expected a Redis that can be reached and written to."
+        ).with_account(
+            job_ids, sent=sent, perhaps_sent=0 if isinstance(error, ResponseError) else under_way
+        ) from error
+    return [message.job_id for message in messages]
+
+
+def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
+    """As many as are sent at once; a message that is larger than that by itself goes alone."""
+    batch: list[GrantMessage] = []
+    size = 0
+    for message in messages:
+        size += len(message.envelope)
+        if batch and (len(batch) == _JOBS_AT_ONCE or size > _BYTES_AT_ONCE):
+            yield batch
+            batch, size = [], len(message.envelope)
+        batch.append(message)
+    if batch:
+        yield batch
+
+
+def _send(
+    messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]
+) -> Conversation[None]:
+    """Send jobs, all or none, where no other request has an id of theirs, whoever else tries.
+
+    Args:
+        messages: Of different jobs.
+        known: Of each whose id others may have, by its key: the announcement that seems to stand.
+    """
     give_up = time.monotonic() + _TRY_AGAIN_WITHIN
+    try:
+        yield from _send_where_free(messages, known, give_up)
+    except _LOST as lost:
+        if time.monotonic() > give_up:
+            raise
+        # By what is announced the second try sees whether the first came through.
+        known = {**dict.fromkeys(message.key for message in messages), **known}
+        try:
+            yield from _send_where_free(messages, known, give_up)
+        except (RedisError, OSError) as error:
+            raise lost from error
+
+
+def _send_where_free(
+    messages: Sequence[GrantMessage], known: Mapping[str, bytes | None], give_up: float
+) -> Conversation[None]:
+    commands = tuple(command for message in messages for command in message.commands)
+    ours = {command[1]: command[2] for command in commands if command[0] == "SET"}
     while True:
         try:
-            yield from _replies(Commands(message.commands, provided=(key, known)))
-        except WatchError:  # also where the connection was lost before the answer
+            yield Commands(commands, provided=known)
+        except WatchError as error:
+            if isinstance(error.__context__, _LOST):
+                raise error.__context__ from None  # redis-py has this word for it while it watches
             if time.monotonic() > give_up:
                 raise
-            (known,) = yield from _replies(Commands((("GET", key),)), give_up=give_up)
-            _refuse_other_request(message, known)
+            (texts,) = yield Commands((("MGET", *known),))
+            known = dict(zip(known, texts, strict=True))
+            if known == ours:
+                return  # a try before came through, and only its answer was lost
+            _refuse_other_requests(messages, known)
         else:
             return
+
+
+def _announced(messages: Sequence[GrantMessage]) -> Conversation[dict[str, bytes | None]]:
+    """What is known of the ids, by their keys."""
+    keys = [message.key for message in messages]
+    (texts,) = yield from _replies(Commands((("MGET", *keys),)))
+    return dict(zip(keys, texts, strict=True))
 
 
 def result(
@@ -337,15 +455,15 @@ def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
     return None, bool(announced)
 
 
-def _replies(step: Commands, *, give_up: float | None = None) -> Conversation[list[Any]]:
+def _replies(step: Commands) -> Conversation[list[Any]]:
     """The replies, after a second try where the first lost its connection.
 
     What was done twice takes effect once: by the job's id, or by what it asks.
     """
-    give_up = time.monotonic() + _TRY_AGAIN_WITHIN if give_up is None else give_up
+    give_up = time.monotonic() + _TRY_AGAIN_WITHIN
     try:
         return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
-    except (LostConnectionError, SilenceError, OSError):
+    except _LOST:
         if time.monotonic() > give_up:
             raise
     return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
@@ -431,12 +549,24 @@ def _answer_of(known: JobStatus) -> dict[str, Any]:
     return known.result or {}
 
 
-def _refuse_other_request(message: GrantMessage, before: bytes | None) -> None:
-    if before is None:
-        return
-    digest = json.loads(before).get("digest")
-    if digest and digest != message.announcement.digest:
-        raise JobIdReusedException.of(message.job_id, digest, str(message.announcement.digest))
+def _refuse_other_requests(
+    messages: Iterable[GrantMessage], known: Mapping[str, bytes | None]
+) -> None:
+    """Raise where ids are known of other requests."""
+    refused: list[tuple[GrantMessage, str]] = []
+    for message in messages:
+        announced = known.get(message.key)
+        first = json.loads(announced).get("digest") if announced else None
+        if first and first != message.announcement.digest:
+            refused.append((message, first))
+    if refused:
+        (message, first), *others = refused
+        raise JobIdReusedException.of(
+            message.job_id,
+            first,
+            str(message.announcement.digest),
+            others=[other.job_id for other, _ in others],
+        )
 
 
 def _as_texts(values: object) -> object:
