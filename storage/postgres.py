@@ -96,7 +96,13 @@ _OF_JOBS = (
     " FROM unnest(CAST(:job_ids AS text[])) AS job_id ORDER BY key OFFSET 0) AS jobs {others}"
 )
 _LOCK_JOBS = text(_OF_JOBS.format(columns="job_id, pg_advisory_xact_lock(key)", others=""))
-_TRY_LOCK_JOBS = text(_OF_JOBS.format(columns="job_id, pg_try_advisory_xact_lock(key)", others=""))
+_TRY_LOCK_JOBS = text(
+    _OF_JOBS.format(
+        columns="job_id, pg_try_advisory_xact_lock(key),"
+        " (SELECT set_config('lock_timeout', :lock, true))",
+        others="",
+    )
+)
 _LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :lock, true)")
 
 # pg_locks shows a key of 64 bits as two halves.
@@ -211,6 +217,7 @@ class DatabaseLimits:
 
     Attributes:
         lock: A wait for one lock.
+        several: The same in a transaction of several jobs: they are done one by one then.
         twin: The same for an earlier delivery of the same job; its connection is ended then. Its
             worker is dead, or frozen where no timeout of the database reaches it, or has lost the
             job to us.
@@ -219,6 +226,7 @@ class DatabaseLimits:
     """
 
     lock: float = 20
+    several: float = 1
     twin: float = 10
     statement: float = 120
     idle: float = 60
@@ -301,8 +309,9 @@ class PostgresTransaction(InterviewTransactionInterface):
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
         """See the interface."""
         ids = {"job_ids": list(job_ids)}
-        rows = self._connection.execute(_TRY_LOCK_JOBS, ids)
-        ours = frozenset(job_id for job_id, got in rows if got)
+        patience = self._limits.lock if wait else self._limits.several
+        rows = self._connection.execute(_TRY_LOCK_JOBS, {**ids, "lock": f"{patience}s"})
+        ours = frozenset(job_id for job_id, got, _ in rows if got)
         if not wait or len(ours) == len(job_ids):
             return ours
         try:

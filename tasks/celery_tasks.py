@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 from celery import Task, states
+from celery._state import _task_stack
+from celery.app import trace
 from celery.exceptions import Reject, Retry
 from celery.utils.log import get_task_logger
 from celery.utils.time import get_exponential_backoff_interval
@@ -56,6 +59,18 @@ Args = Sequence[object]
 Kwargs = Mapping[str, object]
 
 
+class Call(NamedTuple):
+    """A message: its job's id, and the arguments as they came."""
+
+    job_id: str
+    args: Args
+    kwargs: Kwargs
+
+
+End: TypeAlias = dict[str, Any] | InterviewAccessError | Retry
+"""How a delivery ended: with a result, a failure for cause, or that it asks for another try."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workplace:
     """What the tasks work with, decided where the worker is put together.
@@ -95,10 +110,12 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         self.workplace = workplace
 
     @abstractmethod
-    def settle(
-        self, job_id: str, args: Args, kwargs: Kwargs, fault: InterviewAccessError | None
-    ) -> Outcome:
-        """Make the message a job and have it done, or failed for the ``fault``."""
+    def read(self, job_id: str, args: Args, kwargs: Kwargs) -> Any:
+        """The job that a message makes, of the task's own kind; with its fault, if it has one."""
+
+    @abstractmethod
+    def settle(self, jobs: Sequence[Any], *, singly: bool = True) -> list[Outcome]:
+        """Have the jobs done, or failed for their faults; ``singly`` as the interactors have it."""
 
     def __call__(self, /, *args: object, **kwargs: object) -> dict[str, Any]:
         """Run; Celery's own would take a message's argument named ``self`` for this one."""
@@ -119,13 +136,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         outcome = self._settled(job_id, args, kwargs)
         if outcome.answer is None:
             self._later(outcome.trouble)
-        logger.info(
-            "job %s: %s: %s in %.2f s",
-            job_id,
-            _line(args, kwargs),
-            _told(outcome),
-            time.monotonic() - started,
-        )
+        _log(job_id, args, kwargs, outcome, time.monotonic() - started)
         if outcome.refusal:
             logger.warning("job %s: refused: %s", job_id, outcome.refusal)
             self.send_event("job-refused", reason=outcome.refusal.sentence)
@@ -141,11 +152,86 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             self.backend.store_result(job_id, result, states.SUCCESS, request=self.request)
         return result
 
+    def run_together(self, calls: Sequence[Call]) -> tuple[list[End | None], float]:
+        """Do deliveries of several jobs, each tried for the first time, in one transaction.
+
+        Args:
+            calls: Their ids and arguments.
+
+        Returns:
+            How each ended, in step: its result or its failure, both of them stored, or that it asks
+            for another try. None for one that is to be run by itself, whatever became of it here.
+            And the seconds that all of it took.
+        """
+        started = time.monotonic()
+        try:
+            jobs = [self.read(*call) for call in calls]
+            outcomes = self.settle(jobs, singly=False)
+        except MemoryError:
+            raise  # it passes, in another child
+        except Exception as error:  # noqa: BLE001 - one job's, most likely, and told where it is run
+            logger.warning("%d jobs are done one by one: %s", len(calls), type(error).__name__)
+            return [None] * len(calls), time.monotonic() - started
+        ends = [self._end(outcome) for outcome in outcomes]
+        answers = {
+            call.job_id: end
+            for call, end in zip(calls, ends, strict=True)
+            if isinstance(end, dict | InterviewAccessError)
+        }
+        stored = self.backend.store_answers(answers)
+        seconds = time.monotonic() - started
+        for at, (call, outcome) in enumerate(zip(calls, outcomes, strict=True)):
+            if call.job_id in stored:
+                with self._as(call.job_id):
+                    _log(*call, outcome, seconds)
+                    self._log_end(call, ends[at], seconds)
+            elif call.job_id in answers:
+                ends[at] = None
+        return ends, seconds
+
+    def _end(self, outcome: Outcome) -> End | None:
+        """How a job ended among others, if it can be told from its outcome alone."""
+        if outcome.answer is None:
+            hopeless = isinstance(outcome.trouble, TransientStorageError) and (
+                outcome.trouble.unreachable
+            )
+            return Retry(exc=outcome.trouble, when=self._delay(0)) if hopeless else None
+        if outcome.refusal:
+            return None
+        try:
+            return result_of(outcome.answer)
+        except JobFailedError:
+            return None
+        except InterviewAccessError as error:
+            return error
+
+    def _log_end(self, call: Call, end: End | None, seconds: float) -> None:
+        """The line that Celery writes of each task that it runs."""
+        args, kwargs = shown(call.args, call.kwargs)
+        told = {"id": call.job_id, "name": self.name, "args": args, "kwargs": kwargs}
+        if isinstance(end, dict):
+            trace.info(trace.LOG_SUCCESS, {**told, "return_value": repr(end), "runtime": seconds})
+        else:
+            expected = trace.log_policy_expected
+            told |= {"description": expected.description, "exc": repr(end)}
+            trace.info(expected.format, told)
+
+    @contextmanager
+    def _as(self, job_id: str) -> Iterator[None]:
+        """Log as this job's run does."""
+        _task_stack.push(self)
+        self.push_request(id=job_id)
+        try:
+            yield
+        finally:
+            self.pop_request()
+            _task_stack.pop()
+
     def _settled(self, job_id: str, args: Args, kwargs: Kwargs) -> Outcome:
         verdict = self.request.verdict
         fault = error_of(verdict) if verdict else None
         try:
-            outcome = self.settle(job_id, args, kwargs, fault)
+            outcome = self._settled_with(fault, job_id, args, kwargs)
             if outcome.trouble and not isinstance(outcome.trouble, TransientStorageError):
                 raise outcome.trouble  # noqa: TRY301 - to go the way of every other surprise
         except MemoryError:
@@ -159,11 +245,18 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             logger.exception("job %s: %s", job_id, sentence)
             fault = JobFailedError(sentence, {"exc_type": kind, "sqlstate": code})
             try:
-                outcome = self.settle(job_id, args, kwargs, fault)
+                outcome = self._settled_with(fault, job_id, args, kwargs)
             except Exception:  # noqa: BLE001 - the same again, most likely
                 outcome = Outcome(trouble=StorageError(sentence))
             if outcome.trouble and not isinstance(outcome.trouble, TransientStorageError):
                 self._bury(fault, failure(fault))
+        return outcome
+
+    def _settled_with(
+        self, fault: InterviewAccessError | None, job_id: str, args: Args, kwargs: Kwargs
+    ) -> Outcome:
+        job = self.read(job_id, args, kwargs)
+        (outcome,) = self.settle([replace(job, fault=job.fault or fault)])
         return outcome
 
     def _later(self, trouble: StorageError | None) -> NoReturn:
@@ -172,14 +265,18 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         if tries > self.workplace.retry_limit:
             error = StorageUnavailableException.of(tries, str(trouble))
             self._bury(error, failure(error))
-        delay = get_exponential_backoff_interval(
-            factor=1,
-            retries=self.request.retries,
-            maximum=self.workplace.retry_max_delay,
-            full_jitter=True,
-        )
         logger.warning("job %s: try %d failed: %s", self.request.id, tries, trouble)
-        raise Retry(exc=trouble, when=delay)
+        raise Retry(exc=trouble, when=self._delay(self.request.retries))
+
+    def _delay(self, retries: int) -> float:
+        return float(
+            get_exponential_backoff_interval(
+                factor=1,
+                retries=retries,
+                maximum=self.workplace.retry_max_delay,
+                full_jitter=True,
+            )
+        )
 
     def _bury(self, error: InterviewAccessError, answer: AnswerDTO) -> NoReturn:
         """Store the answer, and have the message kept for the operators with the error."""
@@ -195,17 +292,16 @@ class GrantAccessTask(JobTask):
 
     name = GRANT_ACCESS
 
-    def settle(
-        self, job_id: str, args: Args, kwargs: Kwargs, fault: InterviewAccessError | None
-    ) -> Outcome:
-        """Have the grants made."""
+    def read(self, job_id: str, args: Args, kwargs: Kwargs) -> GrantAccessJob:
+        """The job that a message makes."""
+        limit = self.workplace.max_interview_ids
+        return grant_access_job(job_id, args, kwargs, max_interview_ids=limit)
+
+    def settle(self, jobs: Sequence[GrantAccessJob], *, singly: bool = True) -> list[Outcome]:
+        """Have the grants made; one job alone tells its progress."""
         interactor = GrantAccessInteractor(self.workplace.storage())
-        job = grant_access_job(
-            job_id, args, kwargs, max_interview_ids=self.workplace.max_interview_ids
-        )
-        job = replace(job, fault=job.fault or fault)
-        (outcome,) = interactor.grant_access([job], _Progress(self))
-        return outcome
+        on_chunk = _Progress(self) if len(jobs) == 1 else None
+        return interactor.grant_access(jobs, on_chunk, singly=singly)
 
 
 class CreateInterviewAttemptTask(JobTask):
@@ -213,15 +309,14 @@ class CreateInterviewAttemptTask(JobTask):
 
     name = CREATE_INTERVIEW_ATTEMPT
 
-    def settle(
-        self, job_id: str, args: Args, kwargs: Kwargs, fault: InterviewAccessError | None
-    ) -> Outcome:
-        """Have the attempt made."""
+    def read(self, job_id: str, args: Args, kwargs: Kwargs) -> InterviewAttemptJob:
+        """The job that a message makes."""
+        return interview_attempt_job(job_id, args, kwargs)
+
+    def settle(self, jobs: Sequence[InterviewAttemptJob], *, singly: bool = True) -> list[Outcome]:
+        """Have the attempts made."""
         interactor = InterviewAttemptInteractor(self.workplace.storage())
-        job = interview_attempt_job(job_id, args, kwargs)
-        job = replace(job, fault=job.fault or fault)
-        (outcome,) = interactor.create_interview_attempt([job])
-        return outcome
+        return interactor.create_interview_attempt(jobs, singly=singly)
 
 
 def grant_access_job(
@@ -282,6 +377,11 @@ def shown(args: object, kwargs: object) -> tuple[str, str]:
         else []
     )
     return f"({_joined(positional)})", _joined(named)
+
+
+def _log(job_id: str, args: Args, kwargs: Kwargs, outcome: Outcome, seconds: float) -> None:
+    line = _line(args, kwargs)
+    logger.info("job %s: %s: %s in %.2f s", job_id, line, _told(outcome), seconds)
 
 
 def _line(args: Args, kwargs: Kwargs) -> str:

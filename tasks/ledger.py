@@ -24,6 +24,7 @@ from storage.interface import (
     InterviewStorageInterface,
     InterviewTransactionInterface,
     StorageError,
+    TransientStorageError,
 )
 
 
@@ -43,6 +44,8 @@ class Job(Protocol):
 
 
 J = TypeVar("J", bound=Job)
+
+_LOCK_NOT_HAD = "55P03"  # PostgreSQL's code: one job's trouble, of a moment
 
 Work = Callable[[InterviewTransactionInterface, Sequence[J]], Mapping[str, AnswerDTO]]
 """Does the work of new jobs within a transaction and answers each, by its id."""
@@ -65,7 +68,9 @@ class Outcome:
     trouble: StorageError | None = None
 
 
-def settle(storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]) -> list[Outcome]:
+def settle(
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], *, singly: bool = True
+) -> list[Outcome]:
     """Give every job its one answer: all of them in one transaction where that can be.
 
     Where the database fails the whole, and for jobs that another transaction is at, they are done
@@ -75,13 +80,14 @@ def settle(storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J])
         storage: Where the ledger is.
         jobs: In order: of equal ids the first is done, the others have its answer.
         work: What is to be done for the jobs that are new and can be read.
+        singly: Whether to do one by one what cannot be done together; its outcome is trouble else.
 
     Returns:
         The outcome of each job, in step.
     """
     first = {job.entry.job_id: job for job in reversed(jobs)}
     firsts = [job for job in jobs if job is first[job.entry.job_id]]
-    settled = _settle_distinct(storage, firsts, work)
+    settled = _settle_distinct(storage, firsts, work, singly=singly)
     return [_outcome_of(job, settled[job.entry.job_id], first[job.entry.job_id]) for job in jobs]
 
 
@@ -92,21 +98,29 @@ class _Settled:
 
 
 def _settle_distinct(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], *, singly: bool
 ) -> dict[str, _Settled | StorageError]:
-    settled: dict[str, _Settled | StorageError] = {}
+    trouble: StorageError = TransientStorageError("others are at the job", _LOCK_NOT_HAD)
+    together: dict[str, _Settled] = {}
     try:
-        settled.update(_settle_together(storage, jobs, work))
+        together = _settle_together(storage, jobs, work)
+    except _CancelledMidwayError as error:
+        if len(jobs) == 1:
+            return _settle_distinct(storage, jobs, work, singly=singly)
+        trouble = error
     except StorageError as error:
-        if len(jobs) == 1:
-            return {jobs[0].entry.job_id: error}
-    except _CancelledMidwayError:
-        if len(jobs) == 1:
-            return _settle_distinct(storage, jobs, work)
-    for job in jobs:
-        if job.entry.job_id not in settled:
-            settled.update(_settle_distinct(storage, [job], work))
+        trouble = error
+    settled = {job.entry.job_id: together.get(job.entry.job_id, trouble) for job in jobs}
+    if len(jobs) > 1 and singly and not _hopeless(trouble):
+        for job in jobs:
+            if job.entry.job_id not in together:
+                settled.update(_settle_distinct(storage, [job], work, singly=True))
     return settled
+
+
+def _hopeless(trouble: StorageError) -> bool:
+    """Whether no job would fare better by itself."""
+    return isinstance(trouble, TransientStorageError) and trouble.unreachable
 
 
 def _settle_together(
@@ -145,7 +159,7 @@ def _outcome_of(job: Job, settled: _Settled | StorageError, first: Job) -> Outco
     )
 
 
-class _CancelledMidwayError(Exception):
+class _CancelledMidwayError(TransientStorageError):
     """A job is to be cancelled whose work has begun: nothing of this transaction is to be kept."""
 
 
@@ -160,7 +174,7 @@ def stopping_if_cancelled(
 
     def chunk_done(done: int, total: int) -> None:
         if done < total and transaction.find_cancelled_jobs(job_ids):
-            raise _CancelledMidwayError
+            raise _CancelledMidwayError("a job is to be cancelled", _LOCK_NOT_HAD)
         if on_chunk:
             on_chunk(done, total)
 

@@ -65,5 +65,5 @@ def test_what_runs_under_a_lost_lease_is_let_go_of(lease: Lease, redis: Redis) -
     lose(redis)
     until(lambda: lease.in_hand == 0)
     redis.lpush("queue", "message")
-    lease.acknowledge(claim.receipt)
+    lease.acknowledge({claim.receipt: "job"})
     assert redis.lrange("queue", 0, -1) == [b"message"]

@@ -44,6 +44,7 @@ app.conf.update(
         "lease_seconds": settings.grant_lease_seconds,
         "attempt_limit": settings.grant_attempt_limit,
         "stop_grace": settings.grant_stop_grace,
+        "batch_size": settings.grant_batch_size,
     },
 )
 app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.results:JobResults")

@@ -34,6 +34,7 @@ PREFIX = "interview-access:"
 DEAD = f"{PREFIX}dead"
 """The stream of dead letters: job_id, task, reason, time, attempts, size, queue, message."""
 
+_ANY_SIZE = 2**53
 _ANNOUNCED_SECONDS = 86_400
 """For how long a job's announcement outlives it: as long as its result does."""
 
@@ -141,7 +142,7 @@ return {alive, redis.call('ZRANGEBYSCORE', leases, '-inf', time, 'WITHSCORES')}
 
 _CLAIM = """
 local incarnation, room, bytes, alone = arguments[1], arguments[2], arguments[3], arguments[4]
-local receipt = arguments[5]
+local small, receipt = arguments[5], arguments[6]
 if not redis.call('ZSCORE', leases, incarnation) then return false end
 local claimed = {}
 for index = 2, #KEYS do
@@ -149,6 +150,8 @@ for index = 2, #KEYS do
     while #claimed < room * 5 and bytes + 0 > 0 do
         local message = redis.pcall('LINDEX', queue, -1)
         if type(message) ~= 'string' then break end
+        local large = #message > small + 0
+        if large and #claimed > 0 then return claimed end
         local digest = redis.sha1hex(message)
         local tried = redis.call('HGET', tries, digest) or 0
         local suspect = tried + 0 >= alone + 0
@@ -163,7 +166,7 @@ for index = 2, #KEYS do
         for _, value in ipairs({receipt, queue, message, tried, deferred_before}) do
             claimed[#claimed + 1] = value
         end
-        if suspect then return claimed end
+        if suspect or large then return claimed end
         receipt = string.format('%d', receipt + 1)
         bytes = bytes - #message
     end
@@ -373,6 +376,7 @@ class Claims:
         room: int,
         size: int,
         alone_after: int,
+        small: int = _ANY_SIZE,
     ) -> list[Claim] | None:
         """Take messages off queues into a worker's claims.
 
@@ -385,12 +389,16 @@ class Claims:
             alone_after: Tries after which a message is claimed by a worker that holds no other,
                 and with no other, so that what it does to its worker is done to it alone. It waits
                 at the end of its queue until there is such a worker, and what is behind it waits.
+            small: Bytes of a message up to which it may come with others; a larger one is claimed
+                by itself.
 
         Returns:
             The claims, or None where the lease is lost.
         """
         reply = self._run(
-            self._claim, incarnation, room, size, alone_after, receipt, queues=tuple(queues)
+            self._claim,
+            *(incarnation, room, size, alone_after, small, receipt),
+            queues=tuple(queues),
         )
         if reply is None:
             return None

@@ -9,7 +9,7 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -32,8 +32,9 @@ from kombu.utils.encoding import safe_repr
 from redis.exceptions import RedisError
 
 from storage.interface import StorageError, TransientStorageError
-from tasks.celery_tasks import shown
+from tasks.celery_tasks import End, shown
 from tasks.ledger import failure
+from worker.coalescing import divided
 from worker.lease import Lease
 from worker.transport import lease_of_this_process
 
@@ -44,6 +45,8 @@ _PASSING = (
     *(WorkerLostError, TimeLimitExceeded, Terminated, MemoryError, OSError),
     *(RedisError, StorageError),
 )
+_HEEDED = ("group", "parent_id", "ignore_result", "shadow", "stamps", "stamped_headers")
+"""Of a message's headers: what Celery does something about in the child."""
 _LEVELS = 50  # of a message's headers; some hundred more overflow the pickler
 _LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _HOPELESS_TRIES = 3  # of settling a job as failed, when even that ends its child
@@ -82,10 +85,11 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         super().__init__(*args, **kwargs)
         self._check()
         self._argsrepr, self._kwargsrepr = shown(self._args, self._kwargs)
-        self._lease: Lease = self.message.channel.lease
-        self._receipt: str = self.message.delivery_tag
-        claim = self._lease.claim_of(self._receipt)
+        self.lease: Lease = self.message.channel.lease
+        self.receipt: str = self.message.delivery_tag
+        claim = self.lease.claim_of(self.receipt)
         self._tries = claim.tries
+        self._deferrals = claim.deferrals
         self._is_due = False
         self._request_dict.update(
             argsrepr=self._argsrepr,
@@ -116,6 +120,30 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         told = self._request_dict.items()
         return {key: value for key, value in told if key not in {"args", "kwargs"}}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is tried for the first time, with nothing to heed but its arguments."""
+        told = self._request_dict
+        _, _, embedded = self._payload
+        heeded = (
+            self._tries,
+            self._deferrals,
+            *self.time_limits,
+            *(embedded.values() if isinstance(embedded, dict) else (embedded,)),
+            *(told.get(name) for name in _HEEDED),
+        )
+        return is_job_id(self.id) and not any(heeded) and self.verdict() is None
+
+    @property
+    def receipts(self) -> tuple[str]:
+        """What its message is known by."""
+        return (self.receipt,)
+
+    @property
+    def content(self) -> tuple[str, Any, str | None, str | None]:
+        """Its job's id, and its arguments as a child decodes them: body, type and encoding."""
+        return str(self.id), self._body, self._content_type, self._content_encoding
+
     def execute_using_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own: it asks :meth:`revoked`, and hands the job to a child."""
         self._is_due = True
@@ -131,17 +159,17 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         """
         if not self._is_due:
             return False
-        verdict = self._verdict()
+        verdict = self.verdict()
         self._request_dict["verdict"] = verdict and failure(verdict).error
-        if verdict and self._tries >= self._lease.attempt_limit + _HOPELESS_TRIES:
+        if verdict and self._tries >= self.lease.attempt_limit + _HOPELESS_TRIES:
             self._give_up(verdict)
-        elif not self._lease.start(self._receipt):
-            self._settled()
+        elif not self.lease.start(self.receipt):
+            self.settled()
         return bool(self.acknowledged)
 
-    def _verdict(self) -> InterviewAccessError | None:
+    def verdict(self) -> InterviewAccessError | None:
         """Why it is to be settled without being done, if it is."""
-        if self._tries >= self._lease.attempt_limit:
+        if self._tries >= self.lease.attempt_limit:
             return JobFailedError(
                 f"The job ended its worker's process {self._tries} times, by its size perhaps, "
                 "or went over its time limit; it is not tried again.",
@@ -167,15 +195,15 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def acknowledge(self) -> None:
         """Done with, and said at once: Celery's own waits for a turn of the main loop."""
         if not self.acknowledged:
-            self._lease.acknowledge(self._receipt, str(self.id))
-            self._settled()
+            self.lease.acknowledge({self.receipt: str(self.id)})
+            self.settled()
 
     def reject(self, requeue: bool = False) -> None:
         """Back to its queue, or to the dead letters."""
         if not self.acknowledged:
             if requeue:
-                self._lease.give_back(self._receipt)
-                self._settled()
+                self.lease.give_back(self.receipt)
+                self.settled()
             else:
                 self._bury("It was rejected without a reason.")
 
@@ -185,7 +213,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         with self._let_go_of_in_any_case():
             if failed or told is not None:
                 if not failed:
-                    self._lease.no_trouble()
+                    self.lease.no_trouble()
                 self._celerys_on_success(failed__retval__runtime, **kwargs)
             else:
                 # A success that tells nothing is none: Celery could not even begin.
@@ -201,15 +229,26 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         except Exception:
             logger.exception("job %s: goes back", self.id)
             if not self.acknowledged:
-                self._lease.defer(self._receipt, _AGAIN_SECONDS, in_order=False)
-                self._settled()
+                self.lease.defer(self.receipt, _AGAIN_SECONDS, in_order=False)
+                self.settled()
+
+    def on_end(self, end: End, seconds: float) -> None:
+        """It was done among others, and so was its acknowledgement where it is done with."""
+        with self._let_go_of_in_any_case():
+            match end:
+                case Retry():
+                    self._on_retry(end)
+                case InterviewAccessError():
+                    self.send_event("task-failed", exception=safe_repr(end), traceback="")
+                case result:
+                    self.send_event("task-succeeded", result=safe_repr(result), runtime=seconds)
 
     def _on_retry(self, retry: Retry) -> None:
         """The job asks for another try: deferred within Redis, never sent anew."""
         if isinstance(retry.exc, TransientStorageError) and retry.exc.unreachable:
-            self._lease.trouble("the database cannot be reached")
-        self._lease.defer(self._receipt, float(retry.when or 0))
-        self._settled()
+            self.lease.trouble("the database cannot be reached")
+        self.lease.defer(self.receipt, float(retry.when or 0))
+        self.settled()
         self.send_event("task-retried", exception=safe_repr(retry.exc), traceback="")
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: ARG002 - Celery's names
@@ -236,7 +275,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             if send_failed_event:
                 self.send_event("task-failed", exception=str(error.reason), traceback="")
         elif return_ok and isinstance(error, InterviewAccessError):
-            self._lease.no_trouble()
+            self.lease.no_trouble()
             self.acknowledge()
             if send_failed_event:
                 self.send_event("task-failed", exception=safe_repr(error), traceback="")
@@ -250,9 +289,9 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def _again(self, rejected: Reject) -> None:
         """Done, perhaps: its result could not be stored, and can be when it comes again."""
         logger.warning("job %s: goes back: %s", self.id, rejected.reason)
-        self._lease.trouble("results cannot be stored")
-        self._lease.defer(self._receipt, _AGAIN_SECONDS)
-        self._settled()
+        self.lease.trouble("results cannot be stored")
+        self.lease.defer(self.receipt, _AGAIN_SECONDS)
+        self.settled()
 
     def _on_child_lost(self, error: BaseException) -> None:
         """Nobody knows how far the job came. The ledger does, when it is tried again."""
@@ -260,8 +299,8 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             self.reject(requeue=True)
             return
         logger.error("job %s: try %d ended with its child: %r", self.id, self._tries + 1, error)
-        self._lease.defer(self._receipt, _AGAIN_SECONDS, in_order=False)
-        self._settled()
+        self.lease.defer(self.receipt, _AGAIN_SECONDS, in_order=False)
+        self.settled()
         self.send_event("task-retried", exception=safe_repr(error), traceback="")
 
     def _announce_revoked(
@@ -279,13 +318,14 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         self.reject(requeue=True)
 
     def _bury(self, reason: str) -> None:
-        self._lease.bury(self._receipt, reason, job_id=str(self.id), task=str(self.name))
-        self._settled()
+        self.lease.bury(self.receipt, reason, job_id=str(self.id), task=str(self.name))
+        self.settled()
 
-    def _settled(self) -> None:
+    def settled(self) -> None:
+        """Redis was told what becomes of its message: it is none of this worker's any more."""
         state.task_ready(self)
         self.acknowledged = True
-        self.message.channel.qos.settled(self._receipt)
+        self.message.channel.qos.settled(self.receipt)
 
 
 def _seconds_until_due(message: Any) -> float:
@@ -303,12 +343,36 @@ def _seconds_until_due(message: Any) -> float:
 class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     """Celery's consumer, which throws nothing away and survives the loss of its connection."""
 
+    on_task_request: Callable[[Any], object]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Without gossip, which each worker hears of all others and nobody asks for.
 
         It trips over a connection that is lost, and logs a trace of 150 lines each time.
         """
         super().__init__(*args, **(kwargs | {"without_gossip": True}))
+        self._begin = self.on_task_request
+        self._collected: list[JobRequest] = []
+        if self.hub:
+            self.on_task_request = self._collect
+
+    def _collect(self, request: JobRequest) -> None:
+        """A job that was claimed; others that were claimed with it follow."""
+        self._collected.append(request)
+        self.hub.call_soon(self._begin_collected)
+
+    def _begin_collected(self) -> None:
+        """Give the jobs of one claim to children, and back what these cannot start on now."""
+        collected, self._collected = self._collected, []
+        if not collected:
+            return
+        children = max(collected[0].message.channel.qos.room() + len(collected), 1)
+        pieces = divided(collected, children, self._begin)
+        collected[0].lease.divide([piece.receipts for piece in pieces], children)
+        for piece in reversed(pieces[children:]):
+            piece.reject(requeue=True)
+        for piece in pieces[:children]:
+            self._begin(piece)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Celery's own, without its ten lines each time on a setting that celeryconfig sets."""
@@ -322,6 +386,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         deliver them again. The lease outlives the connection, and would hold them for as long as
         the worker lives, whatever the child says in the end.
         """
+        self._collected.clear()  # they have not begun, and go back when the lease is opened
         pool = getattr(self.pool, "_pool", None)
         cache: dict[int, Any] = getattr(pool, "_cache", {})
         unheard = {number: job for number, job in cache.items() if not job.accepted()}

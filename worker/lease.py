@@ -7,11 +7,13 @@ ledger in PostgreSQL then gives both the same answer.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from uuid import uuid4
 
 from billiard.process import active_children
@@ -33,13 +35,24 @@ _DEAF_SECONDS = 120.0
 _CLAIM_BYTES = 16 * 1024 * 1024
 """After so many bytes no more is claimed in one go: a message of 100,000 ids has 4 MB."""
 
+_SMALL_BYTES = 16 * 1024
+"""A message of up to so many may be done together with others: one of 400 ids, say."""
+
 _RESTS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds; the last one again and again
 
 
 class Lease:
     """What this process holds of the queue. Safe in threads."""
 
-    def __init__(self, client: Redis, *, seconds: float, attempt_limit: int, grace: float) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        *,
+        seconds: float,
+        attempt_limit: int,
+        grace: float,
+        batch_size: int = 1,
+    ) -> None:
         """Nothing is said to Redis before :meth:`open`.
 
         Args:
@@ -48,7 +61,9 @@ class Lease:
                 are back on the queue after two such times and a little.
             attempt_limit: Tries of a message that kills its worker.
             grace: Seconds for which a worker that is asked to stop lets running jobs go on.
+            batch_size: Small messages that one child may be given at once.
         """
+        self.batch_size = batch_size
         self.attempt_limit = attempt_limit
         self._claims = Claims(client, lease=seconds)
         self._seconds = seconds
@@ -59,6 +74,9 @@ class Lease:
         self._next_number = 1
         self._held: dict[str, Claim] = {}
         self._running: set[str] = set()
+        self._piece_of: dict[str, int] = {}
+        self._pieces = itertools.count()
+        self._mixed = False
         self._unsent: dict[str, Callable[[], object]] = {}
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -113,14 +131,18 @@ class Lease:
             self._let_go_of_the_waiting()
 
     def claim(self, queues: Sequence[str], room: int) -> list[Claim] | None:
-        """Take at most ``room`` messages; None where the lease is lost.
+        """Take what one child can be given: a message, or some small ones; None: the lease is lost.
 
+        Where messages came last time that one child cannot do together, ``room`` of them at most.
         Raises what redis raises, and then more may have been claimed than is known: open again.
         """
         with self._lock:
             if not self.may_claim():
                 return []
-            room = 1 if self._troubles else room
+            if self._troubles:
+                room = 1
+            elif self.batch_size > 1 and not self._mixed:
+                room = self.batch_size
             first, self._next_number = self._next_number, self._next_number + room
             claims = self._claims.claim(
                 self._incarnation,
@@ -129,6 +151,7 @@ class Lease:
                 room=room,
                 size=_CLAIM_BYTES,
                 alone_after=self.attempt_limit - 1,
+                small=_SMALL_BYTES,
             )
             self._held.update((claim.receipt, claim) for claim in claims or ())
             return claims
@@ -146,10 +169,26 @@ class Lease:
             or time.monotonic() < self._rest_until
         )
 
+    def divide(self, pieces: Sequence[Sequence[str]], children: int) -> None:
+        """Say which of the messages that came together go to one child, by their receipts.
+
+        Args:
+            pieces: One for each child that is wanted.
+            children: How many are free; where more are wanted, fewer messages are taken next time.
+        """
+        self._mixed = len(pieces) > children
+        known = {
+            receipt: piece for receipt, piece in self._piece_of.items() if receipt in self._held
+        }
+        for receipts in pieces:
+            known.update(dict.fromkeys(receipts, next(self._pieces)))
+        self._piece_of = known
+
     @property
     def in_hand(self) -> int:
-        """How many messages this worker holds, by whichever connection they came."""
-        return len(self._held)
+        """How many children's work this worker holds, by whichever connection it came."""
+        held = list(self._held)  # in one step: the lease's thread lets go of some
+        return len({self._piece_of.get(receipt, receipt) for receipt in held})
 
     def heard(self) -> None:
         """The main loop has come round."""
@@ -161,34 +200,38 @@ class Lease:
 
     # --- What becomes of a message ----------------------------------------------------------
 
-    def start(self, receipt: str) -> bool:
-        """Count a try, and say whether its job may begin: whether the message is held still."""
+    def start(self, *receipts: str) -> frozenset[str]:
+        """Count a try of each, and say whose jobs may begin: which messages are held still."""
         with self._lock:
-            if self._drained_by is not None or receipt not in self._held:
-                return False
+            held = [receipt for receipt in receipts if receipt in self._held]
+            if self._drained_by is not None or not held:
+                return frozenset()
             try:
-                mine = self._claims.start(self._incarnation, receipt)
+                mine = frozenset(self._claims.start(self._incarnation, *held))
             except RedisError as error:
-                logger.warning("a job is not begun, its try could not be counted: %s", error)
-                self.give_back(receipt)
-                return False
-            if mine:
-                self._running.add(receipt)
-            else:
+                logger.warning("jobs are not begun, their tries could not be counted: %s", error)
+                for receipt in held:
+                    self.give_back(receipt)
+                return frozenset()
+            self._running |= mine
+            for receipt in mine.symmetric_difference(held):
                 del self._held[receipt]
-            return bool(mine)
+            return mine
 
-    def acknowledge(self, receipt: str, job_id: str = "") -> None:
-        """Done with for good."""
-        job_ids = {receipt: job_id}
+    def acknowledge(self, job_ids: Mapping[str, str]) -> None:
+        """Done with for good: messages by their receipts, with the ids of their jobs."""
         self._write(
-            receipt,
-            lambda: self._claims.acknowledge(self._incarnation, receipt, job_ids=job_ids),
+            job_ids,
+            lambda receipts: self._claims.acknowledge(
+                self._incarnation, *receipts, job_ids=job_ids
+            ),
         )
 
     def give_back(self, receipt: str) -> None:
         """To its queue at once, uncounted."""
-        self._write(receipt, lambda: self._claims.give_back(self._incarnation, receipt))
+        self._write(
+            [receipt], lambda receipts: self._claims.give_back(self._incarnation, *receipts)
+        )
 
     def defer(self, receipt: str, seconds: float, *, in_order: bool = True) -> None:
         """To its queue in a while.
@@ -197,8 +240,8 @@ class Lease:
         worker, and one that did not begin as none.
         """
         self._write(
-            receipt,
-            lambda: self._claims.defer(
+            [receipt],
+            lambda _: self._claims.defer(
                 self._incarnation, receipt, seconds=seconds, in_order=in_order
             ),
         )
@@ -209,25 +252,29 @@ class Lease:
         texts = (reason, job_id, task)
         text = [value.encode(errors="backslashreplace").decode() for value in texts]
         self._write(
-            receipt,
-            lambda: self._claims.bury(
+            [receipt],
+            lambda _: self._claims.bury(
                 self._incarnation, receipt, reason=text[0], job_id=text[1], task=text[2]
             ),
         )
 
-    def _write(self, receipt: str, write: Callable[[], object]) -> None:
+    def _write(self, receipts: Iterable[str], write: Callable[[Sequence[str]], object]) -> None:
         """Say it to Redis; where it cannot be said, go on trying: each takes effect once."""
         with self._lock:
-            self._running.discard(receipt)
-            if receipt not in self._held or receipt in self._unsent:
+            self._running.difference_update(receipts)
+            held = [one for one in receipts if one in self._held and one not in self._unsent]
+            if not held:
                 return
             try:
-                write()
+                write(held)
             except RedisError as error:
-                logger.warning("Redis is told later what became of a message: %s", error)
-                self._unsent[receipt] = write
+                logger.warning(
+                    "Redis is told later what became of %d messages: %s", len(held), error
+                )
+                self._unsent.update({one: partial(write, [one]) for one in held})
             else:
-                del self._held[receipt]
+                for receipt in held:
+                    del self._held[receipt]
 
     # --- A server that is away ----------------------------------------------------------------
 

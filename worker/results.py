@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from celery import states
+from celery.app.task import Context
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError, Reject
 from celery.utils.log import get_logger
@@ -77,6 +79,32 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             raise Reject(f"its result cannot be stored: {error}", requeue=True) from error
         return result
 
+    def store_answers(
+        self, answers: Mapping[str, dict[str, Any] | InterviewAccessError]
+    ) -> frozenset[str]:
+        """Store the answers of several jobs, and name those that stand now.
+
+        The others are not known to: something of them stood there, or Redis was away.
+        """
+        fresh = {}
+        for job_id, answer in answers.items():
+            failed = isinstance(answer, InterviewAccessError)
+            state = states.FAILURE if failed else states.SUCCESS
+            fresh[self.get_key_for_task(job_id)] = (
+                self._value(job_id, self.encode_result(answer, state), state, request=Context()),
+                self.failure_expires if failed else self.expires,
+            )
+        try:
+            with self.client.pipeline(transaction=False) as pipeline:
+                store = self.client.register_script(_COMPARE_AND_SET)
+                for key, (value, expires) in fresh.items():
+                    store([key], ["", value, expires], client=pipeline)
+                stored = pipeline.execute()
+        except RedisError as error:
+            logger.warning("the results of %d jobs cannot be stored: %s", len(answers), error)
+            return frozenset()
+        return frozenset(job_id for job_id, done in zip(answers, stored, strict=True) if done)
+
     def store_failure(self, job_id: str, error: InterviewAccessError) -> None:
         """Store a failure from the main process, which must not wait for long: one try.
 
@@ -102,11 +130,8 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         **_: Any,
     ) -> Any:
         """Compare and set. Celery reads, then writes: a zombie's failure replaces a success."""
-        meta = self._get_result_meta(
-            result=result, state=state, traceback=traceback, request=request
-        )
-        value = self.encode({**meta, "task_id": task_id})
-        rank = _rank(state, meta["result"])
+        value = self._value(task_id, result, state, traceback, request)
+        rank = _rank(state, result)
         key = self.get_key_for_task(task_id)
         expires = self.failure_expires if state == states.FAILURE else self.expires
         for _look in range(_LOOKS):
@@ -119,6 +144,14 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             if self.client.register_script(_COMPARE_AND_SET)([key], [stored, value, expires]):
                 return result
         raise BackendStoreError("others store other states of it", state=state, task_id=task_id)
+
+    def _value(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None
+    ) -> Any:
+        meta = self._get_result_meta(
+            result=result, state=state, traceback=traceback, request=request
+        )
+        return self.encode({**meta, "task_id": task_id})
 
 
 def _rank(state: str, result: Any) -> int:

@@ -68,6 +68,7 @@ class Settings(DatabaseSettings):
         celery_result_backend: Where results go; the broker's, unless given.
         grant_chunk_size: Grants inserted by one statement.
         grant_max_interview_ids: Ids as given that one job may hold.
+        grant_batch_size: Small jobs that one child does in one transaction; 1: each by itself.
         grant_retry_limit: Tries after the first while the database is in trouble.
         grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
             are drawn at random up to that, which makes about ten minutes in all.
@@ -83,6 +84,7 @@ class Settings(DatabaseSettings):
     )
     grant_chunk_size: int = Field(default=10_000, ge=1, le=1_000_000)
     grant_max_interview_ids: int = Field(default=DEFAULT_MAX_INTERVIEW_IDS, ge=1, le=10_000_000)
+    grant_batch_size: int = Field(default=100, ge=1, le=1_000)
     grant_retry_limit: int = Field(default=16, ge=0, le=1_000)
     grant_retry_max_delay: int = Field(default=120, ge=1, le=1_800)
     grant_lease_seconds: float = Field(default=8.0, ge=1, le=3_600)

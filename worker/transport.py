@@ -51,7 +51,7 @@ _EMPTY_REST_SECONDS = 0.05  # where others were quicker, or the message at hand 
 _REFUSED_REST_SECONDS = 1.0
 _UNLIMITED_ROOM = 100  # messages in one claim of a consumer that set itself no limit
 
-_LEASE_OPTIONS = ("lease_seconds", "attempt_limit", "stop_grace")
+_LEASE_OPTIONS = ("lease_seconds", "attempt_limit", "stop_grace", "batch_size")
 
 _SEAMS = {
     kombu_redis.Channel: {
@@ -115,7 +115,7 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
         if lease is None:
             super().ack(delivery_tag)
         else:
-            lease.acknowledge(delivery_tag)
+            lease.acknowledge({delivery_tag: ""})
             self.settled(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
@@ -142,10 +142,10 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
         return bool(lease.may_claim()) and self.room() > 0
 
     def room(self) -> int:
-        """How many messages more may be in hand: those of connections that were lost are, too."""
+        """How many children's work more may be in hand; that of lost connections is, too."""
         if not self.prefetch_count:
             return _UNLIMITED_ROOM
-        return max(int(self.prefetch_count) - int(self.channel.lease.in_hand), 0)
+        return int(self.prefetch_count) - int(self.channel.lease.in_hand)
 
     def restore_visible(self, *args: object, **kwargs: object) -> None:
         """Leaves the jobs of stock workers, by whose clock they are restored, alone."""
@@ -163,6 +163,7 @@ class _Lossless:
     lease_seconds = 8.0
     attempt_limit = 5
     stop_grace = 25.0
+    batch_size = 1
     from_transport_options: ClassVar[tuple[str, ...]]
     _rest_until = 0.0
     _refused = False
@@ -189,6 +190,7 @@ class _Lossless:
                 seconds=self.lease_seconds,
                 attempt_limit=self.attempt_limit,
                 grace=self.stop_grace,
+                batch_size=self.batch_size,
             )
             _Process.lease, _Process.pid = lease, os.getpid()
         with _refusal_is_loss():

@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.books import balance
 from tests.faults.sites import POINTS, another, created, gate_at, relayed
+from tests.faults.test_batches import MANY, order, some
 from tests.stores import until
 from tests.workers import Site
 
@@ -70,3 +71,20 @@ def test_rolling_restart(here: Site, tmp_path: Path, ids: list[str]) -> None:
     assert all(result["success"] for result in results.values())
     logs = [log.read_text(encoding="utf-8") for log in tmp_path.glob("*.log")]
     assert not [line for log in logs for line in log.splitlines() if " try " in line]
+
+
+def test_poison_in_a_batch(here: Site, tmp_path: Path, ids: list[str]) -> None:
+    """A job that ends its child each time fails for good, and no other of its batch does."""
+    users = some(MANY)
+    with (
+        relayed(here, tmp_path, GRANT_ATTEMPT_LIMIT=2) as (relays, _),
+        relays.database.gate(users[3].encode()) as among_others,
+        relays.database.gate(users[3].encode()) as alone,
+        relays.database.gate(users[3].encode()) as again,
+    ):
+        sent = order(here, users, ids)
+        for gate in among_others, alone, again:
+            os.kill(gate.until_reached(), signal.SIGKILL)
+        results = balance(here, sent)
+    assert results[sent[3]]["exc_type"] == "JobFailedError"
+    assert [results[one] for one in sent if one != sent[3]] == [created(10)] * (MANY - 1)

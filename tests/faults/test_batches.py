@@ -1,0 +1,252 @@
+"""Small jobs done together: nothing of it can be told from outside, whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+from interview_access.contracts import GrantJob
+from interview_access.producer import InterviewAccessClient
+
+from tests.faults.books import Books, balance
+from tests.faults.gates import Relays
+from tests.faults.sites import POINTS, another, created, gate_at, kill_all, relayed
+from tests.stores import until
+from tests.workers import Site, events, held_grant, site, worker
+from worker.local_stack import LocalStack
+
+AT_CHILD = [point for point, (server, _, _) in POINTS.items() if server != "queue"]
+MANY = 40
+CHILDREN = 2
+
+
+@pytest.fixture(scope="module")
+def standing(shared_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relays]:
+    """A worker behind relays that outlives what happens to its children."""
+    with relayed(shared_site, tmp_path_factory.mktemp("standing")) as (relays, _):
+        yield relays
+
+
+@pytest.fixture
+def apart(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
+    """A site of the test's own, with no worker."""
+    with site(stack, migrated_url, 5) as one:
+        one.redis.flushdb()
+        yield one
+
+
+def order(here: Site, users: Sequence[str], ids: list[str], **by_hand: list[str]) -> list[str]:
+    """Send a job for each user, all at the same moment; ``by_hand`` has other ids for some."""
+    client = InterviewAccessClient(here.broker)
+    try:
+        return client.enqueue_many([GrantJob(user, by_hand.get(user, ids)) for user in users])
+    finally:
+        client.close()
+
+
+def some(count: int) -> list[str]:
+    """Users that no other test knows."""
+    return [f"user-{number}-{uuid4().hex[:8]}" for number in range(count)]
+
+
+def transactions(here: Site, job_ids: list[str]) -> int:
+    """In how many transactions the jobs were done."""
+    return int(
+        here.store.value(
+            "SELECT count(DISTINCT xmin::text) FROM grant_access_job"
+            " WHERE job_id = ANY (CAST(:job_ids AS text[]))",
+            job_ids=job_ids,
+        )
+    )
+
+
+class TestFromOutside:
+    """Each job of a batch is a job as any other."""
+
+    @pytest.mark.usefixtures("standing")
+    def test_small_jobs_are_done_together(self, here: Site, ids: list[str]) -> None:
+        """Jobs that stand in the queue when children are free take a transaction a child."""
+        sent = order(here, some(MANY), ids)
+        results = balance(here, sent)
+        assert list(results.values()) == [created(10)] * MANY
+        assert transactions(here, sent) == CHILDREN
+
+    @pytest.mark.usefixtures("standing")
+    def test_results_and_events_are_as_those_of_one_alone(self, here: Site, ids: list[str]) -> None:
+        """A job done with others is told to pollers and to Flower as one done alone is."""
+        with events(here) as heard:
+            alone = here.send("ann", ids)
+            here.answer(alone)
+            sent = order(here, some(MANY), ids)
+            balance(here, sent)
+            until(lambda: Counter(one["type"] for one in heard)["task-succeeded"] == MANY + 1)
+        told: dict[str, list[dict[str, object]]] = {}
+        for event in heard:
+            if "uuid" in event:
+                told.setdefault(event["uuid"], []).append(event)
+        shapes = {
+            job_id: [(event["type"], sorted(event)) for event in told[job_id]]
+            for job_id in (alone, *sent)
+        }
+        assert all(shapes[job_id] == shapes[alone] for job_id in sent)
+        metas = [{**here.meta(job_id), "task_id": "", "date_done": ""} for job_id in (alone, *sent)]
+        assert all(meta == metas[0] for meta in metas)
+
+    def test_lines_in_the_log_are_as_those_of_one_alone(self, apart: Site, tmp_path: Path) -> None:
+        """A job done with others has the lines of one done alone."""
+        log, ids = tmp_path / "log", apart.store.add_interviews(10)
+        with worker(apart, log):
+            alone = apart.send("ann", ids)
+            apart.answer(alone)
+            sent = order(apart, some(MANY), ids)
+            balance(apart, sent)
+        lines = log.read_text(encoding="utf-8").splitlines()
+        kinds = {
+            job_id: [line.split("]", 1)[1].split(job_id)[0] for line in lines if job_id in line]
+            for job_id in (alone, *sent)
+        }
+        assert len(kinds[alone]) == 3
+        assert all(kinds[job_id] == kinds[alone] for job_id in sent)
+
+    @pytest.mark.usefixtures("standing")
+    def test_each_has_its_own_answer(self, here: Site, ids: list[str]) -> None:
+        """Among good jobs one fails for its id, one malformed, one known, one asked for twice."""
+        unknown = str(uuid4())
+        known = here.send("ann", ids)
+        here.answer(known)
+        bob, eve, eric, mallory = some(4)
+        client = InterviewAccessClient(here.broker)
+        jobs = [
+            GrantJob(bob, ids),
+            GrantJob(eve, [*ids, unknown]),
+            GrantJob(eric, [*ids, "no uuid"]),
+            GrantJob("ann", ids, job_id=known),
+            GrantJob(mallory, ids[:5]),
+            GrantJob(mallory, ids),
+        ]
+        sent = client.enqueue_many(jobs)
+        client.close()
+        results = balance(here, [*sent, known])
+        assert unknown in results[sent[1]]["exc_message"][0]
+        assert "'no uuid' is not a UUID" in results[sent[2]]["exc_message"][0]
+        assert [results[sent[at]] for at in (0, 3)] == [created(10)] * 2
+        counts = [results[sent[at]]["created_access_count"] for at in (4, 5)]
+        assert (sum(counts), len(here.store.granted(mallory))) == (10, 10)
+        assert here.store.granted(eve) == here.store.granted(eric) == []
+
+    @pytest.mark.usefixtures("standing")
+    def test_a_large_job_is_in_no_batch(self, here: Site, ids: list[str]) -> None:
+        """A large job among small ones is done by itself."""
+        (large,) = some(1)
+        users = [*some(MANY), large, *some(MANY)]
+        sent = order(here, users, ids, **{large: ids * 100})
+        balance(here, sent)
+        others = [job_id for job_id, user in zip(sent, users, strict=True) if user != large]
+        assert transactions(here, others) < transactions(here, sent)
+
+    def test_it_can_be_switched_off(self, apart: Site, tmp_path: Path) -> None:
+        """With batches of one each job has a transaction of its own."""
+        with another(apart, tmp_path, GRANT_BATCH_SIZE=1):
+            sent = order(apart, some(MANY), apart.store.add_interviews(10))
+            balance(apart, sent)
+        assert transactions(apart, sent) == MANY
+
+    def test_no_more_is_taken_than_children_can_begin(self, apart: Site, tmp_path: Path) -> None:
+        """While all children of a worker are busy, what comes is left to other workers."""
+        books = Books(apart)
+        with another(apart, tmp_path):
+            books.order_slow(CHILDREN)
+            sent = books.order(MANY)
+            with another(apart, tmp_path):
+                for job_id in sent:
+                    assert apart.answer(job_id)["status"] == "SUCCESS"
+                books.release()
+                books.until_balanced()
+
+
+class TestWhatGoesWrong:
+    """Whatever becomes of a batch, its jobs go the ordinary way."""
+
+    @pytest.mark.parametrize("point", AT_CHILD)
+    def test_child_killed(self, here: Site, standing: Relays, ids: list[str], point: str) -> None:
+        """Each job of a batch whose child is killed, wherever it was, counts once."""
+        with gate_at(standing, point) as gate:
+            sent = order(here, some(MANY), ids)
+            os.kill(gate.until_reached(), signal.SIGKILL)
+        assert list(balance(here, sent).values()) == [created(10)] * MANY
+
+    def test_worker_killed(self, apart: Site, tmp_path: Path) -> None:
+        """Each job of a batch whose whole worker is killed counts once."""
+        ids = apart.store.add_interviews(10)
+        with relayed(apart, tmp_path) as (relays, service):
+            with gate_at(relays, "after COMMIT") as gate:
+                sent = order(apart, some(MANY), ids)
+                gate.until_reached()
+                kill_all(service)
+            with another(apart, tmp_path):
+                assert list(balance(apart, sent).values()) == [created(10)] * MANY
+
+    def test_one_that_waits_for_others_holds_none_up(
+        self, here: Site, standing: Relays, ids: list[str]
+    ) -> None:
+        """A job that must wait for somebody else's transaction is left behind by its batch."""
+        del standing
+        users = some(MANY)
+        with held_grant(here, users[3], ids[0]):
+            sent = order(here, users, ids)
+            others = [job_id for at, job_id in enumerate(sent) if at != 3]
+            for job_id in others:
+                assert here.answer(job_id)["result"] == created(10)
+            assert here.meta(sent[3])["status"] != "SUCCESS"
+        balance(here, sent)
+
+    def test_one_that_is_terminated(self, here: Site, standing: Relays, ids: list[str]) -> None:
+        """An operator who ends one job of a batch ends that one only."""
+        with gate_at(standing, "before the transaction") as gate:
+            sent = order(here, some(MANY), ids)
+            child = psutil.Process(gate.until_reached())
+            running = here.producer.control.inspect(timeout=10, limit=1).active() or {}
+            inside = [one["id"] for jobs in running.values() for one in jobs]
+            assert set(inside) == set(sent)
+            here.producer.control.revoke(sent[0], terminate=True, signal="SIGKILL")
+            here.producer.control.revoke(sent[-1], terminate=True, signal="SIGKILL")
+            child.wait(30)
+        results = balance(here, sent)
+        for job_id in sent[0], sent[-1]:
+            assert results[job_id].get("exc_type", "JobCancelledException") == (
+                "JobCancelledException"
+            )
+        assert [results[one] for one in sent[1:-1]] == [created(10)] * (MANY - 2)
+
+    @pytest.mark.usefixtures("standing")
+    def test_one_that_has_expired(self, here: Site, ids: list[str]) -> None:
+        """A job past its time among others fails, and they do not."""
+        client = InterviewAccessClient(here.broker)
+        jobs = [
+            GrantJob(user, ids, expires=-1 if at == 3 else None)
+            for at, user in enumerate(some(MANY))
+        ]
+        sent = client.enqueue_many(jobs)
+        client.close()
+        results = balance(here, sent)
+        assert results[sent[3]]["exc_type"] == "JobExpiredException"
+        assert [results[one] for one in sent if one != sent[3]] == [created(10)] * (MANY - 1)
+
+    def test_one_that_is_cancelled(self, here: Site, standing: Relays, ids: list[str]) -> None:
+        """A job cancelled before its batch began never runs; the others do."""
+        client = InterviewAccessClient(here.broker)
+        with gate_at(standing, "before the transaction") as gate:
+            sent = order(here, some(MANY), ids)
+            gate.until_reached()
+            client.cancel(sent[3], timeout=2)
+        results = balance(here, sent)
+        ended = {one: results[one].get("exc_type") for one in sent}
+        assert ended.pop(sent[3]) in {None, "JobCancelledException"}
+        assert set(ended.values()) == {None}
+        client.close()
