@@ -60,12 +60,18 @@ def canonical_interview_id(text: str) -> InterviewId | None:
     A UUID is exactly 32 ASCII hex digits, or 8-4-4-4-12 of them, in any case. (``uuid.UUID`` takes
     far more, and names other ids by it.)
     """
-    if not _UUID.fullmatch(text):
-        return None
-    text = text.lower()
-    if len(text) == 32:  # noqa: PLR2004 - hex digits without hyphens
-        text = f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-    return InterviewId(text)
+    canonical = _canonical([text])
+    return canonical[0] if canonical else None
+
+
+def _canonical(texts: Iterable[str]) -> list[InterviewId]:
+    """The canonical forms of those texts that are UUIDs, in order; made for 100,000 at once."""
+    matching = map(str.lower, filter(_UUID.fullmatch, texts))
+    return [text if text[8] == "-" else _hyphenated(text) for text in matching]  # type: ignore[misc] # InterviewId() costs as much as the rest
+
+
+def _hyphenated(digits: str) -> str:
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def is_job_id(value: object) -> bool:
@@ -302,15 +308,11 @@ class RequestedInterviews:
     @classmethod
     def among(cls, texts: Sequence[str]) -> Self:
         """Tell the ids apart."""
-        wanted: set[InterviewId] = set()
+        canonical = _canonical(texts)
         malformed: dict[str, None] = {}
-        for text in texts:
-            interview_id = canonical_interview_id(text)
-            if interview_id is None:
-                malformed[text] = None
-            else:
-                wanted.add(interview_id)
-        return cls(tuple(sorted(wanted)), tuple(malformed), tuple(texts))
+        if len(canonical) < len(texts):
+            malformed = dict.fromkeys(text for text in texts if not _UUID.fullmatch(text))
+        return cls(tuple(sorted(set(canonical))), tuple(malformed), tuple(texts))
 
     @property
     def repeated(self) -> int:

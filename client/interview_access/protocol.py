@@ -55,7 +55,8 @@ ANNOUNCED_DAYS = 30
 """For how long an id is known of a job that no worker begins."""
 
 _LOST = LostConnectionError, SilenceError, OSError  # whether Redis did as it was told is not known
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds between two looks at a result
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two looks at a result
+_PAUSE_GROWTH = 1.1  # so that a look comes late by a tenth of the time waited, at most
 _ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
 _CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
 _TRY_AGAIN_WITHIN = 4.0  # seconds: a try that begins later could end after the 10 s that we promise
@@ -365,7 +366,7 @@ def result(
                 {"job_id": job_id, "state": state},
             )
         yield Pause(min(pause, left))
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        pause = min(_PAUSE_GROWTH * pause, _LONGEST_PAUSE)
 
 
 def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
@@ -424,7 +425,7 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
             if left <= 0:
                 break
             yield Pause(min(pause, left))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(_PAUSE_GROWTH * pause, _LONGEST_PAUSE)
         yield from _replies(Commands((("LREM", CONTROL_QUEUE, 0, envelope),)))
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
