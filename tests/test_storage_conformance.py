@@ -8,7 +8,7 @@ run them side by side).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -555,6 +555,27 @@ class TestBulkCreateUserAccess:
             raise KeyError
         assert other.result() == 1
         assert store.granted("ann") == [interview_id]
+
+    @pytest.mark.parametrize("standing", [0, 3, 1_200], ids=["none", "some", "all"])
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_many_grants_are_counted_beside_an_open_transaction(
+        self, store: Store, standing: int, kept: bool
+    ) -> None:
+        """Of 1,200 grants none, some or all stand, and one is another's, whatever becomes of it."""
+        ids = store.add_interviews(1_201)
+        if standing:
+            make_grants(store.storage, "ann", *ids[:standing])
+        fate: AbstractContextManager[object] = nullcontext() if kept else pytest.raises(KeyError)
+        with fate, store.storage.transaction() as first:
+            order = AccessOrderDTO("first", "ann", (ids[-1],))
+            assert first.bulk_create_user_access([order]) == {"first": 1}
+            other = Background(lambda: make_grants(store.storage, "ann", *ids))
+            store.until_waiting(other)
+            assert not other.over
+            if not kept:
+                raise KeyError
+        assert other.result() == 1_201 - standing - kept
+        assert store.granted("ann") == ids
 
     def test_shared_grant_counts_for_the_first_order(self, store: Store) -> None:
         """A grant that several orders ask for is counted for the first of them in the sequence."""

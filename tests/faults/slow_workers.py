@@ -88,3 +88,15 @@ def test_poison_in_a_batch(here: Site, tmp_path: Path, ids: list[str]) -> None:
         results = balance(here, sent)
     assert results[sent[3]]["exc_type"] == "JobFailedError"
     assert [results[one] for one in sent if one != sent[3]] == [created(10)] * (MANY - 1)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_worker_killed_with_a_batch(here: Site, tmp_path: Path, ids: list[str], point: str) -> None:
+    """Each of many jobs whose worker is killed, wherever it was with them, counts once."""
+    with relayed(here, tmp_path) as (relays, service):
+        with gate_at(relays, point) as gate:
+            sent = order(here, some(MANY), ids)
+            gate.until_reached()
+            os.kill(service.pid, signal.SIGKILL)
+        with another(here, tmp_path):
+            assert list(balance(here, sent).values()) == [created(10)] * MANY

@@ -16,12 +16,12 @@ from interview_access.producer import InterviewAccessClient
 
 from tests.faults.books import Books, balance
 from tests.faults.gates import Relays
-from tests.faults.sites import POINTS, another, created, gate_at, kill_all, relayed
+from tests.faults.sites import another, created, gate_at, kill_all, relayed
 from tests.stores import until
 from tests.workers import Site, events, held_grant, site, worker
 from worker.local_stack import LocalStack
 
-AT_CHILD = [point for point, (server, _, _) in POINTS.items() if server != "queue"]
+POINTS_HERE = ["inside the transaction", "after COMMIT", "before the result"]
 MANY = 40
 CHILDREN = 2
 
@@ -173,7 +173,7 @@ class TestFromOutside:
 class TestWhatGoesWrong:
     """Whatever becomes of a batch, its jobs go the ordinary way."""
 
-    @pytest.mark.parametrize("point", AT_CHILD)
+    @pytest.mark.parametrize("point", POINTS_HERE)
     def test_child_killed(self, here: Site, standing: Relays, ids: list[str], point: str) -> None:
         """Each job of a batch whose child is killed, wherever it was, counts once."""
         with gate_at(standing, point) as gate:
