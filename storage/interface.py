@@ -134,7 +134,7 @@ class InterviewTransactionInterface(ABC):
 
     @abstractmethod
     def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
-        """Requests that are to be looked at, those that have waited longest first.
+        """Requests that are to be looked at: never sent ones first, then by how long they waited.
 
         Must return no more than ``limit``, and none that another transaction has taken and is not
         over; must never wait for one.

@@ -183,8 +183,12 @@ class MemoryTransaction(InterviewTransactionInterface):
     def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
         """See the interface."""
         now = datetime.now(UTC)
-        looks = sorted((at, job_id) for job_id, at in self._tables.looks.items() if at <= now)
-        return [self._tables.requests[job_id] for _, job_id in looks[:limit]]
+        due = [
+            (self._tables.requests[job_id].sent_at is not None, at, job_id)
+            for job_id, at in self._tables.looks.items()
+            if at <= now
+        ]
+        return [self._tables.requests[job_id] for *_, job_id in sorted(due)[:limit]]
 
     def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""

@@ -526,7 +526,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         rows = self._connection.execute(
             select(*_REQUEST)
             .where(GrantAccessRequest.look_at <= func.clock_timestamp())
-            .order_by(GrantAccessRequest.look_at)
+            .order_by(GrantAccessRequest.sent_at.is_not(None), GrantAccessRequest.look_at)
             .limit(limit)
             .with_for_update(skip_locked=True)
         )

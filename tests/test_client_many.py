@@ -217,6 +217,50 @@ def test_a_job_that_is_known_is_sent_again(redis: Redis, client: Client) -> None
     assert redis.mget(keys) == before
 
 
+def test_a_job_is_whole_when_it_is_sent_again(redis: Redis, client: Client) -> None:
+    """A job whose ids came from a generator has them each time it is sent."""
+    job = GrantJob("ann", (one for one in [ID, OTHER_ID]))
+    client.enqueue_many([job])
+    client.enqueue_many([job])
+    assert [json.loads(message["body"])[1]["interview_ids"] for message in messages(redis)] == [
+        [ID, OTHER_ID]
+    ] * 2
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_job_that_was_given_up_is_waited_for_anew(
+    redis: Redis, client: Client, many: bool
+) -> None:
+    """Sent again, a job has not the failure any more with which it was given up; others' stay."""
+    client.enqueue("ann", [ID], job_id="given-up")
+    client.enqueue("ann", [ID], job_id="failed")
+    for job_id, kind in ("given-up", "StorageUnavailableException"), ("failed", "JobFailedError"):
+        result = {
+            "exc_type": kind,
+            "exc_module": "interview_access.errors",
+            "exc_message": ["", {}],
+        }
+        meta = {"status": "FAILURE", "result": result}
+        redis.set(f"celery-task-meta-{job_id}", json.dumps(meta))
+    if many:
+        client.enqueue_many([GrantJob("ann", [ID], job_id=one) for one in ("given-up", "failed")])
+    else:
+        for job_id in "given-up", "failed":
+            client.enqueue("ann", [ID], job_id=job_id)
+    assert not redis.exists("celery-task-meta-given-up")
+    assert redis.exists("celery-task-meta-failed")
+
+
+@pytest.mark.parametrize("announced", ["1", "x", "[]", '{"digest": 7}'])
+def test_what_others_wrote_there_is_no_announcement(
+    redis: Redis, client: Client, announced: str
+) -> None:
+    """A key that holds something else than an announcement refuses no job."""
+    redis.set("interview-access:job:odd", announced)
+    assert client.enqueue("ann", [ID], job_id="odd") == "odd"
+    assert client.enqueue_many([GrantJob("ann", [ID], job_id="odd")]) == ["odd"]
+
+
 def test_two_requests_of_one_id_are_a_fault(redis: Redis, client: Client) -> None:
     """Jobs of one id that ask for different things are told by position, and nothing is sent."""
     jobs = jobs_of(5)

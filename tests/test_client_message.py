@@ -429,6 +429,22 @@ def test_a_url_is_read_as_celery_reads_it(url: str, wanted: dict[str, object]) -
         assert ("SSL" in pool.connection_class.__name__) == url.startswith("rediss")
 
 
+@pytest.mark.parametrize("job_id", ["", "x" * 256, "\ud800", UUID(int=1)])
+@pytest.mark.parametrize("call", ["wait", "status", "cancel"])
+def test_an_id_that_is_none_is_named(client: Client, call: str, job_id: Any) -> None:
+    """What can be no job's id is refused before anybody is asked."""
+    with pytest.raises(ValueError, match="job id: expected 1 to 255 printable characters"):
+        getattr(client, call)(job_id, timeout=5)
+
+
+def test_progress_of_another_kind_is_passed_over(idle: Site, client: Client) -> None:
+    """A wait goes on where a job's progress is in words that the contract does not know."""
+    meta = {"status": "PROGRESS", "result": {"current": 1, "total": 2}}
+    idle.redis.set("celery-task-meta-odd", json.dumps(meta))
+    with pytest.raises(NoAnswerInTimeError, match="its state is PROGRESS"):
+        client.wait("odd", timeout=0.05, on_progress=print)
+
+
 def test_results_may_stand_on_another_server(idle: Site, stack: LocalStack) -> None:
     """The result is read where the result backend's URL says."""
     elsewhere = f"{stack.broker_url}?virtual_host=8"

@@ -206,6 +206,15 @@ class TestStatus:
                 with pytest.raises(StorageUnavailableException, match="ask again"):
                     ask(job_id, timeout=30)
 
+    def test_a_wait_has_it_from_the_ledger(self, here: Site, samples: list[str], user: str) -> None:
+        """A result that Redis dropped comes to those who wait, of an announced job too."""
+        client = InterviewAccessClient(here.broker)
+        job_id = client.enqueue(user, samples[:1])
+        result = client.wait(job_id, timeout=30)
+        here.redis.delete(f"celery-task-meta-{job_id}")
+        assert here.redis.exists(f"interview-access:job:{job_id}")
+        assert client.wait(job_id, timeout=3) == result
+
     def test_it_is_a_task_as_any_other(self, here: Site, samples: list[str], user: str) -> None:
         """Any Celery producer can ask, and reads one JSON object with what is known."""
         job_id = here.send(user, samples[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
+from interview_access.errors import InvalidGrantRequestException
 from interview_access.outbox import INSERT, enqueue_in_sqlalchemy
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
@@ -66,6 +69,12 @@ def ask(here: Site, user_id: str, *, job_id: str | None = None) -> str:
         job_id = enqueue_in_sqlalchemy(connection, user_id, NAMED_SAMPLES, job_id=job_id)
         connection.commit()
     return job_id
+
+
+def queued(here: Site) -> list[str]:
+    """The jobs on the queue."""
+    messages: Any = here.redis.lrange(QUEUE, 0, -1)
+    return [json.loads(message)["headers"]["id"] for message in messages]
 
 
 def go_round(here: Site, storage: PostgresStorage | None = None) -> None:
@@ -215,6 +224,63 @@ class TestPromises:
             service.commit()
             until(lambda: is_answered(idle))
             assert client.status(job_id).state == "cancelled"
+
+    def test_one_that_redis_refuses_stops_no_other(self, idle: Site, user: str) -> None:
+        """A request too large for Redis is named in the log, and the others are sent."""
+        limit = "proto-max-bulk-len"
+        standing: Any = idle.redis.config_get(limit)[limit]
+        with connected(idle.store.database_url) as connection:
+            first, large, last = (
+                enqueue_in_sqlalchemy(connection, user, ids)
+                for ids in (NAMED_SAMPLES, [str(uuid4())] * 40_000, NAMED_SAMPLES)
+            )
+            connection.commit()
+        try:
+            idle.redis.config_set(limit, 1024 * 1024)
+            go_round(idle)
+        finally:
+            idle.redis.config_set(limit, standing)
+        assert sorted(queued(idle)) == sorted([first, last])
+        assert idle.store.value(f"{REQUESTS} WHERE sent_at IS NULL") == 1
+        idle.store.storage.make_requests_due()
+        go_round(idle)
+        assert large in queued(idle)
+
+    @pytest.mark.parametrize(("waited", "copies"), [("90 minutes", 0), ("20 minutes", 1)])
+    def test_one_is_sent_again_the_later_the_longer_it_waits(
+        self, idle: Site, user: str, waited: str, copies: int
+    ) -> None:
+        """A request that had to wait is trusted to be on the queue for as long again."""
+        job_id = ask(idle, user)
+        go_round(idle)
+        idle.store.execute(
+            "UPDATE grant_access_request SET look_at = now(), sent_at = now() - interval '30 min',"
+            " requested_at = now() - interval '30 min' - CAST(:waited AS interval)",
+            waited=waited,
+        )
+        go_round(idle)
+        assert queued(idle) == [job_id] * (1 + copies)
+
+    @pytest.mark.parametrize(
+        ("user_id", "ids"),
+        [
+            (None, []),
+            (7, []),
+            ("ann", "89d96f4b-c19d-4e69-8eae-e818f3123b09"),
+            ("ann", [7]),
+            ("", []),
+        ],
+    )
+    def test_what_is_no_request_is_refused_at_once(
+        self, idle: Site, user_id: Any, ids: Any
+    ) -> None:
+        """The helper takes no user and no ids of another type for their text."""
+        with (
+            connected(idle.store.database_url) as connection,
+            pytest.raises(InvalidGrantRequestException),
+        ):
+            enqueue_in_sqlalchemy(connection, user_id, ids)
+        assert is_answered(idle)
 
     def test_an_id_that_is_none_is_refused_at_once(self, idle: Site) -> None:
         """The helper names a job id that the table would not take."""

@@ -179,7 +179,8 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             )
         if self.id in state.revoked:
             return JobCancelledException.of(str(self.id))
-        if self.expires and datetime.now(UTC) > self.expires.astimezone(UTC):
+        began = self._tries or self._deferrals
+        if self.expires and not began and datetime.now(UTC) > self.expires.astimezone(UTC):
             return JobExpiredException.of(str(self.id), self.expires.isoformat())
         return None
 

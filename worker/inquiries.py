@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from celery import states
@@ -137,7 +138,8 @@ def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | N
             status.state = "running"
         case state if state == PROGRESS:
             status.state = "running"
-            status.progress = JobProgress.model_validate(stored["result"])
+            with suppress(ValidationError):  # of a task that is none of ours
+                status.progress = JobProgress.model_validate(stored["result"])
         case states.RETRY:
             status.state = "queued"  # also where nobody announced it
         case states.SUCCESS:

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from celery import Celery
+from celery.utils.log import get_logger
 from interview_access.protocol import GrantMessage, announcement_key
 from redis import Redis
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 
 from storage.dtos import AccessRequestDTO
 from storage.interface import InterviewStorageInterface
 from tasks.relay import PAGE, relay
 from worker.claims import PREFIX
 from worker.rounds import Rounds
+
+logger = get_logger(__name__)
 
 _PAUSE_SECONDS = 0.5
 _SEEN = f"{PREFIX}relay"  # where it is missing, Redis was emptied, or is another
@@ -40,12 +44,19 @@ class Relay(Rounds):
             stand = [redis.exists(announcement_key(job_id)) for job_id in job_ids]
             return [job_id for job_id, stands in zip(job_ids, stand, strict=True) if stands]
 
-        def send(requests: Sequence[AccessRequestDTO]) -> None:
-            with redis.pipeline(transaction=True) as pipeline:
-                for request in requests:
+        def send(request: AccessRequestDTO) -> bool:
+            try:
+                with redis.pipeline(transaction=True) as pipeline:
                     for command in message_of(request).commands:
                         pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
-                pipeline.execute()
+                    pipeline.execute()
+            except (OutOfMemoryError, ReadOnlyError):
+                raise  # no other would fare better
+            except RedisError as error:
+                redis.ping()  # or none is there
+                logger.warning("job %s: its request cannot be sent: %s", request.job_id, error)
+                return False
+            return True
 
         if relay(storage, announced, send) < PAGE:
             self.pause(_PAUSE_SECONDS)

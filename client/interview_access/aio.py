@@ -48,6 +48,7 @@ class AsyncInterviewAccessClient:
         queue, results = redis_urls(broker_url, result_backend)
         self._queue = _connected(queue)
         self._results = self._queue if results == queue else _connected(results)
+        self._turns = asyncio.Semaphore(MOST_CONNECTIONS)
 
     async def enqueue(
         self,
@@ -116,7 +117,8 @@ class AsyncInterviewAccessClient:
                     await asyncio.sleep(step.seconds)
                     continue
                 try:
-                    replies = await self._execute(step)
+                    async with self._turns:  # a wait for others is no failure of Redis
+                        replies = await self._execute(step)
                 except (RedisError, OSError) as error:
                     failed = error
                 if _cancellations() > cancelled_before:

@@ -74,6 +74,17 @@ def _hyphenated(digits: str) -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
+def as_text(value: object) -> object:
+    """A UUID object as its string; what is none is for the worker to name."""
+    return str(value) if isinstance(value, UUID) else value
+
+
+def as_texts(values: object) -> object:
+    """Whatever can be gone through, as a list, its UUID objects as strings; likewise."""
+    iterable = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    return [as_text(one) for one in values] if iterable else values  # type: ignore[attr-defined]
+
+
 def is_job_id(value: object) -> bool:
     """Whether the value can be a job's id: 1 to 255 printable characters."""
     return isinstance(value, str) and 1 <= len(value) <= _JOB_ID_LENGTH and value.isprintable()
@@ -275,6 +286,10 @@ class GrantJob:
     job_id: str = field(default_factory=lambda: str(uuid4()))
     countdown: float | None = None
     expires: float | datetime | None = None
+
+    def __post_init__(self) -> None:
+        # What can be gone through only once would be gone when the job is sent again.
+        object.__setattr__(self, "interview_ids", as_texts(self.interview_ids))
 
 
 class CreateInterviewAttemptRequest(_Request):

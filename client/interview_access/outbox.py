@@ -8,11 +8,12 @@ emptied meanwhile loses nothing. The row goes when the job has its answer.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from interview_access.contracts import describe
+from interview_access.contracts import GrantAccessRequest, as_texts, describe
 
 if TYPE_CHECKING:  # none of this is needed by whoever does not use it
     from sqlalchemy import Connection
@@ -46,6 +47,8 @@ def enqueue_in_django(
 
     Raises:
         ValueError: the job id is none.
+        InvalidGrantRequestException: the user or the interviews are of another type; how many
+            interviews one job may hold, the worker says.
         django.db.IntegrityError: the job id stands for a request already.
     """
     from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
@@ -76,6 +79,8 @@ def enqueue_in_sqlalchemy(
 
     Raises:
         ValueError: the job id is none.
+        InvalidGrantRequestException: the user or the interviews are of another type; how many
+            interviews one job may hold, the worker says.
         sqlalchemy.exc.IntegrityError: the job id stands for a request already.
     """
     row = _row(user_id, interview_ids, job_id)
@@ -91,8 +96,10 @@ def _row(
         raise ValueError(
             f"job id: expected 1 to 255 printable ASCII characters, got {describe(job_id)}"
         )
+    given = {"user_id": user_id, "interview_ids": as_texts(interview_ids)}
+    request = GrantAccessRequest.read((), given, max_interview_ids=sys.maxsize)
     return {
         "job_id": job_id,
-        "user_id": str(user_id),
-        "interview_ids": [str(one) for one in interview_ids],
+        "user_id": request.user_id,
+        "interview_ids": list(request.interview_ids),
     }

@@ -14,9 +14,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from math import inf
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
+from pydantic import ValidationError
 from redis.exceptions import ConnectionError as LostConnectionError
 from redis.exceptions import RedisError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as SilenceError
@@ -35,6 +37,8 @@ from interview_access.contracts import (
     GrantJob,
     JobProgress,
     JobStatus,
+    as_text,
+    as_texts,
     describe,
     is_job_id,
     unreadable_request_digest,
@@ -46,6 +50,7 @@ from interview_access.errors import (
     JobIdReusedException,
     NoAnswerInTimeError,
     QueueUnavailableError,
+    StorageUnavailableException,
     shortened,
 )
 
@@ -58,6 +63,7 @@ _LOST = LostConnectionError, SilenceError, OSError  # whether Redis did as it wa
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two looks at a result
 _PAUSE_GROWTH = 1.1  # so that a look comes late by a tenth of the time waited, at most
 _ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
+_LAST_ASK_SECONDS = 1.0  # before the end of a wait in which they were not asked yet
 _CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
 _TRY_AGAIN_WITHIN = 4.0  # seconds: a try that begins later could end after the 10 s that we promise
 _JOBS_AT_ONCE, _BYTES_AT_ONCE = 500, 4_000_000  # in one MULTI: others wait for Redis meanwhile
@@ -132,12 +138,11 @@ class GrantMessage:
         """
         is_new = job_id is None
         job_id = str(uuid4()) if job_id is None else job_id
-        if not is_job_id(job_id):
-            raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
+        _check_job_id(job_id)
         now = datetime.now(UTC)
         eta = None if countdown is None else _later(now, countdown, "countdown")
         expires_at = None if expires is None else _expiry(now, expires)
-        kwargs = {"user_id": _as_text(user_id), "interview_ids": _as_texts(interview_ids)}
+        kwargs = {"user_id": as_text(user_id), "interview_ids": as_texts(interview_ids)}
         told = f"user_id={_shown(user_id)}, interview_ids=<{describe(kwargs['interview_ids'])}>"
         try:
             envelope = _envelope(
@@ -220,6 +225,11 @@ def result_key(job_id: str) -> str:
     return f"celery-task-meta-{job_id}"
 
 
+def _check_job_id(job_id: object) -> None:
+    if not is_job_id(job_id):
+        raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
+
+
 # --- Conversations ------------------------------------------------------------------------------
 
 
@@ -252,6 +262,7 @@ def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
             known |= yield from _announced(batch)
         _refuse_other_requests(each_once.values(), known)
         for batch in batches:
+            yield from _forget_undone([one for one in batch if known[one.key]])
             under_way = len(batch)
             yield from _send(batch, {message.key: known[message.key] for message in batch})
             sent, under_way = sent + under_way, 0
@@ -322,8 +333,21 @@ def _send_where_free(
             if known == ours:
                 return  # a try before came through, and only its answer was lost
             _refuse_other_requests(messages, known)
+            yield from _forget_undone([one for one in messages if known.get(one.key)])
         else:
             return
+
+
+def _forget_undone(messages: Sequence[GrantMessage]) -> Conversation[None]:
+    """Forget that a job was given up, which is no answer: it is sent again, to be done."""
+    keys = [result_key(message.job_id) for message in messages]
+    if not keys:
+        return
+    (results,) = yield Commands((("MGET", *keys),), results=True)
+    for key, stored in zip(keys, results, strict=True):
+        if stored and StorageUnavailableException.__name__.encode() in stored:
+            with suppress(WatchError):  # another state stands there by now
+                yield Commands((("DEL", key),), results=True, provided={key: stored})
 
 
 def _announced(messages: Sequence[GrantMessage]) -> Conversation[dict[str, bytes | None]]:
@@ -338,20 +362,24 @@ def result(
 ) -> Conversation[dict[str, Any]]:
     """Poll a job's result until it stands, or the time is over.
 
-    Where nothing is stored of the job, not even that it was sent, the workers are asked: a result
-    that Redis has dropped is in the ledger.
+    Where nothing is stored of the job the workers are asked, at once if it was not even announced:
+    a result that Redis has dropped is in the ledger.
     """
+    _check_job_id(job_id)
     deadline = time.monotonic() + timeout
-    pause, ask_at = _FIRST_PAUSE, time.monotonic()
+    pause, ask_at = _FIRST_PAUSE, 0.0
     while True:
-        stored, announced = yield from _look(job_id)
+        stored, announced = yield from _look(job_id, by=deadline)
         state = stored["status"] if stored else "PENDING"
         if stored and state in {"SUCCESS", "FAILURE", "REVOKED"}:
             return _answer(stored)
         if stored and state == PROGRESS and on_progress:
-            on_progress(JobProgress.model_validate(stored["result"]))
+            with suppress(ValidationError):  # of a task that is none of ours
+                on_progress(JobProgress.model_validate(stored["result"]))
         left = deadline - time.monotonic()
-        if not stored and not announced and left > 0 and time.monotonic() >= ask_at:
+        if announced and not ask_at:
+            ask_at = max(min(time.monotonic() + _ASK_SECONDS, deadline - _LAST_ASK_SECONDS), 1.0)
+        if not stored and left > 0 and time.monotonic() >= ask_at:
             ask_at = time.monotonic() + _ASK_SECONDS
             known = yield from _known(job_id, timeout=min(left, _ASK_SECONDS))
             if known and known.final:
@@ -371,11 +399,13 @@ def result(
 
 def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
     """Ask the workers what is known of a job."""
+    _check_job_id(job_id)
     return (yield from _ask(JOB_STATUS, job_id, timeout))
 
 
 def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
     """Have a job cancelled, and wait until it has stopped, or finished before it could be."""
+    _check_job_id(job_id)
     deadline = time.monotonic() + timeout
     known = yield from _ask(CANCEL_JOB, job_id, timeout)
     while known.state == "running" and deadline - time.monotonic() > _CANCEL_PAUSE:
@@ -413,20 +443,22 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
         expires_at=expires_at,
     )
     try:
-        yield from _replies(Commands((("LPUSH", CONTROL_QUEUE, envelope),)))
+        yield from _replies(Commands((("LPUSH", CONTROL_QUEUE, envelope),)), by=deadline)
         pause = _FIRST_PAUSE
         while True:
             (reply,) = yield from _replies(
-                Commands((("GETDEL", result_key(question)),), results=True)
+                Commands((("GET", result_key(question)),), results=True), by=deadline
             )
             if reply is not None:
+                with suppress(RedisError, OSError):  # or it goes by itself
+                    yield Commands((("DEL", result_key(question)),), results=True)
                 return JobStatus.model_validate(_answer(json.loads(reply)))
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             yield Pause(min(pause, left))
             pause = min(_PAUSE_GROWTH * pause, _LONGEST_PAUSE)
-        yield from _replies(Commands((("LREM", CONTROL_QUEUE, 0, envelope),)))
+        yield from _replies(Commands((("LREM", CONTROL_QUEUE, 0, envelope),)), by=deadline)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"The workers cannot be asked about job {job_id}: Redis says: {_reason(error)}. "
@@ -440,13 +472,14 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
     )
 
 
-def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
+def _look(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None, bool]]:
     """What is stored of a job's result, and whether the job is announced."""
+    result, announcement = ("GET", result_key(job_id)), ("EXISTS", announcement_key(job_id))
     try:
-        (stored,) = yield from _replies(Commands((("GET", result_key(job_id)),), results=True))
+        (stored,) = yield from _replies(Commands((result,), results=True), by=by)
         if stored is not None:
             return json.loads(stored), True
-        (announced,) = yield from _replies(Commands((("EXISTS", announcement_key(job_id)),)))
+        (announced,) = yield from _replies(Commands((announcement,)), by=by)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"The result of job {job_id} cannot be read from Redis ({_reason(error)}). "
@@ -456,12 +489,12 @@ def _look(job_id: str) -> Conversation[tuple[dict[str, Any] | None, bool]]:
     return None, bool(announced)
 
 
-def _replies(step: Commands) -> Conversation[list[Any]]:
-    """The replies, after a second try where the first lost its connection.
+def _replies(step: Commands, *, by: float = inf) -> Conversation[list[Any]]:
+    """The replies, after a second try where the first lost its connection and there is time ``by``.
 
     What was done twice takes effect once: by the job's id, or by what it asks.
     """
-    give_up = time.monotonic() + _TRY_AGAIN_WITHIN
+    give_up = min(time.monotonic() + _TRY_AGAIN_WITHIN, by)
     try:
         return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
     except _LOST:
@@ -550,14 +583,21 @@ def _answer_of(known: JobStatus) -> dict[str, Any]:
     return known.result or {}
 
 
+def _digest_in(announcement: bytes | None) -> str | None:
+    """The digest of an announced request, where it is told."""
+    try:
+        return Announcement.model_validate_json(announcement).digest if announcement else None
+    except ValidationError:
+        return None  # a foreign producer's, and none of the contract's
+
+
 def _refuse_other_requests(
     messages: Iterable[GrantMessage], known: Mapping[str, bytes | None]
 ) -> None:
     """Raise where ids are known of other requests."""
     refused: list[tuple[GrantMessage, str]] = []
     for message in messages:
-        announced = known.get(message.key)
-        first = json.loads(announced).get("digest") if announced else None
+        first = _digest_in(known.get(message.key))
         if first and first != message.announcement.digest:
             refused.append((message, first))
     if refused:
@@ -568,16 +608,6 @@ def _refuse_other_requests(
             str(message.announcement.digest),
             others=[other.job_id for other, _ in others],
         )
-
-
-def _as_texts(values: object) -> object:
-    """Whatever can be gone through, as a list; what is none is for the worker to name."""
-    iterable = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    return [_as_text(one) for one in values] if iterable else values  # type: ignore[attr-defined]
-
-
-def _as_text(value: object) -> object:
-    return str(value) if isinstance(value, UUID) else value
 
 
 def _shown(value: object) -> str:

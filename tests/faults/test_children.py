@@ -100,6 +100,16 @@ class TestVerdicts:
             os.kill(child, signal.SIGKILL)
         assert balance(here, [job_id])[job_id] == created(10)
 
+    def test_expired_after_it_began(self, here: Site, standing: Relays, ids: list[str]) -> None:
+        """A job that began in time and is tried again past its time is done."""
+        job_id = str(uuid4())
+        with gate_at(standing, "before the transaction") as gate:
+            here.producer.send_task(
+                GRANT_ACCESS, ("ann", ids), task_id=job_id, queue=QUEUE, expires=1
+            )
+            os.kill(gate.until_reached(), signal.SIGKILL)
+        assert balance(here, [job_id])[job_id] == created(10)
+
     @pytest.mark.parametrize(
         "point", ["before the transaction", "inside the transaction", *AFTER_THE_LAST_CHUNK]
     )
