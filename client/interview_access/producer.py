@@ -45,8 +45,8 @@ class InterviewAccessClient:
     """Enqueues grant-access jobs, tells what became of them, and cancels them.
 
     One for a whole process: safe in threads, and in processes forked off later. Every call ends
-    within 10 s when Redis is away, but for those with a timeout of their own: that is a deadline, kept
-    to the 3 s for which a Redis that says nothing is listened to.
+    within 10 s when Redis is away, but for those with a timeout of their own: that is a deadline,
+    kept to the 3 s for which a Redis that says nothing is listened to.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:

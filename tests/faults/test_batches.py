@@ -21,7 +21,7 @@ from tests.stores import until
 from tests.workers import Site, events, held_grant, site, worker
 from worker.local_stack import LocalStack
 
-POINTS_HERE = ["inside the transaction", "after COMMIT", "before the result"]
+POINTS_HERE = ["after COMMIT", "before the result"]
 MANY = 40
 CHILDREN = 2
 
@@ -178,6 +178,16 @@ class TestWhatGoesWrong:
         """Each job of a batch whose child is killed, wherever it was, counts once."""
         with gate_at(standing, point) as gate:
             sent = order(here, some(MANY), ids)
+            os.kill(gate.until_reached(), signal.SIGKILL)
+        assert list(balance(here, sent).values()) == [created(10)] * MANY
+
+    def test_child_killed_inside_the_transaction(
+        self, here: Site, standing: Relays, ids: list[str]
+    ) -> None:
+        """Likewise where it had not committed."""
+        users = some(MANY)
+        with standing.database.gate(users[0].encode()) as gate:  # prepared, a statement has no text
+            sent = order(here, users, ids)
             os.kill(gate.until_reached(), signal.SIGKILL)
         assert list(balance(here, sent).values()) == [created(10)] * MANY
 
