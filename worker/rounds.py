@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from celery import Celery
 from celery.utils.log import get_logger
@@ -29,7 +31,8 @@ class Rounds(ABC):
         """Nothing is connected before :meth:`start`."""
         self._app = app
         self._client: Redis | None = None
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._bell: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
         self._thread = threading.Thread(target=self._go, name=type(self).__name__, daemon=True)
 
     @abstractmethod
@@ -46,15 +49,17 @@ class Rounds(ABC):
 
     def stop(self) -> None:
         """Go no further round. Callable from a signal's handler."""
-        self._stopping.set()
+        self._stopping = True
+        self._bell.put(None)
 
     def pause(self, seconds: float) -> None:
         """Let time pass, but no longer than the worker runs."""
-        self._stopping.wait(seconds)
+        with suppress(Empty):
+            self._bell.get(timeout=seconds)
 
     def _go(self) -> None:
         trouble = False
-        while not self._stopping.is_set():
+        while not self._stopping:
             try:
                 self.round(self._redis())
             except Exception as error:  # whatever it is: the worker goes on, and so does this

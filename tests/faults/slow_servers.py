@@ -69,3 +69,36 @@ def test_both_servers_crash(servers: LocalStack, books: Books, tmp_path: Path) -
         books.release()
         books.until_balanced()
         watch.assert_runs()
+
+
+def test_redis_demoted_for_a_while(books: Books, tmp_path: Path) -> None:
+    """Workers wait for a Redis that takes no writes, without haste, and go on by themselves."""
+    redis = books.here.redis
+    with working(books.here, tmp_path) as (watch,):
+        (running,) = books.order_slow()
+        watch.restart()
+        redis.replicaof("127.0.0.1", 1)
+        until(lambda: watch.said().count("Trying to re-establish") >= 3)
+        watch.assert_calm()
+        redis.replicaof("NO", "ONE")
+        books.order(40)
+        books.release()
+        books.until_balanced()
+        assert watch.starts_of(running) == 1
+
+
+def test_postgresql_read_only_for_a_while(books: Books, tmp_path: Path) -> None:
+    """Jobs wait for a database that takes no writes, and the queue is not run through."""
+    with working(books.here, tmp_path) as (watch,):
+        books.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        books.execute("SELECT pg_reload_conf()")
+        until(lambda: books.value("SHOW default_transaction_read_only") == "on")
+        watch.restart()
+        books.order(40)
+        until(lambda: "no job is taken for 4 s" in watch.said())
+        watch.assert_calm()
+        assert books.waiting() >= 35
+        books.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        books.execute("SELECT pg_reload_conf()")
+        books.until_balanced()
+        watch.assert_runs()

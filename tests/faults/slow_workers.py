@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.faults.books import balance
-from tests.faults.sites import POINTS, another, created, gate_at, relayed
+from tests.faults.sites import POINTS, another, created, gate_at, kill_all, relayed
 from tests.faults.test_batches import MANY, order, some
 from tests.stores import until
 from tests.workers import Site
@@ -100,3 +100,26 @@ def test_worker_killed_with_a_batch(here: Site, tmp_path: Path, ids: list[str], 
             os.kill(service.pid, signal.SIGKILL)
         with another(here, tmp_path):
             assert list(balance(here, sent).values()) == [created(10)] * MANY
+
+
+def test_poison_of_workers(here: Site, tmp_path: Path, ids: list[str]) -> None:
+    """A job that ends its whole worker each time fails for good, and no other with it."""
+    sent: list[str] = []
+    for turn in range(2):
+        with (
+            relayed(here, tmp_path, GRANT_ATTEMPT_LIMIT=2) as (relays, service),
+            relays.database.gate(b"innocent") as held,
+            relays.database.gate(b"poison") as gate,
+        ):
+            if turn == 0:
+                sent.append(here.send("ann", ids, job_id="innocent"))
+                held.until_reached()
+                sent.append(here.send("bob", ids, job_id="poison"))
+            else:
+                held.open()
+            gate.until_reached()
+            kill_all(service)
+    with another(here, tmp_path, GRANT_ATTEMPT_LIMIT=2):
+        results = balance(here, sent)
+    assert results[sent[0]] == created(10)
+    assert results[sent[1]]["exc_type"] == "JobFailedError"

@@ -16,7 +16,7 @@ from interview_access.producer import InterviewAccessClient
 
 from tests.faults.books import Books, balance
 from tests.faults.gates import Relays
-from tests.faults.sites import another, created, gate_at, kill_all, relayed
+from tests.faults.sites import another, created, gate_at, relayed
 from tests.stores import until
 from tests.workers import Site, events, held_grant, site, worker
 from worker.local_stack import LocalStack
@@ -190,17 +190,6 @@ class TestWhatGoesWrong:
             sent = order(here, users, ids)
             os.kill(gate.until_reached(), signal.SIGKILL)
         assert list(balance(here, sent).values()) == [created(10)] * MANY
-
-    def test_worker_killed(self, apart: Site, tmp_path: Path) -> None:
-        """Each job of a batch whose whole worker is killed counts once."""
-        ids = apart.store.add_interviews(10)
-        with relayed(apart, tmp_path) as (relays, service):
-            with gate_at(relays, "after COMMIT") as gate:
-                sent = order(apart, some(MANY), ids)
-                gate.until_reached()
-                kill_all(service)
-            with another(apart, tmp_path):
-                assert list(balance(apart, sent).values()) == [created(10)] * MANY
 
     def test_one_that_waits_for_others_holds_none_up(
         self, here: Site, standing: Relays, ids: list[str]

@@ -75,7 +75,7 @@ class TestVerdicts:
     def test_revoked_before_it_began(self, here: Site, ids: list[str]) -> None:
         """A job revoked while it waits fails, saying so, in the ledger too."""
         job_id = str(uuid4())
-        here.producer.control.revoke(job_id, reply=True, timeout=10)
+        here.producer.control.revoke(job_id, reply=True, timeout=10, limit=1)
         here.send("ann", ids, job_id=job_id)
         result = balance(here, [job_id])[job_id]
         assert "was cancelled before it was done" in result["exc_message"][0]

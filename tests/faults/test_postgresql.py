@@ -52,20 +52,3 @@ def test_postgresql_ends_its_backends(books: Books, tmp_path: Path) -> None:
             )
         books.until_balanced()
         watch.assert_runs()
-
-
-def test_postgresql_read_only_for_a_while(books: Books, tmp_path: Path) -> None:
-    """Jobs wait for a database that takes no writes, and the queue is not run through."""
-    with working(books.here, tmp_path) as (watch,):
-        books.execute("ALTER SYSTEM SET default_transaction_read_only = on")
-        books.execute("SELECT pg_reload_conf()")
-        until(lambda: books.value("SHOW default_transaction_read_only") == "on")
-        watch.restart()
-        books.order(40)
-        until(lambda: "no job is taken for 4 s" in watch.said())
-        watch.assert_calm()
-        assert books.waiting() >= 35
-        books.execute("ALTER SYSTEM RESET default_transaction_read_only")
-        books.execute("SELECT pg_reload_conf()")
-        books.until_balanced()
-        watch.assert_runs()

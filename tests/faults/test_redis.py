@@ -45,22 +45,6 @@ def test_redis_full(books: Books, tmp_path: Path) -> None:
         watch.assert_runs()
 
 
-def test_redis_demoted_for_a_while(books: Books, tmp_path: Path) -> None:
-    """Workers wait for a Redis that takes no writes, without haste, and go on by themselves."""
-    redis = books.here.redis
-    with working(books.here, tmp_path) as (watch,):
-        (running,) = books.order_slow()
-        watch.restart()
-        redis.replicaof("127.0.0.1", 1)
-        until(lambda: watch.said().count("Trying to re-establish") >= 3)
-        watch.assert_calm()
-        redis.replicaof("NO", "ONE")
-        books.order(40)
-        books.release()
-        books.until_balanced()
-        assert watch.starts_of(running) == 1
-
-
 def test_redis_drops_its_clients(books: Books, tmp_path: Path) -> None:
     """Connections that are cut again and again cost no job, and no running one another try."""
     with working(books.here, tmp_path) as (watch,):

@@ -105,28 +105,6 @@ class TestWorkers:
             main.resume()
             assert balance(here, [job_id, "late"])["late"] == created(10)
 
-    def test_poison(self, here: Site, tmp_path: Path, ids: list[str]) -> None:
-        """A job that ends its whole worker each time fails for good, and no other with it."""
-        sent: list[str] = []
-        for turn in range(2):
-            with (
-                relayed(here, tmp_path, GRANT_ATTEMPT_LIMIT=2) as (relays, service),
-                relays.database.gate(b"innocent") as held,
-                relays.database.gate(b"poison") as gate,
-            ):
-                if turn == 0:
-                    sent.append(here.send("ann", ids, job_id="innocent"))
-                    held.until_reached()
-                    sent.append(here.send("bob", ids, job_id="poison"))
-                else:
-                    held.open()
-                gate.until_reached()
-                kill_all(service)
-        with another(here, tmp_path, GRANT_ATTEMPT_LIMIT=2):
-            results = balance(here, sent)
-        assert results[sent[0]] == created(10)
-        assert results[sent[1]]["exc_type"] == "JobFailedError"
-
 
 class TestStopping:
     """A worker is asked to stop."""
