@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
 PYTEST_WORKERS ?= 6
+BENCH ?=
 
-.PHONY: help demo up test chaos soak check format contract lock clean
+.PHONY: help demo up test bench chaos soak check format contract lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -18,6 +19,9 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 
 test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+bench: .venv/ready ## figures beside COPY, bare Celery and the plan; BENCH="small --runs 3" for a part (half an hour)
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
 	@$(BIN)/python -m pytest -q tests/faults/slow_*.py

@@ -1,0 +1,136 @@
+"""`python -m benchmarks`: measures, prints a table for each part, and writes all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import psycopg
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import large_jobs, small_jobs, starting
+from benchmarks.baselines import plain_url
+from benchmarks.measuring import Figure
+from benchmarks.site import Bench
+from worker.local_stack import LocalStack
+
+_FILE_WIDTH = 140  # of tables that go to a file or a pipe, so that no name is broken
+
+Part = Callable[[Bench], list[Figure]]
+
+PARTS: Mapping[str, Part] = {
+    part.__name__: part
+    for part in (
+        small_jobs.small,
+        small_jobs.latency,
+        large_jobs.large,
+        large_jobs.again,
+        large_jobs.million,
+        small_jobs.mixed,
+        large_jobs.growth,
+        small_jobs.hot,
+        small_jobs.producer,
+        starting.startup,
+    )
+}
+
+
+@click.command()
+@click.argument("parts", nargs=-1, metavar="[PART]...", type=click.Choice(list(PARTS)))
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--out",
+    default="benchmarks/results.json",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Takes the figures, with all samples.",
+)
+@click.option(
+    "--scale",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="A factor on all sizes, for a quick look: the bars are meant for 1.",
+)
+def main(parts: Sequence[str], runs: int, out: Path, scale: float) -> None:
+    """Measure the parts, or all of them, on servers of their own.
+
+    It ends 0 where every row and every result was as it must be, whatever bars were missed.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    with (
+        tempfile.TemporaryDirectory(prefix="interview-access-bench-") as folder,
+        LocalStack(Path(folder) / "data") as stack,
+    ):
+        bench = Bench(stack, Path(folder), runs=runs, scale=scale)
+        report: dict[str, Any] = {
+            "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "runs": runs,
+            "scale": scale,
+            "machine": machine(bench),
+            "parts": {},
+        }
+        for name in parts or PARTS:
+            figures = PARTS[name](bench)
+            console.print(table(name, figures))
+            report["parts"][name] = [figure.as_json() for figure in figures]
+            # After each part, so that a run that is broken off has told something.
+            out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def machine(bench: Bench) -> Mapping[str, Any]:
+    """What the figures hang on."""
+    with psycopg.connect(plain_url(bench.stack.database_url)) as connection:
+        postgresql = connection.info.parameter_status("server_version")
+    with bench.redis(0) as redis:
+        info: Any = redis.info("server")
+    return {
+        "cores": os.cpu_count(),
+        "memory_mb": psutil.virtual_memory().total // 1_000_000,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "postgresql": postgresql,
+        "valkey": info.get("valkey_version", info["redis_version"]),
+    }
+
+
+def table(name: str, figures: Sequence[Figure]) -> Table:
+    """A part's figures for people."""
+    summary = (PARTS[name].__doc__ or "").partition("\n")[0]
+    shown = Table(title=f"{name}: {summary}", title_justify="left")
+    shown.add_column("variant")
+    for heading in ("median", "min to max", "ratio"):
+        shown.add_column(heading, justify="right")
+    for heading in ("of", "bar", ""):
+        shown.add_column(heading)
+    for figure in figures:
+        shown.add_row(
+            figure.variant,
+            f"{_number(figure.median)} {figure.unit}",
+            f"{_number(min(figure.samples))} to {_number(max(figure.samples))}",
+            "" if figure.ratio is None else f"{figure.ratio:.2f}",
+            figure.baseline[0] if figure.baseline else "",
+            str(figure.bar or ""),
+            {None: "", True: "reached", False: "missed"}[figure.reached],
+        )
+    return shown
+
+
+def _number(value: float) -> str:
+    """Three digits that tell, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
+
+
+if __name__ == "__main__":
+    main()

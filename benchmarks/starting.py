@@ -1,0 +1,59 @@
+"""The part about starts: of a worker until it is ready, of the command until it has answered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.measuring import Bar, Figure, Judge, measure
+from benchmarks.site import BARE, OURS, Bench, Contender, Database, until
+
+_COMMAND = Path(sys.executable).parent / "interview-access"
+
+
+def startup(bench: Bench) -> list[Figure]:
+    """A worker's start until it says that it is ready, and the command's --help."""
+    helped, imported = "interview-access --help", "python -c 'import click'"
+    with bench.database(1) as database:
+        samples = measure(
+            [
+                partial(_worker, bench, BARE, database),
+                partial(_worker, bench, OURS, database),
+                partial(_command, imported, [sys.executable, "-c", "import click"]),
+                partial(_command, helped, [str(_COMMAND), "--help"]),
+            ],
+            bench.runs,
+        )
+    judge = Judge(samples, "s")
+    return [
+        judge.figure(BARE.name),
+        judge.figure(OURS.name, BARE.name, Bar(1.5)),
+        judge.figure(imported),
+        judge.figure(helped, imported, Bar(3)),
+    ]
+
+
+def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[str, float]:
+    # The level at which a worker says that it is ready.
+    command = contender.command(children=2, log_level="INFO")
+    with (
+        bench.queue() as (number, _),
+        bench.service(contender, command, number, database) as service,
+    ):
+        started = time.perf_counter()
+        service.start()
+        until(
+            lambda: " ready." in service.log.read_text(encoding="utf-8") or not service.alive,
+            f"{contender.name} to be ready{service.last_words()}",
+        )
+        return {contender.name: time.perf_counter() - started}
+
+
+def _command(name: str, command: Sequence[str]) -> Mapping[str, float]:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - ours
+    return {name: time.perf_counter() - started}
