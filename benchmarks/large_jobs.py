@@ -190,7 +190,7 @@ def _grant_in_process(storage: PostgresStorage, interviews: Sequence[str]) -> fl
     user_id, job_id = uuid4().hex, str(uuid4())
     digest = request_digest(GRANT_ACCESS, user_id, interviews)
     entry = JobDTO(job_id, GRANT_ACCESS, user_id, digest)
-    job = GrantAccessJob(entry, user_id, RequestedInterviews.among(interviews))
+    job = GrantAccessJob(entry, (user_id,), RequestedInterviews.among(interviews))
     with storage.transaction():
         pass
     started = time.perf_counter()

@@ -17,6 +17,7 @@ from interview_access.contracts import (
     CANCEL_JOB,
     CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
     JOB_ID_RULE,
     JOB_STATUS,
     PROGRESS,
@@ -24,6 +25,7 @@ from interview_access.contracts import (
     CreateInterviewAttemptRequest,
     GrantAccessRequest,
     GrantAccessResult,
+    GrantCohortAccessRequest,
     InterviewAttemptResult,
     JobProgress,
     JobStatus,
@@ -196,11 +198,21 @@ def _stored_result() -> Schema:
 def _envelope() -> Schema:
     kwargs = [
         {"$ref": f"{name}.schema.json"}
-        for name in ("grant-access-request", "create-interview-attempt-request", "job-question")
+        for name in (
+            "grant-access-request",
+            "grant-cohort-access-request",
+            "create-interview-attempt-request",
+            "job-question",
+        )
     ]
     headers = _object(
         {
-            "task": {"enum": [GRANT_ACCESS, CREATE_INTERVIEW_ATTEMPT, JOB_STATUS, CANCEL_JOB]},
+            "task": {
+                "enum": [
+                    *(GRANT_ACCESS, GRANT_COHORT_ACCESS, CREATE_INTERVIEW_ATTEMPT),
+                    *(JOB_STATUS, CANCEL_JOB),
+                ]
+            },
             "id": _JOB_ID,
         },
         {
@@ -270,6 +282,7 @@ def schemas() -> dict[str, str]:
     content = {
         "grant-access-request": _model(GrantAccessRequest, request=True),
         "grant-access-result": _model(GrantAccessResult),
+        "grant-cohort-access-request": _model(GrantCohortAccessRequest, request=True),
         "create-interview-attempt-request": _model(CreateInterviewAttemptRequest, request=True),
         "create-interview-attempt-result": _model(InterviewAttemptResult),
         "progress": _model(JobProgress),

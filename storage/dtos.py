@@ -6,6 +6,7 @@ would pay more for UUID objects than for its whole insert's network.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -45,13 +46,12 @@ class UserInterviewAccessDTO:
 
 @dataclass(frozen=True, slots=True)
 class AccessOrderDTO:
-    """What one job asks to be granted.
+    """What one user is to be granted.
 
     Attributes:
         interview_ids: Each once, in any order.
     """
 
-    job_id: str
     user_id: str
     interview_ids: tuple[str, ...]
 
@@ -98,14 +98,17 @@ class AnswerDTO:
         result: The result as its producer reads it.
         error: ``{"type": class name, "sentence": …, "details": {…}}``.
         figures: Where the job was one of grants and succeeded.
-        rejected: Where it failed for its ids. Not read with other jobs' answers, only by
+        created_by_user: How many of the grants each user had, where the job was one for several.
+            This and what follows is not read with other jobs' answers, only by
             :meth:`~storage.interface.InterviewStorageInterface.get_finished_job`.
+        rejected: Where it failed for its ids.
     """
 
     state: str
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     figures: FiguresDTO | None = None
+    created_by_user: Mapping[str, int] | None = field(default=None, compare=False)
     rejected: RejectedIdsDTO | None = field(default=None, compare=False)
 
 

@@ -89,10 +89,14 @@ class InterviewTransactionInterface(ABC):
         """
 
     @abstractmethod
-    def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
+    def find_unknown_interviews(
+        self, interview_ids: Collection[str], *, granted_to: str | None = None
+    ) -> frozenset[str]:
         """The ids that no interview has.
 
-        The other interviews must stand until this transaction ends: a delete waits for it.
+        The other interviews must stand until this transaction ends: a delete waits for it. Those
+        that the user ``granted_to`` has access to need not: while a grant stands, its interview
+        does.
         """
 
     @abstractmethod
@@ -111,14 +115,14 @@ class InterviewTransactionInterface(ABC):
     @abstractmethod
     def bulk_create_user_access(
         self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
-    ) -> Mapping[str, int]:
-        """Make the grants that are missing, and count by job id the rows that each order added.
+    ) -> Sequence[int]:
+        """Make the grants that are missing, and count the rows that each order added, in step.
 
         Must leave a grant that stands untouched and uncounted, also one that another transaction
         made after this one began. A grant that several orders ask for must be counted for the
-        first of them. Must return a count, 0 included, for each order. Must fail as transient,
-        adding nothing, where an interview does not exist. ``on_chunk`` must be called after each
-        chunk with rising numbers, the last time with both equal, and not at all without grants.
+        first of them. Must fail as transient, adding nothing, where an interview does not exist.
+        ``on_chunk`` must be called after each chunk with rising numbers, the last time with both
+        equal, and not at all without grants.
         """
 
     @abstractmethod

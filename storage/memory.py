@@ -135,7 +135,12 @@ class MemoryTransaction(InterviewTransactionInterface):
         """See the interface."""
         return frozenset(job_ids) & self._tables.cancellations.keys()
 
-    def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
+    def find_unknown_interviews(
+        self,
+        interview_ids: Collection[str],
+        *,
+        granted_to: str | None = None,  # noqa: ARG002 - nothing is deleted meanwhile
+    ) -> frozenset[str]:
         """See the interface."""
         return frozenset(interview_ids) - self._tables.interviews.keys()
 
@@ -152,18 +157,18 @@ class MemoryTransaction(InterviewTransactionInterface):
 
     def bulk_create_user_access(
         self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
-    ) -> Mapping[str, int]:
+    ) -> Sequence[int]:
         """See the interface."""
         self._must_exist(one for order in orders for one in order.interview_ids)
-        counts = dict.fromkeys((order.job_id for order in orders), 0)
-        asked: dict[UserInterviewAccessDTO, str] = {}
-        for order in orders:
+        counts = [0] * len(orders)
+        asked: dict[UserInterviewAccessDTO, int] = {}
+        for number, order in enumerate(orders):
             for interview_id in order.interview_ids:
-                asked.setdefault(UserInterviewAccessDTO(order.user_id, interview_id), order.job_id)
-        for done, (grant, job_id) in enumerate(asked.items(), start=1):
+                asked.setdefault(UserInterviewAccessDTO(order.user_id, interview_id), number)
+        for done, (grant, number) in enumerate(asked.items(), start=1):
             if grant not in self._tables.grants:
                 self._tables.grants[grant] = None
-                counts[job_id] += 1
+                counts[number] += 1
             if on_chunk and (done % self._chunk_size == 0 or done == len(asked)):
                 on_chunk(done, len(asked))
         return counts

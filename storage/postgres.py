@@ -52,6 +52,7 @@ from storage.interface import (
 )
 from storage.models import (
     GrantAccessCancellation,
+    GrantAccessCohort,
     GrantAccessJob,
     GrantAccessRejection,
     GrantAccessRequest,
@@ -138,13 +139,30 @@ _FINISH_JOBS = text("""
     WHERE job.job_id = done.job_id AND job.state = 'open'
 """)
 
-_HOLD_INTERVIEWS = text("""
+_COUNT_STANDING = """
+    SELECT count(*) FROM interview_userinterviewaccess
+    WHERE user_id = {whose} AND interview_id = ANY (CAST(:interview_ids AS uuid[]))
+"""
+_COUNT_ACCESS = text(_COUNT_STANDING.format(whose="ANY (CAST(:user_ids AS text[]))"))
+
+_HOLD_INTERVIEWS = """
     WITH held AS (
-        SELECT FROM interview_interview
-        WHERE id = ANY (CAST(:interview_ids AS uuid[])) ORDER BY id FOR KEY SHARE
+        SELECT FROM interview_interview AS interview
+        WHERE id = ANY (CAST(:interview_ids AS uuid[])) {those} ORDER BY id
+        FOR KEY SHARE OF interview
     )
-    SELECT count(*) FROM held
-""")
+    SELECT (SELECT count(*) FROM held) {others}
+"""
+_HOLD_ALL_INTERVIEWS = text(_HOLD_INTERVIEWS.format(those="", others=""))
+_HOLD_NEW_INTERVIEWS = text(
+    _HOLD_INTERVIEWS.format(
+        those="""AND NOT EXISTS (
+            SELECT FROM interview_userinterviewaccess AS standing
+            WHERE standing.user_id = :user_id AND standing.interview_id = interview.id
+        )""",
+        others=f"+ ({_COUNT_STANDING.format(whose=':user_id')})",
+    )
+)
 
 # Names what is missing, not what is there: the answer is short for a job of any size. A CTE that
 # locks rows is run to its end, so every interview that stands is held.
@@ -162,15 +180,18 @@ _INSERT_ACCESS = """
     SELECT user_id, interview_id FROM wanted {those}
     ORDER BY user_id COLLATE "C", interview_id {conflict}
 """
-_CREATE_ACCESS_OF_ONE = """
+_PRODUCT = """
     WITH wanted AS (
-        SELECT CAST(:user_id AS text) AS user_id, interview_id
-        FROM unnest(CAST(:interview_ids AS uuid[])) AS ids (interview_id)
-    ) {insert}
+        SELECT user_id, interview_id
+        FROM unnest(CAST(:user_ids AS text[])) AS users (user_id)
+        CROSS JOIN unnest(CAST(:interview_ids AS uuid[])) AS interviews (interview_id)
+    )
 """
-# Counts by order inside the database: a client that stalls while it receives rows is deaf to every
-# timeout.
-_CREATE_ACCESS_OF_MANY = """
+# Counted inside the database: a client that stalls while it receives rows is deaf to every timeout.
+_COUNTED_BY_USER = """, created AS ({insert} RETURNING user_id)
+    SELECT user_id, count(*) FROM created GROUP BY user_id
+"""
+_CREATE_MIXTURE = """
     WITH wanted AS (
         SELECT users.user_id, grants.interview_id, grants.owner
         FROM unnest(CAST(:owners AS int[]), CAST(:interview_ids AS uuid[]))
@@ -185,38 +206,38 @@ _CREATE_ACCESS_OF_MANY = """
 
 @dataclass(frozen=True, slots=True)
 class _CreateAccess:
-    """Makes the grants that are missing: in one statement for one order, and for many."""
+    """Makes the grants that are missing, and counts them.
 
-    of_one: TextClause
-    of_many: TextClause
+    Attributes:
+        of_product: By user.
+        of_mixture: By the number of the order.
+    """
+
+    of_product: TextClause
+    of_mixture: TextClause
 
     @classmethod
     def by(cls, *, those: str = "", conflict: str = "") -> _CreateAccess:
         insert = _INSERT_ACCESS.format(those=those, conflict=conflict)
         return cls(
-            text(_CREATE_ACCESS_OF_ONE.format(insert=insert)),
-            text(_CREATE_ACCESS_OF_MANY.format(insert=insert)),
+            text(_PRODUCT + _COUNTED_BY_USER.format(insert=insert)),
+            text(_CREATE_MIXTURE.format(insert=insert)),
         )
 
 
-# A row that is known not to stand goes in at COPY's pace where no conflict is provided for
+# Rows that are known not to stand go in at COPY's pace where no conflict is provided for
 # (docs/performance.md); where somebody else makes the same row meanwhile, this one fails.
-_CREATE_ALL = _CreateAccess.by()
+_CREATE_ALL = text(_PRODUCT + _INSERT_ACCESS.format(those="", conflict=""))
 _CREATE_MISSING = _CreateAccess.by(
     those="""WHERE NOT EXISTS (
         SELECT FROM interview_userinterviewaccess AS standing
         WHERE standing.user_id = wanted.user_id AND standing.interview_id = wanted.interview_id
     )"""
 )
-_COUNT_ACCESS_OF_ONE = text("""
-    SELECT count(*) FROM interview_userinterviewaccess
-    WHERE user_id = :user_id AND interview_id = ANY (CAST(:interview_ids AS uuid[]))
-""")
-_WORTH_A_COUNT = 1_000
-"""Grants of one user, for which a look at how many stand costs less than it saves."""
-
 # Without the conflict's columns a collision of the primary key would be swallowed too.
 _CREATE_IN_A_RACE = _CreateAccess.by(conflict="ON CONFLICT (user_id, interview_id) DO NOTHING")
+_MANY = 1_000
+"""Grants, for which a savepoint and a look at what stands cost less than they save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +279,6 @@ class PostgresStorage(InterviewStorageInterface):
             isolation_level="READ COMMITTED",
             pool_size=1,
             max_overflow=-1,  # a worker's child has one thread and keeps one connection
-            pool_pre_ping=True,
             use_native_hstore=False,  # or every connection begins by asking for a type we have not
             hide_parameters=True,  # ids of people stay out of errors and logs
             connect_args={"connect_timeout": 10, "application_name": "interview-access-worker"},
@@ -269,21 +289,26 @@ class PostgresStorage(InterviewStorageInterface):
     @contextmanager
     def transaction(self) -> Iterator[PostgresTransaction]:
         """See the interface."""
-        with _driver_errors_translated(), self._engine.begin() as connection:
+        with _driver_errors_translated(), self._engine.connect() as connection:
             limits = {name: f"{seconds}s" for name, seconds in asdict(self._limits).items()}
-            connection.execute(_SET_LIMITS, limits)
+            try:
+                connection.execute(_SET_LIMITS, limits)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                connection.rollback()  # the pool's connection was lost since its last use
+                connection.execute(_SET_LIMITS, limits)
             transaction = PostgresTransaction(connection, self._chunk_size, self._limits)
             yield transaction
             if transaction.open:
                 raise StorageError(f"{len(transaction.open)} jobs were opened and never finished")
+            connection.commit()
 
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
         with self.transaction() as transaction:
             finished = transaction.finished_jobs([job_id]).get(job_id)
-            if finished and (rejected := transaction.rejected_ids(job_id)):
-                return replace(finished, answer=replace(finished.answer, rejected=rejected))
-            return finished
+            return finished and transaction.with_details(finished)
 
     def get_request(self, job_id: str) -> AccessRequestDTO | None:
         """See the interface."""
@@ -310,6 +335,7 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def __init__(self, connection: Connection, chunk_size: int, limits: DatabaseLimits) -> None:
         self.open: set[str] = set()
+        self._held: frozenset[str] = frozenset()
         self._connection = connection
         self._limits = limits
         self._chunk_size = chunk_size
@@ -364,15 +390,25 @@ class PostgresTransaction(InterviewTransactionInterface):
         )
         return {row.job_id: _finished_job(row) for row in rows}
 
-    def rejected_ids(self, job_id: str) -> RejectedIdsDTO | None:
-        """All ids for which the job failed, if it failed for those."""
-        row = self._connection.execute(
+    def with_details(self, finished: FinishedJobDTO) -> FinishedJobDTO:
+        """The same with what is not read with other jobs' answers."""
+        rejected = self._connection.execute(
             select(
                 GrantAccessRejection.unknown_interview_ids,
                 GrantAccessRejection.malformed_interview_ids,
-            ).where(GrantAccessRejection.job_id == job_id)
+            ).where(GrantAccessRejection.job_id == finished.job.job_id)
         ).one_or_none()
-        return row and RejectedIdsDTO(tuple(row[0]), tuple(row[1]))
+        by_user = self._connection.execute(
+            select(GrantAccessCohort.created_by_user).where(
+                GrantAccessCohort.job_id == finished.job.job_id
+            )
+        ).scalar_one_or_none()
+        answer = replace(
+            finished.answer,
+            created_by_user=by_user,
+            rejected=rejected and RejectedIdsDTO(tuple(rejected[0]), tuple(rejected[1])),
+        )
+        return replace(finished, answer=answer)
 
     def request_cancellation(self, job_id: str) -> None:
         """See the interface."""
@@ -389,12 +425,20 @@ class PostgresTransaction(InterviewTransactionInterface):
         )
         return frozenset(rows.scalars())
 
-    def find_unknown_interviews(self, interview_ids: Collection[str]) -> frozenset[str]:
+    def find_unknown_interviews(
+        self, interview_ids: Collection[str], *, granted_to: str | None = None
+    ) -> frozenset[str]:
         """See the interface."""
         if not interview_ids:
             return frozenset()
         wanted = {"interview_ids": _array(sorted(interview_ids))}
-        if self._connection.execute(_HOLD_INTERVIEWS, wanted).scalar_one() == len(interview_ids):
+        known = (
+            self._connection.execute(_HOLD_ALL_INTERVIEWS, wanted)
+            if granted_to is None
+            else self._connection.execute(_HOLD_NEW_INTERVIEWS, {**wanted, "user_id": granted_to})
+        )
+        if known.scalar_one() == len(interview_ids):
+            self._held = frozenset(interview_ids)
             return frozenset()
         return frozenset(self._connection.execute(_FIND_UNKNOWN_INTERVIEWS, wanted).scalars())
 
@@ -429,57 +473,51 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def bulk_create_user_access(
         self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
-    ) -> Mapping[str, int]:
+    ) -> Sequence[int]:
         """See the interface."""
-        counts = dict.fromkeys((order.job_id for order in orders), 0)
-        owners, interview_ids = _in_lock_order(orders)
-        for start in range(0, len(owners), self._chunk_size):
-            chunk = slice(start, start + self._chunk_size)
-            for order, created in self._create(orders, owners[chunk], interview_ids[chunk]):
-                counts[order.job_id] += created
+        counts = [0] * len(orders)
+        chunks = _chunks(orders, self._chunk_size)
+        done, total = 0, sum(chunk.size for chunk in chunks)
+        for chunk in chunks:
+            for number, created in self._create(chunk):
+                counts[number] += created
+            done += chunk.size
             if on_chunk:
-                on_chunk(min(chunk.stop, len(owners)), len(owners))
+                on_chunk(done, total)
         # The keys are declared deferred; checked here, one that fails does so in its own words and
-        # not in those of a COMMIT.
-        if owners:
+        # not in those of a COMMIT. Of an interview that is held none fails.
+        if not all(self._held.issuperset(order.interview_ids) for order in orders):
             self._connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
         return counts
 
-    def _create(
-        self, orders: Sequence[AccessOrderDTO], owners: Sequence[int], interview_ids: Sequence[str]
-    ) -> Iterable[tuple[AccessOrderDTO, int]]:
+    def _create(self, chunk: _Chunk) -> Iterable[tuple[int, int]]:
         """Make a chunk's grants that are missing; how many each order added, 0 perhaps left out."""
-        try:
-            with self._connection.begin_nested():
-                return self._create_by(_CREATE_MISSING, orders, owners, interview_ids)
-        except IntegrityError as error:
-            if getattr(error.orig, "sqlstate", None) != _NOT_UNIQUE:
-                raise
-        return self._create_by(_CREATE_IN_A_RACE, orders, owners, interview_ids)
+        if chunk.size >= _MANY:
+            try:
+                with self._connection.begin_nested():
+                    return self._create_most(chunk)
+            except IntegrityError as error:
+                if getattr(error.orig, "sqlstate", None) != _NOT_UNIQUE:
+                    raise
+        return self._create_by(_CREATE_IN_A_RACE, chunk)
 
-    def _create_by(
-        self,
-        statements: _CreateAccess,
-        orders: Sequence[AccessOrderDTO],
-        owners: Sequence[int],
-        interview_ids: Sequence[str],
-    ) -> Iterable[tuple[AccessOrderDTO, int]]:
-        wanted: dict[str, Any] = {"interview_ids": _array(interview_ids)}
-        if len(set(owners)) == 1:
-            order = orders[owners[0]]
-            wanted["user_id"] = order.user_id
-            if statements is _CREATE_MISSING and len(interview_ids) >= _WORTH_A_COUNT:
-                stand = self._connection.execute(_COUNT_ACCESS_OF_ONE, wanted).scalar_one()
-                if stand == len(interview_ids):
-                    return []
-                statements = _CREATE_MISSING if stand else _CREATE_ALL
-            return [(order, self._connection.execute(statements.of_one, wanted).rowcount)]
-        users = [order.user_id for order in orders]
-        rows = self._connection.execute(
-            statements.of_many,
-            {**wanted, "owners": _array(map(str, owners)), "user_ids": users},
-        )
-        return [(orders[owner], count) for owner, count in rows]
+    def _create_most(self, chunk: _Chunk) -> Iterable[tuple[int, int]]:
+        """The same at COPY's pace; it fails where somebody else makes one of them meanwhile."""
+        if isinstance(chunk, _Product):
+            stand = self._connection.execute(_COUNT_ACCESS, chunk.parameters).scalar_one()
+            if stand == chunk.size:
+                return []
+            if stand == 0:
+                self._connection.execute(_CREATE_ALL, chunk.parameters)
+                return [(number, len(chunk.interview_ids)) for number in chunk.numbers.values()]
+        return self._create_by(_CREATE_MISSING, chunk)
+
+    def _create_by(self, statements: _CreateAccess, chunk: _Chunk) -> Iterable[tuple[int, int]]:
+        if isinstance(chunk, _Product):
+            rows = self._connection.execute(statements.of_product, chunk.parameters)
+            return [(chunk.numbers[user_id], created) for user_id, created in rows]
+        rows = self._connection.execute(statements.of_mixture, chunk.parameters)
+        return [(number, created) for number, created in rows]
 
     def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
         """See the interface."""
@@ -498,20 +536,16 @@ class PostgresTransaction(InterviewTransactionInterface):
             raise StorageError(
                 f"{len(jobs)} jobs to finish, but only {finished.rowcount} are open in the ledger"
             )
-        rejections = [
-            {
-                "job_id": job.job.job_id,
-                "unknown_interview_ids": rejected.unknown,
-                "malformed_interview_ids": rejected.malformed,
-            }
-            for job in jobs
-            if (rejected := job.answer.rejected)
-        ]
-        if rejections:
-            put = upsert(GrantAccessRejection)
-            columns = {name: put.excluded[name] for name in rejections[0]}
-            put = put.on_conflict_do_update(index_elements=["job_id"], set_=columns)
-            self._connection.execute(put, rejections)
+        for table, details in (
+            (GrantAccessRejection, {job.job.job_id: _rejected(job.answer) for job in jobs}),
+            (GrantAccessCohort, {job.job.job_id: _by_user(job.answer) for job in jobs}),
+        ):
+            rows = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
+            if rows:
+                put = upsert(table)
+                columns = {name: put.excluded[name] for name in rows[0]}
+                put = put.on_conflict_do_update(index_elements=["job_id"], set_=columns)
+                self._connection.execute(put, rows)
         self.open.difference_update(job.job.job_id for job in jobs)
 
     def request(self, job_id: str) -> AccessRequestDTO | None:
@@ -583,23 +617,88 @@ def _driver_errors_translated() -> Iterator[None]:
         raise kind(reason, driver.sqlstate) from error
 
 
-def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[str]]:
-    """All grants asked for, each once, by user and interview.
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """Grants of users who all want the same interviews.
 
-    Returns:
-        The index of the order that each grant counts for (the first that asks for it), and the
-        interview ids, in step.
+    Attributes:
+        numbers: Of each user's order.
     """
+
+    numbers: Mapping[str, int]
+    interview_ids: Sequence[str]
+
+    @property
+    def size(self) -> int:
+        return len(self.numbers) * len(self.interview_ids)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"user_ids": list(self.numbers), "interview_ids": _array(self.interview_ids)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """Grants of orders that each want their own.
+
+    Attributes:
+        user_ids: Of all orders.
+        owners: The number of the order that each grant counts for.
+    """
+
+    user_ids: Sequence[str]
+    owners: Sequence[int]
+    interview_ids: Sequence[str]
+
+    @property
+    def size(self) -> int:
+        return len(self.owners)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "user_ids": self.user_ids,
+            "owners": _array(map(str, self.owners)),
+            "interview_ids": _array(self.interview_ids),
+        }
+
+
+_Chunk = _Product | _Mixture
+"""Grants that one statement makes."""
+
+
+def _chunks(orders: Sequence[AccessOrderDTO], size: int) -> Sequence[_Chunk]:
+    """All grants asked for, each once, by user and interview."""
+    # Code points sort as UTF-8 bytes do, and canonical UUID text as uuid: PostgreSQL's own orders.
+    numbers = {order.user_id: number for number, order in enumerate(orders)}
+    wanted = orders[0].interview_ids if orders else ()
+    if len(numbers) < len(orders) or any(order.interview_ids != wanted for order in orders):
+        owners, interview_ids = _in_lock_order(orders)
+        user_ids = [order.user_id for order in orders]
+        return [
+            _Mixture(user_ids, owners[start : start + size], interview_ids[start : start + size])
+            for start in range(0, len(owners), size)
+        ]
+    ids, users = sorted(wanted), sorted(numbers)
+    together = max(size // len(ids), 1) if ids else 1
+    return [
+        _Product({user: numbers[user] for user in users[first : first + together]}, some)
+        for first in range(0, len(users), together)
+        for start in range(0, len(ids), size)
+        if (some := ids[start : start + size])
+    ]
+
+
+def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[str]]:
+    """The number of the order that each grant counts for, the first that asks; and the ids."""
     by_user: dict[str, list[int]] = {}
     for number, order in enumerate(orders):
         by_user.setdefault(order.user_id, []).append(number)
-    # Code points sort as UTF-8 bytes do, and canonical UUID text as uuid: PostgreSQL's own orders.
     owners: list[int] = []
     interview_ids: list[str] = []
     for user_id in sorted(by_user):
-        numbers = by_user[user_id]
-        first = dict.fromkeys(orders[numbers[0]].interview_ids, numbers[0])
-        for number in numbers[1:]:
+        first: dict[str, int] = {}
+        for number in by_user[user_id]:
             first = dict.fromkeys(orders[number].interview_ids, number) | first
         ordered = sorted(first)
         interview_ids += ordered
@@ -635,6 +734,23 @@ def _answer_columns(jobs: Sequence[FinishedJobDTO]) -> dict[str, list[Any]]:
             getattr(answer.figures, figure) if answer.figures else None for answer in answers
         ]
     return columns
+
+
+def _rejected(answer: AnswerDTO) -> dict[str, Any]:
+    rejected = answer.rejected
+    return (
+        {
+            "unknown_interview_ids": rejected.unknown,
+            "malformed_interview_ids": rejected.malformed,
+        }
+        if rejected
+        else {}
+    )
+
+
+def _by_user(answer: AnswerDTO) -> dict[str, Any]:
+    by_user = answer.created_by_user
+    return {} if by_user is None else {"created_by_user": by_user}
 
 
 def _finished_job(row: Row[Any]) -> FinishedJobDTO:

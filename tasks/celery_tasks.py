@@ -22,13 +22,16 @@ from celery.utils.time import get_exponential_backoff_interval
 from interview_access.contracts import (
     CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
     JOB_ID_RULE,
     PROGRESS,
     CreateInterviewAttemptRequest,
     GrantAccessRequest,
+    GrantCohortAccessRequest,
     JobProgress,
     RequestedInterviews,
     canonical_interview_id,
+    cohort_digest,
     describe,
     is_job_id,
     request_digest,
@@ -77,7 +80,7 @@ class Workplace:
 
     Attributes:
         storage: This process's store.
-        max_interview_ids: Ids as given that one job may hold.
+        max_interview_ids: Grants that one job may ask for, ids as given.
         retry_limit: Tries after the first while the database is in trouble.
         retry_max_delay: Seconds between two tries at most.
     """
@@ -97,6 +100,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
     """
 
     abstract = True
+    coalesces: ClassVar[bool] = True  # small messages are small jobs, and may be done together
     typing = False  # what is wrong with an argument is ours to say, with its name
     throws: ClassVar[tuple[type[Exception], ...]] = (
         InvalidGrantRequestException,
@@ -304,6 +308,18 @@ class GrantAccessTask(JobTask):
         return interactor.grant_access(jobs, on_chunk, singly=singly)
 
 
+class GrantCohortAccessTask(GrantAccessTask):
+    """``interview_access.grant_cohort_access(user_ids, interview_ids)``."""
+
+    name = GRANT_COHORT_ACCESS
+    coalesces = False  # a hundred users and a hundred interviews are a small message
+
+    def read(self, job_id: str, args: Args, kwargs: Kwargs) -> GrantAccessJob:
+        """The job that a message makes."""
+        limit = self.workplace.max_interview_ids
+        return grant_cohort_access_job(job_id, args, kwargs, max_interview_ids=limit)
+
+
 class CreateInterviewAttemptTask(JobTask):
     """``interview_access.create_interview_attempt(interview_id, user_id)``."""
 
@@ -332,7 +348,21 @@ def grant_access_job(
         GRANT_ACCESS, request.user_id, [*interviews.wanted, *interviews.malformed]
     )
     entry = JobDTO(job_id, GRANT_ACCESS, request.user_id, digest)
-    return GrantAccessJob(entry, request.user_id, interviews)
+    return GrantAccessJob(entry, (request.user_id,), interviews)
+
+
+def grant_cohort_access_job(
+    job_id: str, args: Args, kwargs: Kwargs, *, max_interview_ids: int
+) -> GrantAccessJob:
+    """The job that a message of ``grant_cohort_access`` makes, likewise."""
+    try:
+        request = GrantCohortAccessRequest.read(args, kwargs, max_interview_ids=max_interview_ids)
+    except InvalidGrantRequestException as fault:
+        return GrantAccessJob(_unreadable(job_id, GRANT_COHORT_ACCESS, args, kwargs), fault=fault)
+    interviews = RequestedInterviews.among(request.interview_ids)
+    digest = cohort_digest(request.user_ids, [*interviews.wanted, *interviews.malformed])
+    entry = JobDTO(job_id, GRANT_COHORT_ACCESS, None, digest)
+    return GrantAccessJob(entry, request.user_ids, interviews)
 
 
 def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewAttemptJob:

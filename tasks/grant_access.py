@@ -1,4 +1,4 @@
-"""The use case: give users access to interviews, many jobs at once."""
+"""The use case: give users access to interviews, one user or a cohort a job, many jobs at once."""
 
 from __future__ import annotations
 
@@ -22,16 +22,25 @@ NO_INTERVIEWS = RequestedInterviews.among([])
 
 @dataclass(frozen=True, slots=True)
 class GrantAccessJob:
-    """One job: its entry in the ledger, and the user and the interviews of a request that reads.
+    """One job: its entry in the ledger, and the users and the interviews of a request that reads.
 
     Attributes:
+        entry: Names the user where the job is for one; a cohort's has none.
+        user_ids: As given; one given again counts once.
+        interviews: What every one of the users is to be granted.
         fault: What is wrong with the request, where it cannot be read; the rest is then empty.
     """
 
     entry: JobDTO
-    user_id: str = ""
+    user_ids: tuple[str, ...] = ()
     interviews: RequestedInterviews = NO_INTERVIEWS
     fault: InterviewAccessError | None = None
+
+    @property
+    def orders(self) -> list[AccessOrderDTO]:
+        """What each of its users is to be granted."""
+        users = dict.fromkeys(self.user_ids)
+        return [AccessOrderDTO(user_id, self.interviews.wanted) for user_id in users]
 
 
 class GrantAccessInteractor:
@@ -72,7 +81,10 @@ def _grant(
     on_chunk: ChunkDone | None,
 ) -> Mapping[str, AnswerDTO]:
     wanted = dict.fromkeys(chain.from_iterable(job.interviews.wanted for job in jobs))
-    unknown = transaction.find_unknown_interviews(wanted)
+    users = {user_id for job in jobs for user_id in job.user_ids}
+    unknown = transaction.find_unknown_interviews(
+        wanted, granted_to=users.pop() if len(users) == 1 else None
+    )
 
     answers: dict[str, AnswerDTO] = {}
     granted: list[GrantAccessJob] = []
@@ -86,23 +98,30 @@ def _grant(
         else:
             granted.append(job)
 
-    created = transaction.bulk_create_user_access(
-        [AccessOrderDTO(job.entry.job_id, job.user_id, job.interviews.wanted) for job in granted],
-        stopping_if_cancelled(transaction, granted, on_chunk),
+    orders = [job.orders for job in granted]
+    counts = iter(
+        transaction.bulk_create_user_access(
+            [*chain.from_iterable(orders)], stopping_if_cancelled(transaction, granted, on_chunk)
+        )
     )
-    for job in granted:
-        answers[job.entry.job_id] = _success(job, created[job.entry.job_id])
+    for job, ordered in zip(granted, orders, strict=True):
+        by_user = {order.user_id: next(counts) for order in ordered}
+        answers[job.entry.job_id] = _success(job, by_user)
     return answers
 
 
-def _success(job: GrantAccessJob, created: int) -> AnswerDTO:
+def _success(job: GrantAccessJob, by_user: Mapping[str, int]) -> AnswerDTO:
+    created = sum(by_user.values())
+    requested = len(job.user_ids) * len(job.interviews.given)
+    distinct = len(by_user) * len(job.interviews.wanted)
     return AnswerDTO(
         "succeeded",
         result=GrantAccessResult(created_access_count=created).model_dump(),
         figures=FiguresDTO(
-            requested=len(job.interviews.given),
-            repeated=job.interviews.repeated,
-            already_granted=len(job.interviews.wanted) - created,
+            requested=requested,
+            repeated=requested - distinct,
+            already_granted=distinct - created,
             created=created,
         ),
+        created_by_user=None if job.entry.user_id else by_user,
     )

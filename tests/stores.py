@@ -25,7 +25,7 @@ from storage.interface import InterviewStorageInterface, TransientStorageError
 from storage.memory import MemoryStorage
 from storage.models import GrantAccessRequest, Interview, InterviewAttempt, InterviewConfig
 from storage.postgres import DatabaseLimits, PostgresStorage
-from tasks.celery_tasks import grant_access_job
+from tasks.celery_tasks import grant_access_job, grant_cohort_access_job
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 from tasks.ledger import Outcome
 from tests.database import connected
@@ -317,6 +317,7 @@ _JOBS_TABLES = (
     "grant_access_job",
     "grant_access_request",
     "grant_access_cancellation",
+    "grant_access_cohort",
     "grant_access_rejection",
 )
 _INTERVIEW_TABLES = ("interview_interviewconfig", "interview_interview")
@@ -392,6 +393,22 @@ def a_job(
         job_id,
         (),
         {"user_id": user_id, "interview_ids": interview_ids},
+        max_interview_ids=max_interview_ids,
+    )
+
+
+def a_cohort(
+    job_id: str,
+    user_ids: object,
+    interview_ids: object,
+    *,
+    max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
+) -> GrantAccessJob:
+    """The job that a message for a cohort makes."""
+    return grant_cohort_access_job(
+        job_id,
+        (),
+        {"user_ids": user_ids, "interview_ids": interview_ids},
         max_interview_ids=max_interview_ids,
     )
 

@@ -20,6 +20,7 @@ from tests.stores import (
     Background,
     PostgresStore,
     Store,
+    a_cohort,
     a_job,
     created,
     statements_counted,
@@ -105,6 +106,87 @@ class TestOneJob:
         assert isinstance(error, InvalidGrantRequestException)
         assert "at most 3 ids (GRANT_MAX_INTERVIEW_IDS), got a list of 4" in error.sentence
         assert created(*store.grant(a_job("b", "ann", [one] * 3, max_interview_ids=3))) == 1
+
+
+class TestCohort:
+    """A job for several users."""
+
+    def test_every_user_is_granted_every_interview(self, store: Store) -> None:
+        """Each user is granted each interview, over several chunks, and counted in the ledger."""
+        ids = store.add_interviews(CHUNK_SIZE + 1)
+        store.grant(a_job("before", "bob", ids[:2]))
+        (outcome,) = store.grant(a_cohort("a", ["bob", "ann"], ids))
+        assert created(outcome) == 2 * len(ids) - 2
+        assert store.granted("ann") == store.granted("bob") == ids
+        finished = store.storage.get_finished_job("a")
+        assert finished
+        assert finished.answer.created_by_user == {"bob": len(ids) - 2, "ann": len(ids)}
+        assert finished.job.user_id is None
+
+    def test_repeated_users_and_interviews_count_once(self, store: Store) -> None:
+        """What is given again, on either side, is repeated; the figures are those of grants."""
+        one, two = store.add_interviews(2)
+        store.grant(a_job("before", "ann", [one]))
+        store.grant(a_cohort("a", ["ann", "bob", "ann"], [one, two, one.upper()]))
+        assert figures_of(store, "a") == FiguresDTO(9, 5, 1, 3)
+
+    @pytest.mark.parametrize(("users", "interviews"), [(0, 1), (1, 0), (0, 0)])
+    def test_an_empty_list_is_a_success(self, store: Store, users: int, interviews: int) -> None:
+        """Without users or without interviews it succeeds with 0."""
+        ids = store.add_interviews(1)[:interviews]
+        users_given = ["ann"][:users]
+        assert created(*store.grant(a_cohort("a", users_given, ids))) == 0
+        assert figures_of(store, "a") == FiguresDTO(0, 0, 0, 0)
+
+    def test_one_unknown_interview_fails_the_job(self, store: Store) -> None:
+        """It is all or nothing for all users."""
+        (one,), unknown = store.add_interviews(1), str(uuid4())
+        error = error_of(*store.grant(a_cohort("a", ["ann", "bob"], [one, unknown])))
+        assert isinstance(error, InvalidInterviewIdException)
+        assert store.granted("ann") == store.granted("bob") == []
+
+    @pytest.mark.parametrize(
+        ("user_ids", "interviews", "told"),
+        [
+            ("ann", 1, "user_ids: expected a list of user ids, got the string 'ann'"),
+            (["ann", 7, ""], 1, "user_ids[1]: expected a string of 1 to 36 characters"),
+            (["ann"] * 7, 0, "user_ids: expected at most 6 ids (GRANT_MAX_INTERVIEW_IDS)"),
+            (
+                ["ann", "bob"],
+                4,
+                "interview_ids: expected at most 3 ids for 2 users (GRANT_MAX_INTERVIEW_IDS is 6)",
+            ),
+        ],
+    )
+    def test_what_cannot_be_read_is_told(
+        self, store: Store, user_ids: object, interviews: int, told: str
+    ) -> None:
+        """A wrong list, a wrong user, and more grants in all than the limit are each named."""
+        ids = store.add_interviews(interviews)
+        error = error_of(*store.grant(a_cohort("a", user_ids, ids, max_interview_ids=6)))
+        assert isinstance(error, InvalidGrantRequestException)
+        assert told in error.sentence
+
+    def test_the_same_cohort_again_has_its_first_count(self, store: Store) -> None:
+        """Order and repetition of the users make no other request; another user does."""
+        ids = store.add_interviews(2)
+        store.grant(a_cohort("a", ["ann", "bob"], ids))
+        (again,) = store.grant(a_cohort("a", ["bob", "ann", "bob"], ids[::-1]))
+        assert created(again) == 4
+        assert again.repeated
+        assert not again.refusal
+        (other,) = store.grant(a_cohort("a", ["ann"], ids))
+        assert other.refusal
+
+    def test_beside_other_jobs_each_counts_its_own(self, store: Store) -> None:
+        """Cohorts and single jobs in one sequence: a shared grant counts for the earlier."""
+        one, two = store.add_interviews(2)
+        outcomes = store.grant(
+            a_job("a", "ann", [one]),
+            a_cohort("b", ["bob", "ann"], [one, two]),
+            a_cohort("c", ["ann", "cyd"], [two]),
+        )
+        assert [created(outcome) for outcome in outcomes] == [1, 3, 1]
 
 
 class TestTheSameJobAgain:

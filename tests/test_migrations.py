@@ -52,6 +52,7 @@ OURS = [
     "grant_access_request",
     "grant_access_cancellation",
     "grant_access_rejection",
+    "grant_access_cohort",
 ]
 KEY = "interview_userinterviewaccess_user_id_interview_id_key"
 REFUSAL = "interview_access_refuse_duplicate"
@@ -385,7 +386,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0003"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0004"]
     assert database.catalog() == before
 
 
@@ -609,7 +610,7 @@ def test_two_runs_at_once(database: Database) -> None:
     other.join(PATIENCE_SECONDS)
     assert second == [
         "waiting: another migrate is running on this database",
-        "nothing to do: the schema is at revision 0003",
+        "nothing to do: the schema is at revision 0004",
     ]
 
 
@@ -625,7 +626,7 @@ def test_an_earlier_release_is_brought_up_to_date(database: Database) -> None:
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0003"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0004"]
 
 
 @pytest.mark.usefixtures("service")

@@ -88,8 +88,9 @@ def finish(storage: InterviewStorageInterface, *jobs: FinishedJobDTO) -> None:
 def make_grants(storage: InterviewStorageInterface, user_id: str, *interview_ids: str) -> int:
     """Grant in one transaction; the rows that were added."""
     with storage.transaction() as transaction:
-        order = AccessOrderDTO("job", user_id, interview_ids)
-        return transaction.bulk_create_user_access([order])["job"]
+        order = AccessOrderDTO(user_id, interview_ids)
+        (created,) = transaction.bulk_create_user_access([order])
+        return created
 
 
 def lock(
@@ -421,6 +422,29 @@ class TestFindUnknownInterviews:
             assert transaction.find_unknown_interviews(known) == frozenset()
             assert transaction.find_unknown_interviews([]) == frozenset()
 
+    @pytest.mark.parametrize("granted", range(3))
+    def test_what_a_user_has_access_to_is_known(self, store: Store, granted: int) -> None:
+        """The same ids are unknown whatever the user, or another one, has been granted."""
+        known, unknown = store.add_interviews(2), str(uuid4())
+        make_grants(store.storage, "ann", *known[:granted])
+        for user_id in ("ann", "bob"):
+            with store.storage.transaction() as transaction:
+                found = transaction.find_unknown_interviews([*known, unknown], granted_to=user_id)
+                assert found == {unknown}
+                none = transaction.find_unknown_interviews(known, granted_to=user_id)
+                assert none == frozenset()
+
+    def test_what_a_user_is_to_be_granted_stands_until_the_end(self, store: Store) -> None:
+        """A delete of an interview that the user has no access to yet waits for the end."""
+        granted, new = store.add_interviews(2)
+        make_grants(store.storage, "ann", granted)
+        with store.storage.transaction() as transaction:
+            transaction.find_unknown_interviews([granted, new], granted_to="ann")
+            delete = Background(lambda: store.delete_interview(new))
+            store.until_waiting(delete)
+            assert not delete.over
+        assert delete.result()
+
     def test_known_interviews_stand_until_the_end(self, store: Store) -> None:
         """A delete of an interview that was found waits for the end of the transaction."""
         interview_id, other_id = store.add_interviews(2)
@@ -505,7 +529,11 @@ class TestGetExistingUserAccess:
 
 
 class TestBulkCreateUserAccess:
-    """bulk_create_user_access."""
+    """bulk_create_user_access; on PostgreSQL also by the statements for many grants."""
+
+    @pytest.fixture(autouse=True, params=[1_000, 1], ids=["few", "many"])
+    def _many(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("storage.postgres._MANY", request.param)
 
     def test_missing_grants_are_made_and_counted(self, store: Store) -> None:
         """Each missing grant of each order is made, over several chunks, and counted for it."""
@@ -513,11 +541,11 @@ class TestBulkCreateUserAccess:
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
                 [
-                    AccessOrderDTO("a", "ann", tuple(reversed(ids))),
-                    AccessOrderDTO("b", "bob", tuple(ids[:2])),
+                    AccessOrderDTO("ann", tuple(reversed(ids))),
+                    AccessOrderDTO("bob", tuple(ids[:2])),
                 ]
             )
-        assert counts == {"a": len(ids), "b": 2}
+        assert counts == [len(ids), 2]
         assert store.granted("ann") == ids
         assert store.granted("bob") == ids[:2]
 
@@ -538,17 +566,17 @@ class TestBulkCreateUserAccess:
             other = Background(lambda: make_grants(store.storage, "ann", *ids[:2]))
             store.until_waiting(other)
             side_by_side = other.over
-            order = AccessOrderDTO("late", "ann", tuple(ids))
+            order = AccessOrderDTO("ann", tuple(ids))
             counts = transaction.bulk_create_user_access([order])
-        assert (counts["late"], other.result()) == ((1, 2) if side_by_side else (3, 0))
+        assert (counts, other.result()) == (([1], 2) if side_by_side else ([3], 0))
         assert store.granted("ann") == ids
 
     def test_open_transaction_with_the_same_grant_is_waited_for(self, store: Store) -> None:
         """Whether another's uncommitted grant counts is known, and told, when its fate is."""
         (interview_id,) = store.add_interviews(1)
         with ends_with(KeyError, store.storage) as first:
-            order = AccessOrderDTO("first", "ann", (interview_id,))
-            assert first.bulk_create_user_access([order]) == {"first": 1}
+            order = AccessOrderDTO("ann", (interview_id,))
+            assert first.bulk_create_user_access([order]) == [1]
             other = Background(lambda: make_grants(store.storage, "ann", interview_id))
             store.until_waiting(other)
             assert not other.over
@@ -567,8 +595,8 @@ class TestBulkCreateUserAccess:
             make_grants(store.storage, "ann", *ids[:standing])
         fate: AbstractContextManager[object] = nullcontext() if kept else pytest.raises(KeyError)
         with fate, store.storage.transaction() as first:
-            order = AccessOrderDTO("first", "ann", (ids[-1],))
-            assert first.bulk_create_user_access([order]) == {"first": 1}
+            order = AccessOrderDTO("ann", (ids[-1],))
+            assert first.bulk_create_user_access([order]) == [1]
             other = Background(lambda: make_grants(store.storage, "ann", *ids))
             store.until_waiting(other)
             assert not other.over
@@ -583,13 +611,52 @@ class TestBulkCreateUserAccess:
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
                 [
-                    AccessOrderDTO("z", "ann", (ids[3], ids[1])),
-                    AccessOrderDTO("a", "ann", tuple(ids)),
-                    AccessOrderDTO("m", "ann", (ids[0],)),
-                    AccessOrderDTO("b", "bob", (ids[0],)),
+                    AccessOrderDTO("ann", (ids[3], ids[1])),
+                    AccessOrderDTO("ann", tuple(ids)),
+                    AccessOrderDTO("ann", (ids[0],)),
+                    AccessOrderDTO("bob", (ids[0],)),
                 ]
             )
-        assert counts == {"z": 2, "a": 2, "m": 0, "b": 1}
+        assert counts == [2, 2, 0, 1]
+
+    @pytest.mark.parametrize("interviews", [1, 2, CHUNK_SIZE, CHUNK_SIZE + 1])
+    def test_users_who_want_the_same_are_each_counted(self, store: Store, interviews: int) -> None:
+        """Of users who want the same interviews each is counted, whatever stands of it."""
+        ids = store.add_interviews(interviews)
+        make_grants(store.storage, "bob", ids[-1])
+        make_grants(store.storage, "cyd", *ids)
+        users = ["dan", "bob", "ann", "cyd", "eve"]
+        told: list[tuple[int, int]] = []
+        with store.storage.transaction() as transaction:
+            counts = transaction.bulk_create_user_access(
+                [AccessOrderDTO(user_id, tuple(ids)) for user_id in users],
+                lambda done, total: told.append((done, total)),
+            )
+        assert counts == [interviews, interviews - 1, interviews, 0, interviews]
+        assert [store.granted(user_id) for user_id in users] == [ids] * len(users)
+        assert told == sorted(set(told))
+        assert told[-1] == (len(users) * interviews, len(users) * interviews)
+
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_users_who_want_the_same_beside_an_open_transaction(
+        self, store: Store, kept: bool
+    ) -> None:
+        """One of these grants is another transaction's, whatever becomes of it."""
+        ids = store.add_interviews(2)
+        fate: AbstractContextManager[object] = nullcontext() if kept else pytest.raises(KeyError)
+
+        def grant_all() -> list[int]:
+            with store.storage.transaction() as transaction:
+                orders = [AccessOrderDTO(user_id, tuple(ids)) for user_id in ("ann", "bob")]
+                return list(transaction.bulk_create_user_access(orders))
+
+        with fate, store.storage.transaction() as first:
+            first.bulk_create_user_access([AccessOrderDTO("bob", (ids[0],))])
+            other = Background(grant_all)
+            store.until_waiting(other)
+            if not kept:
+                raise KeyError
+        assert other.result() == [2, 2 - kept]
 
     def test_every_order_has_a_count(self, store: Store) -> None:
         """Orders that add nothing, and orders of nothing, are counted as 0."""
@@ -597,10 +664,10 @@ class TestBulkCreateUserAccess:
         make_grants(store.storage, "ann", interview_id)
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
-                [AccessOrderDTO("a", "ann", (interview_id,)), AccessOrderDTO("b", "ann", ())]
+                [AccessOrderDTO("ann", (interview_id,)), AccessOrderDTO("ann", ())]
             )
-            assert counts == {"a": 0, "b": 0}
-            assert transaction.bulk_create_user_access([]) == {}
+            assert counts == [0, 0]
+            assert transaction.bulk_create_user_access([]) == []
 
     @pytest.mark.parametrize("position", range(2 * CHUNK_SIZE + 1))
     def test_missing_interview_fails_the_whole_as_transient(
@@ -610,8 +677,8 @@ class TestBulkCreateUserAccess:
         ids = store.add_interviews(2 * CHUNK_SIZE + 1)
         assert store.delete_interview(ids[position])
         orders = [
-            AccessOrderDTO("b", "bob", (ids[position - 1],)),
-            AccessOrderDTO("a", "ann", tuple(ids)),
+            AccessOrderDTO("bob", (ids[position - 1],)),
+            AccessOrderDTO("ann", tuple(ids)),
         ]
         with ends_with(TransientStorageError, store.storage, sqlstate="23503") as transaction:
             transaction.bulk_create_user_access(orders)
@@ -632,11 +699,11 @@ class TestBulkCreateUserAccess:
     def test_user_ids_side_by_side_stay_apart(self, store: Store) -> None:
         """Orders of users whose ids look alike are each counted and granted for themselves."""
         (interview_id,) = store.add_interviews(1)
-        orders = [AccessOrderDTO(user_id, user_id, (interview_id,)) for user_id in LETTERS]
+        orders = [AccessOrderDTO(user_id, (interview_id,)) for user_id in LETTERS]
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(orders)
             grants = transaction.get_existing_user_access(LETTERS)
-        assert counts == dict.fromkeys(LETTERS, 1)
+        assert counts == [1] * len(LETTERS)
         assert len(grants) == len(LETTERS)
         assert set(grants) == {UserInterviewAccessDTO(user, interview_id) for user in LETTERS}
 
@@ -647,7 +714,7 @@ class TestBulkCreateUserAccess:
         told: list[tuple[int, int]] = []
         with store.storage.transaction() as transaction:
             transaction.bulk_create_user_access(
-                [AccessOrderDTO("a", "ann", (*ids,)), AccessOrderDTO("b", "bob", (ids[0],))],
+                [AccessOrderDTO("ann", (*ids,)), AccessOrderDTO("bob", (ids[0],))],
                 lambda done, total: told.append((done, total)),
             )
         total = 2 * CHUNK_SIZE + 1
@@ -658,7 +725,7 @@ class TestBulkCreateUserAccess:
         told: list[tuple[int, int]] = []
         with store.storage.transaction() as transaction:
             transaction.bulk_create_user_access(
-                [AccessOrderDTO("a", "ann", ())], lambda done, total: told.append((done, total))
+                [AccessOrderDTO("ann", ())], lambda done, total: told.append((done, total))
             )
         assert told == []
 
@@ -671,7 +738,7 @@ class TestBulkCreateUserAccess:
                 raise KeyError
 
         with ends_with(KeyError, store.storage) as transaction:
-            order = AccessOrderDTO("a", "ann", tuple(ids))
+            order = AccessOrderDTO("ann", tuple(ids))
             transaction.bulk_create_user_access([order], stop_at_the_end)
         assert store.granted("ann") == []
 
@@ -706,7 +773,7 @@ class TestTransaction:
         attempt = an_attempt(interview_id)
         with store.storage.transaction() as transaction:
             transaction.open_jobs([ledger_entry("a")])
-            transaction.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
             transaction.create_interview_attempt([attempt])
             transaction.finish_jobs([finished("a", 1)])
         assert store.granted("ann") == [interview_id]
@@ -722,7 +789,7 @@ class TestTransaction:
 
         with store.storage.transaction() as transaction:
             transaction.open_jobs([ledger_entry("a")])
-            transaction.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
             transaction.finish_jobs([finished("a", 1)])
             reader = Background(seen)
             store.until_waiting(reader)
@@ -736,7 +803,7 @@ class TestTransaction:
         (interview_id,) = store.add_interviews(1)
         with ends_with(KeyError, store.storage) as one:
             one.open_jobs([ledger_entry("a")])
-            one.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            one.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
             one.create_interview_attempt([an_attempt(interview_id)])
             one.finish_jobs([finished("a", 1)])
             raise KeyError("the block's own")
@@ -749,7 +816,7 @@ class TestTransaction:
         (interview_id,) = store.add_interviews(1)
         with ends_with(StorageError, store.storage) as transaction:
             transaction.open_jobs([ledger_entry("a"), ledger_entry("b")])
-            transaction.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
             transaction.finish_jobs([finished("a", 1)])
         assert store.granted("ann") == []
         assert store.storage.get_finished_job("a") is None
@@ -792,8 +859,8 @@ class TestPostgres:
             assert list(transaction.get_existing_user_access(["ann"])) == []
             other = Background(lambda: make_grants(postgres.storage, "ann", ids[0]))
             assert other.result() == 1
-            order = AccessOrderDTO("late", "ann", tuple(ids))
-            assert transaction.bulk_create_user_access([order]) == {"late": 1}
+            order = AccessOrderDTO("ann", tuple(ids))
+            assert transaction.bulk_create_user_access([order]) == [1]
 
     def test_commit_is_durable_whatever_the_server_prefers(self, postgres: PostgresStore) -> None:
         """A transaction commits synchronously where the database's default is not to."""
@@ -832,7 +899,7 @@ class TestPostgres:
             frozen.lock_jobs(["a"], wait=True)
             frozen.open_jobs([ledger_entry("a")])
             assert lock(twin, ["a", "b"], wait=True) == {"a", "b"}
-            frozen.bulk_create_user_access([AccessOrderDTO("a", "ann", (interview_id,))])
+            frozen.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
         assert postgres.granted("ann") == []
 
     def test_statement_timeout(self, postgres: PostgresStore) -> None:

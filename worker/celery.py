@@ -17,7 +17,12 @@ from celery.signals import (
 from kombu.transport import TRANSPORT_ALIASES
 
 from storage.postgres import PostgresStorage
-from tasks.celery_tasks import CreateInterviewAttemptTask, GrantAccessTask, Workplace
+from tasks.celery_tasks import (
+    CreateInterviewAttemptTask,
+    GrantAccessTask,
+    GrantCohortAccessTask,
+    Workplace,
+)
 from worker.desk import Desk
 from worker.relay import Relay
 from worker.settings import Settings, SettingsError
@@ -100,6 +105,7 @@ workplace = Workplace(
     retry_limit=settings.grant_retry_limit,
     retry_max_delay=settings.grant_retry_max_delay,
 )
-for task in (GrantAccessTask(workplace), CreateInterviewAttemptTask(workplace)):
+for kind in (GrantAccessTask, GrantCohortAccessTask, CreateInterviewAttemptTask):
+    task = kind(workplace)
     task.Request = "worker.delivery:JobRequest"
     app.register_task(task)

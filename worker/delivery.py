@@ -124,7 +124,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is tried for the first time, with nothing to heed but its arguments."""
+        """Whether it is small, and tried for the first time with nothing but arguments to heed."""
         told = self._request_dict
         _, _, embedded = self._payload
         heeded = (
@@ -134,7 +134,12 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             *(embedded.values() if isinstance(embedded, dict) else (embedded,)),
             *(told.get(name) for name in _HEEDED),
         )
-        return is_job_id(self.id) and not any(heeded) and self.verdict() is None
+        return (
+            self.task.coalesces
+            and is_job_id(self.id)
+            and not any(heeded)
+            and self.verdict() is None
+        )
 
     @property
     def receipts(self) -> tuple[str]:

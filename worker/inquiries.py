@@ -119,6 +119,7 @@ def _finished(finished: FinishedJobDTO) -> JobStatus:
             "created": figures and figures.created,
             "result": answer.result,
             "error": answer.error,
+            "created_by_user": answer.created_by_user,
             "unknown_interview_ids": rejected and rejected.unknown,
             "malformed_interview_ids": rejected and rejected.malformed,
             "finished_at": finished.finished_at,

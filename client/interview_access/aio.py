@@ -71,6 +71,26 @@ class AsyncInterviewAccessClient:
         )
         return await self._hold(protocol.enqueue(message))
 
+    async def enqueue_cohort(
+        self,
+        user_ids: Iterable[str | UUID],
+        interview_ids: Iterable[str | UUID],
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> str:
+        """See the blocking client."""
+        message = await asyncio.to_thread(
+            GrantMessage.of_cohort,
+            user_ids,
+            interview_ids,
+            job_id=job_id,
+            countdown=countdown,
+            expires=expires,
+        )
+        return await self._hold(protocol.enqueue(message))
+
     async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
         """See the blocking client; the jobs are gone through in other threads."""
         messages: list[GrantMessage] = []

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, Literal, NewType, Self
+from typing import Annotated, Any, Literal, LiteralString, NewType, Self
 from uuid import UUID, uuid4
 
 from pydantic import (
@@ -29,6 +29,7 @@ from interview_access.errors import NAMED_AT_MOST, InvalidGrantRequestException,
 
 QUEUE = "interview-access"
 GRANT_ACCESS = "interview_access.grant_access"
+GRANT_COHORT_ACCESS = "interview_access.grant_cohort_access"
 CREATE_INTERVIEW_ATTEMPT = "interview_access.create_interview_attempt"
 
 CONTROL_QUEUE = "interview-access-control"
@@ -41,13 +42,14 @@ PROGRESS = "PROGRESS"
 """State of a job of several chunks while it runs; its result is then a :class:`JobProgress`."""
 
 DEFAULT_MAX_INTERVIEW_IDS = 100_000
-"""Ids as given that one job may hold, where a worker is not told otherwise."""
+"""Grants that one job may ask for, ids as given, where a worker is not told otherwise."""
 
 InterviewId = NewType("InterviewId", str)
 """An interview's id in canonical form: lower case, 8-4-4-4-12."""
 
 _UUID = re.compile("[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _USER_ID_LENGTH = 36
+_USER_ID_RULE: LiteralString = "a string of 1 to 36 characters without NUL or lone surrogates"
 _JOB_ID_LENGTH = 255
 
 JOB_ID_RULE = f"1 to {_JOB_ID_LENGTH} printable characters"
@@ -112,18 +114,31 @@ def describe(value: object) -> str:
     return words
 
 
-def _user_id(value: object) -> str:
-    text = str(value) if isinstance(value, UUID) else value
-    if (
-        not isinstance(text, str)
-        or not 1 <= len(text) <= _USER_ID_LENGTH
-        or "\0" in text
-        or any("\ud800" <= character <= "\udfff" for character in text)
-    ):
-        raise PydanticCustomError(
-            "user_id", "a string of 1 to 36 characters without NUL or lone surrogates"
-        )
+def _is_user_id(text: object) -> bool:
+    return (
+        isinstance(text, str)
+        and 1 <= len(text) <= _USER_ID_LENGTH
+        and "\0" not in text
+        and not any("\ud800" <= character <= "\udfff" for character in text)
+    )
+
+
+def _user_id(value: object) -> object:
+    text = as_text(value)
+    if not _is_user_id(text):
+        raise PydanticCustomError("user_id", _USER_ID_RULE)
     return text
+
+
+def _user_ids(value: object, info: ValidationInfo) -> tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("user_ids", "a list of user ids")
+    texts = tuple(map(as_text, value))
+    wrong = [(at, text) for at, text in enumerate(texts) if not _is_user_id(text)]
+    if wrong:
+        raise _wrong_elements(_USER_ID_RULE, wrong)
+    _check_count(len(texts), info)
+    return texts
 
 
 def _interview_id(value: object) -> str:
@@ -140,19 +155,28 @@ def _interview_ids(value: object, info: ValidationInfo) -> tuple[str, ...]:
     texts = _texts(value)
     if texts is None:
         wrong = [(at, item) for at, item in enumerate(value) if not isinstance(item, str | UUID)]
-        raise PydanticCustomError(
-            "elements",
-            "a UUID as a string",
-            {"elements": wrong[:NAMED_AT_MOST], "total": len(wrong)},
-        )
-    limit: int = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
-    if len(texts) > limit:
-        raise PydanticCustomError(
-            "interview_ids",
-            "at most {limit} ids (GRANT_MAX_INTERVIEW_IDS)",
-            {"limit": f"{limit:,}"},
-        )
+        raise _wrong_elements("a UUID as a string", wrong)
+    _check_count(len(texts), info)
     return texts
+
+
+def _wrong_elements(
+    expected: LiteralString, wrong: Sequence[tuple[int, object]]
+) -> PydanticCustomError:
+    named = {"elements": wrong[:NAMED_AT_MOST], "total": len(wrong)}
+    return PydanticCustomError("elements", expected, named)
+
+
+def _check_count(ids: int, info: ValidationInfo) -> None:
+    """Raise where a job would ask for too many grants, that of a user for an interview each."""
+    limit: int = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
+    users = len(info.data.get("user_ids", ())) or 1
+    if ids * users > limit:
+        expected: LiteralString = "at most {limit} ids (GRANT_MAX_INTERVIEW_IDS)"
+        if users > 1:
+            expected = "at most {each} ids for {users} users (GRANT_MAX_INTERVIEW_IDS is {limit})"
+        told = {"limit": f"{limit:,}", "each": f"{limit // users:,}", "users": f"{users:,}"}
+        raise PydanticCustomError("ids", expected, told)
 
 
 def _texts(values: Sequence[object]) -> tuple[str, ...] | None:
@@ -167,19 +191,15 @@ _INTERVIEW_ID_SCHEMA = {
     "description": "A UUID: 32 ASCII hex digits, or 8-4-4-4-12 of them, in any case.",
 }
 
-UserId = Annotated[
-    str,
-    PlainValidator(_user_id),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "minLength": 1,
-            "maxLength": _USER_ID_LENGTH,
-            "pattern": "^[^\\u0000]*$",
-            "description": "Taken to the letter; no NUL, no lone surrogate.",
-        }
-    ),
-]
+_USER_ID_SCHEMA = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": _USER_ID_LENGTH,
+    "pattern": "^[^\\u0000]*$",
+    "description": "Taken to the letter; no NUL, no lone surrogate.",
+}
+
+UserId = Annotated[str, PlainValidator(_user_id), WithJsonSchema(_USER_ID_SCHEMA)]
 
 
 class _Request(BaseModel):
@@ -244,6 +264,21 @@ def _invalid(error: ValidationError, names: Sequence[str]) -> InvalidGrantReques
     return InvalidGrantRequestException.of(problems, total)
 
 
+InterviewIds = Annotated[
+    tuple[str, ...],
+    PlainValidator(_interview_ids),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": _INTERVIEW_ID_SCHEMA,
+            "maxItems": DEFAULT_MAX_INTERVIEW_IDS,
+            "description": "In any order; a repeated id counts once. The limit is the "
+            "worker's GRANT_MAX_INTERVIEW_IDS.",
+        }
+    ),
+]
+
+
 class GrantAccessRequest(_Request):
     """What ``interview_access.grant_access`` is asked: one user's access to many interviews.
 
@@ -253,19 +288,32 @@ class GrantAccessRequest(_Request):
     """
 
     user_id: UserId
-    interview_ids: Annotated[
+    interview_ids: InterviewIds
+
+
+class GrantCohortAccessRequest(_Request):
+    """What ``interview_access.grant_cohort_access`` is asked: many users' access to each of many.
+
+    Both lists as given, multiplied, are at most the worker's GRANT_MAX_INTERVIEW_IDS.
+
+    Attributes:
+        user_ids: Each of 1 to 36 characters, taken to the letter; any order and repetition.
+        interview_ids: As of ``interview_access.grant_access``.
+    """
+
+    user_ids: Annotated[
         tuple[str, ...],
-        PlainValidator(_interview_ids),
+        PlainValidator(_user_ids),
         WithJsonSchema(
             {
                 "type": "array",
-                "items": _INTERVIEW_ID_SCHEMA,
+                "items": _USER_ID_SCHEMA,
                 "maxItems": DEFAULT_MAX_INTERVIEW_IDS,
-                "description": "In any order; a repeated id counts once. The limit is the "
-                "worker's GRANT_MAX_INTERVIEW_IDS.",
+                "description": "In any order; a repeated id counts once.",
             }
         ),
     ]
+    interview_ids: InterviewIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,21 +398,37 @@ def request_digest(task: str, user_id: str, interview_ids: Iterable[str]) -> str
     return _digest([task, user_id, sorted(dict.fromkeys(interview_ids))])
 
 
+def cohort_digest(user_ids: Iterable[str], interview_ids: Iterable[str]) -> str:
+    """The same for many users: the user ids stand in the array sorted and distinct."""
+    users = sorted(dict.fromkeys(user_ids))
+    return _digest([GRANT_COHORT_ACCESS, users, sorted(dict.fromkeys(interview_ids))])
+
+
 def unreadable_request_digest(
     task: str, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> str:
     """The digest of a request that cannot be read: over its arguments as they came.
 
-    Where they are a user id and a list of strings all the same (more of them than allowed, say),
-    it is the digest that a readable request of that content has.
+    Where they are a user id, or a list of them, and a list of strings all the same (more of them
+    than allowed, say), it is the digest that a readable request of that content has.
     """
-    given = {**dict(zip(GrantAccessRequest.model_fields, args, strict=False)), **kwargs}
-    user_id, ids = given.get("user_id"), given.get("interview_ids")
-    texts = _texts(ids) if isinstance(ids, list | tuple) else None
-    if len(given) == 2 and isinstance(user_id, str | UUID) and texts is not None:  # noqa: PLR2004
-        asked = RequestedInterviews.among(texts)
-        return request_digest(task, str(user_id), [*asked.wanted, *asked.malformed])
+    of_cohort = task == GRANT_COHORT_ACCESS
+    request = GrantCohortAccessRequest if of_cohort else GrantAccessRequest
+    given = {**dict(zip(request.model_fields, args, strict=False)), **kwargs}
+    user_id, user_ids = given.get("user_id"), _listed(given.get("user_ids"))
+    interview_ids = _listed(given.get("interview_ids"))
+    if len(given) == 2 and interview_ids is not None:  # noqa: PLR2004
+        asked = RequestedInterviews.among(interview_ids)
+        ids = [*asked.wanted, *asked.malformed]
+        if of_cohort and user_ids is not None:
+            return cohort_digest(user_ids, ids)
+        if not of_cohort and isinstance(user_id, str | UUID):
+            return request_digest(task, str(user_id), ids)
     return _digest([task, list(args), dict(kwargs)])
+
+
+def _listed(value: object) -> tuple[str, ...] | None:
+    return _texts(value) if isinstance(value, list | tuple) else None
 
 
 def _digest(content: list[object]) -> str:
@@ -378,7 +442,11 @@ class _Result(BaseModel):
 
 
 class GrantAccessResult(_Result):
-    """The result of a grant-access job; created_access_count is the rows that this job inserted."""
+    """The result of a grant-access job, also of a cohort's.
+
+    Attributes:
+        created_access_count: The rows that this job inserted.
+    """
 
     success: Literal[True] = True
     created_access_count: int
@@ -437,6 +505,7 @@ class JobStatus(BaseModel):
         repeated: Given again, in whatever spelling.
         already_granted: Grants that stood before.
         created: Grants that this job made.
+        created_by_user: How many of these each user had, where it was a job for a cohort.
         result: As the contract has it. Where it succeeded.
         error: Where it failed, was cancelled or expired.
         unknown_interview_ids: All that no interview has, as given, to be cut from the request.
@@ -456,6 +525,7 @@ class JobStatus(BaseModel):
     repeated: int | None = None
     already_granted: int | None = None
     created: int | None = None
+    created_by_user: dict[str, int] | None = None
     result: dict[str, Any] | None = None
     error: JobFailure | None = None
     unknown_interview_ids: _AsGiven | None = None

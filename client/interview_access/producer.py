@@ -97,6 +97,32 @@ class InterviewAccessClient:
         )
         return self._hold(protocol.enqueue(message))
 
+    def enqueue_cohort(
+        self,
+        user_ids: Iterable[str | UUID],
+        interview_ids: Iterable[str | UUID],
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> str:
+        """Ask for every one of these users' access to every one of these interviews: one job.
+
+        All or nothing, with one count; :meth:`status` tells the count of each user. The arguments,
+        what is returned and what is raised are as of :meth:`enqueue`.
+
+        Args:
+            user_ids: Each of 1 to 36 characters.
+            interview_ids: UUIDs.
+            job_id: See :meth:`enqueue`.
+            countdown: Likewise.
+            expires: Likewise.
+        """
+        message = GrantMessage.of_cohort(
+            user_ids, interview_ids, job_id=job_id, countdown=countdown, expires=expires
+        )
+        return self._hold(protocol.enqueue(message))
+
     def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
         """Ask for many users' access: thousands of jobs in a few round trips.
 

@@ -28,12 +28,14 @@ from interview_access.contracts import (
     CANCEL_JOB,
     CONTROL_QUEUE,
     GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
     JOB_ID_RULE,
     JOB_STATUS,
     PROGRESS,
     QUEUE,
     Announcement,
     GrantAccessRequest,
+    GrantCohortAccessRequest,
     GrantJob,
     JobProgress,
     JobStatus,
@@ -136,28 +138,52 @@ class GrantMessage:
             ValueError: the job id, the countdown or the expiry is none.
             InvalidGrantRequestException: an argument cannot be written as JSON.
         """
+        asked = {"user_id": as_text(user_id), "interview_ids": as_texts(interview_ids)}
+        return cls._asking(GRANT_ACCESS, asked, job_id, countdown, expires)
+
+    @classmethod
+    def of_cohort(
+        cls,
+        user_ids: Iterable[str | UUID],
+        interview_ids: Iterable[str | UUID],
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> GrantMessage:
+        """The message that asks for many users' access to each of many interviews, likewise."""
+        asked = {"user_ids": as_texts(user_ids), "interview_ids": as_texts(interview_ids)}
+        return cls._asking(GRANT_COHORT_ACCESS, asked, job_id, countdown, expires)
+
+    @classmethod
+    def _asking(
+        cls,
+        task: str,
+        kwargs: Mapping[str, object],
+        job_id: str | None,
+        countdown: float | None,
+        expires: float | datetime | None,
+    ) -> GrantMessage:
         is_new = job_id is None
         job_id = str(uuid4()) if job_id is None else job_id
         _check_job_id(job_id)
         now = datetime.now(UTC)
         eta = None if countdown is None else _later(now, countdown, "countdown")
         expires_at = None if expires is None else _expiry(now, expires)
-        kwargs = {"user_id": as_text(user_id), "interview_ids": as_texts(interview_ids)}
-        told = f"user_id={_shown(user_id)}, interview_ids=<{describe(kwargs['interview_ids'])}>"
+        told = ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items())
         try:
-            envelope = _envelope(
-                GRANT_ACCESS, job_id, QUEUE, kwargs, told, eta=eta, expires_at=expires_at
-            )
-            digest = unreadable_request_digest(GRANT_ACCESS, (), kwargs)
+            envelope = _envelope(task, job_id, QUEUE, kwargs, told, eta=eta, expires_at=expires_at)
+            digest = unreadable_request_digest(task, (), kwargs)
         except (TypeError, ValueError, RecursionError):
-            GrantAccessRequest.read((), kwargs)  # names what JSON has no word for
+            request = GrantAccessRequest if task == GRANT_ACCESS else GrantCohortAccessRequest
+            request.read((), kwargs)  # names what JSON has no word for
             raise
         return cls(
             job_id,
             is_new,
             envelope,
             Announcement(
-                task=GRANT_ACCESS,
+                task=task,
                 digest=digest,
                 sent_at=now,
                 eta=eta,
