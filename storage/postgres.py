@@ -126,6 +126,10 @@ _OPEN_JOBS = text("""
     RETURNING job_id
 """)
 
+_FIND_CANCELLED_JOBS = text(
+    "SELECT job_id FROM grant_access_cancellation WHERE job_id = ANY (CAST(:job_ids AS text[]))"
+)
+
 _FINISH_JOBS = text("""
     UPDATE grant_access_job AS job
     SET state = done.state, requested = done.requested, repeated = done.repeated,
@@ -139,30 +143,22 @@ _FINISH_JOBS = text("""
     WHERE job.job_id = done.job_id AND job.state = 'open'
 """)
 
-_COUNT_STANDING = """
-    SELECT count(*) FROM interview_userinterviewaccess
-    WHERE user_id = {whose} AND interview_id = ANY (CAST(:interview_ids AS uuid[]))
-"""
-_COUNT_ACCESS = text(_COUNT_STANDING.format(whose="ANY (CAST(:user_ids AS text[]))"))
-
-_HOLD_INTERVIEWS = """
-    WITH held AS (
-        SELECT FROM interview_interview AS interview
-        WHERE id = ANY (CAST(:interview_ids AS uuid[])) {those} ORDER BY id
-        FOR KEY SHARE OF interview
-    )
-    SELECT (SELECT count(*) FROM held) {others}
-"""
-_HOLD_ALL_INTERVIEWS = text(_HOLD_INTERVIEWS.format(those="", others=""))
-_HOLD_NEW_INTERVIEWS = text(
-    _HOLD_INTERVIEWS.format(
-        those="""AND NOT EXISTS (
-            SELECT FROM interview_userinterviewaccess AS standing
-            WHERE standing.user_id = :user_id AND standing.interview_id = interview.id
-        )""",
-        others=f"+ ({_COUNT_STANDING.format(whose=':user_id')})",
-    )
+_COUNT_ACCESS_OF_USER = text(
+    "SELECT count(*) FROM interview_userinterviewaccess WHERE user_id = :user_id"
 )
+_COUNT_ACCESS = text("""
+    SELECT count(*) FROM interview_userinterviewaccess
+    WHERE user_id = ANY (CAST(:user_ids AS text[]))
+      AND interview_id = ANY (CAST(:interview_ids AS uuid[]))
+""")
+
+_HOLD_INTERVIEWS = text("""
+    WITH held AS (
+        SELECT FROM interview_interview
+        WHERE id = ANY (CAST(:interview_ids AS uuid[])) ORDER BY id FOR KEY SHARE
+    )
+    SELECT count(*) FROM held
+""")
 
 # Names what is missing, not what is there: the answer is short for a job of any size. A CTE that
 # locks rows is run to its end, so every interview that stands is held.
@@ -206,20 +202,23 @@ _CREATE_MIXTURE = """
 
 @dataclass(frozen=True, slots=True)
 class _CreateAccess:
-    """Makes the grants that are missing, and counts them.
+    """Makes the grants that are missing.
 
     Attributes:
-        of_product: By user.
-        of_mixture: By the number of the order.
+        uncounted: A product's; how many there are is the statement's row count.
+        by_user: Likewise, counted by user.
+        by_order: A mixture's, counted by the number of the order.
     """
 
-    of_product: TextClause
-    of_mixture: TextClause
+    uncounted: TextClause
+    by_user: TextClause
+    by_order: TextClause
 
     @classmethod
     def by(cls, *, those: str = "", conflict: str = "") -> _CreateAccess:
         insert = _INSERT_ACCESS.format(those=those, conflict=conflict)
         return cls(
+            text(_PRODUCT + insert),
             text(_PRODUCT + _COUNTED_BY_USER.format(insert=insert)),
             text(_CREATE_MIXTURE.format(insert=insert)),
         )
@@ -227,7 +226,7 @@ class _CreateAccess:
 
 # Rows that are known not to stand go in at COPY's pace where no conflict is provided for
 # (docs/performance.md); where somebody else makes the same row meanwhile, this one fails.
-_CREATE_ALL = text(_PRODUCT + _INSERT_ACCESS.format(those="", conflict=""))
+_CREATE_ALL = _CreateAccess.by()
 _CREATE_MISSING = _CreateAccess.by(
     those="""WHERE NOT EXISTS (
         SELECT FROM interview_userinterviewaccess AS standing
@@ -418,12 +417,8 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        rows = self._connection.execute(
-            select(GrantAccessCancellation.job_id).where(
-                GrantAccessCancellation.job_id.in_(job_ids)
-            )
-        )
-        return frozenset(rows.scalars())
+        found = self._connection.execute(_FIND_CANCELLED_JOBS, {"job_ids": list(job_ids)})
+        return frozenset(found.scalars())
 
     def find_unknown_interviews(
         self, interview_ids: Collection[str], *, granted_to: str | None = None
@@ -432,12 +427,14 @@ class PostgresTransaction(InterviewTransactionInterface):
         if not interview_ids:
             return frozenset()
         wanted = {"interview_ids": _array(sorted(interview_ids))}
-        known = (
-            self._connection.execute(_HOLD_ALL_INTERVIEWS, wanted)
-            if granted_to is None
-            else self._connection.execute(_HOLD_NEW_INTERVIEWS, {**wanted, "user_id": granted_to})
-        )
-        if known.scalar_one() == len(interview_ids):
+        if granted_to is not None and len(interview_ids) >= _MANY:
+            user: dict[str, Any] = {"user_id": granted_to, "user_ids": [granted_to], **wanted}
+            stand = self._connection.execute(_COUNT_ACCESS_OF_USER, user).scalar_one()
+            if stand >= len(interview_ids):
+                stand = self._connection.execute(_COUNT_ACCESS, user).scalar_one()
+                if stand == len(interview_ids):
+                    return frozenset()
+        if self._connection.execute(_HOLD_INTERVIEWS, wanted).scalar_one() == len(interview_ids):
             self._held = frozenset(interview_ids)
             return frozenset()
         return frozenset(self._connection.execute(_FIND_UNKNOWN_INTERVIEWS, wanted).scalars())
@@ -508,16 +505,19 @@ class PostgresTransaction(InterviewTransactionInterface):
             if stand == chunk.size:
                 return []
             if stand == 0:
-                self._connection.execute(_CREATE_ALL, chunk.parameters)
+                self._connection.execute(_CREATE_ALL.uncounted, chunk.parameters)
                 return [(number, len(chunk.interview_ids)) for number in chunk.numbers.values()]
         return self._create_by(_CREATE_MISSING, chunk)
 
     def _create_by(self, statements: _CreateAccess, chunk: _Chunk) -> Iterable[tuple[int, int]]:
-        if isinstance(chunk, _Product):
-            rows = self._connection.execute(statements.of_product, chunk.parameters)
-            return [(chunk.numbers[user_id], created) for user_id, created in rows]
-        rows = self._connection.execute(statements.of_mixture, chunk.parameters)
-        return [(number, created) for number, created in rows]
+        if isinstance(chunk, _Mixture):
+            rows = self._connection.execute(statements.by_order, chunk.parameters)
+            return [(number, created) for number, created in rows]
+        if len(chunk.numbers) == 1:
+            made = self._connection.execute(statements.uncounted, chunk.parameters)
+            return [(number, made.rowcount) for number in chunk.numbers.values()]
+        rows = self._connection.execute(statements.by_user, chunk.parameters)
+        return [(chunk.numbers[user_id], created) for user_id, created in rows]
 
     def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
         """See the interface."""

@@ -423,10 +423,14 @@ class TestFindUnknownInterviews:
             assert transaction.find_unknown_interviews([]) == frozenset()
 
     @pytest.mark.parametrize("granted", range(3))
-    def test_what_a_user_has_access_to_is_known(self, store: Store, granted: int) -> None:
+    @pytest.mark.parametrize("many", [1_000, 1])
+    def test_what_a_user_has_access_to_is_known(
+        self, store: Store, granted: int, many: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The same ids are unknown whatever the user, or another one, has been granted."""
+        monkeypatch.setattr("storage.postgres._MANY", many)
         known, unknown = store.add_interviews(2), str(uuid4())
-        make_grants(store.storage, "ann", *known[:granted])
+        make_grants(store.storage, "ann", *known[:granted], *store.add_interviews(2))
         for user_id in ("ann", "bob"):
             with store.storage.transaction() as transaction:
                 found = transaction.find_unknown_interviews([*known, unknown], granted_to=user_id)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
@@ -47,8 +48,8 @@ _PASSING = (
 )
 _HEEDED = ("group", "parent_id", "ignore_result", "shadow", "stamps", "stamped_headers")
 """Of a message's headers: what Celery does something about in the child."""
-_EVENTS_TOGETHER = 1_000
-"""Events in one message: those of a turn of the main loop. Celery's 24 cost a third of it."""
+_EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
+"""Events in one message, and how long they wait for it: 24 at a time cost a third of the loop."""
 _LEVELS = 50  # of a message's headers; some hundred more overflow the pickler
 _LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _HOPELESS_TRIES = 3  # of settling a job as failed, when even that ends its child
@@ -361,6 +362,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         super().__init__(*args, **(kwargs | {"without_gossip": True}))
         self._begin = self.on_task_request
         self._collected: list[JobRequest] = []
+        self._events_due = 0.0
         if self.hub:
             self.on_task_request = self._collect
 
@@ -382,6 +384,13 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         for piece in pieces[:children]:
             self._begin(piece)
 
+    def on_send_event_buffered(self) -> None:
+        """Celery's own sends at once, before it gives a child the job; events can wait for that."""
+        now = monotonic()
+        if self.hub and now >= self._events_due:
+            self._events_due = now + _EVENTS_SECONDS
+            self.hub.call_later(_EVENTS_SECONDS, self._flush_events)
+
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Celery's own, without its ten lines each time on a setting that celeryconfig sets."""
         with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
@@ -394,6 +403,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         deliver them again. The lease outlives the connection, and would hold them for as long as
         the worker lives, whatever the child says in the end.
         """
+        self._flush_events()
         self._collected.clear()  # they have not begun, and go back when the lease is opened
         pool = getattr(self.pool, "_pool", None)
         cache: dict[int, Any] = getattr(pool, "_cache", {})

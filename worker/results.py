@@ -40,6 +40,8 @@ _NOT_ANSWERS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.
 class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     """Stores what a job's poller reads."""
 
+    _told: tuple[str, bytes] = ("", b"")  # a job's id, and where it is, as last stored by this one
+
     def store_result(
         self,
         task_id: str,
@@ -129,20 +131,28 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         request: Any = None,
         **_: Any,
     ) -> Any:
-        """Compare and set. Celery reads, then writes: a zombie's failure replaces a success."""
+        """Compare and set. Celery reads, then writes: a zombie's failure replaces a success.
+
+        What stands is nothing, most often, or where this process said that the job is.
+        """
         value = self._value(task_id, result, state, traceback, request)
         rank = _rank(state, result)
         key = self.get_key_for_task(task_id)
         expires = self.failure_expires if state == states.FAILURE else self.expires
+        store = self.client.register_script(_COMPARE_AND_SET)
+        told, self._told = self._told, ("", b"")
+        stored = told[1] if told[0] == task_id else b""
         for _look in range(_LOOKS):
+            if store([key], [stored, value, expires]):
+                if rank == _UNSETTLED:
+                    self._told = (task_id, value)
+                return result
             stored = self.client.get(key) or b""
             if stored:
                 before = self.decode(stored)
                 before_rank = _rank(before["status"], before["result"])
                 if rank < before_rank or rank == before_rank > _UNSETTLED:
                     return result
-            if self.client.register_script(_COMPARE_AND_SET)([key], [stored, value, expires]):
-                return result
         raise BackendStoreError("others store other states of it", state=state, task_id=task_id)
 
     def _value(
