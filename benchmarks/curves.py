@@ -83,9 +83,9 @@ def load(bench: Bench) -> list[Figure]:
     2 ms, and a job's time is from the moment that it was due, sent late or not.
 
     When a result was stored is read afterwards from the moment at which Redis will forget it: to a
-    millisecond, and nothing happens for it meanwhile. A listener to the results' channels takes up
-    to a third of a core from the workers, and `date_done` is taken before a result is stored, in
-    a batch long before.
+    millisecond, and nothing happens for it meanwhile. A listener to the results' channels would
+    take time from the workers, and a result's `date_done` is from before it was stored, in a batch
+    from before any of them was.
     """
     seconds = _SECONDS * bench.scale
     with ExitStack() as open_crews:
