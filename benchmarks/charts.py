@@ -118,8 +118,13 @@ def rate_by_size(report: Report) -> Figure | None:
     axes.set(xscale="log", yscale="log", xlabel="interviews in a job")
     _line(axes, copy, _OTHER)
     _line(axes, ours, _OURS)
+    limits = {at: one.median for at, one in copy}
     for at, one in ours[:-1]:
-        _note(axes, at, one.median, _short(one.median), _OURS, offset=(5, -7), ha="left", va="top")
+        if limits.get(at, one.median) < one.median:
+            place: dict[str, Any] = {}  # above, where COPY's line is below
+        else:
+            place = {"offset": (5, -7), "ha": "left", "va": "top"}
+        _note(axes, at, one.median, _short(one.median), _OURS, **place)
     least = min(one.low for _, one in ours)
     most = max(one.high for _, one in [*ours, *copy])
     axes.set_ylim(least / 2.5, most * 2)
@@ -359,13 +364,11 @@ def _note(
     text: str,
     color: str,
     *,
-    above: bool = True,
-    **place: Any,
+    offset: tuple[float, float] = (0, 8),
+    ha: str = "center",
+    va: str = "bottom",
 ) -> None:
-    """Words beside a point: above or below it, or where `place` says."""
-    where = {"offset": (0, 8 if above else -8), "ha": "center"}
-    where |= {"va": "bottom" if above else "top"} | place
-    offset = where.pop("offset")
+    """Words above a point, or elsewhere beside it."""
     axes.annotate(
         text,
         (x, y),
@@ -374,7 +377,10 @@ def _note(
         color=color,
         size=8.5,
         linespacing=1.3,
-        **where,
+        ha=ha,
+        va=va,
+        zorder=1.5,  # before the grid, behind the lines
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
 
 
@@ -385,7 +391,7 @@ def _ends(axes: Any, curves: Iterable[tuple[Curve, str, str]]) -> None:
         axes: Where they are drawn.
         curves: Each with its name and its colour.
     """
-    gap = 0.13  # of the axes' height: two lines of text
+    gap = 0.17  # of the axes' height: two lines of text
     to_axes = axes.transData + axes.transAxes.inverted()
     named = sorted(
         (
