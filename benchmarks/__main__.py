@@ -17,7 +17,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import large_jobs, small_jobs, starting
+from benchmarks import curves, large_jobs, small_jobs, starting
 from benchmarks.baselines import plain_url
 from benchmarks.measuring import Figure
 from benchmarks.site import Bench
@@ -40,6 +40,8 @@ PARTS: Mapping[str, Part] = {
         small_jobs.hot,
         small_jobs.producer,
         starting.startup,
+        curves.sizes,
+        curves.load,
     )
 }
 

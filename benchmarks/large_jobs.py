@@ -22,7 +22,7 @@ from interview_access.protocol import GrantMessage
 
 from benchmarks.baselines.copy import copy_grants
 from benchmarks.measuring import Bar, Figure, Judge, Trial, measure
-from benchmarks.site import OURS, PLAN, Bench, BenchmarkError, Crew, Database
+from benchmarks.site import OURS, PLAN, Bench, BenchmarkError, Crew
 from storage.dtos import JobDTO
 from storage.postgres import PostgresStorage
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
@@ -48,13 +48,13 @@ def large(bench: Bench) -> list[Figure]:
         def copy() -> Mapping[str, float]:
             database.reset()
             seconds = copy_grants(database.url, uuid4().hex, database.interviews)
-            _expect(database, ids)
+            database.expect(ids)
             return {COPY: seconds}
 
         def database_part() -> Mapping[str, float]:
             database.reset()
             seconds = _grant_in_process(storage, database.interviews)
-            _expect(database, ids)
+            database.expect(ids)
             return {DATABASE_PART: seconds}
 
         def whole(crew: Crew) -> Mapping[str, float]:
@@ -178,11 +178,6 @@ def growth(bench: Bench) -> list[Figure]:
     judge = Judge(samples, "µs/row")
     empty, *others = names
     return [judge.figure(empty), *(judge.figure(name, empty, Bar(1.5)) for name in others)]
-
-
-def _expect(database: Database, rows: int) -> None:
-    if database.rows() != rows:
-        raise BenchmarkError(f"expected {rows:,} rows, got {database.rows():,}")
 
 
 def _grant_in_process(storage: PostgresStorage, interviews: Sequence[str]) -> float:

@@ -40,6 +40,7 @@ _WINDOW = 200  # results looked at in one round trip
 _WARM_UP_JOBS = 8  # enough that each of two children has had one, and its connection stands
 _HELD_BACK = "benchmark-held-back"  # a list that no worker looks at
 _GRANTS_EACH = 100  # of a user that only fills the table
+_RESULT_EXPIRES = 86_400  # seconds: ours, and Celery's default
 _PREFIX = "celery-task-meta-"  # Celery's own, of a result's key
 
 
@@ -115,6 +116,15 @@ class Database:
             tables = sql.SQL(", ").join(sql.Identifier(name) for (name,) in names)
             connection.execute(sql.SQL("TRUNCATE {} RESTART IDENTITY").format(tables))
             connection.execute("CHECKPOINT")
+
+    def expect(self, rows: int) -> None:
+        """See that so many grants stand.
+
+        Raises:
+            BenchmarkError: There are more or fewer.
+        """
+        if self.rows() != rows:
+            raise BenchmarkError(f"expected {rows:,} rows, got {self.rows():,}")
 
     def rows(self) -> int:
         """How many grants stand."""
@@ -214,13 +224,16 @@ class Crew:
         self.waiting_redis.move(self.contender.queue, self._number)
 
     def hold_back(self) -> None:
-        """Keep the messages that were put by beside the queue, for `release_one`."""
+        """Keep the messages that were put by beside the queue, for `release_first`."""
         self.waiting_redis.rename(self.contender.queue, _HELD_BACK)
         self.waiting_redis.move(_HELD_BACK, self._number)
 
-    def release_one(self) -> None:
-        """Give the worker the first of the messages that are held back, if there is one."""
-        self.redis.lmove(_HELD_BACK, self.contender.queue, "RIGHT", "LEFT")
+    def release_first(self, count: int = 1) -> None:
+        """Give the worker the first of the messages that are held back, as many as there are."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for _ in range(count):
+                pipeline.lmove(_HELD_BACK, self.contender.queue, "RIGHT", "LEFT")
+            pipeline.execute()
 
     def drain(self, jobs: Sequence[GrantJob]) -> float:
         """Seconds from the moment that all of the jobs stand in the queue to the last result."""
@@ -261,6 +274,14 @@ class Crew:
             return True
 
         until(looked, f"{len(job_ids)} results of {self.contender.name}")
+
+    def stored_at(self, job_ids: Sequence[str]) -> list[float]:
+        """When Redis took each result, in seconds since 1970, to half a millisecond."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.pexpiretime(f"{_PREFIX}{job_id}")
+            forgotten = pipeline.execute()
+        return [(at + 0.5) / 1_000 - _RESULT_EXPIRES for at in forgotten]
 
     def settle(self, standing: int = 0) -> None:
         """Hold what was counted since the last reset against the rows; see that nothing is left.

@@ -18,9 +18,11 @@ from benchmarks.site import BARE, NOOP, OURS, Bench, BenchmarkError, Crew
 
 IDS = 20
 """In a small job."""
+INTERVIEWS = 1_000
+"""That small jobs go through in turn."""
+JOBS = 3_000
+"""That stand in the queue at once."""
 
-_INTERVIEWS = 1_000
-_JOBS = 3_000
 _ONE_BY_ONE = 200
 _AT_ONCE = 16
 _HOT_INTERVIEWS = 1_000
@@ -42,17 +44,22 @@ def jobs_on(interviews: Sequence[str], count: int, ids: int) -> list[GrantJob]:
     ]
 
 
+def drain_rate(crew: Crew, jobs: int) -> float:
+    """Jobs of 20 ids a second, all of which stand in the queue, until the last result is there."""
+    crew.reset()
+    seconds = crew.drain(jobs_on(crew.database.interviews, jobs, IDS))
+    crew.settle()
+    return jobs / seconds
+
+
 def small(bench: Bench) -> list[Figure]:
     """Jobs of 20 ids that all stand in the queue: jobs a second until the last result is there."""
-    jobs = bench.size(_JOBS)
+    jobs = bench.size(JOBS)
     with ExitStack() as open_crews:
-        database = open_crews.enter_context(bench.database(_INTERVIEWS))
+        database = open_crews.enter_context(bench.database(INTERVIEWS))
 
         def rate(crew: Crew) -> Mapping[str, float]:
-            crew.reset()
-            seconds = crew.drain(jobs_on(database.interviews, jobs, IDS))
-            crew.settle()
-            return {crew.contender.name: jobs / seconds}
+            return {crew.contender.name: drain_rate(crew, jobs)}
 
         crews = [open_crews.enter_context(bench.crew(one, database)) for one in (OURS, BARE, NOOP)]
         judge = Judge(measure([_of(rate, crew) for crew in crews], bench.runs), "jobs/s")
@@ -67,7 +74,7 @@ def latency(bench: Bench) -> list[Figure]:
     """One job of 20 ids at a time on an idle worker: the median from enqueue to result."""
     jobs = bench.size(_ONE_BY_ONE)
     with ExitStack() as open_crews:
-        database = open_crews.enter_context(bench.database(_INTERVIEWS))
+        database = open_crews.enter_context(bench.database(INTERVIEWS))
 
         def median(crew: Crew) -> Mapping[str, float]:
             crew.reset()
@@ -171,10 +178,10 @@ class _Stream:
     def _feed(self) -> None:
         try:
             for _ in range(_OUTSTANDING):
-                self._crew.release_one()
+                self._crew.release_first()
             for job_id in self._jobs:
                 self._crew.collect([job_id])
-                self._crew.release_one()
+                self._crew.release_first()
         except Exception as error:  # noqa: BLE001 - raised again by whoever waits for the end
             self._trouble = error
         finally:
@@ -184,7 +191,7 @@ class _Stream:
 def producer(bench: Bench) -> list[Figure]:
     """Jobs of 20 ids sent by one process, no worker: jobs a second."""
     jobs = bench.size(_SENT)
-    interviews = [str(uuid4()) for _ in range(_INTERVIEWS)]
+    interviews = [str(uuid4()) for _ in range(INTERVIEWS)]
     loop, many = "Celery's .delay() in a loop", "enqueue_many"
     with bench.queue() as (number, _), bench.redis(number) as redis:
         client = InterviewAccessClient(bench.broker(number))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
+from uuid import UUID
 
 import psycopg
 
@@ -12,7 +13,9 @@ from benchmarks.baselines import plain_url
 _COPY = "COPY interview_userinterviewaccess (user_id, interview_id) FROM STDIN"
 
 
-def copy_grants(database_url: str, user_id: str, interview_ids: Sequence[str]) -> float:
+def copy_grants(
+    database_url: str, user_id: str | UUID, interview_ids: Iterable[str | UUID]
+) -> float:
     """Copy one user's grants in one transaction.
 
     Args:

@@ -1,0 +1,163 @@
+"""The parts that are curves: rows a second against job size, time in queue against load."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+
+from benchmarks.baselines.copy import copy_grants
+from benchmarks.large_jobs import COPY
+from benchmarks.measuring import Figure, Judge, measure, percentile_95
+from benchmarks.site import BARE, OURS, Bench, Crew
+from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
+
+_SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+_ROWS = 100_000  # of a sample, in as many jobs as that takes
+_MOST_JOBS = 10_000  # of a sample
+_COPIED = 1_000  # ids of the smallest jobs that are held against COPY
+
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of the rate at which ours empties a queue
+_BARE_SHARES = (0.75, 0.9)  # of the bare task's, which may be less than a quarter of ours
+_SECONDS = 4.0  # of sending at one rate
+_TICK = 0.002  # seconds: what falls due in one is sent together, at its beginning
+_SOON = 0.05  # seconds from all being prepared to the first tick
+
+
+def sizes(bench: Bench) -> list[Figure]:
+    """Rows a second from enqueue to result, in jobs of 1 to 1,000,000 ids, the limit raised.
+
+    Small jobs all stand in the queue, so many that there are 10,000 to 100,000 rows, and both
+    children work; from 100,000 ids on it is one job, whose enqueuing counts. COPY has one
+    connection and a transaction for each job.
+    """
+    largest = bench.size(_SIZES[-1])
+    measured = [ids for ids in _SIZES if ids <= largest]
+    copied = [ids for ids in measured if ids >= _COPIED]
+    with (
+        bench.database(largest) as database,
+        bench.crew(OURS, database, GRANT_MAX_INTERVIEW_IDS=largest) as crew,
+    ):
+
+        def count(ids: int) -> int:
+            return max(1, min(bench.size(_MOST_JOBS), bench.size(_ROWS) // ids))
+
+        def ours(ids: int) -> Mapping[str, float]:
+            crew.reset()
+            jobs = jobs_on(database.interviews, count(ids), ids)
+            seconds = crew.drain(jobs) if len(jobs) > 1 else crew.time_one(jobs[0])
+            crew.settle()
+            return {_sized(OURS.name, ids): len(jobs) * ids / seconds}
+
+        def copy(ids: int) -> Mapping[str, float]:
+            database.reset()
+            jobs = jobs_on(database.interviews, count(ids), ids)
+            seconds = sum(copy_grants(database.url, job.user_id, job.interview_ids) for job in jobs)
+            database.expect(len(jobs) * ids)
+            return {_sized(COPY, ids): len(jobs) * ids / seconds}
+
+        trials = [
+            *(partial(ours, ids) for ids in measured),
+            *(partial(copy, ids) for ids in copied),
+        ]
+        judge = Judge(measure(trials, bench.runs), "rows/s")
+    return [
+        *(judge.figure(_sized(COPY, ids)) for ids in copied),
+        *(
+            judge.figure(_sized(OURS.name, ids), _sized(COPY, ids) if ids in copied else None)
+            for ids in measured
+        ),
+    ]
+
+
+def load(bench: Bench) -> list[Figure]:
+    """Jobs of 20 ids sent at random moments, at rising rates: from enqueue to result.
+
+    The rates are shares of those at which a queue is emptied, measured first; the bare task has
+    only rates below its own. Nothing waits for an answer before it sends: what a worker is slow at
+    piles up. To disturb least, messages are made beforehand and moved within Redis, a bundle every
+    2 ms, and a job's time is from the moment that it was due, sent late or not.
+
+    When a result was stored is read afterwards from the moment at which Redis will forget it: to a
+    millisecond, and nothing happens for it meanwhile. A listener to the results' channels would
+    take time from the workers, and a result's `date_done` is from before it was stored, in a batch
+    from before any of them was.
+    """
+    seconds = _SECONDS * bench.scale
+    with ExitStack() as open_crews:
+        database = open_crews.enter_context(bench.database(INTERVIEWS))
+        ours, bare = (open_crews.enter_context(bench.crew(one, database)) for one in (OURS, BARE))
+        limits = {crew.contender.name: _limit(crew, bench.size(JOBS)) for crew in (ours, bare)}
+
+        def sample(crew: Crew, rate: int) -> Mapping[str, float]:
+            crew.reset()
+            taken = _offer(crew, max(1, round(rate * seconds)), seconds)
+            crew.settle()
+            names = _loaded(crew.contender.name, rate)
+            return dict(zip(names, (statistics.median(taken), percentile_95(taken)), strict=True))
+
+        shares = [
+            *(share * limits[OURS.name] for share in _SHARES),
+            *(share * limits[BARE.name] for share in _BARE_SHARES),
+        ]
+        rates = sorted({max(1, round(rate)) for rate in shares})
+        trials = [
+            partial(sample, crew, rate)
+            for rate in rates
+            for crew in (bare, ours)
+            if crew is ours or rate < limits[BARE.name]
+        ]
+        judge = Judge(measure(trials, bench.runs), "ms")
+    figures = [
+        Figure(f"{name}: above this its queue only grows", "jobs/s", (limit,))
+        for name, limit in limits.items()
+    ]
+    for rate in rates:
+        for ours_name, bare_name in zip(
+            _loaded(OURS.name, rate), _loaded(BARE.name, rate), strict=True
+        ):
+            beside = bare_name in judge.samples
+            figures += [judge.figure(bare_name)] if beside else []
+            figures.append(judge.figure(ours_name, bare_name if beside else None))
+    return figures
+
+
+def _limit(crew: Crew, jobs: int) -> float:
+    """Jobs a second when all stand in the queue; the first time is for warming up."""
+    drain_rate(crew, jobs)
+    return drain_rate(crew, jobs)
+
+
+def _offer(crew: Crew, jobs: int, seconds: float) -> list[float]:
+    """Send jobs at random moments, as users do who know nothing of each other.
+
+    Returns:
+        Milliseconds from when each was due to its result.
+    """
+    chance = random.Random(jobs)  # noqa: S311 - the same moments for all contenders
+    due = Counter(chance.randrange(max(1, round(seconds / _TICK))) for _ in range(jobs))
+    prepared = jobs_on(crew.database.interviews, jobs, IDS)
+    crew.put_by(prepared)
+    crew.hold_back()
+    began = time.time() + _SOON
+    sent: list[float] = []
+    for tick in sorted(due):
+        at = began + tick * _TICK
+        time.sleep(max(0.0, at - time.time()))
+        crew.release_first(due[tick])
+        sent += [at] * due[tick]
+    job_ids = [job.job_id for job in prepared]
+    crew.collect(job_ids)
+    return [1_000 * (stored - at) for at, stored in zip(sent, crew.stored_at(job_ids), strict=True)]
+
+
+def _sized(name: str, ids: int) -> str:
+    return f"{name}, {ids:,} {'id' if ids == 1 else 'ids'}"
+
+
+def _loaded(name: str, rate: int) -> tuple[str, str]:
+    return f"{name} at {rate:,} jobs/s, median", f"{name} at {rate:,} jobs/s, 95th percentile"
