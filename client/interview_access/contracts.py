@@ -48,6 +48,10 @@ InterviewId = NewType("InterviewId", str)
 """An interview's id in canonical form: lower case, 8-4-4-4-12."""
 
 _UUID = re.compile("[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_SHAPE = bytes(
+    ord("h") if one in b"0123456789abcdef" else one if one in b"-\n" else ord("?")
+    for one in range(256)
+)
 _USER_ID_LENGTH = 36
 _USER_ID_RULE: LiteralString = "a string of 1 to 36 characters without NUL or lone surrogates"
 _JOB_ID_LENGTH = 255
@@ -68,8 +72,17 @@ def canonical_interview_id(text: str) -> InterviewId | None:
 
 def _canonical(texts: Iterable[str]) -> list[InterviewId]:
     """The canonical forms of those texts that are UUIDs, in order; made for 100,000 at once."""
+    texts = list(texts)
+    if _all_canonical(texts):
+        return texts  # type: ignore[return-value] # InterviewId() costs as much as the rest
     matching = map(str.lower, filter(_UUID.fullmatch, texts))
-    return [text if text[8] == "-" else _hyphenated(text) for text in matching]  # type: ignore[misc] # InterviewId() costs as much as the rest
+    return [text if text[8] == "-" else _hyphenated(text) for text in matching]  # type: ignore[misc] # see above
+
+
+def _all_canonical(texts: Sequence[str]) -> bool:
+    """Whether each is a UUID in canonical form; 100,000 are looked at in a few milliseconds."""
+    lines = "\n".join([*texts, ""]).encode(errors="replace")
+    return lines.translate(_SHAPE) == b"hhhhhhhh-hhhh-hhhh-hhhh-hhhhhhhhhhhh\n" * len(texts)
 
 
 def _hyphenated(digits: str) -> str:
@@ -395,13 +408,12 @@ def request_digest(task: str, user_id: str, interview_ids: Iterable[str]) -> str
     UUIDs, as a JSON array in ASCII without white space. Order, spelling and repetition do not
     change it.
     """
-    return _digest([task, user_id, sorted(dict.fromkeys(interview_ids))])
+    return _digest_of(task, user_id, interview_ids)
 
 
 def cohort_digest(user_ids: Iterable[str], interview_ids: Iterable[str]) -> str:
     """The same for many users: the user ids stand in the array sorted and distinct."""
-    users = sorted(dict.fromkeys(user_ids))
-    return _digest([GRANT_COHORT_ACCESS, users, sorted(dict.fromkeys(interview_ids))])
+    return _digest_of(GRANT_COHORT_ACCESS, sorted(set(user_ids)), interview_ids)
 
 
 def unreadable_request_digest(
@@ -424,16 +436,26 @@ def unreadable_request_digest(
             return cohort_digest(user_ids, ids)
         if not of_cohort and isinstance(user_id, str | UUID):
             return request_digest(task, str(user_id), ids)
-    return _digest([task, list(args), dict(kwargs)])
+    return _sha256(_json([task, list(args), dict(kwargs)]))
 
 
 def _listed(value: object) -> tuple[str, ...] | None:
     return _texts(value) if isinstance(value, list | tuple) else None
 
 
-def _digest(content: list[object]) -> str:
+def _digest_of(task: str, whose: str | list[str], interview_ids: Iterable[str]) -> str:
+    ids = sorted(dict.fromkeys(interview_ids))  # which leaves sorted ones in their order
+    # What needs no escape is joined in a tenth of the time.
+    listed = '["' + '","'.join(ids) + '"]' if ids and _all_canonical(ids) else _json(ids)
+    return _sha256(f"[{_json(task)},{_json(whose)},{listed}]")
+
+
+def _json(content: object) -> str:
     # Types that JSON lacks (dates, say) reach a worker through Celery's own JSON.
-    text = json.dumps(content, default=repr, sort_keys=True, separators=(",", ":"))
+    return json.dumps(content, default=repr, sort_keys=True, separators=(",", ":"))
+
+
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
