@@ -216,14 +216,17 @@ class Walk:
             room=room,
             size=self._random.choice([1, 20, 1_000]),
             alone_after=self._random.choice([1, NEVER_ALONE]),
+            small=self._random.choice([4, 1_000]),
+            large_room=self._random.choice([0, 1]),
         )
         assert (got is None) == (incarnation not in leases(self._state))
         after = look(self._redis)
-        for one in got or ():
+        claims = got.claims if got else []
+        for one in claims:
             assert held(after, incarnation)[one.receipt] == one.message
-        if not got:
-            assert after == self._state
-        return got or []
+        if not claims:
+            assert messages(after) == messages(self._state)
+        return claims
 
     def start(self) -> None:
         """Jobs begin, or do not because the messages are another's."""
@@ -343,12 +346,14 @@ class Walk:
         for letter, _ in self._state.get(DEAD, []):
             self._claims.requeue(letter.decode(), JOBS)
         receipt = 0
-        while got := self._claims.claim(
-            "the last", QUEUES, receipt=receipt + 1, room=4, size=1_000, alone_after=1
-        ):
-            receipt += len(got)
-            self._unfinished.subtract(claim.message for claim in got)
-            assert self._claims.acknowledge("the last", *(claim.receipt for claim in got))
+        while (
+            got := self._claims.claim(
+                "the last", QUEUES, receipt=receipt + 1, room=4, size=1_000, alone_after=1
+            )
+        ) and got.claims:
+            receipt += len(got.claims)
+            self._unfinished.subtract(claim.message for claim in got.claims)
+            assert self._claims.acknowledge("the last", *(claim.receipt for claim in got.claims))
         assert not any(self._unfinished.values())
         assert look(self._redis).keys() <= {LEASES, DEAD}
         assert not look(self._redis).get(DEAD)
@@ -366,14 +371,18 @@ BREAKS = {
         "",
     ),
     "a claim over another": (
-        "if redis.call('HSETNX', held(incarnation), receipt, queue .. '\\0' .. message) == 0",
-        "if redis.call('HSET', held(incarnation), receipt, queue .. '\\0' .. message) < 0",
+        "or redis.call('HSETNX', held(incarnation), receipt, list .. '\\0' .. message) == 0",
+        "or redis.call('HSET', held(incarnation), receipt, list .. '\\0' .. message) < 0",
     ),
     "a claim that takes before it notes": (
-        "if redis.call('HSETNX'",
-        "redis.call('RPOP', queue)\nif redis.call('HSETNX'",
+        "    local suspect = tried",
+        "    redis.call('RPOP', list)\n    local suspect = tried",
     ),
-    "a claim that leaves": ("redis.call('RPOP', queue)\n", ""),
+    "a claim that leaves": ("redis.call('RPOP', list)\n", ""),
+    "a putting aside that throws away": (
+        "redis.call('RPOPLPUSH', list, KEYS[aside])",
+        "redis.call('RPOP', list)",
+    ),
     "a start of another's": (
         "        mine[#mine + 1] = receipt\n    end",
         "    end\n    mine[#mine + 1] = receipt",
@@ -469,7 +478,7 @@ def take(
     limits = {"room": 100, "size": 1_000} | limits
     got = protocol.claim(by, QUEUES, receipt=receipt, alone_after=alone_after, **limits)
     assert got is not None
-    return got
+    return got.claims
 
 
 def ended(redis: Redis, name: str, deadline: float = 1) -> float:
@@ -636,6 +645,60 @@ def test_a_letter_that_names_no_queue_goes_where_it_is_told(redis: Redis, protoc
     name: Any = redis.xadd(DEAD, {"message": "a"})
     assert protocol.requeue(name.decode(), JOBS) == 1
     assert redis.lrange(JOBS, 0, -1) == [b"a"]
+
+
+ASIDE = "jobs\x06\x169"
+LARGE_LAST = (JOBS, ASIDE)
+
+
+def take_small(protocol: Claims, receipt: int, *, large_room: int) -> tuple[list[bytes], bool]:
+    """What messages a worker gets to whom those of more than 4 bytes are large; do more wait?"""
+    got = protocol.claim(
+        "ann",
+        LARGE_LAST,
+        receipt=receipt,
+        room=100,
+        size=1_000,
+        alone_after=NEVER_ALONE,
+        small=4,
+        large_room=large_room,
+    )
+    assert got is not None
+    return [claim.message for claim in got.claims], got.large_wait
+
+
+def test_small_messages_pass_large_ones_without_room(redis: Redis, protocol: Claims) -> None:
+    """Without room for a large message those that are met stand aside, in their order."""
+    redis.lpush(JOBS, "large 1", "a", "large 2", "b", "large 3")
+    assert take_small(protocol, 1, large_room=0) == ([b"a", b"b"], True)
+    assert redis.lrange(ASIDE, 0, -1) == [b"large 3", b"large 2", b"large 1"]
+    assert redis.llen(JOBS) == 0
+
+
+def test_what_stands_aside_comes_first(redis: Redis, protocol: Claims) -> None:
+    """With room again the one that waited longest is taken, before later ones, small or large."""
+    redis.lpush(JOBS, "large 1", "large 2", "a")
+    take_small(protocol, 1, large_room=0)
+    redis.lpush(JOBS, "b", "large 3")
+    assert take_small(protocol, 2, large_room=1) == ([b"large 1"], True)
+    assert take_small(protocol, 3, large_room=1) == ([b"large 2"], False)
+    assert take_small(protocol, 4, large_room=1) == ([b"b"], False)
+    assert take_small(protocol, 5, large_room=1) == ([b"large 3"], False)
+
+
+def test_small_ones_of_the_lowest_priority_come_last(redis: Redis, protocol: Claims) -> None:
+    """Where large ones stand aside there are also small ones that a producer put there."""
+    redis.lpush(ASIDE, "z")
+    redis.lpush(JOBS, "a")
+    assert take_small(protocol, 1, large_room=0) == ([b"a", b"z"], False)
+
+
+def test_a_large_message_comes_alone(redis: Redis, protocol: Claims) -> None:
+    """Small ones before it are taken without it, and it without those behind."""
+    redis.lpush(JOBS, "a", "large", "b")
+    assert take_small(protocol, 1, large_room=1) == ([b"a"], False)
+    assert take_small(protocol, 2, large_room=1) == ([b"large"], False)
+    assert take_small(protocol, 3, large_room=0) == ([b"b"], False)
 
 
 def test_a_lost_lease_is_told(redis: Redis, protocol: Claims) -> None:

@@ -42,7 +42,7 @@ def lose(redis: Redis) -> None:
 def test_a_lost_message_takes_no_room(lease: Lease, redis: Redis) -> None:
     """A message that was lost after its claim is not begun, and is in hand no more."""
     redis.lpush("queue", "message")
-    (claim,) = lease.claim(["queue"], room=1) or []
+    (claim,) = lease.claim(["queue"], 1, 1) or []
     lose(redis)
     assert not lease.start(claim.receipt)
     assert lease.in_hand == 0
@@ -53,14 +53,14 @@ def test_a_lost_lease_is_followed_by_another(lease: Lease, redis: Redis) -> None
     lose(redis)
     until(lambda: redis.zcard(f"{PREFIX}leases") == 1)
     redis.lpush("queue", "message")
-    (claim,) = lease.claim(["queue"], room=1) or []
+    (claim,) = lease.claim(["queue"], 1, 1) or []
     assert lease.start(claim.receipt)
 
 
 def test_what_runs_under_a_lost_lease_is_let_go_of(lease: Lease, redis: Redis) -> None:
     """A job that runs when its lease is lost is others' by then; its end has no effect."""
     redis.lpush("queue", "message")
-    (claim,) = lease.claim(["queue"], room=1) or []
+    (claim,) = lease.claim(["queue"], 1, 1) or []
     assert lease.start(claim.receipt)
     lose(redis)
     until(lambda: lease.in_hand == 0)

@@ -142,34 +142,60 @@ return {alive, redis.call('ZRANGEBYSCORE', leases, '-inf', time, 'WITHSCORES')}
 
 _CLAIM = """
 local incarnation, room, bytes, alone = arguments[1], arguments[2], arguments[3], arguments[4]
-local small, receipt = arguments[5], arguments[6]
+local small, large_room = arguments[5] + 0, arguments[6] + 0
+local queues, receipt = arguments[7], arguments[8]
 if not redis.call('ZSCORE', leases, incarnation) then return false end
-local claimed = {}
-for index = 2, #KEYS do
-    local queue = KEYS[index]
-    while #claimed < room * 5 and bytes + 0 > 0 do
-        local message = redis.pcall('LINDEX', queue, -1)
-        if type(message) ~= 'string' then break end
-        local large = #message > small + 0
-        if large and #claimed > 0 then return claimed end
-        local digest = redis.sha1hex(message)
-        local tried = redis.call('HGET', tries, digest) or 0
-        local suspect = tried + 0 >= alone + 0
-        if suspect and (#claimed > 0 or redis.call('HLEN', held(incarnation)) > 0) then
-            return claimed
-        end
-        if redis.call('HSETNX', held(incarnation), receipt, queue .. '\\0' .. message) == 0 then
-            return claimed
-        end
-        redis.call('RPOP', queue)
-        local deferred_before = redis.call('HGET', deferrals, digest) or 0
-        for _, value in ipairs({receipt, queue, message, tried, deferred_before}) do
-            claimed[#claimed + 1] = value
-        end
-        if suspect or large then return claimed end
-        receipt = string.format('%d', receipt + 1)
-        bytes = bytes - #message
+local claimed, done, first_aside = {0}, false, #KEYS - queues + 1
+
+local function next_of(list)
+    local message = redis.pcall('LINDEX', list, -1)
+    return type(message) == 'string' and message
+end
+
+local function take(list, message)
+    local digest = redis.sha1hex(message)
+    local tried = redis.call('HGET', tries, digest) or 0
+    local suspect = tried + 0 >= alone + 0
+    if suspect and (#claimed > 1 or redis.call('HLEN', held(incarnation)) > 0)
+        or redis.call('HSETNX', held(incarnation), receipt, list .. '\\0' .. message) == 0
+    then
+        done = true
+        return
     end
+    redis.call('RPOP', list)
+    local deferred_before = redis.call('HGET', deferrals, digest) or 0
+    for _, value in ipairs({receipt, list, message, tried, deferred_before}) do
+        claimed[#claimed + 1] = value
+    end
+    receipt = string.format('%d', receipt + 1)
+    bytes = bytes - #message
+    done = suspect or #message > small or #claimed > room * 5 or bytes <= 0
+end
+
+for index = first_aside, #KEYS do
+    local message = not done and large_room > 0 and next_of(KEYS[index])
+    if message and #message > small then take(KEYS[index], message) end
+end
+for index = 2, #KEYS do
+    local list, aside = KEYS[index], first_aside + (index - 2) % queues
+    while not done do
+        local message = next_of(list)
+        if not message then break end
+        if #message <= small then
+            take(list, message)
+        elseif index >= first_aside then
+            break
+        elseif large_room <= 0 then
+            redis.call('RPOPLPUSH', list, KEYS[aside])
+        elseif #claimed > 1 then
+            done = true
+        else
+            take(list, message)
+        end
+    end
+end
+for index = first_aside, #KEYS do
+    if next_of(KEYS[index]) then claimed[1] = 1 end
 end
 return claimed
 """
@@ -304,6 +330,18 @@ class Claim(NamedTuple):
     deferrals: int
 
 
+class Claimed(NamedTuple):
+    """What a worker was given.
+
+    Attributes:
+        claims: Messages, now in its hands.
+        large_wait: Whether large messages stand aside.
+    """
+
+    claims: list[Claim]
+    large_wait: bool
+
+
 class Renewal(NamedTuple):
     """What a worker learns when it renews its lease.
 
@@ -377,12 +415,14 @@ class Claims:
         size: int,
         alone_after: int,
         small: int = _ANY_SIZE,
-    ) -> list[Claim] | None:
+        large_room: int = 1,
+        asides: int = 1,
+    ) -> Claimed | None:
         """Take messages off queues into a worker's claims.
 
         Args:
             incarnation: The worker's.
-            queues: Keys of lists, the most urgent first.
+            queues: Keys of lists, the most urgent first, those of the several queues in turn.
             receipt: Number of the first; the others follow. Never used before by this process.
             room: Messages at most.
             size: Bytes after which no more is taken.
@@ -391,18 +431,22 @@ class Claims:
                 at the end of its queue until there is such a worker, and what is behind it waits.
             small: Bytes of a message up to which it may come with others; a larger one is claimed
                 by itself.
+            large_room: Large messages at most. Where there is none, those that are met are put
+                aside, so that small ones pass them; with room, what stands aside comes first.
+            asides: How many queues there are: the last list of each is where its large ones stand
+                aside.
 
         Returns:
             The claims, or None where the lease is lost.
         """
         reply = self._run(
             self._claim,
-            *(incarnation, room, size, alone_after, small, receipt),
+            *(incarnation, room, size, alone_after, small, large_room, asides, receipt),
             queues=tuple(queues),
         )
         if reply is None:
             return None
-        return [
+        claims = [
             Claim(
                 reply[at].decode(),
                 reply[at + 1].decode(),
@@ -410,8 +454,9 @@ class Claims:
                 int(reply[at + 3]),
                 int(reply[at + 4]),
             )
-            for at in range(0, len(reply), 5)
+            for at in range(1, len(reply), 5)
         ]
+        return Claimed(claims, large_wait=bool(reply[0]))
 
     def start(self, incarnation: str, *receipts: str) -> list[str]:
         """Count a try of each message that is held still; a second call for one counts none.

@@ -38,7 +38,8 @@ _CLAIM_BYTES = 16 * 1024 * 1024
 """After so many bytes no more is claimed in one go: a message of 100,000 ids has 4 MB."""
 
 _SMALL_BYTES = 16 * 1024
-"""A message of up to so many may be done together with others: one of 400 ids, say."""
+"""A message of up to so many may be done together with others: one of 400 ids, say. Others are
+large, and all children but one may have one: the last child is for the small ones."""
 
 _RESTS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds; the last one again and again
 
@@ -79,6 +80,7 @@ class Lease:
         self._piece_of: dict[str, int] = {}
         self._pieces = itertools.count()
         self._mixed = False
+        self._large_wait = False
         self._unsent: dict[str, Callable[[], object]] = {}
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -132,21 +134,27 @@ class Lease:
             self._server = server
             self._let_go_of_the_waiting()
 
-    def claim(self, queues: Sequence[str], room: int) -> list[Claim] | None:
+    def claim(self, queues: Sequence[str], asides: int, children: int) -> list[Claim] | None:
         """Take what one child can be given: a message, or some small ones; None: the lease is lost.
 
-        Where messages came last time that one child cannot do together, ``room`` of them at most.
+        Where messages came last time that one child cannot do together, one at most for each child.
         Raises what redis raises, and then more may have been claimed than is known: open again.
+
+        Args:
+            queues: See :meth:`worker.claims.Claims.claim`, as for ``asides``.
+            asides: Likewise.
+            children: How many there are, busy ones too.
         """
         with self._lock:
-            if not self.may_claim():
+            room = children - self.in_hand
+            if room <= 0 or not self.may_claim():
                 return []
             if self._troubles:
                 room = 1
             elif self.batch_size > 1 and not self._mixed:
                 room = self.batch_size
             first, self._next_number = self._next_number, self._next_number + room
-            claims = self._claims.claim(
+            claimed = self._claims.claim(
                 self._incarnation,
                 queues,
                 receipt=first,
@@ -154,9 +162,23 @@ class Lease:
                 size=_CLAIM_BYTES,
                 alone_after=self.attempt_limit - 1,
                 small=_SMALL_BYTES,
+                large_room=self._large_room(children),
+                asides=asides,
             )
-            self._held.update((claim.receipt, claim) for claim in claims or ())
-            return claims
+            if claimed is None:
+                return None
+            self._large_wait = claimed.large_wait
+            self._held.update((claim.receipt, claim) for claim in claimed.claims)
+            return claimed.claims
+
+    def _large_room(self, children: int) -> int:
+        held = list(self._held.values())
+        large = sum(len(claim.message) > _SMALL_BYTES for claim in held)
+        return max(children - 1, 1) - large
+
+    def may_claim_large(self, children: int) -> bool:
+        """Whether a large message stands aside that one of so many children may be given now."""
+        return self._large_wait and self._large_room(children) > 0 and self.may_claim()
 
     def may_claim(self) -> bool:
         """Whether this worker wants another message at all."""

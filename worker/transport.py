@@ -15,7 +15,9 @@ acknowledged and given back by the scripts of :mod:`worker.claims`, under the le
   ``visibility_timeout`` would run a long job twice.
 - ``Channel._queue_bind`` goes without where Redis is full, and waits where it is read-only. kombu's
   own ends the worker in both, when it starts or reconnects: a full queue is drained by nobody.
-- ``Transport.register_with_event_loop`` tells the lease that the main loop comes round.
+- ``Transport.register_with_event_loop`` tells the lease that the main loop comes round, and looks
+  after large messages: all children but one may have one, and those that are met while they do
+  stand aside, as of the lowest priority, so that small ones pass them.
 
 An idle worker is woken by the default priority of one queue at a time; at its other queues and
 priorities it looks once a second. So a message of another priority, or on one of several queues,
@@ -91,6 +93,7 @@ class _Process:
     """The lease of this process; a child that was forked off has none."""
 
     lease: Lease | None = None
+    channel: Any = None  # by which it consumes
     pid = 0
 
 
@@ -143,9 +146,12 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
 
     def room(self) -> int:
         """How many children's work more may be in hand; that of lost connections is, too."""
-        if not self.prefetch_count:
-            return _UNLIMITED_ROOM
-        return int(self.prefetch_count) - int(self.channel.lease.in_hand)
+        return int(self.children) - int(self.channel.lease.in_hand)
+
+    @property
+    def children(self) -> int:
+        """How many children there are to give work to."""
+        return int(self.prefetch_count or _UNLIMITED_ROOM)
 
     def restore_visible(self, *args: object, **kwargs: object) -> None:
         """Leaves the jobs of stock workers, by whose clock they are restored, alone."""
@@ -196,6 +202,7 @@ class _Lossless:
         with _refusal_is_loss():
             lease.open()
         self.lease = lease
+        _Process.channel = self
 
     def _brpop_start(self: Any, timeout: float | None = None) -> None:
         if self.lease is None:
@@ -241,11 +248,16 @@ class _Lossless:
             raise Empty
         return True
 
+    def look_aside(self: Any) -> None:
+        """Claim what :meth:`_brpop_start` waits for on no list."""
+        if not self._closing and not self.closed and self.qos.can_consume():
+            self._claim()
+
     def _claim(self: Any) -> bool:
         queues = self._queue_cycle.consume(len(self.active_queues))
         keys = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
         try:
-            claims = self.lease.claim(keys, self.qos.room())
+            claims = self.lease.claim(keys, len(queues), self.qos.children)
         except ResponseError as error:
             raise RedisConnectionError(str(error)) from error
         if claims is None:
@@ -292,7 +304,7 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc] # kombu ships no t
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Kombu's own; and the lease hears of every turn of the loop."""
         super().register_with_event_loop(connection, loop)
-        loop.on_tick.add(_tell_the_lease)
+        loop.on_tick.add(_turn)
 
 
 class SentinelTransport(kombu_redis.SentinelTransport, Transport):  # type: ignore[misc] # no types
@@ -311,10 +323,13 @@ def _refusal_is_loss() -> Iterator[None]:
         raise RedisConnectionError(str(error)) from error
 
 
-def _tell_the_lease() -> None:
-    lease = lease_of_this_process()
+def _turn() -> None:
+    """The main loop has come round: a large job that stood aside may begin now."""
+    lease, channel = lease_of_this_process(), _Process.channel
     if lease is not None:
         lease.heard()
+        if channel.lease is lease and lease.may_claim_large(channel.qos.children):
+            channel.look_aside()
 
 
 def _message(claim: Claim) -> dict[str, Any]:
