@@ -21,12 +21,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Connection, NullPool, String, Table, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError
@@ -54,6 +51,10 @@ Report = Callable[[str], None]
 """Called with one sentence for people about each thing that is done."""
 
 _VERSION_TABLE = "grant_access_alembic_version"  # not Alembic's own name: the platform may use that
+_REVISIONS = sorted(
+    path.name.partition("_")[0] for path in Path(__file__).parent.glob("migrations/versions/0*.py")
+)
+"""By the names of their files: a worker that starts is not to wait for Alembic."""
 _WRITTEN = frozenset(
     model.__tablename__ for model in (UserInterviewAccess, InterviewAttempt, GrantAccessJob)
 )
@@ -142,11 +143,7 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         elif dry_run:
             _foretell(connection, report)
         else:
-            connection.commit()  # Alembic makes transactions of its own
-            try:
-                command.upgrade(_alembic_config(connection, report), "head")
-            except PendingRollbackError as stumble:
-                raise _origin(stumble) from None
+            _upgrade(connection, report)
 
 
 def check_schema(database_url: str) -> str | None:
@@ -174,23 +171,31 @@ def check_schema(database_url: str) -> str | None:
 
 def current_revision(connection: Connection) -> str | None:
     """The revision that the database is at; None before the first."""
-    options = {"version_table": _VERSION_TABLE}
-    return MigrationContext.configure(connection, opts=options).get_current_revision()
+    if connection.scalar(text("SELECT to_regclass(:table)"), {"table": _VERSION_TABLE}) is None:
+        return None
+    revision: str | None = connection.scalar(text(f"SELECT version_num FROM {_VERSION_TABLE}"))  # noqa: S608 - a constant
+    return revision
 
 
 def expected_revision() -> str:
     """The newest revision, the one that this code is written for."""
-    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
-    if head is None:
+    if not _REVISIONS:
         raise RuntimeError("the package storage.migrations has come without its revisions")
-    return head
+    return _REVISIONS[-1]
 
 
-def _alembic_config(connection: Connection | None = None, report: Report | None = None) -> Config:
+def _upgrade(connection: Connection, report: Report) -> None:
+    from alembic import command  # noqa: PLC0415 - see _REVISIONS
+    from alembic.config import Config  # noqa: PLC0415 - likewise
+
     config = Config()
     config.set_main_option("script_location", "storage:migrations")
     config.attributes.update(connection=connection, report=report, version_table=_VERSION_TABLE)
-    return config
+    connection.commit()  # Alembic makes transactions of its own
+    try:
+        command.upgrade(config, "head")
+    except PendingRollbackError as stumble:
+        raise _origin(stumble) from None
 
 
 @contextmanager
@@ -293,8 +298,7 @@ def _foretell(connection: Connection, report: Report) -> None:
 
 def _refuse_what_does_not_fit(connection: Connection, revision: str | None) -> None:
     """Compare what stands with the models; from the newest revision on, everything must stand."""
-    scripts = ScriptDirectory.from_config(_alembic_config())
-    if revision is not None and revision not in {s.revision for s in scripts.walk_revisions()}:
+    if revision is not None and revision not in _REVISIONS:
         raise SchemaMismatchError(
             f"the database is at revision {revision}, which this release does not know (its "
             f"newest is {expected_revision()}): use the release that made it, or a newer one"

@@ -22,6 +22,7 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from psycopg import sql
 from psycopg.rows import dict_row
 from sqlalchemy import NullPool, create_engine, make_url, select
@@ -41,6 +42,8 @@ from storage.schema import (
     DuplicateGrantsError,
     SchemaMismatchError,
     check_schema,
+    current_revision,
+    expected_revision,
     migrate,
 )
 
@@ -379,6 +382,19 @@ def test_django_takes_over_a_database_that_we_made(database: Database) -> None:
         "print(attempt.scheduled_end_datetime - attempt.start_datetime, attempt.end_datetime)"
     )
     assert read.splitlines() == ["['django', 'worker']", "1:30:00 None"]
+
+
+def test_a_revision_has_its_name_in_its_files(database: Database) -> None:
+    """The revisions known by the names of the files are Alembic's own, with one after another."""
+    scripts = ScriptDirectory(str(CHECKOUT / "storage" / "migrations"))
+    revisions = [script.revision for script in scripts.walk_revisions()]
+    names = [path.name for path in CHECKOUT.glob("storage/migrations/versions/0*.py")]
+    assert sorted(revisions) == sorted(name.partition("_")[0] for name in names)
+    assert scripts.get_current_head() == expected_revision() == max(revisions)
+    migrated(database.url)
+    engine = create_engine(database.url, poolclass=NullPool)
+    with engine.connect() as connection:
+        assert current_revision(connection) == expected_revision()
 
 
 def test_second_run_changes_nothing(database: Database) -> None:
