@@ -371,11 +371,11 @@ def test_a_bad_attempt_says_what_was_wrong(
 
 def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
     """Each child has one job; what waits, waits where another worker can take it."""
-    user, ids = a_user(), many(3 * CHUNK)
+    user, ids = a_user(), many(100)
     with held_grant(here, user, ids[-1]):
         held = [here.send(user, ids[1 - turn :]) for turn in range(2)]
         for job_id in held:
-            here.until_state(job_id, "STARTED", "PROGRESS")
+            here.until_state(job_id, "STARTED")
         waiting = here.send(a_user(), [])
         (reserved,) = here.producer.control.inspect(timeout=10, limit=1).reserved().values()
         assert waiting not in {job["id"] for job in reserved}
@@ -383,6 +383,21 @@ def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
         assert here.meta(waiting)["status"] == "PENDING"
     assert here.answer(waiting)["result"] == success(0)
     assert sum(here.answer(job_id)["result"]["created_access_count"] for job_id in held) == len(ids)
+
+
+def test_a_large_job_leaves_a_child_to_small_ones(here: Site) -> None:
+    """While one child has a large job the next one stands aside, and small ones pass it."""
+    user, ids = a_user(), many(CHUNK)
+    with held_grant(here, user, ids[-1]):
+        large = here.send(user, ids)
+        here.until_state(large, "STARTED")
+        next_large = here.send(a_user(), ids)
+        small = [here.send(a_user(), ids[:2]) for _ in range(3)]
+        for job_id in small:
+            assert here.answer(job_id)["result"] == success(2)
+        assert here.meta(next_large)["status"] == "PENDING"
+    assert here.answer(large)["result"] == success(CHUNK)
+    assert here.answer(next_large)["result"] == success(CHUNK)
 
 
 def test_a_link_that_cannot_be_sent_costs_no_answer(here: Site) -> None:

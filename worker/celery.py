@@ -69,9 +69,7 @@ def _forget_the_parents_storage(**_: Any) -> None:
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _prepare(**_: Any) -> None:
     check_servers(settings, app)
-    # The children share what stands by now: a collection in one would make its own copy of it.
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # the children share what stands: a collection in one would make its own copy
 
 
 rounds = (Desk(app, storage), Relay(app, storage))

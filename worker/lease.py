@@ -38,7 +38,7 @@ _CLAIM_BYTES = 16 * 1024 * 1024
 """After so many bytes no more is claimed in one go: a message of 100,000 ids has 4 MB."""
 
 _SMALL_BYTES = 16 * 1024
-"""A message of up to so many may be done together with others: one of 400 ids, say. Others are
+"""A message of up to so many may be done together with others: one of 250 ids, say. Others are
 large, and all children but one may have one: the last child is for the small ones."""
 
 _RESTS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds; the last one again and again

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Self
 
 from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
-from pydantic import AfterValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 
 def masked(url: str) -> str:
@@ -37,7 +37,7 @@ class SettingsError(Exception):
     """Settings in the environment are missing or wrong; its text names each, with what came."""
 
 
-class DatabaseSettings(BaseSettings):
+class DatabaseSettings(BaseModel):
     """Where the data is: all that a migration is told.
 
     Attributes:
@@ -54,8 +54,10 @@ class DatabaseSettings(BaseSettings):
             SettingsError: naming each variable that is missing or wrong, its value (passwords
                 masked) and what was expected.
         """
+        variables = {name: name.upper() for name in cls.model_fields}
+        told = {name: os.environ[key] for name, key in variables.items() if key in os.environ}
         try:
-            return cls()
+            return cls.model_validate(told)
         except ValidationError as error:
             raise SettingsError("\n".join(map(_told, error.errors()))) from None
 
