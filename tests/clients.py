@@ -22,6 +22,10 @@ class Client(Protocol):
         """See the blocking client, as all of these."""
 
     @property
+    def enqueue_cohort(self) -> Callable[..., str]:
+        """An id."""
+
+    @property
     def enqueue_many(self) -> Callable[[Iterable[GrantJob]], list[str]]:
         """Ids."""
 
@@ -51,6 +55,10 @@ class Awaited:
     def enqueue(self, user_id: Any, interview_ids: Any, **options: Any) -> str:
         """See the blocking client."""
         return self._runner.run(self._client.enqueue(user_id, interview_ids, **options))
+
+    def enqueue_cohort(self, user_ids: Any, interview_ids: Any, **options: Any) -> str:
+        """See the blocking client."""
+        return self._runner.run(self._client.enqueue_cohort(user_ids, interview_ids, **options))
 
     def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
         """See the blocking client."""

@@ -73,6 +73,18 @@ def test_uuid_objects_are_their_strings(here: Site, client: Client) -> None:
     assert here.store.granted(str(user)) == sorted(NAMED_SAMPLES)
 
 
+def test_a_cohort_is_told_user_by_user(here: Site, client: Client, samples: list[str]) -> None:
+    """One count is the result, and each user's the status, from a worker's answer."""
+    users = [f"{name}-{uuid.uuid4()}"[:36] for name in ("ann", "bob")]
+    client.wait(client.enqueue(users[0], samples[:1]), timeout=30)
+    job_id = client.enqueue_cohort(users, samples[:2])
+    assert client.wait(job_id, timeout=30) == {"success": True, "created_access_count": 3}
+    known = client.status(job_id)
+    assert known.created_by_user == {users[0]: 1, users[1]: 2}
+    assert (known.requested, known.already_granted, known.user_id) == (4, 1, None)
+    assert here.store.granted(users[1]) == sorted(samples[:2])
+
+
 def test_the_same_job_id_counts_once(client: Client, samples: list[str]) -> None:
     """A job sent twice under one id has one effect and one answer."""
     user = job_id = str(uuid.uuid4())

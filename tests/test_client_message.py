@@ -16,13 +16,21 @@ import pytest
 from celery import Celery
 from celery.worker.request import Request
 from interview_access.aio import AsyncInterviewAccessClient
-from interview_access.contracts import CONTROL_QUEUE, GRANT_ACCESS, QUEUE, request_digest
+from interview_access.contracts import (
+    CONTROL_QUEUE,
+    GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
+    QUEUE,
+    cohort_digest,
+    request_digest,
+)
 from interview_access.errors import (
     InvalidGrantRequestException,
     JobIdReusedException,
     NoAnswerInTimeError,
 )
 from interview_access.producer import InterviewAccessClient
+from interview_access.protocol import announcement_key
 from redis import Redis
 
 from tests.clients import CLIENTS, Client
@@ -99,6 +107,24 @@ def test_the_message_is_one_of_celerys(idle: Site, client: Client) -> None:
     assert ours["headers"].keys() >= {"lang", "task", "id", "root_id", "parent_id", "group"}
     etas = [datetime.fromisoformat(one["headers"]["eta"]) for one in (ours, theirs)]
     assert abs(etas[0] - etas[1]) < timedelta(seconds=20)
+
+
+def test_a_cohorts_message_names_all_users(idle: Site, client: Client) -> None:
+    """It is announced with its task and its digest, and its id is refused to another cohort."""
+    users = (user for user in ("ann", UUID(ID)))
+    job_id = client.enqueue_cohort(users, {OTHER_ID}, job_id="cohort")
+    message, (args, kwargs, _) = on_the_wire(idle.redis)
+    assert (args, kwargs) == ([], {"user_ids": ["ann", ID], "interview_ids": [OTHER_ID]})
+    assert message["headers"]["task"] == GRANT_COHORT_ACCESS
+    raw: Any = idle.redis.get(announcement_key(job_id))
+    announced = json.loads(raw)
+    assert announced["task"] == GRANT_COHORT_ACCESS
+    assert announced["digest"] == cohort_digest(["ann", ID], [OTHER_ID])
+    assert client.enqueue_cohort([ID, "ann", "ann"], [OTHER_ID], job_id="cohort") == "cohort"
+    with pytest.raises(JobIdReusedException):
+        client.enqueue_cohort(["ann"], [OTHER_ID], job_id="cohort")
+    with pytest.raises(InvalidGrantRequestException, match="user_ids"):
+        client.enqueue_cohort([b"ann"], [OTHER_ID])
 
 
 def test_celery_reads_the_message_as_its_own(idle: Site, client: Client) -> None:

@@ -105,6 +105,13 @@ def test_the_client_package(here: Site, url: str) -> None:
     assert here.store.granted("ann") == here.store.granted("bob") == [NAMED_SAMPLES[0]]
 
 
+def test_a_cohort(here: Site, url: str) -> None:
+    """Two users are granted two interviews in one job, and each is counted."""
+    (program,) = blocks("A cohort in one job", "python")
+    assert run(PYTHON, program, url) == ["4 created", "{'page-eve': 2, 'page-fay': 2}"]
+    assert here.store.granted("page-fay") == sorted(NAMED_SAMPLES[:2])
+
+
 def test_thousands_at_once(here: Site, url: str) -> None:
     """A thousand jobs are sent in one call, and done."""
     (program,) = blocks("Thousands of jobs at once", "python")

@@ -69,7 +69,7 @@ class Settings(DatabaseSettings):
         celery_broker_url: Where the queue is.
         celery_result_backend: Where results go; the broker's, unless given.
         grant_chunk_size: Grants inserted by one statement.
-        grant_max_interview_ids: Ids as given that one job may hold.
+        grant_max_interview_ids: Grants that one job may ask for, ids as given.
         grant_batch_size: Small jobs that one child does in one transaction; 1: each by itself.
         grant_retry_limit: Tries after the first while the database is in trouble.
         grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
