@@ -65,6 +65,7 @@ def test_it_enqueues_and_waits(client: Client, samples: list[str]) -> None:
     assert client.wait(job_id, timeout=30) == {"success": True, "created_access_count": 2}
 
 
+@pytest.mark.usefixtures("samples")
 def test_uuid_objects_are_their_strings(here: Site, client: Client) -> None:
     """A caller may give UUID objects, as user and as interviews."""
     user = uuid.uuid4()
@@ -79,7 +80,7 @@ def test_a_cohort_is_told_user_by_user(here: Site, client: Client, samples: list
     client.wait(client.enqueue(users[0], samples[:1]), timeout=30)
     job_id = client.enqueue_cohort(users, samples[:2])
     assert client.wait(job_id, timeout=30) == {"success": True, "created_access_count": 3}
-    known = client.status(job_id)
+    known = client.status(job_id, timeout=10)
     assert known.created_by_user == {users[0]: 1, users[1]: 2}
     assert (known.requested, known.already_granted, known.user_id) == (4, 1, None)
     assert here.store.granted(users[1]) == sorted(samples[:2])
