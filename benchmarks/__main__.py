@@ -34,6 +34,7 @@ PARTS: Mapping[str, Part] = {
         small_jobs.latency,
         large_jobs.large,
         large_jobs.again,
+        large_jobs.cohort,
         large_jobs.million,
         small_jobs.mixed,
         large_jobs.growth,

@@ -56,7 +56,9 @@ def sizes(bench: Bench) -> list[Figure]:
         def copy(ids: int) -> Mapping[str, float]:
             database.reset()
             jobs = jobs_on(database.interviews, count(ids), ids)
-            seconds = sum(copy_grants(database.url, job.user_id, job.interview_ids) for job in jobs)
+            seconds = sum(
+                copy_grants(database.url, [job.user_id], list(job.interview_ids)) for job in jobs
+            )
             database.expect(len(jobs) * ids)
             return {_sized(COPY, ids): len(jobs) * ids / seconds}
 

@@ -47,7 +47,7 @@ def large(bench: Bench) -> list[Figure]:
 
         def copy() -> Mapping[str, float]:
             database.reset()
-            seconds = copy_grants(database.url, uuid4().hex, database.interviews)
+            seconds = copy_grants(database.url, _users(1), database.interviews)
             database.expect(ids)
             return {COPY: seconds}
 
@@ -109,6 +109,32 @@ def again(bench: Bench) -> list[Figure]:
         judge.figure(proportion, first),
         judge.figure(half, proportion, Bar(1)),
     ]
+
+
+def cohort(bench: Bench) -> list[Figure]:
+    """1,000 users and 100 interviews, one job from enqueue to result, beside COPY of its rows."""
+    interviews, ours = 100, "ours, a cohort"
+    users = bench.size(_LARGE) // interviews
+    with bench.database(interviews) as database, bench.crew(OURS, database) as crew:
+
+        def copy() -> Mapping[str, float]:
+            database.reset()
+            seconds = copy_grants(database.url, _users(users), database.interviews)
+            database.expect(users * interviews)
+            return {COPY: seconds}
+
+        def job() -> Mapping[str, float]:
+            crew.reset()
+            seconds = crew.time_cohort(_users(users), database.interviews)
+            crew.settle()
+            return {ours: seconds}
+
+        judge = Judge(measure([copy, job], bench.runs), "s")
+    return [judge.figure(COPY), judge.figure(ours, COPY, Bar(1.3))]
+
+
+def _users(count: int) -> list[str]:
+    return [uuid4().hex for _ in range(count)]
 
 
 def million(bench: Bench) -> list[Figure]:

@@ -30,8 +30,6 @@ from interview_access.contracts import (
     GrantCohortAccessRequest,
     JobProgress,
     RequestedInterviews,
-    canonical_interview_id,
-    cohort_digest,
     describe,
     is_job_id,
     request_digest,
@@ -344,9 +342,7 @@ def grant_access_job(
     except InvalidGrantRequestException as fault:
         return GrantAccessJob(_unreadable(job_id, GRANT_ACCESS, args, kwargs), fault=fault)
     interviews = RequestedInterviews.among(request.interview_ids)
-    digest = request_digest(
-        GRANT_ACCESS, request.user_id, [*interviews.wanted, *interviews.malformed]
-    )
+    digest = interviews.digest(GRANT_ACCESS, request.user_id)
     entry = JobDTO(job_id, GRANT_ACCESS, request.user_id, digest)
     return GrantAccessJob(entry, (request.user_id,), interviews)
 
@@ -360,7 +356,7 @@ def grant_cohort_access_job(
     except InvalidGrantRequestException as fault:
         return GrantAccessJob(_unreadable(job_id, GRANT_COHORT_ACCESS, args, kwargs), fault=fault)
     interviews = RequestedInterviews.among(request.interview_ids)
-    digest = cohort_digest(request.user_ids, [*interviews.wanted, *interviews.malformed])
+    digest = interviews.digest(GRANT_COHORT_ACCESS, request.user_ids)
     entry = JobDTO(job_id, GRANT_COHORT_ACCESS, None, digest)
     return GrantAccessJob(entry, request.user_ids, interviews)
 
@@ -372,8 +368,7 @@ def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewA
     except InvalidGrantRequestException as fault:
         entry = _unreadable(job_id, CREATE_INTERVIEW_ATTEMPT, args, kwargs)
         return InterviewAttemptJob(entry, fault=fault)
-    interview_id = canonical_interview_id(request.interview_id) or request.interview_id
-    digest = request_digest(CREATE_INTERVIEW_ATTEMPT, request.user_id, [interview_id])
+    digest = request_digest(CREATE_INTERVIEW_ATTEMPT, request.user_id, [request.interview_id])
     entry = JobDTO(job_id, CREATE_INTERVIEW_ATTEMPT, request.user_id, digest)
     return InterviewAttemptJob(entry, request.user_id, request.interview_id)
 

@@ -21,7 +21,6 @@ from interview_access.contracts import (
     GRANT_ACCESS,
     GRANT_COHORT_ACCESS,
     QUEUE,
-    cohort_digest,
     request_digest,
 )
 from interview_access.errors import (
@@ -119,7 +118,7 @@ def test_a_cohorts_message_names_all_users(idle: Site, client: Client) -> None:
     raw: Any = idle.redis.get(announcement_key(job_id))
     announced = json.loads(raw)
     assert announced["task"] == GRANT_COHORT_ACCESS
-    assert announced["digest"] == cohort_digest(["ann", ID], [OTHER_ID])
+    assert announced["digest"] == request_digest(GRANT_COHORT_ACCESS, ["ann", ID], [OTHER_ID])
     assert client.enqueue_cohort([ID, "ann", "ann"], [OTHER_ID], job_id="cohort") == "cohort"
     with pytest.raises(JobIdReusedException):
         client.enqueue_cohort(["ann"], [OTHER_ID], job_id="cohort")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 import psycopg
@@ -14,13 +14,13 @@ _COPY = "COPY interview_userinterviewaccess (user_id, interview_id) FROM STDIN"
 
 
 def copy_grants(
-    database_url: str, user_id: str | UUID, interview_ids: Iterable[str | UUID]
+    database_url: str, user_ids: Iterable[str | UUID], interview_ids: Sequence[str | UUID]
 ) -> float:
-    """Copy one user's grants in one transaction.
+    """Copy the grants of every user for every interview in one transaction.
 
     Args:
         database_url: ``postgresql://…``, with or without ``+psycopg``.
-        user_id: Whose they are.
+        user_ids: Whose they are.
         interview_ids: In the order in which they are written.
 
     Returns:
@@ -29,7 +29,9 @@ def copy_grants(
     with psycopg.connect(plain_url(database_url)) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT 1")  # the connection stands and has begun its transaction
         started = time.perf_counter()
-        rows = "".join(f"{user_id}\t{interview_id}\n" for interview_id in interview_ids)
+        rows = "".join(
+            f"{user_id}\t{interview_id}\n" for user_id in user_ids for interview_id in interview_ids
+        )
         with cursor.copy(_COPY) as copy:
             copy.write(rows)
         connection.commit()
