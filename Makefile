@@ -23,7 +23,8 @@ test: .venv/ready .venv/node/ready ## the tests, on real servers
 bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery and the plan, and charts; BENCH="small --runs 3" for a part (half an hour)
 	@$(BIN)/python -m benchmarks $(BENCH)
 	@test ! -e benchmarks/results.json \
-		|| .venv/bench/bin/python -m benchmarks.charts benchmarks/results.json docs/figures
+		|| { .venv/bench/bin/python -m benchmarks.charts benchmarks/results.json docs/figures \
+		&& $(BIN)/python -m benchmarks.page benchmarks/results.json docs/figures/results.md; }
 
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
 	@$(BIN)/python -m pytest -q tests/faults/slow_*.py

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import curves, large_jobs, small_jobs, starting
 from benchmarks.baselines import plain_url
-from benchmarks.measuring import Figure
+from benchmarks.measuring import Figure, three_digits
 from benchmarks.site import Bench
 from worker.local_stack import LocalStack
 
@@ -120,19 +120,14 @@ def table(name: str, figures: Sequence[Figure]) -> Table:
     for figure in figures:
         shown.add_row(
             figure.variant,
-            f"{_number(figure.median)} {figure.unit}",
-            f"{_number(min(figure.samples))} to {_number(max(figure.samples))}",
+            f"{three_digits(figure.median)} {figure.unit}",
+            f"{three_digits(min(figure.samples))} to {three_digits(max(figure.samples))}",
             "" if figure.ratio is None else f"{figure.ratio:.2f}",
             figure.baseline[0] if figure.baseline else "",
             str(figure.bar or ""),
             {None: "", True: "reached", False: "missed"}[figure.reached],
         )
     return shown
-
-
-def _number(value: float) -> str:
-    """Three digits that tell, or all of those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
 
 
 if __name__ == "__main__":

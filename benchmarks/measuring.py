@@ -105,6 +105,11 @@ def measure(trials: Sequence[Trial], runs: int) -> Samples:
     return {variant: tuple(taken) for variant, taken in samples.items()}
 
 
+def three_digits(value: float) -> str:
+    """A figure with three digits that tell, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004 - see above
+
+
 def percentile_95(samples: Sequence[float]) -> float:
     """The value that 95 of 100 samples stay under; of few samples, their greatest."""
     return sorted(samples)[min(len(samples) - 1, round(0.95 * len(samples)))]
