@@ -17,7 +17,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import curves, large_jobs, small_jobs, starting
+from benchmarks import curves, large_jobs, other_queues, small_jobs, starting
 from benchmarks.baselines import plain_url
 from benchmarks.measuring import Figure
 from benchmarks.site import Bench
@@ -42,6 +42,7 @@ PARTS: Mapping[str, Part] = {
         starting.startup,
         curves.sizes,
         curves.load,
+        other_queues.queues,
     )
 }
 

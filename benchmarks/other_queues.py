@@ -1,0 +1,284 @@
+"""The part about other Python queues that do the same work on the same servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import click
+from interview_access.contracts import GrantJob
+from redis import Redis
+
+from benchmarks.baselines import plain_url
+from benchmarks.measuring import Bar, Figure, Judge, Trial, measure
+from benchmarks.site import (
+    BARE,
+    OURS,
+    ROOT,
+    Bench,
+    BenchmarkError,
+    Contender,
+    Crew,
+    Database,
+    until,
+)
+from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
+from worker.local_stack import Service
+
+_PYTHON = ROOT / ".venv/bench/bin/python"
+_WARM_UP_JOBS = 400  # enough that no worker process gets by without its share
+_WINDOW = 200  # results looked at in one round trip
+_HELD_BACK = "benchmark-held-back"  # a key that no worker looks at
+
+
+def queues(bench: Bench) -> list[Figure]:
+    """Jobs of 20 ids that all stand in the queue, by other Python queues: jobs a second.
+
+    All workers have two processes, and have done hundreds of jobs before. The jobs are enqueued
+    by the queue's own API where its workers do not see them; the clock runs from the moment they
+    do to the last result, or to the last row where the queue stores no results.
+    """
+    if not _PYTHON.exists():
+        raise click.ClickException(
+            ".venv/bench, where the other queues are, is missing: `make bench` installs it"
+        )
+    jobs = bench.size(JOBS)
+    with ExitStack() as opened:
+        database = opened.enter_context(bench.database(INTERVIEWS))
+        crews = [opened.enter_context(bench.crew(one, database)) for one in (BARE, OURS)]
+        rivals = [opened.enter_context(queue.open(bench, database)) for queue in _RIVALS]
+        trials: list[Trial] = [partial(_rate_of_crew, crew, jobs) for crew in crews]
+        for one in rivals:
+            one.drain_rate(_WARM_UP_JOBS)
+            trials.append(partial(_rate_of_rival, one, jobs))
+        judge = Judge(measure(trials, bench.runs), "jobs/s")
+    names = [BARE.name, *(one.name for one in rivals)]
+    best = max(names, key=lambda name: statistics.median(judge.samples[name]))
+    return [
+        judge.figure(BARE.name),
+        *(judge.figure(one.name, BARE.name) for one in rivals),
+        judge.figure(OURS.name, best, Bar(2, at_least=True)),
+    ]
+
+
+class _Rival(ABC):
+    """Another queue, whose workers run.
+
+    Args:
+        name: Of its module in benchmarks.queues, and in tables.
+        database: Where its rows go.
+        services: Its workers.
+    """
+
+    def __init__(self, name: str, database: Database, services: Sequence[Service]) -> None:
+        self.name = name
+        self.database = database
+        self._services = services
+
+    def drain_rate(self, jobs: int) -> float:
+        """Jobs of 20 ids a second, as `small_jobs.drain_rate` takes them of a crew."""
+        self.database.reset()
+        waiting = jobs_on(self.database.interviews, jobs, IDS)
+        self.put_by(waiting)
+        started = time.perf_counter()
+        self.release()
+        created = self.collect([job.job_id for job in waiting])
+        seconds = time.perf_counter() - started
+        if created != jobs * IDS:
+            raise BenchmarkError(f"{self.name}: its jobs counted {created:,} rows")
+        self.database.expect(jobs * IDS)
+        return jobs / seconds
+
+    @abstractmethod
+    def put_by(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue jobs by the queue's own API where no worker sees them."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the workers all of them at once."""
+
+    @abstractmethod
+    def collect(self, job_ids: Sequence[str]) -> int:
+        """Wait for all of the jobs, and add up the rows that they made."""
+
+    def _enqueue(self, jobs: Sequence[GrantJob], broker: str = "") -> None:
+        lines = [
+            json.dumps(
+                {"job_id": one.job_id, "user_id": one.user_id, "interview_ids": one.interview_ids}
+            )
+            for one in jobs
+        ]
+        ended = subprocess.run(  # noqa: S603 - ours
+            [_PYTHON, "-m", "benchmarks.queues", self.name],
+            input="\n".join(lines),
+            env={"PATH": os.environ["PATH"], **_servers(self.database, broker)},
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if ended.returncode != 0:
+            raise BenchmarkError(f"{self.name}: its jobs were not enqueued\n{ended.stderr}")
+
+    def _see_that_it_runs(self) -> None:
+        for service in self._services:
+            if not service.alive:
+                raise BenchmarkError(f"{self.name}: a worker has ended{service.last_words()}")
+
+
+@dataclass(frozen=True, slots=True)
+class _RedisQueue:
+    """A queue whose messages stand under one key of Redis, and its results somewhere beside.
+
+    Attributes:
+        name: Of its module in benchmarks.queues, and in tables.
+        worker: Python's arguments for its worker.
+        key: Under which its messages wait.
+        find: Looks up what the results of jobs count; None for those that are none yet.
+        settings: More of its worker's environment.
+    """
+
+    name: str
+    worker: Sequence[str]
+    key: str
+    find: Callable[[Redis, Sequence[str]], list[int | None]]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def open(self, bench: Bench, database: Database) -> Iterator[_Rival]:
+        """Have its worker run."""
+        with (
+            bench.queue() as (number, waiting_number),
+            bench.redis(number) as redis,
+            bench.redis(waiting_number) as waiting,
+            bench.service(
+                _contender(self.name),
+                [str(_PYTHON), *self.worker],
+                number,
+                database,
+                **_servers(database, _broker(redis)),
+                **self.settings,
+            ) as service,
+        ):
+            service.start()
+            yield _OnRedis(self, database, service, redis, waiting)
+
+
+class _OnRedis(_Rival):
+    """A queue on Redis.
+
+    Args:
+        queue: Which.
+        database: Where its rows go.
+        service: Its worker.
+        redis: Where its worker looks.
+        waiting: Another of Redis's databases.
+    """
+
+    def __init__(
+        self,
+        queue: _RedisQueue,
+        database: Database,
+        service: Service,
+        redis: Redis,
+        waiting: Redis,
+    ) -> None:
+        super().__init__(queue.name, database, [service])
+        self._queue = queue
+        self._redis = redis
+        self._waiting = waiting
+
+    def put_by(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue in the other database, and move all that is there beside the queue."""
+        self._enqueue(jobs, _broker(self._waiting))
+        self._waiting.rename(self._queue.key, _HELD_BACK)
+        for key in self._waiting.keys():  # noqa: SIM118 - not a mapping's
+            if not self._waiting.move(key, _number(self._redis)):
+                raise BenchmarkError(f"{self.name}: {key!r} still stands from the jobs before")
+
+    def release(self) -> None:
+        """Put the messages in the queue's place, which wakes its workers."""
+        self._redis.rename(_HELD_BACK, self._queue.key)
+
+    def collect(self, job_ids: Sequence[str]) -> int:
+        """Look for the results as `Crew.collect` does."""
+        left = deque(job_ids)
+        created = 0
+
+        def looked() -> bool:
+            nonlocal created
+            self._see_that_it_runs()
+            while left:
+                window = [left.popleft() for _ in range(min(_WINDOW, len(left)))]
+                counts = self._queue.find(self._redis, window)
+                created += sum(count for count in counts if count is not None)
+                late = [one for one, count in zip(window, counts, strict=True) if count is None]
+                left.extendleft(reversed(late))
+                if late:
+                    return False
+            return True
+
+        until(looked, f"{len(job_ids)} results of {self.name}")
+        return created
+
+
+def _taskiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
+    stored: Any = redis.mget(job_ids)
+    results = [raw and json.loads(raw) for raw in stored]
+    for result in results:
+        if result and result["is_err"]:
+            raise BenchmarkError(f"a job failed: {result['error']}")
+    return [result and _count(result["return_value"]) for result in results]
+
+
+_RIVALS = [
+    _RedisQueue(
+        "taskiq",
+        [
+            *("-m", "taskiq", "worker", "benchmarks.queues.taskiq:broker"),
+            *("--workers", "2", "--no-parse", "--log-level", "WARNING"),
+        ],
+        key="taskiq",
+        find=_taskiq_results,
+    ),
+]
+
+
+def _rate_of_crew(crew: Crew, jobs: int) -> Mapping[str, float]:
+    return {crew.contender.name: drain_rate(crew, jobs)}
+
+
+def _rate_of_rival(rival: _Rival, jobs: int) -> Mapping[str, float]:
+    return {rival.name: rival.drain_rate(jobs)}
+
+
+def _contender(name: str) -> Contender:
+    return Contender(name, f"benchmarks.queues.{name}")
+
+
+def _servers(database: Database, broker: str) -> dict[str, str]:
+    """What the modules of benchmarks.queues want to know."""
+    return {"BROKER_URL": broker, "DATABASE_URL": plain_url(database.url)}
+
+
+def _broker(redis: Redis) -> str:
+    """The URL of one of Redis's databases, as redis-py takes it."""
+    return f"unix://{redis.connection_pool.connection_kwargs['path']}?db={_number(redis)}"
+
+
+def _number(redis: Redis) -> int:
+    return int(redis.connection_pool.connection_kwargs["db"])
+
+
+def _count(result: Mapping[str, Any]) -> int:
+    return int(result["created_access_count"])
