@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import time
@@ -241,6 +242,15 @@ def _taskiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
     return [result and _count(result["return_value"]) for result in results]
 
 
+def _huey_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
+    stored: Any = redis.hmget("huey.results.grants", list(job_ids))
+    try:
+        results = [raw and pickle.loads(raw) for raw in stored]  # noqa: S301 - its own workers'
+    except ImportError as error:
+        raise BenchmarkError(f"a job failed: its result is an object of huey's ({error})") from None
+    return [result and _count(result) for result in results]
+
+
 _RIVALS = [
     _RedisQueue(
         "taskiq",
@@ -250,6 +260,15 @@ _RIVALS = [
         ],
         key="taskiq",
         find=_taskiq_results,
+    ),
+    _RedisQueue(
+        "huey",
+        [
+            *("-m", "huey.bin.huey_consumer", "benchmarks.queues.huey.huey"),
+            *("-k", "process", "-w", "2", "--no-periodic", "--quiet"),
+        ],
+        key="huey.redis.grants",
+        find=_huey_results,
     ),
 ]
 
