@@ -146,6 +146,7 @@ class _RedisQueue:
         worker: Python's arguments for its worker.
         key: Under which its messages wait.
         find: Looks up what the results of jobs count; None for those that are none yet.
+        beside: More keys that messages make.
         settings: More of its worker's environment.
     """
 
@@ -153,6 +154,7 @@ class _RedisQueue:
     worker: Sequence[str]
     key: str
     find: Callable[[Redis, Sequence[str]], list[int | None]]
+    beside: Sequence[str] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
@@ -200,12 +202,13 @@ class _OnRedis(_Rival):
         self._waiting = waiting
 
     def put_by(self, jobs: Sequence[GrantJob]) -> None:
-        """Enqueue in the other database, and move all that is there beside the queue."""
+        """Enqueue in the other database, and move the messages beside the queue."""
         self._enqueue(jobs, _broker(self._waiting))
         self._waiting.rename(self._queue.key, _HELD_BACK)
-        for key in self._waiting.keys():  # noqa: SIM118 - not a mapping's
+        for key in (*self._queue.beside, _HELD_BACK):
             if not self._waiting.move(key, _number(self._redis)):
-                raise BenchmarkError(f"{self.name}: {key!r} still stands from the jobs before")
+                raise BenchmarkError(f"{self.name}: {key} still stands from the jobs before")
+        self._waiting.flushdb()
 
     def release(self) -> None:
         """Put the messages in the queue's place, which wakes its workers."""
@@ -251,6 +254,17 @@ def _huey_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
     return [result and _count(result) for result in results]
 
 
+def _dramatiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
+    with redis.pipeline(transaction=False) as pipeline:
+        for job_id in job_ids:
+            pipeline.lindex(f"dramatiq-results:default:grant:{job_id}", 0)
+        results = [raw and json.loads(raw) for raw in pipeline.execute()]
+    for result in results:
+        if result and "success" not in result:
+            raise BenchmarkError(f"a job failed: {result}")
+    return [result and _count(result) for result in results]
+
+
 _RIVALS = [
     _RedisQueue(
         "taskiq",
@@ -269,6 +283,17 @@ _RIVALS = [
         ],
         key="huey.redis.grants",
         find=_huey_results,
+    ),
+    _RedisQueue(
+        "dramatiq",
+        [
+            *("-m", "dramatiq", "benchmarks.queues.dramatiq:broker"),
+            *("--processes", "2", "--threads", "16"),
+        ],
+        key="dramatiq:default",
+        find=_dramatiq_results,
+        beside=["dramatiq:default.msgs"],
+        settings={"dramatiq_worker_timeout": "50"},  # milliseconds between looks at an idle queue
     ),
 ]
 
