@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import click
+import psycopg
 from interview_access.contracts import GrantJob
 from redis import Redis
 
@@ -24,6 +25,7 @@ from benchmarks.baselines import plain_url
 from benchmarks.measuring import Bar, Figure, Judge, Trial, measure
 from benchmarks.site import (
     BARE,
+    GRANTS,
     OURS,
     ROOT,
     Bench,
@@ -37,6 +39,10 @@ from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
 from worker.local_stack import Service
 
 _PYTHON = ROOT / ".venv/bench/bin/python"
+_PROCRASTINATE = (
+    *("-m", "procrastinate", "--log-level", "warning"),
+    *("--app", "benchmarks.queues.procrastinate.app"),
+)
 _WARM_UP_JOBS = 400  # enough that no worker process gets by without its share
 _WINDOW = 200  # results looked at in one round trip
 _HELD_BACK = "benchmark-held-back"  # a key that no worker looks at
@@ -90,11 +96,15 @@ class _Rival(ABC):
         """Jobs of 20 ids a second, as `small_jobs.drain_rate` takes them of a crew."""
         self.database.reset()
         waiting = jobs_on(self.database.interviews, jobs, IDS)
-        self.put_by(waiting)
-        started = time.perf_counter()
-        self.release()
-        created = self.collect([job.job_id for job in waiting])
-        seconds = time.perf_counter() - started
+        try:
+            self.put_by(waiting)
+            started = time.perf_counter()
+            self.release()
+            created = self.collect([job.job_id for job in waiting])
+            seconds = time.perf_counter() - started
+        except BenchmarkError as error:
+            words = "".join(service.last_words() for service in self._services)
+            raise BenchmarkError(f"{error}{words}") from error
         if created != jobs * IDS:
             raise BenchmarkError(f"{self.name}: its jobs counted {created:,} rows")
         self.database.expect(jobs * IDS)
@@ -119,22 +129,12 @@ class _Rival(ABC):
             )
             for one in jobs
         ]
-        ended = subprocess.run(  # noqa: S603 - ours
-            [_PYTHON, "-m", "benchmarks.queues", self.name],
-            input="\n".join(lines),
-            env={"PATH": os.environ["PATH"], **_servers(self.database, broker)},
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-        if ended.returncode != 0:
-            raise BenchmarkError(f"{self.name}: its jobs were not enqueued\n{ended.stderr}")
+        _run(["-m", "benchmarks.queues", self.name], self.database, broker, "\n".join(lines))
 
     def _see_that_it_runs(self) -> None:
         for service in self._services:
             if not service.alive:
-                raise BenchmarkError(f"{self.name}: a worker has ended{service.last_words()}")
+                raise BenchmarkError(f"{self.name}: a worker has ended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +236,89 @@ class _OnRedis(_Rival):
         return created
 
 
+@dataclass(frozen=True, slots=True)
+class _Procrastinate:
+    """The queue whose jobs are rows of the very database that they work on.
+
+    Attributes:
+        worker: Python's arguments for each of its two workers.
+    """
+
+    worker: Sequence[str]
+
+    @contextmanager
+    def open(self, bench: Bench, database: Database) -> Iterator[_Rival]:
+        """Make its tables, and have its workers run."""
+        _run([*_PROCRASTINATE, "schema", "--apply"], database)
+        with ExitStack() as opened:
+            services = [
+                opened.enter_context(
+                    bench.service(
+                        _contender("procrastinate"),
+                        [str(_PYTHON), *self.worker],
+                        0,
+                        database,
+                        **_servers(database),
+                    )
+                )
+                for _ in range(2)
+            ]
+            for service in services:
+                service.start()
+            connection = opened.enter_context(
+                psycopg.connect(plain_url(database.url), autocommit=True)
+            )
+            yield _OnPostgres(database, services, connection)
+
+
+class _OnPostgres(_Rival):
+    """Procrastinate.
+
+    Args:
+        database: Where its jobs are, and its rows go.
+        services: Its workers.
+        connection: To the database.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        services: Sequence[Service],
+        connection: psycopg.Connection[Any],
+    ) -> None:
+        super().__init__("procrastinate", database, services)
+        self._connection = connection
+
+    def put_by(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue for tomorrow, and make the jobs due unnoticed: workers look when notified."""
+        self._enqueue(jobs)
+        self._connection.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+        self._connection.execute("VACUUM ANALYZE procrastinate_jobs")
+        self.database.expect(0)
+
+    def release(self) -> None:
+        """Notify the workers as of one new job, on which they take all that are due."""
+        self._connection.execute(
+            "SELECT pg_notify('procrastinate_any_queue_v1', %s)",
+            [json.dumps({"type": "job_inserted", "job_id": 0})],
+        )
+
+    def collect(self, job_ids: Sequence[str]) -> int:
+        """Wait for the last row; as long as ids are left for rows, these need no counting."""
+        rows = len(job_ids) * IDS
+
+        def looked() -> bool:
+            self._see_that_it_runs()
+            last = self._connection.execute(
+                "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence(%s, 'id')), 0)",
+                [GRANTS],
+            ).fetchone()
+            return last is not None and last[0] >= rows and self.database.rows() >= rows
+
+        until(looked, f"{rows:,} rows of procrastinate")
+        return self.database.rows()
+
+
 def _taskiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
     stored: Any = redis.mget(job_ids)
     results = [raw and json.loads(raw) for raw in stored]
@@ -265,7 +348,7 @@ def _dramatiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
     return [result and _count(result) for result in results]
 
 
-_RIVALS = [
+_RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
     _RedisQueue(
         "taskiq",
         [
@@ -295,6 +378,12 @@ _RIVALS = [
         beside=["dramatiq:default.msgs"],
         settings={"dramatiq_worker_timeout": "50"},  # milliseconds between looks at an idle queue
     ),
+    _Procrastinate(
+        [
+            *(*_PROCRASTINATE, "worker", "--concurrency", "8", "--delete-jobs", "successful"),
+            *("--fetch-job-polling-interval", "600"),  # seconds; it listens for jobs all the same
+        ],
+    ),
 ]
 
 
@@ -310,7 +399,32 @@ def _contender(name: str) -> Contender:
     return Contender(name, f"benchmarks.queues.{name}")
 
 
-def _servers(database: Database, broker: str) -> dict[str, str]:
+def _run(arguments: Sequence[str], database: Database, broker: str = "", text: str = "") -> None:
+    """Have Python out of .venv/bench do something at once.
+
+    Args:
+        arguments: Python's.
+        database: For its environment.
+        broker: Likewise, as redis-py takes it; none, unless given.
+        text: Its standard input.
+
+    Raises:
+        BenchmarkError: It failed.
+    """
+    ended = subprocess.run(  # noqa: S603 - ours
+        [_PYTHON, *arguments],
+        input=text,
+        env={"PATH": os.environ["PATH"], **_servers(database, broker)},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if ended.returncode != 0:
+        raise BenchmarkError(f"{' '.join(arguments)} failed:\n{ended.stderr}")
+
+
+def _servers(database: Database, broker: str = "") -> dict[str, str]:
     """What the modules of benchmarks.queues want to know."""
     return {"BROKER_URL": broker, "DATABASE_URL": plain_url(database.url)}
 
