@@ -22,7 +22,7 @@ from interview_access.contracts import GrantJob
 from redis import Redis
 
 from benchmarks.baselines import plain_url
-from benchmarks.measuring import Bar, Figure, Judge, Trial, measure
+from benchmarks.measuring import Bar, Figure, Judge, measure
 from benchmarks.site import (
     BARE,
     GRANTS,
@@ -31,7 +31,6 @@ from benchmarks.site import (
     Bench,
     BenchmarkError,
     Contender,
-    Crew,
     Database,
     until,
 )
@@ -51,9 +50,10 @@ _HELD_BACK = "benchmark-held-back"  # a key that no worker looks at
 def queues(bench: Bench) -> list[Figure]:
     """Jobs of 20 ids that all stand in the queue, by other Python queues: jobs a second.
 
-    All workers have two processes, and have done hundreds of jobs before. The jobs are enqueued
-    by the queue's own API where its workers do not see them; the clock runs from the moment they
-    do to the last result, or to the last row where the queue stores no results.
+    The workers have two processes, and have done hundreds of jobs before. The jobs are enqueued by
+    the queue's own API where its workers do not see them (another of Redis's databases; a date to
+    come); the clock runs from the moment they do to the last result, or to the last row where the
+    queue stores no results.
     """
     if not _PYTHON.exists():
         raise click.ClickException(
@@ -64,16 +64,19 @@ def queues(bench: Bench) -> list[Figure]:
         database = opened.enter_context(bench.database(INTERVIEWS))
         crews = [opened.enter_context(bench.crew(one, database)) for one in (BARE, OURS)]
         rivals = [opened.enter_context(queue.open(bench, database)) for queue in _RIVALS]
-        trials: list[Trial] = [partial(_rate_of_crew, crew, jobs) for crew in crews]
-        for one in rivals:
-            one.drain_rate(_WARM_UP_JOBS)
-            trials.append(partial(_rate_of_rival, one, jobs))
+        rates: dict[str, Callable[[int], float]] = {
+            **{crew.contender.name: partial(drain_rate, crew) for crew in crews},
+            **{rival.name: rival.drain_rate for rival in rivals},
+        }
+        for rate in rates.values():
+            rate(_WARM_UP_JOBS)
+        trials = [partial(_sample, name, rate, jobs) for name, rate in rates.items()]
         judge = Judge(measure(trials, bench.runs), "jobs/s")
-    names = [BARE.name, *(one.name for one in rivals)]
-    best = max(names, key=lambda name: statistics.median(judge.samples[name]))
+    others = [name for name in rates if name != OURS.name]
+    best = max(others, key=lambda name: statistics.median(judge.samples[name]))
     return [
         judge.figure(BARE.name),
-        *(judge.figure(one.name, BARE.name) for one in rivals),
+        *(judge.figure(rival.name, BARE.name) for rival in rivals),
         judge.figure(OURS.name, best, Bar(2, at_least=True)),
     ]
 
@@ -304,7 +307,7 @@ class _OnPostgres(_Rival):
         )
 
     def collect(self, job_ids: Sequence[str]) -> int:
-        """Wait for the last row; as long as ids are left for rows, these need no counting."""
+        """Wait for the last row: they are counted once as many ids were given to rows."""
         rows = len(job_ids) * IDS
 
         def looked() -> bool:
@@ -353,7 +356,8 @@ _RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
         "taskiq",
         [
             *("-m", "taskiq", "worker", "benchmarks.queues.taskiq:broker"),
-            *("--workers", "2", "--no-parse", "--log-level", "WARNING"),
+            *("--workers", "2", "--log-level", "WARNING"),
+            "--no-parse",  # of arguments, by pydantic: they are strings as it is
         ],
         key="taskiq",
         find=_taskiq_results,
@@ -371,12 +375,13 @@ _RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
         "dramatiq",
         [
             *("-m", "dramatiq", "benchmarks.queues.dramatiq:broker"),
-            *("--processes", "2", "--threads", "16"),
+            *("--processes", "2", "--threads", "16"),  # the fastest of 1 to 32
         ],
         key="dramatiq:default",
         find=_dramatiq_results,
         beside=["dramatiq:default.msgs"],
-        settings={"dramatiq_worker_timeout": "50"},  # milliseconds between looks at an idle queue
+        # Milliseconds between looks at an idle queue: 1,000 unless set, which would count as work.
+        settings={"dramatiq_worker_timeout": "100"},
     ),
     _Procrastinate(
         [
@@ -387,12 +392,8 @@ _RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
 ]
 
 
-def _rate_of_crew(crew: Crew, jobs: int) -> Mapping[str, float]:
-    return {crew.contender.name: drain_rate(crew, jobs)}
-
-
-def _rate_of_rival(rival: _Rival, jobs: int) -> Mapping[str, float]:
-    return {rival.name: rival.drain_rate(jobs)}
+def _sample(name: str, rate: Callable[[int], float], jobs: int) -> Mapping[str, float]:
+    return {name: rate(jobs)}
 
 
 def _contender(name: str) -> Contender:

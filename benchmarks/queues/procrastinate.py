@@ -13,7 +13,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from benchmarks.queues.work import DATABASE_URL, Job, grant_by_async
 
-_CONNECTIONS = 4  # of a process for its jobs, and as many for the queue itself
+_CONNECTIONS = 4  # of a process for its jobs, and as many for the queue; more are no faster
 _LATER = 86_400  # seconds
 
 app = App(

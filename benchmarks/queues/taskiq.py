@@ -1,7 +1,6 @@
 """Taskiq on a Redis stream: a message is acknowledged after its result is stored.
 
-Its coroutines share a pool of connections in each process, and as many of them run as the worker
-takes at once.
+The coroutines of a process share a pool of connections.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from benchmarks.queues.work import DATABASE_URL, Job, grant_by_async
 
-_CONNECTIONS = 4  # of a process; more of them are slower, as all share two cores
+_CONNECTIONS = 4  # of a process; with more it is no faster on two cores
 _RESULT_EXPIRES = 86_400  # seconds, as Celery's
 
 _BROKER_URL = os.environ["BROKER_URL"]
