@@ -20,7 +20,7 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery and the plan, and charts; BENCH="small --runs 3" for a part (half an hour)
+bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery, other queues and the plan, and charts; BENCH="small --runs 3" for a part (half an hour)
 	@$(BIN)/python -m benchmarks $(BENCH)
 	@test ! -e benchmarks/results.json \
 		|| { .venv/bench/bin/python -m benchmarks.charts benchmarks/results.json docs/figures \
@@ -66,7 +66,7 @@ contract: .venv/ready ## the JSON Schemas of contract/, from the models
 		--no-audit --no-fund --update-notifier=false --loglevel error
 	@touch $@
 
-# What draws the charts, which nothing else needs.
+# What draws the charts, and the queues that ours is measured beside: nothing else needs them.
 .venv/bench/ready: .venv/ready benchmarks/requirements.lock
 	@echo "Setting up .venv/bench (once) ..."
 	@rm -rf .venv/bench

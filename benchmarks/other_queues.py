@@ -1,0 +1,443 @@
+"""The part about other Python queues that do the same work on the same servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import click
+import psycopg
+from interview_access.contracts import GrantJob
+from redis import Redis
+
+from benchmarks.baselines import plain_url
+from benchmarks.measuring import Bar, Figure, Judge, measure
+from benchmarks.site import (
+    BARE,
+    GRANTS,
+    OURS,
+    ROOT,
+    Bench,
+    BenchmarkError,
+    Contender,
+    Database,
+    until,
+)
+from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
+from worker.local_stack import Service
+
+_PYTHON = ROOT / ".venv/bench/bin/python"
+_PROCRASTINATE = (
+    *("-m", "procrastinate", "--log-level", "warning"),
+    *("--app", "benchmarks.queues.procrastinate.app"),
+)
+_WARM_UP_JOBS = 400  # enough that no worker process gets by without its share
+_WINDOW = 200  # results looked at in one round trip
+_HELD_BACK = "benchmark-held-back"  # a key that no worker looks at
+
+
+def queues(bench: Bench) -> list[Figure]:
+    """Jobs of 20 ids that all stand in the queue, by other Python queues: jobs a second.
+
+    The workers have two processes, and have done hundreds of jobs before. The jobs are enqueued by
+    the queue's own API where its workers do not see them (another of Redis's databases; a date to
+    come); the clock runs from the moment they do to the last result, or to the last row where the
+    queue stores no results.
+    """
+    if not _PYTHON.exists():
+        raise click.ClickException(
+            ".venv/bench, where the other queues are, is missing: `make bench` installs it"
+        )
+    jobs = bench.size(JOBS)
+    with ExitStack() as opened:
+        database = opened.enter_context(bench.database(INTERVIEWS))
+        crews = [opened.enter_context(bench.crew(one, database)) for one in (BARE, OURS)]
+        rivals = [opened.enter_context(queue.open(bench, database)) for queue in _RIVALS]
+        rates: dict[str, Callable[[int], float]] = {
+            **{crew.contender.name: partial(drain_rate, crew) for crew in crews},
+            **{rival.name: rival.drain_rate for rival in rivals},
+        }
+        for rate in rates.values():
+            rate(_WARM_UP_JOBS)
+        trials = [partial(_sample, name, rate, jobs) for name, rate in rates.items()]
+        judge = Judge(measure(trials, bench.runs), "jobs/s")
+    others = [name for name in rates if name != OURS.name]
+    best = max(others, key=lambda name: statistics.median(judge.samples[name]))
+    return [
+        judge.figure(BARE.name),
+        *(judge.figure(rival.name, BARE.name) for rival in rivals),
+        judge.figure(OURS.name, best, Bar(2, at_least=True)),
+    ]
+
+
+class _Rival(ABC):
+    """Another queue, whose workers run.
+
+    Args:
+        name: Of its module in benchmarks.queues, and in tables.
+        database: Where its rows go.
+        services: Its workers.
+    """
+
+    def __init__(self, name: str, database: Database, services: Sequence[Service]) -> None:
+        self.name = name
+        self.database = database
+        self._services = services
+
+    def drain_rate(self, jobs: int) -> float:
+        """Jobs of 20 ids a second, as `small_jobs.drain_rate` takes them of a crew."""
+        self.database.reset()
+        waiting = jobs_on(self.database.interviews, jobs, IDS)
+        try:
+            self.put_by(waiting)
+            started = time.perf_counter()
+            self.release()
+            created = self.collect([job.job_id for job in waiting])
+            seconds = time.perf_counter() - started
+        except BenchmarkError as error:
+            words = "".join(service.last_words() for service in self._services)
+            raise BenchmarkError(f"{error}{words}") from error
+        if created != jobs * IDS:
+            raise BenchmarkError(f"{self.name}: its jobs counted {created:,} rows")
+        self.database.expect(jobs * IDS)
+        return jobs / seconds
+
+    @abstractmethod
+    def put_by(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue jobs by the queue's own API where no worker sees them."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the workers all of them at once."""
+
+    @abstractmethod
+    def collect(self, job_ids: Sequence[str]) -> int:
+        """Wait for all of the jobs, and add up the rows that they made."""
+
+    def _enqueue(self, jobs: Sequence[GrantJob], broker: str = "") -> None:
+        lines = [
+            json.dumps(
+                {"job_id": one.job_id, "user_id": one.user_id, "interview_ids": one.interview_ids}
+            )
+            for one in jobs
+        ]
+        _run(["-m", "benchmarks.queues", self.name], self.database, broker, "\n".join(lines))
+
+    def _see_that_it_runs(self) -> None:
+        for service in self._services:
+            if not service.alive:
+                raise BenchmarkError(f"{self.name}: a worker has ended")
+
+
+@dataclass(frozen=True, slots=True)
+class _RedisQueue:
+    """A queue whose messages stand under one key of Redis, and its results somewhere beside.
+
+    Attributes:
+        name: Of its module in benchmarks.queues, and in tables.
+        worker: Python's arguments for its worker.
+        key: Under which its messages wait.
+        find: Looks up what the results of jobs count; None for those that are none yet.
+        beside: More keys that messages make.
+        settings: More of its worker's environment.
+    """
+
+    name: str
+    worker: Sequence[str]
+    key: str
+    find: Callable[[Redis, Sequence[str]], list[int | None]]
+    beside: Sequence[str] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def open(self, bench: Bench, database: Database) -> Iterator[_Rival]:
+        """Have its worker run."""
+        with (
+            bench.queue() as (number, waiting_number),
+            bench.redis(number) as redis,
+            bench.redis(waiting_number) as waiting,
+            bench.service(
+                _contender(self.name),
+                [str(_PYTHON), *self.worker],
+                number,
+                database,
+                **_servers(database, _broker(redis)),
+                **self.settings,
+            ) as service,
+        ):
+            service.start()
+            yield _OnRedis(self, database, service, redis, waiting)
+
+
+class _OnRedis(_Rival):
+    """A queue on Redis.
+
+    Args:
+        queue: Which.
+        database: Where its rows go.
+        service: Its worker.
+        redis: Where its worker looks.
+        waiting: Another of Redis's databases.
+    """
+
+    def __init__(
+        self,
+        queue: _RedisQueue,
+        database: Database,
+        service: Service,
+        redis: Redis,
+        waiting: Redis,
+    ) -> None:
+        super().__init__(queue.name, database, [service])
+        self._queue = queue
+        self._redis = redis
+        self._waiting = waiting
+
+    def put_by(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue in the other database, and move the messages beside the queue."""
+        self._enqueue(jobs, _broker(self._waiting))
+        self._waiting.rename(self._queue.key, _HELD_BACK)
+        for key in (*self._queue.beside, _HELD_BACK):
+            if not self._waiting.move(key, _number(self._redis)):
+                raise BenchmarkError(f"{self.name}: {key} still stands from the jobs before")
+        self._waiting.flushdb()
+
+    def release(self) -> None:
+        """Put the messages in the queue's place, which wakes its workers."""
+        self._redis.rename(_HELD_BACK, self._queue.key)
+
+    def collect(self, job_ids: Sequence[str]) -> int:
+        """Look for the results as `Crew.collect` does."""
+        left = deque(job_ids)
+        created = 0
+
+        def looked() -> bool:
+            nonlocal created
+            self._see_that_it_runs()
+            while left:
+                window = [left.popleft() for _ in range(min(_WINDOW, len(left)))]
+                counts = self._queue.find(self._redis, window)
+                created += sum(count for count in counts if count is not None)
+                late = [one for one, count in zip(window, counts, strict=True) if count is None]
+                left.extendleft(reversed(late))
+                if late:
+                    return False
+            return True
+
+        until(looked, f"{len(job_ids)} results of {self.name}")
+        return created
+
+
+@dataclass(frozen=True, slots=True)
+class _Procrastinate:
+    """The queue whose jobs are rows of the very database that they work on.
+
+    Attributes:
+        worker: Python's arguments for each of its two workers.
+    """
+
+    worker: Sequence[str]
+
+    @contextmanager
+    def open(self, bench: Bench, database: Database) -> Iterator[_Rival]:
+        """Make its tables, and have its workers run."""
+        _run([*_PROCRASTINATE, "schema", "--apply"], database)
+        with ExitStack() as opened:
+            services = [
+                opened.enter_context(
+                    bench.service(
+                        _contender("procrastinate"),
+                        [str(_PYTHON), *self.worker],
+                        0,
+                        database,
+                        **_servers(database),
+                    )
+                )
+                for _ in range(2)
+            ]
+            for service in services:
+                service.start()
+            connection = opened.enter_context(
+                psycopg.connect(plain_url(database.url), autocommit=True)
+            )
+            yield _OnPostgres(database, services, connection)
+
+
+class _OnPostgres(_Rival):
+    """Procrastinate.
+
+    Args:
+        database: Where its jobs are, and its rows go.
+        services: Its workers.
+        connection: To the database.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        services: Sequence[Service],
+        connection: psycopg.Connection[Any],
+    ) -> None:
+        super().__init__("procrastinate", database, services)
+        self._connection = connection
+
+    def put_by(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue for tomorrow, and make the jobs due unnoticed: workers look when notified."""
+        self._enqueue(jobs)
+        self._connection.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
+        self._connection.execute("VACUUM ANALYZE procrastinate_jobs")
+        self.database.expect(0)
+
+    def release(self) -> None:
+        """Notify the workers as of one new job, on which they take all that are due."""
+        self._connection.execute(
+            "SELECT pg_notify('procrastinate_any_queue_v1', %s)",
+            [json.dumps({"type": "job_inserted", "job_id": 0})],
+        )
+
+    def collect(self, job_ids: Sequence[str]) -> int:
+        """Wait for the last row: they are counted once as many ids were given to rows."""
+        rows = len(job_ids) * IDS
+
+        def looked() -> bool:
+            self._see_that_it_runs()
+            last = self._connection.execute(
+                "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence(%s, 'id')), 0)",
+                [GRANTS],
+            ).fetchone()
+            return last is not None and last[0] >= rows and self.database.rows() >= rows
+
+        until(looked, f"{rows:,} rows of procrastinate")
+        return self.database.rows()
+
+
+def _taskiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
+    stored: Any = redis.mget(job_ids)
+    results = [raw and json.loads(raw) for raw in stored]
+    for result in results:
+        if result and result["is_err"]:
+            raise BenchmarkError(f"a job failed: {result['error']}")
+    return [result and _count(result["return_value"]) for result in results]
+
+
+def _huey_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
+    stored: Any = redis.hmget("huey.results.grants", list(job_ids))
+    try:
+        results = [raw and pickle.loads(raw) for raw in stored]  # noqa: S301 - its own workers'
+    except ImportError as error:
+        raise BenchmarkError(f"a job failed: its result is an object of huey's ({error})") from None
+    return [result and _count(result) for result in results]
+
+
+def _dramatiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
+    with redis.pipeline(transaction=False) as pipeline:
+        for job_id in job_ids:
+            pipeline.lindex(f"dramatiq-results:default:grant:{job_id}", 0)
+        results = [raw and json.loads(raw) for raw in pipeline.execute()]
+    for result in results:
+        if result and "success" not in result:
+            raise BenchmarkError(f"a job failed: {result}")
+    return [result and _count(result) for result in results]
+
+
+_RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
+    _RedisQueue(
+        "taskiq",
+        [
+            *("-m", "taskiq", "worker", "benchmarks.queues.taskiq:broker"),
+            *("--workers", "2", "--log-level", "WARNING"),
+            "--no-parse",  # of arguments, by pydantic: they are strings as it is
+        ],
+        key="taskiq",
+        find=_taskiq_results,
+    ),
+    _RedisQueue(
+        "huey",
+        [
+            *("-m", "huey.bin.huey_consumer", "benchmarks.queues.huey.huey"),
+            *("-k", "process", "-w", "2", "--no-periodic", "--quiet"),
+        ],
+        key="huey.redis.grants",
+        find=_huey_results,
+    ),
+    _RedisQueue(
+        "dramatiq",
+        [
+            *("-m", "dramatiq", "benchmarks.queues.dramatiq:broker"),
+            *("--processes", "2", "--threads", "16"),  # the fastest of 1 to 32
+        ],
+        key="dramatiq:default",
+        find=_dramatiq_results,
+        beside=["dramatiq:default.msgs"],
+        # Milliseconds between looks at an idle queue: 1,000 unless set, which would count as work.
+        settings={"dramatiq_worker_timeout": "100"},
+    ),
+    _Procrastinate(
+        [
+            *(*_PROCRASTINATE, "worker", "--concurrency", "8", "--delete-jobs", "successful"),
+            *("--fetch-job-polling-interval", "600"),  # seconds; it listens for jobs all the same
+        ],
+    ),
+]
+
+
+def _sample(name: str, rate: Callable[[int], float], jobs: int) -> Mapping[str, float]:
+    return {name: rate(jobs)}
+
+
+def _contender(name: str) -> Contender:
+    return Contender(name, f"benchmarks.queues.{name}")
+
+
+def _run(arguments: Sequence[str], database: Database, broker: str = "", text: str = "") -> None:
+    """Have Python out of .venv/bench do something at once.
+
+    Args:
+        arguments: Python's.
+        database: For its environment.
+        broker: Likewise, as redis-py takes it; none, unless given.
+        text: Its standard input.
+
+    Raises:
+        BenchmarkError: It failed.
+    """
+    ended = subprocess.run(  # noqa: S603 - ours
+        [_PYTHON, *arguments],
+        input=text,
+        env={"PATH": os.environ["PATH"], **_servers(database, broker)},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if ended.returncode != 0:
+        raise BenchmarkError(f"{' '.join(arguments)} failed:\n{ended.stderr}")
+
+
+def _servers(database: Database, broker: str = "") -> dict[str, str]:
+    """What the modules of benchmarks.queues want to know."""
+    return {"BROKER_URL": broker, "DATABASE_URL": plain_url(database.url)}
+
+
+def _broker(redis: Redis) -> str:
+    """The URL of one of Redis's databases, as redis-py takes it."""
+    return f"unix://{redis.connection_pool.connection_kwargs['path']}?db={_number(redis)}"
+
+
+def _number(redis: Redis) -> int:
+    return int(redis.connection_pool.connection_kwargs["db"])
+
+
+def _count(result: Mapping[str, Any]) -> int:
+    return int(result["created_access_count"])
