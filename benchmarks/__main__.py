@@ -7,6 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from rich.table import Table
 from benchmarks import curves, large_jobs, other_queues, small_jobs, starting
 from benchmarks.baselines import plain_url
 from benchmarks.measuring import Figure, three_digits
-from benchmarks.site import Bench
+from benchmarks.site import Bench, Servers
 from worker.local_stack import LocalStack
+from worker.settings import Settings, SettingsError
 
 _FILE_WIDTH = 140  # of tables that go to a file or a pipe, so that no name is broken
 
@@ -53,10 +55,9 @@ PARTS: Mapping[str, Part] = {
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option(
     "--out",
-    default="benchmarks/results.json",
-    show_default=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Takes the figures, with all samples.",
+    help="Takes the figures, with all samples: benchmarks/results.json, where all parts are run,"
+    " and benchmarks/parts.json where some are.",
 )
 @click.option(
     "--scale",
@@ -65,19 +66,23 @@ PARTS: Mapping[str, Part] = {
     type=click.FloatRange(0, min_open=True),
     help="A factor on all sizes, for a quick look: the bars are meant for 1.",
 )
-def main(parts: Sequence[str], runs: int, out: Path, scale: float) -> None:
-    """Measure the parts, or all of them, on servers of their own.
+def main(parts: Sequence[str], runs: int, out: Path | None, scale: float) -> None:
+    """Measure the parts, or all of them, on servers of their own, or on those of the environment.
+
+    The latter are named by DATABASE_URL, whose user must be allowed to create databases, and by
+    CELERY_BROKER_URL, whose databases must be empty.
 
     It ends 0 where every row and every result was as it must be, whatever bars were missed.
     """
+    out = out or Path("benchmarks") / ("parts.json" if parts else "results.json")
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     with (
         tempfile.TemporaryDirectory(prefix="interview-access-bench-") as folder,
-        LocalStack(Path(folder) / "data") as stack,
+        servers(Path(folder)) as stand,
     ):
-        bench = Bench(stack, Path(folder), runs=runs, scale=scale)
+        bench = Bench(stand, Path(folder), runs=runs, scale=scale)
         report: dict[str, Any] = {
             "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "runs": runs,
@@ -93,9 +98,20 @@ def main(parts: Sequence[str], runs: int, out: Path, scale: float) -> None:
             out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+def servers(folder: Path) -> AbstractContextManager[LocalStack | Servers]:
+    """Those of the environment, or real ones out of wheels."""
+    if os.environ.keys().isdisjoint({"DATABASE_URL", "CELERY_BROKER_URL"}):
+        return LocalStack(folder / "data")
+    try:
+        told = Settings.from_environment()
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from None
+    return nullcontext(Servers(told.database_url, told.celery_broker_url))
+
+
 def machine(bench: Bench) -> Mapping[str, Any]:
     """What the figures hang on."""
-    with psycopg.connect(plain_url(bench.stack.database_url)) as connection:
+    with psycopg.connect(plain_url(bench.servers.database_url)) as connection:
         postgresql = connection.info.parameter_status("server_version")
     with bench.redis(0) as redis:
         info: Any = redis.info("server")

@@ -172,12 +172,13 @@ class _RedisQueue:
                 [str(_PYTHON), *self.worker],
                 number,
                 database,
-                **_servers(database, _broker(redis)),
+                **_servers(database, bench.redis_url(number)),
                 **self.settings,
             ) as service,
         ):
             service.start()
-            yield _OnRedis(self, database, service, redis, waiting)
+            waiting_url = bench.redis_url(waiting_number)
+            yield _OnRedis(self, database, service, redis, waiting, waiting_url)
 
 
 class _OnRedis(_Rival):
@@ -189,6 +190,7 @@ class _OnRedis(_Rival):
         service: Its worker.
         redis: Where its worker looks.
         waiting: Another of Redis's databases.
+        waiting_url: Its URL, as redis-py takes it.
     """
 
     def __init__(
@@ -198,15 +200,17 @@ class _OnRedis(_Rival):
         service: Service,
         redis: Redis,
         waiting: Redis,
+        waiting_url: str,
     ) -> None:
         super().__init__(queue.name, database, [service])
         self._queue = queue
         self._redis = redis
         self._waiting = waiting
+        self._waiting_url = waiting_url
 
     def put_by(self, jobs: Sequence[GrantJob]) -> None:
         """Enqueue in the other database, and move the messages beside the queue."""
-        self._enqueue(jobs, _broker(self._waiting))
+        self._enqueue(jobs, self._waiting_url)
         self._waiting.rename(self._queue.key, _HELD_BACK)
         for key in (*self._queue.beside, _HELD_BACK):
             if not self._waiting.move(key, _number(self._redis)):
@@ -428,11 +432,6 @@ def _run(arguments: Sequence[str], database: Database, broker: str = "", text: s
 def _servers(database: Database, broker: str = "") -> dict[str, str]:
     """What the modules of benchmarks.queues want to know."""
     return {"BROKER_URL": broker, "DATABASE_URL": plain_url(database.url)}
-
-
-def _broker(redis: Redis) -> str:
-    """The URL of one of Redis's databases, as redis-py takes it."""
-    return f"unix://{redis.connection_pool.connection_kwargs['path']}?db={_number(redis)}"
 
 
 def _number(redis: Redis) -> int:

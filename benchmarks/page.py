@@ -28,7 +28,7 @@ def page(report: Report) -> str:
     lines = [
         "# What `make bench` measured",
         "",
-        f"Medians of {runs} interleaved runs, with the least and the greatest, on {told}. "
+        f"Medians of {runs} interleaved runs, with the least and the greatest, on {told}.",
         "Written by `make bench`; [performance.md](../performance.md) says what it means.",
     ]
     if report["scale"] != 1:

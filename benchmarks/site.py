@@ -22,7 +22,7 @@ from uuid import uuid4
 import psycopg
 from celery import Celery
 from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
-from interview_access.producer import InterviewAccessClient
+from interview_access.producer import InterviewAccessClient, redis_urls
 from psycopg import sql
 from redis import Redis
 from redis.client import PubSub
@@ -369,19 +369,34 @@ def _count(raw: bytes | None) -> int | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Servers that stand already.
+
+    Attributes:
+        database_url: In SQLAlchemy's form, of a user who may create databases.
+        broker_url: In Celery's; the databases 0 to 15 that are used must be empty, and are after.
+    """
+
+    database_url: str
+    broker_url: str
+
+
 class Bench:
     """The servers of a whole run, and how much of everything is asked for.
 
     Args:
-        stack: The servers, which run.
+        servers: Which run.
         folder: Takes the workers' logs.
         runs: Samples of each variant.
         scale: A factor on all sizes.
     """
 
-    def __init__(self, stack: LocalStack, folder: Path, *, runs: int, scale: float) -> None:
+    def __init__(
+        self, servers: LocalStack | Servers, folder: Path, *, runs: int, scale: float
+    ) -> None:
         self.runs = runs
-        self.stack = stack
+        self.servers = servers
         self._folder = folder
         self.scale = scale
         self._taken: set[int] = set()
@@ -393,12 +408,12 @@ class Bench:
     @contextmanager
     def database(self, interviews: int) -> Iterator[Database]:
         """A database with that many interviews, dropped at the end."""
-        server = plain_url(self.stack.database_url)
+        server = plain_url(self.servers.database_url)
         name = f"bench_{uuid4().hex}"
         with psycopg.connect(server, autocommit=True) as connection:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         try:
-            path, _, query = self.stack.database_url.partition("?")
+            path, _, query = self.servers.database_url.partition("?")
             url = f"{path.rpartition('/')[0]}/{name}?{query}"
             migrate(url, report=lambda _: None)
             ids = sorted(load_samples(url, interviews))[:interviews]
@@ -414,24 +429,41 @@ class Bench:
 
     def redis(self, number: int) -> Redis:
         """A connection to one of Redis's databases."""
-        return Redis(
-            unix_socket_path=self.stack.broker_url.removeprefix("redis+socket://"), db=number
-        )
+        return Redis.from_url(self.redis_url(number))
+
+    def redis_url(self, number: int) -> str:
+        """The URL of one of Redis's databases, as redis-py takes it."""
+        return redis_urls(self.broker(number), None)[0]
 
     def broker(self, number: int) -> str:
-        """The URL of one of Redis's databases, as Celery takes it."""
-        return f"{self.stack.broker_url}?virtual_host={number}"
+        """The same as Celery takes it."""
+        scheme, _, rest = self.servers.broker_url.partition("?")[0].partition("://")
+        if scheme == "redis+socket":
+            return f"{scheme}://{rest}?virtual_host={number}"
+        return f"{scheme}://{rest.partition('/')[0]}/{number}"
 
     @contextmanager
     def queue(self) -> Iterator[tuple[int, int]]:
-        """The numbers of two of Redis's databases, empty: for a queue, and for what waits by it."""
+        """The numbers of two of Redis's databases, empty: for a queue, and for what waits by it.
+
+        Raises:
+            BenchmarkError: They are not empty: somebody else's, most likely.
+        """
         first = next(number for number in range(0, 16, 2) if number not in self._taken)
         self._taken.add(first)
         try:
             for number in (first, first + 1):
                 with self.redis(number) as redis:
-                    redis.flushdb()
+                    keys: Any = redis.dbsize()
+                if keys:
+                    raise BenchmarkError(
+                        f"Redis's database {number} has {keys} keys; expected an empty one: "
+                        "benchmarks empty the ones that they use"
+                    )
             yield first, first + 1
+            for number in (first, first + 1):
+                with self.redis(number) as redis:
+                    redis.flushdb()
         finally:
             self._taken.remove(first)
 
