@@ -166,7 +166,6 @@ class _RedisQueue:
         with (
             bench.queue() as (number, waiting_number),
             bench.redis(number) as redis,
-            bench.redis(waiting_number) as waiting,
             bench.service(
                 _contender(self.name),
                 [str(_PYTHON), *self.worker],
@@ -177,8 +176,7 @@ class _RedisQueue:
             ) as service,
         ):
             service.start()
-            waiting_url = bench.redis_url(waiting_number)
-            yield _OnRedis(self, database, service, redis, waiting, waiting_url)
+            yield _OnRedis(self, database, service, redis, bench.redis_url(waiting_number))
 
 
 class _OnRedis(_Rival):
@@ -189,8 +187,7 @@ class _OnRedis(_Rival):
         database: Where its rows go.
         service: Its worker.
         redis: Where its worker looks.
-        waiting: Another of Redis's databases.
-        waiting_url: Its URL, as redis-py takes it.
+        waiting_room: The URL of another of Redis's databases.
     """
 
     def __init__(
@@ -199,23 +196,22 @@ class _OnRedis(_Rival):
         database: Database,
         service: Service,
         redis: Redis,
-        waiting: Redis,
-        waiting_url: str,
+        waiting_room: str,
     ) -> None:
         super().__init__(queue.name, database, [service])
         self._queue = queue
         self._redis = redis
-        self._waiting = waiting
-        self._waiting_url = waiting_url
+        self._waiting_room = waiting_room
 
     def put_by(self, jobs: Sequence[GrantJob]) -> None:
         """Enqueue in the other database, and move the messages beside the queue."""
-        self._enqueue(jobs, self._waiting_url)
-        self._waiting.rename(self._queue.key, _HELD_BACK)
-        for key in (*self._queue.beside, _HELD_BACK):
-            if not self._waiting.move(key, _number(self._redis)):
-                raise BenchmarkError(f"{self.name}: {key} still stands from the jobs before")
-        self._waiting.flushdb()
+        self._enqueue(jobs, self._waiting_room)
+        with Redis.from_url(self._waiting_room) as waiting:
+            waiting.rename(self._queue.key, _HELD_BACK)
+            for key in (*self._queue.beside, _HELD_BACK):
+                if not waiting.move(key, _number(self._redis)):
+                    raise BenchmarkError(f"{self.name}: {key} still stands from the jobs before")
+            waiting.flushdb()
 
     def release(self) -> None:
         """Put the messages in the queue's place, which wakes its workers."""

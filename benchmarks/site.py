@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import psycopg
@@ -437,10 +438,10 @@ class Bench:
 
     def broker(self, number: int) -> str:
         """The same as Celery takes it."""
-        scheme, _, rest = self.servers.broker_url.partition("?")[0].partition("://")
-        if scheme == "redis+socket":
-            return f"{scheme}://{rest}?virtual_host={number}"
-        return f"{scheme}://{rest.partition('/')[0]}/{number}"
+        parts = urlsplit(self.servers.broker_url)
+        if parts.scheme == "redis+socket":
+            return f"{parts.scheme}://{parts.path}?virtual_host={number}"
+        return parts._replace(path=f"/{number}").geturl()
 
     @contextmanager
     def queue(self) -> Iterator[tuple[int, int]]:
