@@ -194,6 +194,9 @@ def _check_count(ids: int, info: ValidationInfo) -> None:
 
 def _texts(values: Sequence[object]) -> tuple[str, ...] | None:
     """The elements as strings, or None where one is neither a string nor a UUID object."""
+    kinds = set(map(type, values))
+    if kinds <= {str}:  # as JSON has them; 100,000 are looked at in a few milliseconds
+        return tuple(values)  # type: ignore[arg-type] # they are strings
     texts = tuple(str(value) if isinstance(value, UUID) else value for value in values)
     return texts if all(isinstance(text, str) for text in texts) else None  # type: ignore[return-value] # all() is no type guard
 
