@@ -198,13 +198,15 @@ _PRODUCT = """
         CROSS JOIN unnest(CAST(:interview_ids AS uuid[])) AS interviews (interview_id)
     )
 """
-# No join, whose plan would hang on what is known of a table that grows; and a range of the key is
-# read in its order.
-_MISSING_OF_PRODUCT = """(
-        SELECT user_id, interview_id FROM wanted
+# No join, whose plan would hang on what is known of a table that grows; and of each user a range of
+# the key is read in its order.
+_MISSING_OF_PRODUCT = """
+    unnest(CAST(:user_ids AS text[])) AS users (user_id)
+    CROSS JOIN LATERAL (
+        SELECT interview_id FROM unnest(CAST(:interview_ids AS uuid[])) AS wanted (interview_id)
         EXCEPT
-        SELECT user_id, interview_id FROM interview_userinterviewaccess
-        WHERE user_id = ANY (CAST(:user_ids AS text[]))
+        SELECT interview_id FROM interview_userinterviewaccess AS standing
+        WHERE standing.user_id = users.user_id
           AND interview_id BETWEEN CAST(:first AS uuid) AND CAST(:last AS uuid)
     ) AS missing"""
 _MIXTURE = """

@@ -96,8 +96,15 @@ def as_text(value: object) -> object:
 
 def as_texts(values: object) -> object:
     """Whatever can be gone through, as a list, its UUID objects as strings; likewise."""
-    iterable = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
-    return [as_text(one) for one in values] if iterable else values  # type: ignore[attr-defined]
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        return values
+    listed = list(values)
+    return listed if _are_strings(listed) else [as_text(one) for one in listed]
+
+
+def _are_strings(values: Sequence[object]) -> bool:
+    """Whether each is just a string; 100,000 are looked at in a few milliseconds."""
+    return set(map(type, values)) <= {str}
 
 
 def is_job_id(value: object) -> bool:
@@ -194,8 +201,7 @@ def _check_count(ids: int, info: ValidationInfo) -> None:
 
 def _texts(values: Sequence[object]) -> tuple[str, ...] | None:
     """The elements as strings, or None where one is neither a string nor a UUID object."""
-    kinds = set(map(type, values))
-    if kinds <= {str}:  # as JSON has them; 100,000 are looked at in a few milliseconds
+    if _are_strings(values):
         return tuple(values)  # type: ignore[arg-type] # they are strings
     texts = tuple(str(value) if isinstance(value, UUID) else value for value in values)
     return texts if all(isinstance(text, str) for text in texts) else None  # type: ignore[return-value] # all() is no type guard
