@@ -6,6 +6,7 @@ about grants, and knows of the database only whether its trouble passes.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,12 +183,13 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         }
         stored = self.backend.store_answers(answers)
         seconds = time.monotonic() - started
+        logs = logger.isEnabledFor(logging.INFO)
         for at, (call, outcome) in enumerate(zip(calls, outcomes, strict=True)):
-            if call.job_id in stored:
+            if call.job_id in stored and logs:
                 with self._as(call.job_id):
                     _log(*call, outcome, seconds)
                     self._log_end(call, ends[at], seconds)
-            elif call.job_id in answers:
+            elif call.job_id in answers and call.job_id not in stored:
                 ends[at] = None
         return ends, seconds
 

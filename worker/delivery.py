@@ -9,7 +9,7 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from time import monotonic
@@ -62,12 +62,12 @@ def _limit(value: object) -> bool:
     return value is None
 
 
-def _nested(value: object, levels: int) -> bool:
-    """Whether the value has more levels of lists and objects than that."""
+def _nested(value: Any, levels: int) -> bool:
+    """Whether an object or a list, as JSON makes them, has more levels of them than that."""
     inner = value.values() if isinstance(value, dict) else value
-    if not isinstance(inner, Iterable) or isinstance(inner, str | bytes):
-        return False
-    return levels == 0 or any(_nested(one, levels - 1) for one in inner)
+    return levels == 0 or any(
+        _nested(one, levels - 1) for one in inner if isinstance(one, dict | list)
+    )
 
 
 class JobRequest(Request):  # type: ignore[misc] # Celery ships no types

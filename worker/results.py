@@ -89,11 +89,15 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         The others are not known to: something of them stood there, or Redis was away.
         """
         fresh = {}
+        told: dict[str, dict[str, Any]] = {}  # what the answers of a state have in common
         for job_id, answer in answers.items():
             failed = isinstance(answer, InterviewAccessError)
             state = states.FAILURE if failed else states.SUCCESS
+            if state not in told:
+                told[state] = self._get_result_meta(None, state, None, request=Context())
+            result = self.encode_result(answer, state)
             fresh[self.get_key_for_task(job_id)] = (
-                self._value(job_id, self.encode_result(answer, state), state, request=Context()),
+                self.encode({**told[state], "result": result, "task_id": job_id}),
                 self.failure_expires if failed else self.expires,
             )
         try:
