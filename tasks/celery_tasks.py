@@ -302,9 +302,9 @@ class GrantAccessTask(JobTask):
         return grant_access_job(job_id, args, kwargs, max_interview_ids=limit)
 
     def settle(self, jobs: Sequence[GrantAccessJob], *, singly: bool = True) -> list[Outcome]:
-        """Have the grants made; one job alone tells its progress."""
+        """Have the grants made; a job that is not in a batch tells its progress."""
         interactor = GrantAccessInteractor(self.workplace.storage())
-        on_chunk = _Progress(self) if len(jobs) == 1 else None
+        on_chunk = _Progress(self) if singly else None
         return interactor.grant_access(jobs, on_chunk, singly=singly)
 
 

@@ -882,6 +882,64 @@ class TestPostgres:
             finish(storage, finished("a"))
         assert postgres.value("SELECT synchronous_commit FROM seen") == "on"
 
+    @pytest.mark.parametrize("locked_first", [True, False])
+    def test_bounds_hold_whatever_comes_first(
+        self, postgres: PostgresStore, locked_first: bool
+    ) -> None:
+        """A transaction has its bounds in time from its first statement on, whichever that is."""
+        postgres.execute("CREATE TABLE seen (name text, setting text)")
+        postgres.execute(
+            "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO seen SELECT name, setting FROM pg_settings; RETURN NULL; END $$"
+        )
+        postgres.execute(
+            "CREATE TRIGGER look AFTER UPDATE ON grant_access_job"
+            " FOR EACH STATEMENT EXECUTE FUNCTION look()"
+        )
+        with postgres.storage.transaction() as transaction:
+            if locked_first:
+                transaction.lock_jobs(["a"], wait=True)
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.finish_jobs([finished("a")])
+        assert {
+            name: postgres.value("SELECT setting FROM seen WHERE name = :name", name=name)
+            for name in ("lock_timeout", "statement_timeout", "client_connection_check_interval")
+        } == {
+            "lock_timeout": "20000",
+            "statement_timeout": "120000",
+            "client_connection_check_interval": "1000",
+        }
+
+    def test_statements_on_many_grants_are_planned_for_those(self, postgres: PostgresStore) -> None:
+        """However often many ids come, no plan is used that was made for arrays of any length."""
+        ids = postgres.add_interviews(1_200)
+        for turn in range(12):
+            with postgres.storage.transaction() as transaction:
+                transaction.find_unknown_interviews(ids, granted_to="ann")
+                order = AccessOrderDTO("ann", tuple(ids[: 1_000 + turn]))
+                transaction.bulk_create_user_access([order])
+                plans = transaction._connection.exec_driver_sql(
+                    "SELECT statement FROM pg_prepared_statements"
+                    " WHERE generic_plans > 0 AND statement LIKE '%%uuid[]%%'"
+                    " AND statement NOT LIKE '%%pg_prepared%%'"
+                )
+                assert plans.scalars().all() == []
+
+    def test_table_that_keeps_rows_out(self, postgres: PostgresStore) -> None:
+        """Where a trigger swallows some of many rows the job fails, and is not counted wrong."""
+        ids = postgres.add_interviews(1_000)
+        postgres.execute(
+            "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" RETURN CASE WHEN NEW.interview_id = '{ids[0]}' THEN NULL ELSE NEW END; END $$"
+        )
+        postgres.execute(
+            "CREATE TRIGGER swallow BEFORE INSERT ON interview_userinterviewaccess"
+            " FOR EACH ROW EXECUTE FUNCTION swallow()"
+        )
+        with pytest.raises(StorageError, match="keep rows out"):
+            make_grants(postgres.storage, "ann", *ids)
+        assert postgres.granted("ann") == []
+
     def test_lock_timeout(self, postgres: PostgresStore) -> None:
         """A wait for a lock ends at its limit, as transient."""
         with (

@@ -5,7 +5,9 @@ result, an acknowledgement. A batch pays for each once. From outside nothing of 
 job has its own state, result, events and lines in the log. And whatever goes wrong with a batch,
 its jobs go the ordinary way, one by one, under all of Celery's ordinary rules.
 
-Nothing waits for others to come: what stands in the queue when a child is free is what is taken.
+Nothing waits for others to come: what stands in the queue when a child is free is what is taken,
+one job by itself most often. That a job has begun is told when it has not ended soon: most small
+ones are done sooner than that could be said.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from celery import current_app
 from celery.exceptions import TaskRevokedError
 from celery.utils.log import get_logger
 from interview_access.errors import InterviewAccessError
+from kombu.asynchronous import get_event_loop
 from kombu.serialization import loads, prepare_accept_content
 
 from tasks.celery_tasks import Call, End
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+_TOLD_AFTER_SECONDS = 0.25  # of a batch's jobs, that they have begun
+
 Content = tuple[str, Any, str | None, str | None]
 """A job's id, and its message's body, content type and encoding."""
 
 
 class Batch:
-    """Several jobs of one task, which Celery's worker takes as it takes a request."""
+    """Small jobs of one task, which Celery's worker takes as it takes a request."""
 
     def __init__(
         self, requests: Sequence[JobRequest], begin: Callable[[JobRequest], object]
@@ -84,6 +89,13 @@ class Batch:
         """A child has them."""
         for request in self._requests:
             request.on_accepted(pid, time_accepted)
+        get_event_loop().call_later(_TOLD_AFTER_SECONDS, self._tell_that_they_run, pid)
+
+    def _tell_that_they_run(self, pid: int) -> None:
+        job_ids = [str(request.id) for request in self._requests if not request.acknowledged]
+        if job_ids:
+            first = self._requests[0]
+            first.task.backend.store_started(job_ids, pid=pid, hostname=first.hostname)
 
     def on_success(self, told: tuple[Sequence[End | None], float]) -> None:
         """A child is through with them, one way or another."""
@@ -107,6 +119,9 @@ class Batch:
 
     def on_failure(self, exc_info: Any) -> None:
         """Their child is gone, or said that it could not."""
+        if len(self._requests) == 1:
+            self._requests[0].on_failure(exc_info)
+            return
         left = [request for request in self._requests if not request.acknowledged]
         logger.warning("%d jobs are done one by one: %r", len(left), exc_info.exception)
         for request in left:
@@ -134,7 +149,7 @@ def divided(
         jobs = list(group)
         size = ceil(len(jobs) / max(children - len(pieces), 1))
         shares = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        pieces += [Batch(share, begin) if len(share) > 1 else share[0] for share in shares]
+        pieces += [Batch(share, begin) for share in shares]
     return pieces
 
 

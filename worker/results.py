@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from celery import states
@@ -86,30 +86,56 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     ) -> frozenset[str]:
         """Store the answers of several jobs, and name those that stand now.
 
-        The others are not known to: something of them stood there, or Redis was away.
+        The others are not known to: Redis was away.
         """
-        fresh = {}
-        told: dict[str, dict[str, Any]] = {}  # what the answers of a state have in common
-        for job_id, answer in answers.items():
-            failed = isinstance(answer, InterviewAccessError)
-            state = states.FAILURE if failed else states.SUCCESS
-            if state not in told:
-                told[state] = self._get_result_meta(None, state, None, request=Context())
-            result = self.encode_result(answer, state)
-            fresh[self.get_key_for_task(job_id)] = (
-                self.encode({**told[state], "result": result, "task_id": job_id}),
-                self.failure_expires if failed else self.expires,
+        fresh = {
+            job_id: (
+                states.FAILURE if isinstance(answer, InterviewAccessError) else states.SUCCESS,
+                answer,
             )
+            for job_id, answer in answers.items()
+        }
+        stored: set[str] = set()
         try:
-            with self.client.pipeline(transaction=False) as pipeline:
-                store = self.client.register_script(_COMPARE_AND_SET)
-                for key, (value, expires) in fresh.items():
-                    store([key], ["", value, expires], client=pipeline)
-                stored = pipeline.execute()
+            stored = self._store_where_nothing_stands(fresh)
+            for job_id in fresh.keys() - stored:
+                state, answer = fresh[job_id]
+                self._store_result(job_id, self.encode_result(answer, state), state)
+                stored.add(job_id)
+        except (BackendStoreError, RedisError) as error:
+            logger.warning(
+                "the results of %d jobs cannot be stored: %s", len(answers) - len(stored), error
+            )
+        return frozenset(stored)
+
+    def store_started(self, job_ids: Sequence[str], **where: object) -> None:
+        """Say that jobs run, unless more is known of them; a courtesy, from the main process."""
+        try:
+            self._store_where_nothing_stands(dict.fromkeys(job_ids, (states.STARTED, where)))
         except RedisError as error:
-            logger.warning("the results of %d jobs cannot be stored: %s", len(answers), error)
-            return frozenset()
-        return frozenset(job_id for job_id, done in zip(answers, stored, strict=True) if done)
+            logger.warning("that %d jobs run is not told: %s", len(job_ids), error)
+
+    def _store_where_nothing_stands(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
+        """Store states and their results by job, in one round trip, and name those that were.
+
+        A server that does not know the script yet stores none of them.
+        """
+        told: dict[str, dict[str, Any]] = {}  # what all of a state have in common
+        script = self.client.register_script(_COMPARE_AND_SET).sha
+        with self.client.pipeline(transaction=False) as pipeline:
+            for job_id, (state, result) in fresh.items():
+                if state not in told:
+                    told[state] = self._get_result_meta(None, state, None, request=Context())
+                encoded = self.encode_result(result, state)
+                value = self.encode({**told[state], "result": encoded, "task_id": job_id})
+                key = self.get_key_for_task(job_id)
+                pipeline.evalsha(script, 1, key, "", value, self._seconds(state))
+            stored = pipeline.execute(raise_on_error=False)
+        return {job_id for job_id, done in zip(fresh, stored, strict=True) if done == 1}
+
+    def _seconds(self, state: str) -> int:
+        """For how long a result of this state can be polled."""
+        return int(self.failure_expires if state == states.FAILURE else self.expires)
 
     def store_failure(self, job_id: str, error: InterviewAccessError) -> None:
         """Store a failure from the main process, which must not wait for long: one try.
@@ -142,7 +168,7 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         value = self._value(task_id, result, state, traceback, request)
         rank = _rank(state, result)
         key = self.get_key_for_task(task_id)
-        expires = self.failure_expires if state == states.FAILURE else self.expires
+        expires = self._seconds(state)
         store = self.client.register_script(_COMPARE_AND_SET)
         told, self._told = self._told, ("", b"")
         stored = told[1] if told[0] == task_id else b""

@@ -114,6 +114,20 @@ class TestFromOutside:
         assert len(kinds[alone]) == 3
         assert all(kinds[job_id] == kinds[alone] for job_id in sent)
 
+    @pytest.mark.parametrize("count", [1, MANY])
+    def test_those_that_do_not_end_soon_are_told_to_run(
+        self, here: Site, standing: Relays, ids: list[str], count: int
+    ) -> None:
+        """A poller sees that a job has begun while it goes on; its answer then takes that place."""
+        with gate_at(standing, "after COMMIT") as gate:
+            sent = order(here, some(count), ids)
+            gate.until_reached()
+            for job_id in sent:
+                here.until_state(job_id, "STARTED", "SUCCESS")
+            assert "STARTED" in {here.meta(job_id)["status"] for job_id in sent}
+        assert list(balance(here, sent).values()) == [created(10)] * count
+        assert transactions(here, sent) <= CHILDREN
+
     @pytest.mark.usefixtures("standing")
     def test_each_has_its_own_answer(self, here: Site, ids: list[str]) -> None:
         """Among good jobs one fails for its id, one malformed, one known, one asked for twice."""
