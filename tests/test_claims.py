@@ -378,7 +378,7 @@ BREAKS = {
         "    local suspect = tried",
         "    redis.call('RPOP', list)\n    local suspect = tried",
     ),
-    "a claim that leaves": ("redis.call('RPOP', list)\n", ""),
+    "a claim that leaves": ("redis.call('LTRIM', list, 0, -2)", ""),
     "a putting aside that throws away": (
         "redis.call('RPOPLPUSH', list, KEYS[aside])",
         "redis.call('RPOP', list)",
@@ -691,6 +691,26 @@ def test_small_ones_of_the_lowest_priority_come_last(redis: Redis, protocol: Cla
     redis.lpush(ASIDE, "z")
     redis.lpush(JOBS, "a")
     assert take_small(protocol, 1, large_room=0) == ([b"a", b"z"], False)
+
+
+def test_what_stands_aside_is_not_looked_at(redis: Redis, protocol: Claims) -> None:
+    """With less than no room only the other lists are looked at; that more wait is told."""
+    redis.lpush(ASIDE, "large 1", "z")
+    redis.lpush(JOBS, "a", "large 2", "b")
+    assert take_small(protocol, 1, large_room=-1) == ([b"a", b"b"], True)
+    assert redis.lrange(ASIDE, 0, -1) == [b"large 2", b"z", b"large 1"]
+
+
+def test_long_messages_are_told_apart_by_their_ends(redis: Redis, protocol: Claims) -> None:
+    """The tries of a long message are its own, where another differs in length or at either end."""
+    filling = b"." * 20_000
+    redis.lpush(JOBS, b"a" + filling, b"b" + filling, b"a" + filling + b"b", b"a" + filling + b".")
+    begun = take(protocol, receipt=1, room=1)
+    protocol.start("ann", "1")
+    protocol.defer("ann", "1", seconds=0, in_order=False)
+    protocol.wake()
+    assert begun[0].tries == 0
+    assert [claim.tries for claim in take(protocol, receipt=2, size=1_000_000)] == [1, 0, 0, 0]
 
 
 def test_a_large_message_comes_alone(redis: Redis, protocol: Claims) -> None:

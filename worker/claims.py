@@ -11,7 +11,7 @@ Keys, all of them ours, beside the queues that kombu's producers write:
 - ``held:INCARNATION``: hash, receipt to the queue's key and the message's bytes
 - ``started:INCARNATION``: set of the receipts among these whose job has begun
 - ``deferred`` and ``due``: messages that wait for another try, and the time (ms) of each
-- ``tries``: hash, SHA-1 of a message to its tries that began and have not ended in order
+- ``tries``: hash, digest of a message to its tries that began and have not ended in order
 - ``deferrals``: hash, likewise to how often its job asked for another try
 - ``dead``: stream of the dead letters
 - ``job:ID``: the announcement that a producer wrote with a job's message
@@ -56,22 +56,31 @@ local function parts(value)
     return string.sub(value, 1, stop - 1), string.sub(value, stop + 1)
 end
 
+-- What a message is known by in tries and deferrals. Of a long one its ends tell enough, where its
+-- job's id and its delivery tag are: to go through 5 MB would keep the server from all others.
+local function digest_of(message)
+    if #message > 8192 then
+        message = #message .. string.sub(message, 1, 4096) .. string.sub(message, -4096)
+    end
+    return redis.sha1hex(message)
+end
+
 -- No field is left at zero.
 local function untry(message)
-    local digest = redis.sha1hex(message)
+    local digest = digest_of(message)
     if redis.call('HINCRBY', tries, digest, -1) <= 0 then
         redis.call('HDEL', tries, digest)
     end
 end
 
 local function forget(message)
-    local digest = redis.sha1hex(message)
+    local digest = digest_of(message)
     redis.call('HDEL', tries, digest)
     redis.call('HDEL', deferrals, digest)
 end
 
 local function bury(queue, message, job_id, task, reason)
-    local digest = redis.sha1hex(message)
+    local digest = digest_of(message)
     local attempts = (redis.call('HGET', tries, digest) or 0)
         + (redis.call('HGET', deferrals, digest) or 0)
     local time = redis.call('TIME')
@@ -153,7 +162,7 @@ local function next_of(list)
 end
 
 local function take(list, message)
-    local digest = redis.sha1hex(message)
+    local digest = digest_of(message)
     local tried = redis.call('HGET', tries, digest) or 0
     local suspect = tried + 0 >= alone + 0
     if suspect and (#claimed > 1 or redis.call('HLEN', held(incarnation)) > 0)
@@ -162,7 +171,7 @@ local function take(list, message)
         done = true
         return
     end
-    redis.call('RPOP', list)
+    redis.call('LTRIM', list, 0, -2)  -- RPOP would bring it once more
     local deferred_before = redis.call('HGET', deferrals, digest) or 0
     for _, value in ipairs({receipt, list, message, tried, deferred_before}) do
         claimed[#claimed + 1] = value
@@ -178,7 +187,7 @@ for index = first_aside, #KEYS do
 end
 for index = 2, #KEYS do
     local list, aside = KEYS[index], first_aside + (index - 2) % queues
-    while not done do
+    while not done and (index < first_aside or large_room >= 0) do
         local message = next_of(list)
         if not message then break end
         if #message <= small then
@@ -195,7 +204,8 @@ for index = 2, #KEYS do
     end
 end
 for index = first_aside, #KEYS do
-    if next_of(KEYS[index]) then claimed[1] = 1 end
+    local count = redis.pcall('LLEN', KEYS[index])
+    if type(count) == 'number' and count > 0 then claimed[1] = 1 end
 end
 return claimed
 """
@@ -208,7 +218,7 @@ for index = 2, #arguments do
     if value then
         if redis.call('SADD', started(incarnation), receipt) == 1 then
             local _, message = parts(value)
-            redis.call('HINCRBY', tries, redis.sha1hex(message), 1)
+            redis.call('HINCRBY', tries, digest_of(message), 1)
         end
         mine[#mine + 1] = receipt
     end
@@ -241,7 +251,7 @@ _DEFER = """
 local incarnation, receipt, delay, in_order = arguments[1], arguments[2], arguments[3], arguments[4]
 local queue, message = release(incarnation, receipt, in_order == '1')
 if not queue then return 0 end
-if in_order == '1' then redis.call('HINCRBY', deferrals, redis.sha1hex(message), 1) end
+if in_order == '1' then redis.call('HINCRBY', deferrals, digest_of(message), 1) end
 local name = incarnation .. ':' .. receipt
 redis.call('HSET', deferred, name, queue .. '\\0' .. message)
 redis.call('ZADD', due, now() + delay, name)
@@ -432,7 +442,8 @@ class Claims:
             small: Bytes of a message up to which it may come with others; a larger one is claimed
                 by itself.
             large_room: Large messages at most. Where there is none, those that are met are put
-                aside, so that small ones pass them; with room, what stands aside comes first.
+                aside, so that small ones pass them; with room, what stands aside comes first. Less
+                than none: what stands aside is not looked at either.
             asides: How many queues there are: the last list of each is where its large ones stand
                 aside.
 
