@@ -125,7 +125,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
     @property
     def is_plain(self) -> bool:
-        """Whether it may be in a batch: its first try, with nothing but arguments to heed."""
+        """Whether it may be in a batch: small, its first try, nothing but arguments to heed."""
         told = self._request_dict
         _, _, embedded = self._payload
         heeded = (
@@ -136,7 +136,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             *(told.get(name) for name in _HEEDED),
         )
         return (
-            self.lease.batch_size > 1
+            self.lease.may_batch(self.receipt)
             and self.task.coalesces
             and is_job_id(self.id)
             and not any(heeded)

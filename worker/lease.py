@@ -176,8 +176,7 @@ class Lease:
 
     def _large_room(self, children: int) -> int:
         held = list(self._held.values())
-        large = sum(len(claim.message) > _SMALL_BYTES for claim in held)
-        return max(children - 1, 1) - large
+        return max(children - 1, 1) - sum(map(_is_large, held))
 
     def _large_room_now(self, children: int) -> int:
         """The same for a claim; less than none where it is not to look at what stands aside.
@@ -236,6 +235,10 @@ class Lease:
     def claim_of(self, receipt: str) -> Claim:
         """What is known of a message; of one that is held no more, nothing."""
         return self._held.get(receipt, Claim(receipt, "", b"", 0, 0))
+
+    def may_batch(self, receipt: str) -> bool:
+        """Whether a message is small enough to be done with others, where any are."""
+        return self.batch_size > 1 and not _is_large(self.claim_of(receipt))
 
     # --- What becomes of a message ----------------------------------------------------------
 
@@ -438,3 +441,7 @@ class Lease:
                 left = self._claims.sweep(name, deadline)
             if left == 0:
                 logger.warning("a worker is gone (%s): its jobs are back on the queue", name)
+
+
+def _is_large(claim: Claim) -> bool:
+    return len(claim.message) > _SMALL_BYTES
