@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from sqlalchemy.schema import UniqueConstraint
 
 from storage.interface import StorageError, TransientStorageError
 from storage.migrations import grant_key
-from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_table
+from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
 from storage.migrations.grant_key import DuplicateGrantsError
 from storage.migrations.locks import LOCK_TIMEOUT_MILLISECONDS, sqlstate
 from storage.models import Base, GrantAccessJob, InterviewAttempt, UserInterviewAccess
@@ -282,10 +282,10 @@ def _wait_for_turn(connection: Connection, report: Report) -> None:
 
 def _foretell(connection: Connection, report: Report) -> None:
     """Say what an upgrade would do."""
-    tables = {name: find_table(connection, name) for name in Base.metadata.tables}
-    for name, table in tables.items():
-        report(f"would adopt table {name}" if table else f"would create table {name}")
-    grants = tables[grant_key.TABLE]
+    tables = find_tables(connection, Base.metadata.tables)
+    for name in Base.metadata.tables:
+        report(f"would adopt table {name}" if name in tables else f"would create table {name}")
+    grants = tables.get(grant_key.TABLE)
     key = grants and grant_key.find_key(grants)
     if key:
         report(f"would adopt the unique key {key.name}")
@@ -305,10 +305,10 @@ def _refuse_what_does_not_fit(connection: Connection, revision: str | None) -> N
         )
     is_complete = revision == expected_revision()
     differences: list[Difference] = []
+    tables = find_tables(connection, Base.metadata.tables)
     for expected in Base.metadata.sorted_tables:
-        found = find_table(connection, expected.name)
-        if found is not None:
-            differences += _differences(connection, found, expected, is_complete=is_complete)
+        if expected.name in tables:
+            differences += _differences(tables, expected, is_complete=is_complete)
         elif is_complete:
             differences.append(Difference(expected.name, None, "nothing", "a table"))
     if differences:
@@ -321,9 +321,10 @@ def _refuse_what_does_not_fit(connection: Connection, revision: str | None) -> N
 
 
 def _differences(
-    connection: Connection, found: FoundTable, expected: Table, *, is_complete: bool
+    tables: Mapping[str, FoundTable], expected: Table, *, is_complete: bool
 ) -> Iterator[Difference]:
     """Everything in which a standing table does not fit."""
+    found = tables[expected.name]
     if found.kind != ORDINARY_TABLE:
         kind = _KINDS.get(found.kind, "something else")
         yield Difference(found.name, None, kind, "an ordinary table")
@@ -331,7 +332,7 @@ def _differences(
     for column in expected.columns:
         yield from _column_differences(found, column)
     yield from _key_differences(found, expected, is_complete=is_complete)
-    yield from _reference_differences(connection, found, expected)
+    yield from _reference_differences(tables, expected)
     if found.name in _WRITTEN:
         yield from _obstacles(found, expected)
 
@@ -411,10 +412,11 @@ def _unique_columns(table: Table) -> list[frozenset[str]]:
 
 
 def _reference_differences(
-    connection: Connection, found: FoundTable, expected: Table
+    tables: Mapping[str, FoundTable], expected: Table
 ) -> Iterator[Difference]:
+    found = tables[expected.name]
     for constraint in expected.foreign_key_constraints:
-        target = find_table(connection, constraint.referred_table.name)
+        target = tables.get(constraint.referred_table.name)
         columns = frozenset(constraint.column_keys)
         target_columns = frozenset(element.column.name for element in constraint.elements)
         references = [key for key in found.foreign_keys if key.columns == columns]

@@ -5,27 +5,31 @@ Tables are looked for along the connection's search path, as the worker's own st
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
-_TABLE = text("""
-    SELECT c.oid, c.relkind::text AS kind, format('%I.%I', n.nspname, c.relname) AS qualified_name,
+_TABLES = text("""
+    SELECT wanted AS name, c.oid, c.relkind::text AS kind,
+           format('%I.%I', n.nspname, c.relname) AS qualified_name,
            quote_ident(n.nspname) AS quoted_schema
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE c.oid = to_regclass(:name)
+    FROM unnest(CAST(:names AS text[])) AS wanted
+    JOIN pg_class c ON c.oid = to_regclass(wanted)
+    JOIN pg_namespace n ON n.oid = c.relnamespace
 """)
 _COLUMNS = text("""
-    SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
+    SELECT a.attrelid AS table_oid, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
            a.attnotnull AS not_null,
            a.atthasdef OR a.attidentity <> '' OR a.attgenerated <> '' AS is_filled,
            coalesce(l.collisdeterministic, true) AS is_to_the_letter
     FROM pg_attribute a LEFT JOIN pg_collation l ON l.oid = a.attcollation
-    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE a.attrelid = ANY (CAST(:oids AS oid[])) AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attnum
 """)
 _UNIQUE_KEYS = text("""
-    SELECT i.relname AS name, x.indisprimary AS is_primary,
+    SELECT x.indrelid AS table_oid, i.relname AS name, x.indisprimary AS is_primary,
            x.indisvalid AND x.indisready AND x.indislive AS is_valid,
            x.indimmediate AS is_immediate,
            x.indpred IS NOT NULL OR x.indexprs IS NOT NULL AS is_partial,
@@ -36,19 +40,20 @@ _UNIQUE_KEYS = text("""
                  WHERE a.attrelid = x.indrelid
                    AND a.attnum = ANY ((x.indkey::int2[])[0:x.indnkeyatts - 1])) AS columns
     FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
-    WHERE x.indrelid = :oid AND x.indisunique
+    WHERE x.indrelid = ANY (CAST(:oids AS oid[])) AND x.indisunique
     ORDER BY i.relname
 """)
 # "conenforced" came with PostgreSQL 18; before it every key was enforced.
 _FOREIGN_KEYS = text("""
-    SELECT ARRAY(SELECT a.attname::text FROM pg_attribute a
+    SELECT k.conrelid AS table_oid,
+           ARRAY(SELECT a.attname::text FROM pg_attribute a
                  WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey)) AS columns,
            k.confrelid AS target_oid, k.confrelid::regclass::text AS target,
            ARRAY(SELECT a.attname::text FROM pg_attribute a
                  WHERE a.attrelid = k.confrelid AND a.attnum = ANY (k.confkey)) AS target_columns,
            coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true) AS is_enforced
     FROM pg_constraint k
-    WHERE k.conrelid = :oid AND k.contype = 'f'
+    WHERE k.conrelid = ANY (CAST(:oids AS oid[])) AND k.contype = 'f'
     ORDER BY k.conname
 """)
 
@@ -128,31 +133,43 @@ class FoundTable:
 
 def find_table(connection: Connection, name: str) -> FoundTable | None:
     """The table of this name, the first of the search path, or None."""
-    found = connection.execute(_TABLE, {"name": name}).one_or_none()
-    if found is None:
-        return None
-    key = {"oid": found.oid}
-    return FoundTable(
-        oid=found.oid,
-        kind=found.kind,
-        name=name,
-        qualified_name=found.qualified_name,
-        quoted_schema=found.quoted_schema,
-        columns={
-            row["name"]: FoundColumn(**row) for row in connection.execute(_COLUMNS, key).mappings()
-        },
-        unique_keys=tuple(
-            FoundUniqueKey(**{**row, "columns": frozenset(row["columns"])})
-            for row in connection.execute(_UNIQUE_KEYS, key).mappings()
-        ),
-        foreign_keys=tuple(
-            FoundForeignKey(
-                **{
-                    **row,
-                    "columns": frozenset(row["columns"]),
-                    "target_columns": frozenset(row["target_columns"]),
-                }
-            )
-            for row in connection.execute(_FOREIGN_KEYS, key).mappings()
-        ),
-    )
+    return find_tables(connection, [name]).get(name)
+
+
+def find_tables(connection: Connection, names: Iterable[str]) -> dict[str, FoundTable]:
+    """The tables of these names that there are, each as of :func:`find_table`."""
+    tables = connection.execute(_TABLES, {"names": list(names)}).all()
+
+    def parts(statement: TextClause) -> dict[int, list[dict[str, Any]]]:
+        rows: dict[int, list[dict[str, Any]]] = {table.oid: [] for table in tables}
+        for row in connection.execute(statement, {"oids": list(rows)}).mappings():
+            part = dict(row)
+            rows[part.pop("table_oid")].append(part)
+        return rows
+
+    columns, unique_keys, foreign_keys = map(parts, (_COLUMNS, _UNIQUE_KEYS, _FOREIGN_KEYS))
+    return {
+        table.name: FoundTable(
+            oid=table.oid,
+            kind=table.kind,
+            name=table.name,
+            qualified_name=table.qualified_name,
+            quoted_schema=table.quoted_schema,
+            columns={row["name"]: FoundColumn(**row) for row in columns[table.oid]},
+            unique_keys=tuple(
+                FoundUniqueKey(**{**row, "columns": frozenset(row["columns"])})
+                for row in unique_keys[table.oid]
+            ),
+            foreign_keys=tuple(
+                FoundForeignKey(
+                    **{
+                        **row,
+                        "columns": frozenset(row["columns"]),
+                        "target_columns": frozenset(row["target_columns"]),
+                    }
+                )
+                for row in foreign_keys[table.oid]
+            ),
+        )
+        for table in tables
+    }
