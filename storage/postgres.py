@@ -354,8 +354,8 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def __init__(self, connection: Connection, chunk_size: int, limits: DatabaseLimits) -> None:
         self.open: set[str] = set()
-        self._held: frozenset[str] = frozenset()
-        self._granted: tuple[str, frozenset[str]] = ("", frozenset())
+        self._held: Collection[str] = ()
+        self._granted: tuple[str, Collection[str]] = ("", ())
         self._connection = connection
         self._limits = limits
         self._chunk_size = chunk_size
@@ -482,10 +482,10 @@ class PostgresTransaction(InterviewTransactionInterface):
         count = len(interview_ids)
         with self._planned_for(count):
             if granted_to and count >= _MANY and self._all_stand(granted_to, count, wanted):
-                self._granted = (granted_to, frozenset(interview_ids))
+                self._granted = (granted_to, interview_ids)
                 return frozenset()
             if self._execute(_HOLD_INTERVIEWS, wanted).scalar_one() == count:
-                self._held = frozenset(interview_ids)
+                self._held = interview_ids
                 return frozenset()
             return frozenset(self._execute(_FIND_UNKNOWN_INTERVIEWS, wanted).scalars())
 
@@ -559,7 +559,7 @@ class PostgresTransaction(InterviewTransactionInterface):
                 on_chunk(done, total)
         # The keys are declared deferred; checked here, one that fails does so in its own words and
         # not in those of a COMMIT. Of an interview that is held none fails.
-        if create and not all(self._held.issuperset(order.interview_ids) for order in orders):
+        if create and not _all_within(self._held, orders):
             self._execute("SET CONSTRAINTS ALL IMMEDIATE")
         return counts
 
@@ -568,7 +568,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         if total < _MANY:
             return _CREATE_IN_A_RACE
         user_id, granted = self._granted
-        if all(one.user_id == user_id and granted.issuperset(one.interview_ids) for one in orders):
+        if all(one.user_id == user_id for one in orders) and _all_within(granted, orders):
             return None
         users = {"user_ids": [order.user_id for order in orders]}
         standing = self._execute(_HAVE_ACCESS, users).scalar_one()
@@ -756,7 +756,8 @@ class _Mixture:
     def parameters(self) -> dict[str, Any]:
         return {
             "user_ids": self.user_ids,
-            "owners": self.owners,
+            # A literal: of a list psycopg looks at each number, as long as all else here takes.
+            "owners": "{" + ",".join(map(str, self.owners)) + "}",
             "interview_ids": _UuidArray.of(self.interview_ids),
         }
 
@@ -785,6 +786,13 @@ def _chunks(orders: Sequence[AccessOrderDTO], size: int) -> Sequence[_Chunk]:
         for start in range(0, len(ids), size)
         if (some := ids[start : start + size])
     ]
+
+
+def _all_within(interview_ids: Collection[str], orders: Sequence[AccessOrderDTO]) -> bool:
+    """Whether no order wants others; most often they want just the same ones, of one job."""
+    others = [order for order in orders if order.interview_ids is not interview_ids]
+    known = frozenset(interview_ids if others else ())
+    return all(known.issuperset(order.interview_ids) for order in others)
 
 
 def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[str]]:
@@ -819,8 +827,11 @@ class _UuidArray:
         dimensions, nulls, first = 1, 0, 1
         head = struct.pack("!iiIii", dimensions, nulls, _UUID_OID, len(interview_ids), first)
         length = f"{16:08x}"  # in bytes, before each of them
-        elements = length.join(["", *interview_ids])
-        return cls(head + bytes.fromhex(elements.replace("-", "")))
+        slices = (
+            length.join(["", *interview_ids[at : at + _MANY]]).replace("-", "")
+            for at in range(0, len(interview_ids), _MANY)
+        )  # for what is made of a million at once takes a hundred MB
+        return cls(b"".join([head, *map(bytes.fromhex, slices)]))
 
 
 class _UuidArrayDumper(Dumper):

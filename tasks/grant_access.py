@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from interview_access.contracts import GrantAccessResult, RequestedInterviews
+from interview_access.contracts import GrantAccessResult, InterviewId, RequestedInterviews
 from interview_access.errors import InterviewAccessError, InvalidInterviewIdException
 
 from storage.dtos import AccessOrderDTO, AnswerDTO, FiguresDTO, JobDTO, RejectedIdsDTO
@@ -80,7 +80,11 @@ def _grant(
     jobs: Sequence[GrantAccessJob],
     on_chunk: ChunkDone | None,
 ) -> Mapping[str, AnswerDTO]:
-    wanted = dict.fromkeys(chain.from_iterable(job.interviews.wanted for job in jobs))
+    wanted: Collection[InterviewId] = (
+        jobs[0].interviews.wanted
+        if len(jobs) == 1
+        else dict.fromkeys(chain.from_iterable(job.interviews.wanted for job in jobs))
+    )
     users = {user_id for job in jobs for user_id in job.user_ids}
     unknown = transaction.find_unknown_interviews(
         wanted, granted_to=users.pop() if len(users) == 1 else None
