@@ -30,6 +30,7 @@ import json, os, signal, sys
 from pathlib import Path
 from worker.local_stack import LocalStack
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
 stack = LocalStack(Path(sys.argv[1]), durable=False)
 stack.start()
 forked = 0
