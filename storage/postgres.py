@@ -96,9 +96,11 @@ _LIMITS = (
     " set_config('idle_in_transaction_session_timeout', %(idle)s, true),"
     " set_config('client_connection_check_interval', '1s', true),"
     " set_config('synchronous_commit', 'on', true),"
-    " set_config('enable_seqscan', 'off', true)"
+    " set_config('enable_seqscan', 'off', true),"
+    " set_config('jit', 'off', true)"
 )
-# The last: each statement finds its rows by an index, also by a plan made while a table was small.
+# The last two: each statement finds its rows by an index, also by a plan made while a table was
+# small; where there is none, PostgreSQL before 18 takes the plan for so dear that it compiles it.
 
 _OF_JOBS = (
     "SELECT {columns} FROM ("
