@@ -21,8 +21,9 @@ test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery, other queues and the plan, and charts; BENCH="small --runs 3" for a part (half an hour)
+	@touch .venv/bench/begun
 	@$(BIN)/python -m benchmarks $(BENCH)
-	@test ! -e benchmarks/results.json \
+	@test ! benchmarks/results.json -nt .venv/bench/begun \
 		|| { .venv/bench/bin/python -m benchmarks.charts benchmarks/results.json docs/figures \
 		&& $(BIN)/python -m benchmarks.page benchmarks/results.json docs/figures/results.md; }
 

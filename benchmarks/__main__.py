@@ -70,8 +70,8 @@ PARTS: Mapping[str, Part] = {
 def main(parts: Sequence[str], runs: int, out: Path | None, scale: float) -> None:
     """Measure the parts, or all of them, on servers of their own, or on those of the environment.
 
-    The latter are named by DATABASE_URL, whose user must be allowed to create databases, and by
-    CELERY_BROKER_URL, whose databases must be empty.
+    The latter are named by DATABASE_URL, whose user must be a superuser (databases are made, and
+    written back), and by CELERY_BROKER_URL, whose databases must be empty.
 
     It ends 0 where every row and every result was as it must be, whatever bars were missed.
     """

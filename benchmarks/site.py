@@ -136,7 +136,7 @@ class Database:
         return int(counted[0]) if counted else 0
 
     def fill(self, rows: int) -> int:
-        """Add grants of users of their own, about as many as asked for, spread over the indexes.
+        """Add grants of users of their own, about as many as asked for, over all interviews.
 
         Returns:
             How many were added.
@@ -151,8 +151,10 @@ class Database:
                 f"INSERT INTO {GRANTS} (user_id, interview_id)"  # noqa: S608 - a constant
                 " SELECT md5(users.number::text || %s), ids.id"
                 " FROM generate_series(1, %s) AS users (number)"
-                " CROSS JOIN unnest(%s::uuid[]) AS ids (id)",
-                [uuid4().hex, rows // each, self.interviews[:each]],
+                " CROSS JOIN generate_series(0, %s - 1) AS grants (number)"
+                " JOIN unnest(%s::uuid[]) WITH ORDINALITY AS ids (id, number)"
+                " ON ids.number = 1 + (users.number * %s + grants.number) %% %s",
+                [uuid4().hex, rows // each, each, self.interviews, each, len(self.interviews)],
             )
             connection.execute(f"VACUUM ANALYZE {GRANTS}")
             connection.execute("CHECKPOINT")
@@ -211,7 +213,8 @@ class Crew:
             client.enqueue_many(jobs)
             client.close()
         else:
-            with celery_producer(self.waiting_room) as producer:
+            # Without results: its subscriptions to them would outlive it, and be served.
+            with Celery(broker=self.waiting_room, set_as_current=False) as producer:
                 for job in jobs:
                     send(producer, self.contender, job)
         # What else was stored with the messages goes ahead of them.

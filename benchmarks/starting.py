@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring import Bar, Figure, Judge, measure
-from benchmarks.site import BARE, OURS, Bench, Contender, Database, until
+from benchmarks.site import BARE, OURS, Bench, BenchmarkError, Contender, Database, until
 
 _COMMAND = Path(sys.executable).parent / "interview-access"
 
@@ -48,9 +48,12 @@ def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[s
         service.start()
         until(
             lambda: " ready." in service.log.read_text(encoding="utf-8") or not service.alive,
-            f"{contender.name} to be ready{service.last_words()}",
+            f"{contender.name} to be ready",
         )
-        return {contender.name: time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        if not service.alive:
+            raise BenchmarkError(f"{contender.name}: its worker has ended{service.last_words()}")
+        return {contender.name: seconds}
 
 
 def _command(name: str, command: Sequence[str]) -> Mapping[str, float]:

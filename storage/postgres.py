@@ -71,9 +71,10 @@ _TRANSIENT_CLASSES = ("08", "40", "53", "57")
 # Connections, rollbacks, resources, operator: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _LOCK_NOT_HAD = "55P03"
 _NOT_UNIQUE = "23505"
-_TRANSIENT_CODES = (_LOCK_NOT_HAD, "25006", "25P03", "23503")
+_TRANSIENT_CODES = (_LOCK_NOT_HAD, "25006", "25P03", "23503", "26000")
 # A lock not had in time; a server that is a standby now; a worker that stood still for too long;
-# an interview deleted meanwhile, which the next look will find missing and name.
+# an interview deleted meanwhile, which the next look will find missing and name; a prepared
+# statement that a pooler between has lost.
 
 _UUID_OID = psycopg.adapters.types["uuid"].oid
 
@@ -265,7 +266,11 @@ _CREATE_MISSING = _CreateAccess.by(of_product=_MISSING_OF_PRODUCT, of_mixture=_M
 # Without the conflict's columns a collision of the primary key would be swallowed too.
 _CREATE_IN_A_RACE = _CreateAccess.by(conflict="ON CONFLICT (user_id, interview_id) DO NOTHING")
 _MANY = 1_000
-"""Grants, for which a savepoint and a look at what stands cost less than they save."""
+"""Grants, or ids, for which a savepoint, a look at what stands and a plan of their own cost less
+than they save."""
+
+_TOGETHER = 10_000
+"""Ids of which something is made at once: of a million it would take a hundred MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,11 +384,11 @@ class PostgresTransaction(InterviewTransactionInterface):
         """Execute a statement that sets the limits in time, the first one where that can be."""
         limits = {name: f"{seconds}s" for name, seconds in asdict(self._limits).items()}
         parameters = {**limits, "lock": f"{lock}s", **others}
-        lost_before, self._begun = not self._begun, True
+        is_first, self._begun = not self._begun, True
         try:
             return self._connection.exec_driver_sql(statement, parameters)
         except DBAPIError as error:
-            if not (lost_before and error.connection_invalidated):
+            if not (is_first and error.connection_invalidated):
                 raise
             self._connection.rollback()  # the pool's connection was lost since its last use
             return self._connection.exec_driver_sql(statement, parameters)
@@ -585,6 +590,8 @@ class PostgresTransaction(InterviewTransactionInterface):
             except IntegrityError as error:
                 if getattr(error.orig, "sqlstate", None) != _NOT_UNIQUE:
                     raise
+            except _RowsKeptOutError:
+                pass  # they are counted one by one
         return self._create_by(_CREATE_IN_A_RACE, chunk)
 
     def _create_by(self, create: _CreateAccess, chunk: _Chunk) -> Iterable[tuple[int, int]]:
@@ -592,10 +599,7 @@ class PostgresTransaction(InterviewTransactionInterface):
             statement = create.mixture if isinstance(chunk, _Mixture) else create.product
             made = self._execute(statement, chunk.parameters).rowcount
             if made != chunk.size:
-                raise StorageError(
-                    f"{chunk.size} grants were inserted, but {made} rows came of it: expected a "
-                    "table without triggers or rules that keep rows out"
-                )
+                raise _RowsKeptOutError
             return chunk.counts.items()
         if isinstance(chunk, _Mixture):
             rows = self._execute(create.mixture_by_order, chunk.parameters)
@@ -679,6 +683,10 @@ class PostgresTransaction(InterviewTransactionInterface):
         self._execute(
             update(GrantAccessRequest).where(GrantAccessRequest.look_at > now).values(look_at=now)
         )
+
+
+class _RowsKeptOutError(Exception):
+    """Fewer rows were made than grants inserted: a trigger of the table's keeps some out."""
 
 
 @contextmanager
@@ -830,9 +838,9 @@ class _UuidArray:
         head = struct.pack("!iiIii", dimensions, nulls, _UUID_OID, len(interview_ids), first)
         length = f"{16:08x}"  # in bytes, before each of them
         slices = (
-            length.join(["", *interview_ids[at : at + _MANY]]).replace("-", "")
-            for at in range(0, len(interview_ids), _MANY)
-        )  # for what is made of a million at once takes a hundred MB
+            length.join(["", *interview_ids[at : at + _TOGETHER]]).replace("-", "")
+            for at in range(0, len(interview_ids), _TOGETHER)
+        )
         return cls(b"".join([head, *map(bytes.fromhex, slices)]))
 
 

@@ -7,11 +7,13 @@ about grants, and knows of the database only whether its trouble passes.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Timer
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 from celery import Task, states
@@ -56,6 +58,7 @@ from tasks.ledger import Outcome, error_of, failure, result_of
 logger = get_task_logger(__name__)
 
 _PROGRESS_SECONDS = 0.5
+_TOLD_AFTER_SECONDS = 0.25  # of the jobs of a batch, that they have begun
 
 Args = Sequence[object]
 Kwargs = Mapping[str, object]
@@ -155,11 +158,12 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             self.backend.store_result(job_id, result, states.SUCCESS, request=self.request)
         return result
 
-    def run_together(self, calls: Sequence[Call]) -> tuple[list[End | None], float]:
-        """Do deliveries of several jobs, each tried for the first time, in one transaction.
+    def run_together(self, calls: Sequence[Call], hostname: str) -> tuple[list[End | None], float]:
+        """Do deliveries of jobs, each tried for the first time, in one transaction.
 
         Args:
             calls: Their ids and arguments.
+            hostname: The worker's name, for pollers of those that have not ended soon.
 
         Returns:
             How each ended, in step: its result or its failure, both of them stored, or that it asks
@@ -167,6 +171,11 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             And the seconds that all of it took.
         """
         started = time.monotonic()
+        where = {"pid": os.getpid(), "hostname": hostname}
+        job_ids = [call.job_id for call in calls]
+        teller = Timer(_TOLD_AFTER_SECONDS, self.backend.store_started, (job_ids,), where)
+        teller.daemon = True  # where Redis is away, nobody waits for it
+        teller.start()
         try:
             jobs = [self.read(*call) for call in calls]
             outcomes = self.settle(jobs, singly=False)
@@ -175,7 +184,14 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         except Exception as error:  # noqa: BLE001 - one job's, most likely, and told where it is run
             logger.warning("%d jobs are done one by one: %s", len(calls), type(error).__name__)
             return [None] * len(calls), time.monotonic() - started
-        ends = [self._end(outcome) for outcome in outcomes]
+        finally:
+            teller.cancel()
+        ends = [self._end(outcome, alone=len(calls) == 1) for outcome in outcomes]
+        again = [at for at, end in enumerate(ends) if isinstance(end, Retry)]
+        if again:
+            first, more = calls[again[0]].job_id, len(again) - 1
+            others = f" and {more} others" if more else ""
+            logger.warning("job %s%s: try 1 failed: %s", first, others, outcomes[again[0]].trouble)
         answers = {
             call.job_id: end
             for call, end in zip(calls, ends, strict=True)
@@ -193,13 +209,14 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
                 ends[at] = None
         return ends, seconds
 
-    def _end(self, outcome: Outcome) -> End | None:
-        """How a job ended among others, if it can be told from its outcome alone."""
+    def _end(self, outcome: Outcome, *, alone: bool) -> End | None:
+        """How a job of a batch ended, if it can be told from its outcome alone."""
         if outcome.answer is None:
-            hopeless = isinstance(outcome.trouble, TransientStorageError) and (
-                outcome.trouble.unreachable
-            )
-            return Retry(exc=outcome.trouble, when=self._delay(0)) if hopeless else None
+            trouble = outcome.trouble
+            passes = isinstance(trouble, TransientStorageError) and (alone or trouble.unreachable)
+            if not passes or self.workplace.retry_limit < 1:
+                return None
+            return Retry(exc=trouble, when=self._delay(0))
         if outcome.refusal:
             return None
         try:

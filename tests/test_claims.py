@@ -472,7 +472,7 @@ def take(
     by: str = "ann",
     receipt: int = 1,
     alone_after: int = NEVER_ALONE,
-    **limits: int,
+    **limits: Any,
 ) -> list[Claim]:
     """What a worker that has a lease claims."""
     limits = {"room": 100, "size": 1_000} | limits
@@ -651,7 +651,9 @@ ASIDE = "jobs\x06\x169"
 LARGE_LAST = (JOBS, ASIDE)
 
 
-def take_small(protocol: Claims, receipt: int, *, large_room: int) -> tuple[list[bytes], bool]:
+def take_small(
+    protocol: Claims, receipt: int, *, large_room: int, look_aside: bool = True
+) -> tuple[list[bytes], bool]:
     """What messages a worker gets to whom those of more than 4 bytes are large; do more wait?"""
     got = protocol.claim(
         "ann",
@@ -662,6 +664,7 @@ def take_small(protocol: Claims, receipt: int, *, large_room: int) -> tuple[list
         alone_after=NEVER_ALONE,
         small=4,
         large_room=large_room,
+        look_aside=look_aside,
     )
     assert got is not None
     return [claim.message for claim in got.claims], got.large_wait
@@ -694,10 +697,11 @@ def test_small_ones_of_the_lowest_priority_come_last(redis: Redis, protocol: Cla
 
 
 def test_what_stands_aside_is_not_looked_at(redis: Redis, protocol: Claims) -> None:
-    """With less than no room only the other lists are looked at; that more wait is told."""
+    """Where it is not to, only the other lists are looked at; that more wait is told."""
     redis.lpush(ASIDE, "large 1", "z")
     redis.lpush(JOBS, "a", "large 2", "b")
-    assert take_small(protocol, 1, large_room=-1) == ([b"a", b"b"], True)
+    got = take_small(protocol, 1, large_room=0, look_aside=False)
+    assert got == ([b"a", b"b"], True)
     assert redis.lrange(ASIDE, 0, -1) == [b"large 2", b"z", b"large 1"]
 
 

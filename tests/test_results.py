@@ -147,3 +147,40 @@ def test_answer_that_cannot_be_stored_sends_the_job_back(tmp_path: Path) -> None
 def test_state_that_cannot_be_stored_stops_nothing(tmp_path: Path) -> None:
     """With the results' Redis away, that a job runs is not told, and it runs."""
     results_at(f"redis+socket://{tmp_path}/none").store_result(str(uuid4()), {}, states.STARTED)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_answers_of_several_jobs_are_stored_together(
+    redis: Redis, results: JobResults, forgotten: bool
+) -> None:
+    """Each takes the place of nothing, or of where its job was, also on a server begun anew."""
+    new, told = str(uuid4()), str(uuid4())
+    results.store_started([told], pid=1)
+    assert stored(redis, told) == ("STARTED", {"pid": 1})
+    if forgotten:
+        redis.script_flush()
+    failure = json.loads(results.encode(results.encode_result(MALFORMED, states.FAILURE)))
+    assert results.store_answers({new: SUCCESS, told: MALFORMED}) == {new, told}
+    assert stored(redis, new) == ("SUCCESS", SUCCESS)
+    assert stored(redis, told) == ("FAILURE", failure)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_that_a_job_runs_is_told_where_no_more_is_known(
+    redis: Redis, results: JobResults, forgotten: bool
+) -> None:
+    """A job that has its answer by then keeps it."""
+    running, done = str(uuid4()), str(uuid4())
+    results.store_answers({done: SUCCESS})
+    if forgotten:
+        redis.script_flush()
+    results.store_started([running, done], pid=1)
+    assert stored(redis, running) == ("STARTED", {"pid": 1})
+    assert stored(redis, done) == ("SUCCESS", SUCCESS)
+
+
+def test_answers_that_cannot_be_stored_are_none(tmp_path: Path) -> None:
+    """Where Redis is away no job is told as answered, and nothing is raised."""
+    away = results_at(f"redis+socket://{tmp_path}/none")
+    assert away.store_answers({str(uuid4()): SUCCESS}) == frozenset()
+    away.store_started([str(uuid4())])

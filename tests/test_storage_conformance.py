@@ -882,9 +882,11 @@ class TestPostgres:
             finish(storage, finished("a"))
         assert postgres.value("SELECT synchronous_commit FROM seen") == "on"
 
-    @pytest.mark.parametrize("locked_first", [True, False])
+    @pytest.mark.parametrize(
+        ("waits", "lock_timeout"), [(None, "20000"), (True, "20000"), (False, "1000")]
+    )
     def test_bounds_hold_whatever_comes_first(
-        self, postgres: PostgresStore, locked_first: bool
+        self, postgres: PostgresStore, waits: bool | None, lock_timeout: str
     ) -> None:
         """A transaction has its bounds in time from its first statement on, whichever that is."""
         postgres.execute("CREATE TABLE seen (name text, setting text)")
@@ -893,20 +895,24 @@ class TestPostgres:
             " INSERT INTO seen SELECT name, setting FROM pg_settings; RETURN NULL; END $$"
         )
         postgres.execute(
-            "CREATE TRIGGER look AFTER UPDATE ON grant_access_job"
+            "CREATE TRIGGER look AFTER INSERT ON grant_access_job"
             " FOR EACH STATEMENT EXECUTE FUNCTION look()"
         )
         with postgres.storage.transaction() as transaction:
-            if locked_first:
-                transaction.lock_jobs(["a"], wait=True)
+            if waits is not None:
+                transaction.lock_jobs(["a"], wait=waits)
             transaction.open_jobs([ledger_entry("a")])
             transaction.finish_jobs([finished("a")])
         assert {
             name: postgres.value("SELECT setting FROM seen WHERE name = :name", name=name)
-            for name in ("lock_timeout", "statement_timeout", "client_connection_check_interval")
+            for name in (
+                *("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"),
+                "client_connection_check_interval",
+            )
         } == {
-            "lock_timeout": "20000",
+            "lock_timeout": lock_timeout,
             "statement_timeout": "120000",
+            "idle_in_transaction_session_timeout": "60000",
             "client_connection_check_interval": "1000",
         }
 
@@ -926,7 +932,7 @@ class TestPostgres:
                 assert plans.scalars().all() == []
 
     def test_table_that_keeps_rows_out(self, postgres: PostgresStore) -> None:
-        """Where a trigger swallows some of many rows the job fails, and is not counted wrong."""
+        """Where a trigger swallows some of many rows, those are counted that were made."""
         ids = postgres.add_interviews(1_000)
         postgres.execute(
             "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -936,9 +942,8 @@ class TestPostgres:
             "CREATE TRIGGER swallow BEFORE INSERT ON interview_userinterviewaccess"
             " FOR EACH ROW EXECUTE FUNCTION swallow()"
         )
-        with pytest.raises(StorageError, match="keep rows out"):
-            make_grants(postgres.storage, "ann", *ids)
-        assert postgres.granted("ann") == []
+        assert make_grants(postgres.storage, "ann", *ids) == 999
+        assert postgres.granted("ann") == ids[1:]
 
     def test_lock_timeout(self, postgres: PostgresStore) -> None:
         """A wait for a lock ends at its limit, as transient."""

@@ -152,7 +152,7 @@ return {alive, redis.call('ZRANGEBYSCORE', leases, '-inf', time, 'WITHSCORES')}
 _CLAIM = """
 local incarnation, room, bytes, alone = arguments[1], arguments[2], arguments[3], arguments[4]
 local small, large_room = arguments[5] + 0, arguments[6] + 0
-local queues, receipt = arguments[7], arguments[8]
+local queues, look_aside, receipt = arguments[7], arguments[8] == '1', arguments[9]
 if not redis.call('ZSCORE', leases, incarnation) then return false end
 local claimed, done, first_aside = {0}, false, #KEYS - queues + 1
 
@@ -182,12 +182,12 @@ local function take(list, message)
 end
 
 for index = first_aside, #KEYS do
-    local message = not done and large_room > 0 and next_of(KEYS[index])
+    local message = look_aside and not done and large_room > 0 and next_of(KEYS[index])
     if message and #message > small then take(KEYS[index], message) end
 end
 for index = 2, #KEYS do
     local list, aside = KEYS[index], first_aside + (index - 2) % queues
-    while not done and (index < first_aside or large_room >= 0) do
+    while not done and (look_aside or index < first_aside) do
         local message = next_of(list)
         if not message then break end
         if #message <= small then
@@ -427,6 +427,7 @@ class Claims:
         small: int = _ANY_SIZE,
         large_room: int = 1,
         asides: int = 1,
+        look_aside: bool = True,
     ) -> Claimed | None:
         """Take messages off queues into a worker's claims.
 
@@ -442,17 +443,18 @@ class Claims:
             small: Bytes of a message up to which it may come with others; a larger one is claimed
                 by itself.
             large_room: Large messages at most. Where there is none, those that are met are put
-                aside, so that small ones pass them; with room, what stands aside comes first. Less
-                than none: what stands aside is not looked at either.
+                aside, so that small ones pass them; with room, what stands aside comes first.
             asides: How many queues there are: the last list of each is where its large ones stand
                 aside.
+            look_aside: Whether to look at these lists at all.
 
         Returns:
             The claims, or None where the lease is lost.
         """
         reply = self._run(
             self._claim,
-            *(incarnation, room, size, alone_after, small, large_room, asides, receipt),
+            *(incarnation, room, size, alone_after, small, large_room, asides),
+            *(int(look_aside), receipt),
             queues=tuple(queues),
         )
         if reply is None:

@@ -12,7 +12,8 @@ ones are done sooner than that could be said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from celery import current_app
 from celery.exceptions import TaskRevokedError
 from celery.utils.log import get_logger
 from interview_access.errors import InterviewAccessError
-from kombu.asynchronous import get_event_loop
 from kombu.serialization import loads, prepare_accept_content
 
 from tasks.celery_tasks import Call, End
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from worker.delivery import JobRequest
 
 logger = get_logger(__name__)
-
-_TOLD_AFTER_SECONDS = 0.25  # of a batch's jobs, that they have begun
 
 Content = tuple[str, Any, str | None, str | None]
 """A job's id, and its message's body, content type and encoding."""
@@ -64,6 +62,12 @@ class Batch:
         Raises:
             TaskRevokedError: there are none; by this Celery learns that no child was needed.
         """
+        with self._let_go_of_in_any_case():
+            self._execute_using_pool(pool)
+            return
+        raise TaskRevokedError
+
+    def _execute_using_pool(self, pool: Any) -> None:
         first = self._requests[0]
         held = first.lease.start(*self.receipts)
         for request in self._requests:
@@ -74,7 +78,11 @@ class Batch:
             raise TaskRevokedError
         result = pool.apply_async(
             run_together,
-            args=(first.task.name, [request.content for request in self._requests]),
+            args=(
+                first.task.name,
+                [request.content for request in self._requests],
+                first.hostname,
+            ),
             accept_callback=self.on_accepted,
             callback=self.on_success,
             error_callback=self.on_failure,
@@ -83,23 +91,20 @@ class Batch:
             correlation_id=first.id,
         )
         for request in self._requests:
-            request._apply_result = ref(result)  # noqa: SLF001 - by which Celery ends its child
+            # By which Celery ends its child; not every pool has one.
+            request._apply_result = result and ref(result)  # noqa: SLF001
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A child has them."""
         for request in self._requests:
             request.on_accepted(pid, time_accepted)
-        get_event_loop().call_later(_TOLD_AFTER_SECONDS, self._tell_that_they_run, pid)
-
-    def _tell_that_they_run(self, pid: int) -> None:
-        job_ids = [str(request.id) for request in self._requests if not request.acknowledged]
-        if job_ids:
-            first = self._requests[0]
-            first.task.backend.store_started(job_ids, pid=pid, hostname=first.hostname)
 
     def on_success(self, told: tuple[Sequence[End | None], float]) -> None:
         """A child is through with them, one way or another."""
-        ends, seconds = told
+        with self._let_go_of_in_any_case():
+            self._on_success(*told)
+
+    def _on_success(self, ends: Sequence[End | None], seconds: float) -> None:
         ours = [
             (request, end)
             for request, end in zip(self._requests, ends, strict=True)
@@ -119,13 +124,26 @@ class Batch:
 
     def on_failure(self, exc_info: Any) -> None:
         """Their child is gone, or said that it could not."""
-        if len(self._requests) == 1:
-            self._requests[0].on_failure(exc_info)
-            return
         left = [request for request in self._requests if not request.acknowledged]
+        if len(self._requests) == 1:
+            for request in left:
+                request.on_failure(exc_info)
+            return
         logger.warning("%d jobs are done one by one: %r", len(left), exc_info.exception)
         for request in left:
             self._begin(request)
+
+    @contextmanager
+    def _let_go_of_in_any_case(self) -> Iterator[None]:
+        """Celery ends the worker for what is raised here, or drops it with the messages held."""
+        try:
+            yield
+        except TaskRevokedError:
+            raise
+        except Exception:
+            logger.exception("%d jobs go back", len(self._requests))
+            for request in self._requests:
+                request.let_go()
 
     def reject(self, requeue: bool = False) -> None:
         """All of them, back to their queue in their order, or to the dead letters."""
@@ -143,8 +161,11 @@ def divided(
         children: How many are free. Jobs that can be done together are shared out among them.
         begin: See :class:`Batch`.
     """
-    pieces: list[Batch | JobRequest] = [one for one in requests if not one.is_plain]
-    plain = sorted((one for one in requests if one.is_plain), key=_task)
+    pieces: list[Batch | JobRequest] = []
+    plain: list[JobRequest] = []
+    for one in requests:  # asked once: it may be past its time a moment later
+        (plain if one.is_plain else pieces).append(one)
+    plain.sort(key=_task)
     for _, group in groupby(plain, key=_task):
         jobs = list(group)
         size = ceil(len(jobs) / max(children - len(pieces), 1))
@@ -157,8 +178,10 @@ def _task(request: JobRequest) -> str:
     return str(request.task.name)
 
 
-def run_together(task: str, contents: Sequence[Content]) -> tuple[list[End | None], float]:
-    """Do jobs of one task, in the child.
+def run_together(
+    task: str, contents: Sequence[Content], hostname: str
+) -> tuple[list[End | None], float]:
+    """Do jobs of one task, in the child of the worker of that name.
 
     Returns:
         How each ended, in step, None for those to be run by themselves; and the seconds it took.
@@ -168,5 +191,5 @@ def run_together(task: str, contents: Sequence[Content]) -> tuple[list[End | Non
     for job_id, body, content_type, encoding in contents:
         args, kwargs, _ = loads(body, content_type, encoding, accept=accept)
         calls.append(Call(job_id, args, kwargs))
-    ends, seconds = current_app.tasks[task].run_together(calls)
+    ends, seconds = current_app.tasks[task].run_together(calls, hostname)
     return ends, seconds

@@ -238,9 +238,13 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             raise
         except Exception:
             logger.exception("job %s: goes back", self.id)
-            if not self.acknowledged:
-                self.lease.defer(self.receipt, _AGAIN_SECONDS, in_order=False)
-                self.settled()
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Whatever went wrong with it here, it comes again."""
+        if not self.acknowledged:
+            self.lease.defer(self.receipt, _AGAIN_SECONDS, in_order=False)
+            self.settled()
 
     def on_end(self, end: End, seconds: float) -> None:
         """It was done among others, and so was its acknowledgement where it is done with."""

@@ -156,6 +156,7 @@ class Lease:
                 room = 1
             elif self.batch_size > 1 and not self._mixed:
                 room = self.batch_size
+            look_aside = self._is_time_to_look_aside(children)
             first, self._next_number = self._next_number, self._next_number + room
             claimed = self._claims.claim(
                 self._incarnation,
@@ -165,8 +166,9 @@ class Lease:
                 size=_CLAIM_BYTES,
                 alone_after=self.attempt_limit - 1,
                 small=_SMALL_BYTES,
-                large_room=self._large_room_now(children),
+                large_room=self._large_room(children),
                 asides=asides,
+                look_aside=look_aside,
             )
             if claimed is None:
                 return None
@@ -178,17 +180,17 @@ class Lease:
         held = list(self._held.values())
         return max(children - 1, 1) - sum(map(_is_large, held))
 
-    def _large_room_now(self, children: int) -> int:
-        """The same for a claim; less than none where it is not to look at what stands aside.
+    def _is_time_to_look_aside(self, children: int) -> bool:
+        """Whether to look at the large messages that stand aside; not again and again in vain.
 
-        To look at a message of 5 MB takes the server as long as all else of a claim.
+        To look at one of 5 MB takes the server as long as all else of a claim.
         """
-        room = max(self._large_room(children), 0)
         now = time.monotonic()
-        if room == 0 and self._large_wait and now < self._looked_aside + _LOOK_ASIDE_SECONDS:
-            return -1
+        in_vain = self._large_wait and self._large_room(children) <= 0
+        if in_vain and now < self._looked_aside + _LOOK_ASIDE_SECONDS:
+            return False
         self._looked_aside = now
-        return room
+        return True
 
     def may_claim_large(self, children: int) -> bool:
         """Whether a large message stands aside that one of so many children may be given now."""

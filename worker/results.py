@@ -15,7 +15,7 @@ from interview_access.errors import (
     JobFailedError,
     StorageUnavailableException,
 )
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from storage.interface import StorageError
 
@@ -109,17 +109,14 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         return frozenset(stored)
 
     def store_started(self, job_ids: Sequence[str], **where: object) -> None:
-        """Say that jobs run, unless more is known of them; a courtesy, from the main process."""
+        """Say that jobs run, unless more is known of them: a courtesy."""
         try:
             self._store_where_nothing_stands(dict.fromkeys(job_ids, (states.STARTED, where)))
         except RedisError as error:
             logger.warning("that %d jobs run is not told: %s", len(job_ids), error)
 
     def _store_where_nothing_stands(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
-        """Store states and their results by job, in one round trip, and name those that were.
-
-        A server that does not know the script yet stores none of them.
-        """
+        """Store states and their results by job, in one round trip, and name those that were."""
         told: dict[str, dict[str, Any]] = {}  # what all of a state have in common
         script = self.client.register_script(_COMPARE_AND_SET).sha
         with self.client.pipeline(transaction=False) as pipeline:
@@ -130,7 +127,12 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
                 value = self.encode({**told[state], "result": encoded, "task_id": job_id})
                 key = self.get_key_for_task(job_id)
                 pipeline.evalsha(script, 1, key, "", value, self._seconds(state))
+            commands = pipeline.command_stack
             stored = pipeline.execute(raise_on_error=False)
+            if any(isinstance(one, NoScriptError) for one in stored):
+                self.client.script_load(_COMPARE_AND_SET)  # the server has been started anew
+                pipeline.command_stack = commands
+                stored = pipeline.execute(raise_on_error=False)
         return {job_id for job_id, done in zip(fresh, stored, strict=True) if done == 1}
 
     def _seconds(self, state: str) -> int:

@@ -21,7 +21,8 @@ acknowledged and given back by the scripts of :mod:`worker.claims`, under the le
 
 An idle worker is woken by the default priority of one queue at a time; at its other queues and
 priorities it looks once a second. So a message of another priority, or on one of several queues,
-waits for a second at most where nothing else goes on, for the price of a script a second.
+waits for a second at most where nothing else goes on, for the price of a script a second; one of
+the lowest priority for two while a large one stands aside.
 """
 
 from __future__ import annotations

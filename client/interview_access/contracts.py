@@ -52,7 +52,7 @@ _SHAPE = bytes(
     ord("h") if one in b"0123456789abcdef" else one if one in b"-\n" else ord("?")
     for one in range(256)
 )
-_TOGETHER = 10_000
+_TOGETHER = 10_000  # ids of which something is made at once
 _USER_ID_LENGTH = 36
 _USER_ID_RULE: LiteralString = "a string of 1 to 36 characters without NUL or lone surrogates"
 _JOB_ID_LENGTH = 255

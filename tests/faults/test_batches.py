@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
-from interview_access.contracts import GrantJob
+from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
 from interview_access.producer import InterviewAccessClient
 
 from tests.faults.books import Books, balance
@@ -50,6 +50,13 @@ def order(here: Site, users: Sequence[str], ids: list[str], **by_hand: list[str]
         client.close()
 
 
+def singly(here: Site, *args: object) -> str:
+    """Send a job that is in no batch, for it has a time limit to heed."""
+    options = {"queue": QUEUE, "time_limit": 500}
+    sent = here.producer.send_task(GRANT_ACCESS, args=args, task_id=str(uuid4()), **options)
+    return str(sent.id)
+
+
 def some(count: int) -> list[str]:
     """Users that no other test knows."""
     return [f"user-{number}-{uuid4().hex[:8]}" for number in range(count)]
@@ -81,7 +88,7 @@ class TestFromOutside:
     def test_results_and_events_are_as_those_of_one_alone(self, here: Site, ids: list[str]) -> None:
         """A job done with others is told to pollers and to Flower as one done alone is."""
         with events(here) as heard:
-            alone = here.send("ann", ids)
+            alone = singly(here, "ann", ids)
             here.answer(alone)
             sent = order(here, some(MANY), ids)
             balance(here, sent)
@@ -102,7 +109,7 @@ class TestFromOutside:
         """A job done with others has the lines of one done alone."""
         log, ids = tmp_path / "log", apart.store.add_interviews(10)
         with worker(apart, log):
-            alone = apart.send("ann", ids)
+            alone = singly(apart, "ann", ids)
             apart.answer(alone)
             sent = order(apart, some(MANY), ids)
             balance(apart, sent)
