@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from threading import Timer
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 from celery import Task, states
@@ -54,11 +54,11 @@ from storage.interface import InterviewStorageInterface, StorageError, Transient
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 from tasks.interview_attempts import InterviewAttemptInteractor, InterviewAttemptJob
 from tasks.ledger import Outcome, error_of, failure, result_of
+from tasks.teller import Teller
 
 logger = get_task_logger(__name__)
 
 _PROGRESS_SECONDS = 0.5
-_TOLD_AFTER_SECONDS = 0.25  # of the jobs of a batch, that they have begun
 
 Args = Sequence[object]
 Kwargs = Mapping[str, object]
@@ -171,21 +171,21 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
             And the seconds that all of it took.
         """
         started = time.monotonic()
-        where = {"pid": os.getpid(), "hostname": hostname}
-        job_ids = [call.job_id for call in calls]
-        teller = Timer(_TOLD_AFTER_SECONDS, self.backend.store_started, (job_ids,), where)
-        teller.daemon = True  # where Redis is away, nobody waits for it
-        teller.start()
+        tell_that_they_run = partial(
+            self.backend.store_started,
+            [call.job_id for call in calls],
+            pid=os.getpid(),
+            hostname=hostname,
+        )
         try:
-            jobs = [self.read(*call) for call in calls]
-            outcomes = self.settle(jobs, singly=False)
+            with _teller().told(tell_that_they_run):
+                jobs = [self.read(*call) for call in calls]
+                outcomes = self.settle(jobs, singly=False)
         except MemoryError:
             raise  # it passes, in another child
         except Exception as error:  # noqa: BLE001 - one job's, most likely, and told where it is run
             logger.warning("%d jobs are done one by one: %s", len(calls), type(error).__name__)
             return [None] * len(calls), time.monotonic() - started
-        finally:
-            teller.cancel()
         ends = [self._end(outcome, alone=len(calls) == 1) for outcome in outcomes]
         again = [at for at, end in enumerate(ends) if isinstance(end, Retry)]
         if again:
@@ -390,6 +390,12 @@ def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewA
     digest = request_digest(CREATE_INTERVIEW_ATTEMPT, request.user_id, [request.interview_id])
     entry = JobDTO(job_id, CREATE_INTERVIEW_ATTEMPT, request.user_id, digest)
     return InterviewAttemptJob(entry, request.user_id, request.interview_id)
+
+
+@lru_cache(maxsize=1)
+def _teller() -> Teller:
+    """This child's: only there a batch is done."""
+    return Teller()
 
 
 class _Progress:
