@@ -319,9 +319,9 @@ class GrantAccessTask(JobTask):
         return grant_access_job(job_id, args, kwargs, max_interview_ids=limit)
 
     def settle(self, jobs: Sequence[GrantAccessJob], *, singly: bool = True) -> list[Outcome]:
-        """Have the grants made; a job that is not in a batch tells its progress."""
+        """Have the grants made; one job alone tells its progress."""
         interactor = GrantAccessInteractor(self.workplace.storage())
-        on_chunk = _Progress(self) if singly else None
+        on_chunk = _Progress(self, jobs[0].entry.job_id) if len(jobs) == 1 else None
         return interactor.grant_access(jobs, on_chunk, singly=singly)
 
 
@@ -401,8 +401,9 @@ def _teller() -> Teller:
 class _Progress:
     """Tells a running job's progress as its state, at most twice a second."""
 
-    def __init__(self, task: JobTask) -> None:
+    def __init__(self, task: JobTask, job_id: str) -> None:
         self._task = task
+        self._job_id = job_id
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -411,7 +412,7 @@ class _Progress:
             return
         self._next = now + _PROGRESS_SECONDS
         meta = JobProgress(done=done, total=total).model_dump()
-        self._task.update_state(state=PROGRESS, meta=meta)
+        self._task.update_state(self._job_id, PROGRESS, meta)
 
 
 def _unreadable(job_id: str, task: str, args: Args, kwargs: Kwargs) -> JobDTO:
