@@ -505,6 +505,8 @@ class InterviewAttemptResult(_Result):
 class JobProgress(BaseModel):
     """How far a running job of several chunks is: grants done, of the total it was asked for."""
 
+    model_config = ConfigDict(defer_build=True)  # the first who needs it builds it
+
     done: int
     total: int
 
@@ -517,6 +519,8 @@ class JobFailure(BaseModel):
         sentence: For people.
         details: For programs.
     """
+
+    model_config = ConfigDict(defer_build=True)  # the first who needs it builds it
 
     type: str
     sentence: str
@@ -555,6 +559,8 @@ class JobStatus(BaseModel):
         malformed_interview_ids: All that are no UUID, likewise.
     """
 
+    model_config = ConfigDict(defer_build=True)  # the first who needs it builds it
+
     job_id: str
     state: JobState
     task: str | None = None
@@ -589,6 +595,8 @@ class Announcement(BaseModel):
     Attributes:
         digest: Of the request, where the writer knows it: :func:`request_digest`.
     """
+
+    model_config = ConfigDict(defer_build=True)  # the first who needs it builds it
 
     task: str
     digest: str | None = None
