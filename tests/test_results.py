@@ -163,6 +163,8 @@ def test_answers_of_several_jobs_are_stored_together(
     assert results.store_answers({new: SUCCESS, told: MALFORMED}) == {new, told}
     assert stored(redis, new) == ("SUCCESS", SUCCESS)
     assert stored(redis, told) == ("FAILURE", failure)
+    metas: list[Any] = [redis.get(f"celery-task-meta-{job_id}") for job_id in (new, told)]
+    assert [json.loads(meta)["children"] for meta in metas] == [[], []]
 
 
 @pytest.mark.parametrize("forgotten", [True, False])

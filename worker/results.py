@@ -100,7 +100,8 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             stored = self._store_where_nothing_stands(fresh)
             for job_id in fresh.keys() - stored:
                 state, answer = fresh[job_id]
-                self._store_result(job_id, self.encode_result(answer, state), state)
+                result = self.encode_result(answer, state)
+                self._store_result(job_id, result, state, request=Context())
                 stored.add(job_id)
         except (BackendStoreError, RedisError) as error:
             logger.warning(
