@@ -123,7 +123,7 @@ _HOLDERS = """
 """
 _END_JOB_HOLDERS = _OF_JOBS.format(columns="count(pg_terminate_backend(pid))", others=_HOLDERS)
 
-# Rows come as JSON: of one short row it costs psycopg a tenth of what eight arrays do.
+# Rows come as JSON: psycopg looks at each array, eight of them, for longer than a short row takes.
 _OPEN_JOBS = """
     INSERT INTO grant_access_job (job_id, task, state, user_id, request_digest)
     SELECT job_id, task, 'open', user_id, request_digest
@@ -371,7 +371,7 @@ class PostgresTransaction(InterviewTransactionInterface):
     def _execute(
         self, statement: str | Executable, parameters: Any = None
     ) -> CursorResult[*tuple[Any, ...]]:
-        """Execute a statement; one in words goes to the driver as it is, at half the cost."""
+        """Execute a statement; one in words goes to the driver as it is, without being compiled."""
         if not self._begun:
             self._begin(_LIMITS, lock=self._limits.lock)
         if isinstance(statement, str):
@@ -826,8 +826,9 @@ def _in_lock_order(orders: Sequence[AccessOrderDTO]) -> tuple[list[int], list[st
 class _UuidArray:
     """Canonical ids as PostgreSQL reads an array of UUIDs that is sent in binary.
 
-    Of 100,000 it makes a tenth of the work that a literal is, and psycopg's own array of objects a
-    third more than that: https://www.postgresql.org/docs/current/protocol-overview.html
+    To read many of them out of text takes the server longer than to find their rows does, and
+    psycopg's own array makes an object of each. The format is that of array_recv, in PostgreSQL's
+    src/backend/utils/adt/arrayfuncs.c.
     """
 
     content: bytes
