@@ -36,6 +36,22 @@ Content = tuple[str, Any, str | None, str | None]
 """A job's id, and its message's body, content type and encoding."""
 
 
+@contextmanager
+def let_go_in_any_case(requests: Sequence[JobRequest]) -> Iterator[None]:
+    """Have jobs come again for which the block fails.
+
+    Celery logs or drops what is raised, or ends the worker for it; their messages would be held.
+    """
+    try:
+        yield
+    except TaskRevokedError:
+        raise
+    except Exception:
+        logger.exception("jobs go back: %s", ", ".join(str(request.id) for request in requests))
+        for request in requests:
+            request.let_go()
+
+
 class Batch:
     """Small jobs of one task, which Celery's worker takes as it takes a request."""
 
@@ -62,7 +78,7 @@ class Batch:
         Raises:
             TaskRevokedError: there are none; by this Celery learns that no child was needed.
         """
-        with self._let_go_of_in_any_case():
+        with let_go_in_any_case(self._requests):
             self._execute_using_pool(pool)
             return
         raise TaskRevokedError
@@ -101,7 +117,7 @@ class Batch:
 
     def on_success(self, told: tuple[Sequence[End | None], float]) -> None:
         """A child is through with them, one way or another."""
-        with self._let_go_of_in_any_case():
+        with let_go_in_any_case(self._requests):
             self._on_success(*told)
 
     def _on_success(self, ends: Sequence[End | None], seconds: float) -> None:
@@ -132,18 +148,6 @@ class Batch:
         logger.warning("%d jobs are done one by one: %r", len(left), exc_info.exception)
         for request in left:
             self._begin(request)
-
-    @contextmanager
-    def _let_go_of_in_any_case(self) -> Iterator[None]:
-        """Celery ends the worker for what is raised here, or drops it with the messages held."""
-        try:
-            yield
-        except TaskRevokedError:
-            raise
-        except Exception:
-            logger.exception("%d jobs go back", len(self._requests))
-            for request in self._requests:
-                request.let_go()
 
     def reject(self, requeue: bool = False) -> None:
         """All of them, back to their queue in their order, or to the dead letters."""

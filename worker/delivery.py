@@ -9,8 +9,7 @@ settle it as failed, which the ledger allows only where there is no answer yet.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
@@ -35,7 +34,7 @@ from redis.exceptions import RedisError
 from storage.interface import StorageError, TransientStorageError
 from tasks.celery_tasks import End, shown
 from tasks.ledger import failure
-from worker.coalescing import divided
+from worker.coalescing import divided, let_go_in_any_case
 from worker.lease import Lease
 from worker.transport import lease_of_this_process
 
@@ -156,7 +155,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def execute_using_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's own: it asks :meth:`revoked`, and hands the job to a child."""
         self._is_due = True
-        with self._let_go_of_in_any_case():
+        with let_go_in_any_case([self]):
             return self._celerys_execute_using_pool(*args, **kwargs)
         raise TaskRevokedError(self.id)  # by which Celery learns that no child was needed
 
@@ -220,7 +219,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
     def on_success(self, failed__retval__runtime: Any, **kwargs: Any) -> None:
         """Celery's own; the database can be reached."""
         failed, told, _ = failed__retval__runtime
-        with self._let_go_of_in_any_case():
+        with let_go_in_any_case([self]):
             if failed or told is not None:
                 if not failed:
                     self.lease.no_trouble()
@@ -228,17 +227,6 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
             else:
                 # A success that tells nothing is none: Celery could not even begin.
                 self._give_up(JobFailedError("It cannot be run: its body makes no call."))
-
-    @contextmanager
-    def _let_go_of_in_any_case(self) -> Iterator[None]:
-        """Celery logs or drops what is raised here, and the message would be held for ever."""
-        try:
-            yield
-        except TaskRevokedError:
-            raise
-        except Exception:
-            logger.exception("job %s: goes back", self.id)
-            self.let_go()
 
     def let_go(self) -> None:
         """Whatever went wrong with it here, it comes again."""
@@ -248,7 +236,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
 
     def on_end(self, end: End, seconds: float) -> None:
         """It was done among others, and so was its acknowledgement where it is done with."""
-        with self._let_go_of_in_any_case():
+        with let_go_in_any_case([self]):
             match end:
                 case Retry():
                     self._on_retry(end)
@@ -273,7 +261,7 @@ class JobRequest(Request):  # type: ignore[misc] # Celery ships no types
         self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False
     ) -> None:
         """The child failed the job as the ledger says, or said what to do, or is gone."""
-        with self._let_go_of_in_any_case():
+        with let_go_in_any_case([self]):
             self._on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _on_failure(self, exc_info: Any, *, send_failed_event: bool, return_ok: bool) -> None:
