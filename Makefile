@@ -6,7 +6,7 @@ LOCKS := requirements.lock requirements-dev.lock
 PYTEST_WORKERS ?= 6
 BENCH ?=
 
-.PHONY: help demo up test bench chaos soak check format contract lock clean
+.PHONY: help demo up test bench chaos fuzz soak check format contract lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
@@ -28,8 +28,11 @@ bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery, other 
 		&& $(BIN)/python -m benchmarks.page benchmarks/results.json docs/figures/results.md; }
 
 chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
-	@$(BIN)/python -m pytest -q tests/faults/slow_*.py
+	@$(BIN)/python -m pytest -q $(filter-out %/slow_fuzz.py,$(wildcard tests/faults/slow_*.py))
 	@$(BIN)/python -m tests.faults.chaos $(CHAOS)
+
+fuzz: .venv/ready ## 200,000 messages of every kind; FUZZ_SEED=2 is another run (half an hour)
+	@$(BIN)/python -m pytest -q -s tests/faults/slow_fuzz.py
 
 soak: .venv/ready ## 100,000 jobs out of one process: speed, memory and connections (minutes)
 	@$(BIN)/python -m pytest -q -s tests/slow_client.py

@@ -227,8 +227,8 @@ def _grant_in_process(storage: PostgresStorage, interviews: Sequence[str]) -> fl
     started = time.perf_counter()
     (outcome,) = GrantAccessInteractor(storage).grant_access([job])
     seconds = time.perf_counter() - started
-    if outcome.trouble is not None:
-        raise BenchmarkError("the database part was not done") from outcome.trouble
+    if outcome.error is not None:
+        raise BenchmarkError("the database part was not done") from outcome.error
     return seconds
 
 

@@ -23,7 +23,7 @@ from uuid import uuid4
 import psycopg
 from celery import Celery
 from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
-from interview_access.producer import InterviewAccessClient, redis_urls
+from interview_access.producer import InterviewAccessClient
 from psycopg import sql
 from redis import Redis
 from redis.client import PubSub
@@ -438,7 +438,10 @@ class Bench:
 
     def redis_url(self, number: int) -> str:
         """The URL of one of Redis's databases, as redis-py takes it."""
-        return redis_urls(self.broker(number), None)[0]
+        parts = urlsplit(self.servers.broker_url)
+        if parts.scheme == "redis+socket":
+            return f"unix://{parts.path}?db={number}"
+        return self.broker(number)
 
     def broker(self, number: int) -> str:
         """The same as Celery takes it."""

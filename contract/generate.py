@@ -15,6 +15,7 @@ from typing import Any
 from interview_access import errors
 from interview_access.contracts import (
     CANCEL_JOB,
+    CONTROL_QUEUE,
     CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
     GRANT_COHORT_ACCESS,
@@ -175,15 +176,23 @@ def _stored_result() -> Schema:
     }
     return {
         "title": "StoredResult",
-        "description": "What GET celery-task-meta-JOB_ID gives. Only SUCCESS and FAILURE are "
-        "final; with any other status, or with no value, the job waits or runs.",
+        "description": "What GET celery-task-meta-JOB_ID gives, and likewise the reply to a "
+        "control request. Only SUCCESS and FAILURE are final; with any other status, or with no "
+        "value, the job waits or runs.",
         **_object(
             {
                 "task_id": {**_JOB_ID, "description": "The job's id."},
                 "status": {"type": "string", "examples": [*results, "STARTED", "RETRY"]},
                 "result": {},
             },
-            {"traceback": {"type": ["string", "null"]}, "date_done": _TIME},
+            {
+                "traceback": {"type": ["string", "null"]},
+                "date_done": _TIME,
+                "queue": {
+                    "type": "string",
+                    "description": f"`{CONTROL_QUEUE}` in the reply to a control request.",
+                },
+            },
         ),
         "allOf": [
             {
@@ -233,7 +242,15 @@ def _envelope() -> Schema:
     )
     properties = {
         "type": "object",
-        "properties": {"body_encoding": {"enum": ["base64", None]}},
+        "properties": {
+            "body_encoding": {"enum": ["base64", None]},
+            "reply_to": {
+                "type": ["string", "null"],
+                "description": "Of a control request: `interview-access:reply:ID`, with the "
+                "request's own ID, has the reply stored there. With any other value, or none, it "
+                "is stored as a result under `celery-task-meta-ID`, unless the ID is a job's.",
+            },
+        },
         "description": "May be empty, and may not be missing.",
     }
     body = {
@@ -271,7 +288,7 @@ def _envelope() -> Schema:
 def _job_question() -> Schema:
     return {
         "title": "JobQuestion",
-        "description": f"The kwargs of {JOB_STATUS} and {CANCEL_JOB}, on the control queue.",
+        "description": f"The kwargs of the control requests {JOB_STATUS} and {CANCEL_JOB}.",
         **_object({"job_id": _JOB_ID}),
         "additionalProperties": False,
     }

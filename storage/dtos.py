@@ -130,9 +130,12 @@ class AccessRequestDTO:
     """A job that a service asked for in a transaction of its own.
 
     Attributes:
-        interview_ids: As given; it may hold what a text array can besides, such as None.
-        requested_at: Aware.
-        sent_at: When it was last put on the queue, aware; None before the first time.
+        interview_ids: As given; it may hold what a text array can besides, such as None or arrays.
+        requested_at: Aware, in the last hundred years: a service may have written any, which is
+            read as the nearest of these.
+        sent_at: When it was last put on the queue, likewise; None before the first time.
+        is_too_large: Whether the user ID and the interview IDs were too large to be read; they are
+            empty then.
     """
 
     job_id: str
@@ -140,3 +143,4 @@ class AccessRequestDTO:
     interview_ids: tuple[Any, ...]
     requested_at: datetime
     sent_at: datetime | None = None
+    is_too_large: bool = False

@@ -1,8 +1,8 @@
 """What the business may ask of the data, and what every store must then do.
 
 Each method's docstring is its obligation; each "must" has a test of its own that runs on
-PostgreSQL and on the reference model alike. Whatever a driver says leaves a store as one of the
-two errors here, and by their type it is decided what is tried again.
+PostgreSQL and on the reference model alike. Every error of a driver leaves a store as
+:class:`StorageError`, which is always retryable.
 """
 
 from __future__ import annotations
@@ -24,12 +24,29 @@ from storage.dtos import (
 ChunkDone = Callable[[int, int], None]
 """Called after each chunk with the grants looked at so far and in all."""
 
+MAX_REQUEST_BYTES = 32_000_000
+"""Memory that one request of the outbox may take up, about: 100 bytes for each interview ID."""
+
+_JOB_CLASSES = frozenset({"21", "22", "23", "40", "44", "54", "P0", "XX"})
+# The statement's own values and rows: cardinality, data, constraints, serialization and deadlocks,
+# CHECK OPTION, limits of size, errors that a trigger raises, one corrupt page or tuple.
+_JOB_CODES = frozenset(
+    {
+        *("55P03", "57014"),  # a lock not obtained in time; a statement that took too long
+        *("25P02", "25P03", "25P04"),  # a transaction that failed before, stalled, took too long
+        *("26000", "42P05"),  # a lost prepared statement; a new connection serves
+    }
+)
+
 
 class StorageError(Exception):
-    """The database refused, for a reason that trying again does not mend.
+    """The database did not do it. The transaction kept nothing, and can be retried.
+
+    No such error is a permanent result: it says nothing about the request, even where it comes
+    again with each attempt (a missing privilege, a connection option that libpq does not know).
 
     Attributes:
-        sqlstate: PostgreSQL's code, five characters, or None where no server answered.
+        sqlstate: PostgreSQL's code, five characters; None where no server replied.
     """
 
     def __init__(self, reason: str, sqlstate: str | None = None) -> None:
@@ -39,17 +56,33 @@ class StorageError(Exception):
     def __str__(self) -> str:
         return f"{self.args[0]} ({self.sqlstate})" if self.sqlstate else str(self.args[0])
 
+    @property
+    def is_outage(self) -> bool:
+        """Whether no other job would fare better now.
 
-class TransientStorageError(StorageError):
-    """The database could not do it now; the whole transaction can be tried again."""
+        It is, unless the code is known to concern the values, rows or locks of the one job:
+        unknown codes, errors without a code, and errors of the driver or the configuration are
+        outages. An outage that is taken for one job's error would fail job after job; the reverse
+        costs one pause.
+        """
+        code = self.sqlstate or ""
+        return code[:2] not in _JOB_CLASSES and code not in _JOB_CODES
+
+
+class JobBusyError(StorageError):
+    """Another live transaction holds the job's lock. Nothing failed; the job is retried later."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "55P03")
+
+
+class LedgerError(StorageError):
+    """The ledger's rows of a job are not as this code expects them: a defect, not an outage."""
 
     @property
-    def unreachable(self) -> bool:
-        """Whether no job would fare better: none answers, or it ends, is full or read-only."""
-        if self.sqlstate is None or self.sqlstate == "25006":
-            return True
-        # 57014 is one statement's: it took too long.
-        return self.sqlstate[:2] in {"08", "53", "57"} and self.sqlstate != "57014"
+    def is_outage(self) -> bool:
+        """False: it concerns the jobs named."""
+        return False
 
 
 class InterviewTransactionInterface(ABC):
@@ -62,9 +95,10 @@ class InterviewTransactionInterface(ABC):
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
         """Keep other transactions that lock their jobs away from these until the end of this one.
 
-        With ``wait``, must return all of the ids, after whoever holds one has ended, or was ended
-        for holding it long, frozen perhaps; without, must never wait for another lock, and must
-        return only the ids that it got. To hold no other lock while it waits is the caller's part.
+        Without ``wait``, must return the ids whose lock is free, and must never wait. With
+        ``wait``, must return all of the ids, or raise :class:`JobBusyError` where a live
+        transaction holds one for longer than a moment. A holder whose worker has stopped
+        responding must be ended; a live one must never be. The caller must hold no other lock.
         """
 
     @abstractmethod
@@ -120,28 +154,40 @@ class InterviewTransactionInterface(ABC):
 
         Must leave a grant that stands untouched and uncounted, also one that another transaction
         made after this one began. A grant that several orders ask for must be counted for the
-        first of them. Must fail as transient, adding nothing, where an interview does not exist.
+        first of them. Must raise :class:`StorageError` (23503), adding nothing, where an interview
+        does not exist.
         ``on_chunk`` must be called after each chunk with rising numbers, the last time with both
         equal, and not at all without grants.
         """
 
     @abstractmethod
     def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
-        """Add the attempts. Must fail as transient where an interview does not exist."""
+        """Add the attempts.
+
+        Must raise :class:`StorageError` (23503) where an interview does not exist.
+        """
 
     @abstractmethod
     def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
         """Write the answers of jobs that this transaction opened, with all ids they rejected.
 
-        Must raise :class:`StorageError` where one of them is not open in this transaction.
+        Must raise :class:`LedgerError` where one of them is not open in this transaction.
         """
 
     @abstractmethod
-    def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
-        """Requests that are to be looked at: never sent ones first, then by how long they waited.
+    def take_due_requests(
+        self, limit: int, *, page_bytes: int = MAX_REQUEST_BYTES
+    ) -> Sequence[AccessRequestDTO]:
+        """Requests that are due: never sent ones first, then by how long they have been due.
 
-        Must return no more than ``limit``, and none that another transaction has taken and is not
-        over; must never wait for one.
+        Must return no more than ``limit``, and none that another transaction has taken and has not
+        ended; must never wait for one. Must return every row that a service can have written,
+        whatever is in it.
+
+        Args:
+            limit: The number of requests.
+            page_bytes: Memory that they may take up together, about; one alone may take up
+                :data:`MAX_REQUEST_BYTES`. A larger one must be returned without its IDs.
         """
 
     @abstractmethod
@@ -166,8 +212,8 @@ class InterviewStorageInterface(ABC):
         """One transaction, for a with statement.
 
         At its end all of it must be kept, durably and visible to all at once; where the block
-        raises, none of it. Must raise :class:`StorageError`, keeping nothing, where a job that it
-        opened was not finished; must raise :class:`TransientStorageError` where it is not known
+        raises, none of it. Must raise :class:`LedgerError`, keeping nothing, where a job that it
+        opened was not finished; must raise :class:`StorageError` where it is not known
         to be kept (a connection lost inside COMMIT, say): the ledger then knows.
         """
 

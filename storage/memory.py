@@ -22,12 +22,16 @@ from storage.dtos import (
     UserInterviewAccessDTO,
 )
 from storage.interface import (
+    MAX_REQUEST_BYTES,
     ChunkDone,
     InterviewStorageInterface,
     InterviewTransactionInterface,
+    LedgerError,
     StorageError,
-    TransientStorageError,
 )
+
+_OLDEST = timedelta(days=36_525)
+"""How long ago a request can have been made."""
 
 
 @dataclass(slots=True)
@@ -60,7 +64,7 @@ class MemoryStorage(InterviewStorageInterface):
             transaction = MemoryTransaction(tables, self._chunk_size)
             yield transaction
             if transaction.open:
-                raise StorageError(f"{len(transaction.open)} jobs were opened and never finished")
+                raise LedgerError(f"{len(transaction.open)} jobs were opened and never finished")
             self._tables = tables
 
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
@@ -79,8 +83,10 @@ class MemoryStorage(InterviewStorageInterface):
     def add_request(self, request: AccessRequestDTO) -> None:
         """What a service does: ask for a job in a transaction of its own."""
         with self._one_at_a_time:
-            self._tables.requests[request.job_id] = request
-            self._tables.looks[request.job_id] = datetime.now(UTC)
+            now = datetime.now(UTC)
+            requested_at = max(min(request.requested_at, now), now - _OLDEST)
+            self._tables.requests[request.job_id] = replace(request, requested_at=requested_at)
+            self._tables.looks[request.job_id] = now
 
     def is_cancelled(self, job_id: str) -> bool:
         """See the interface."""
@@ -97,7 +103,7 @@ class MemoryStorage(InterviewStorageInterface):
             granted = {grant.interview_id for grant in self._tables.grants}
             attempted = {attempt.interview_id for attempt in self._tables.attempts.values()}
             if interview_id in granted | attempted:
-                raise TransientStorageError("the interview is still referred to", "23503")
+                raise StorageError("the interview is still referred to", "23503")
             self._tables.interviews.pop(interview_id, None)
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
@@ -182,18 +188,31 @@ class MemoryTransaction(InterviewTransactionInterface):
         """See the interface."""
         for job in jobs:
             if self.open.pop(job.job.job_id, None) is None:
-                raise StorageError(f"job {job.job.job_id} is not open in this transaction")
+                raise LedgerError(f"job {job.job.job_id} is not open in this transaction")
             self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
 
-    def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
+    def take_due_requests(
+        self, limit: int, *, page_bytes: int = MAX_REQUEST_BYTES
+    ) -> Sequence[AccessRequestDTO]:
         """See the interface."""
         now = datetime.now(UTC)
-        due = [
+        due = sorted(
             (self._tables.requests[job_id].sent_at is not None, at, job_id)
             for job_id, at in self._tables.looks.items()
             if at <= now
-        ]
-        return [self._tables.requests[job_id] for *_, job_id in sorted(due)[:limit]]
+        )
+        page: list[AccessRequestDTO] = []
+        for *_, job_id in due[:limit]:
+            request = self._tables.requests[job_id]
+            size = len(request.user_id) + sum(64 + len(str(one)) for one in request.interview_ids)
+            if size > MAX_REQUEST_BYTES:
+                page.append(replace(request, user_id="", interview_ids=(), is_too_large=True))
+                continue
+            page_bytes -= size
+            if page and page_bytes < 0:
+                break
+            page.append(request)
+        return page
 
     def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
@@ -215,4 +234,4 @@ class MemoryTransaction(InterviewTransactionInterface):
     def _must_exist(self, interview_ids: Iterator[str]) -> None:
         missing = set(interview_ids) - self._tables.interviews.keys()
         if missing:
-            raise TransientStorageError(f"{len(missing)} interviews do not exist", "23503")
+            raise StorageError(f"{len(missing)} interviews do not exist", "23503")

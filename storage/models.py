@@ -149,6 +149,11 @@ class GrantAccessRequest(Base):
     __table_args__ = (
         CheckConstraint("job_id ~ '^[ -~]{1,255}$'", name="grant_access_request_job_id_check"),
         Index("grant_access_request_look_at_idx", "look_at"),
+        Index(
+            "grant_access_request_unsent_idx",
+            "look_at",
+            postgresql_where=text("sent_at IS NULL"),
+        ),
     )
 
     job_id: Mapped[str] = mapped_column(

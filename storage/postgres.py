@@ -12,9 +12,9 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import psycopg
@@ -25,7 +25,6 @@ from sqlalchemy import (
     CursorResult,
     Executable,
     Row,
-    create_engine,
     delete,
     event,
     func,
@@ -34,8 +33,9 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from storage.connections import LOOK_SECONDS, driver_errors_translated, open_engine, parsed
 from storage.dtos import (
     AccessOrderDTO,
     AccessRequestDTO,
@@ -49,11 +49,13 @@ from storage.dtos import (
     UserInterviewAccessDTO,
 )
 from storage.interface import (
+    MAX_REQUEST_BYTES,
     ChunkDone,
     InterviewStorageInterface,
     InterviewTransactionInterface,
+    JobBusyError,
+    LedgerError,
     StorageError,
-    TransientStorageError,
 )
 from storage.models import (
     GrantAccessCancellation,
@@ -67,41 +69,97 @@ from storage.models import (
     UserInterviewAccess,
 )
 
-_TRANSIENT_CLASSES = ("08", "40", "53", "57")
-# Connections, rollbacks, resources, operator: https://www.postgresql.org/docs/current/errcodes-appendix.html
 _LOCK_NOT_HAD = "55P03"
 _NOT_UNIQUE = "23505"
-_TRANSIENT_CODES = (_LOCK_NOT_HAD, "25006", "25P03", "23503", "26000")
-# A lock not had in time; a server that is a standby now; a worker that stood still for too long;
-# an interview deleted meanwhile, which the next look will find missing and name; a prepared
-# statement that a pooler between has lost.
 
 _UUID_OID = psycopg.adapters.types["uuid"].oid
 
-_SOONEST_LOOK, _LATEST_LOOK = timedelta(seconds=1), timedelta(seconds=60)
 
-_REQUEST = (
-    GrantAccessRequest.job_id,
-    GrantAccessRequest.user_id,
-    GrantAccessRequest.interview_ids,
-    GrantAccessRequest.requested_at,
-    GrantAccessRequest.sent_at,
+# Timestamps as Python can hold them: it knows neither infinity nor years before 1.
+_READABLE = """
+    greatest(least({0}, clock_timestamp()), clock_timestamp() - interval '100 years')
+"""
+_REQUESTED_AT = _READABLE.format("requested_at")
+_REQUEST_COLUMNS = """
+    job_id, user_id, interview_ids, {requested_at} AS requested_at,
+    CASE WHEN sent_at IS NOT NULL THEN {sent_at} END AS sent_at
+"""
+_REQUEST = _REQUEST_COLUMNS.format(requested_at=_REQUESTED_AT, sent_at=_READABLE.format("sent_at"))
+_GET_REQUEST = "SELECT {columns} FROM grant_access_request WHERE job_id = %(job_id)s"
+_GET_REQUEST = _GET_REQUEST.format(columns=_REQUEST)
+# Each of the first two has an index in its order.
+_DUE_REQUESTS = """
+    SELECT job_id, look_at, pg_column_size(interview_ids) AS size FROM grant_access_request
+    WHERE sent_at IS {null} AND look_at <= statement_timestamp()
+    ORDER BY look_at LIMIT %(limit)s {less} FOR UPDATE SKIP LOCKED
+"""
+# A page by stored size is decompressed, and bounded by the memory that it takes up in Python: the
+# text of its IDs, and about 64 bytes for each.
+_TAKE_DUE_REQUESTS = """
+    WITH never_sent AS ({never_sent}), sent AS ({sent}), due AS (
+        SELECT job_id, row_number() OVER page AS number, sum(size) OVER page AS stored
+        FROM (SELECT 1 AS turn, * FROM never_sent UNION ALL SELECT 2, * FROM sent) AS either
+        WINDOW page AS (ORDER BY turn, look_at, job_id ROWS UNBOUNDED PRECEDING)
+    ), sized AS (
+        SELECT number, request.*, CASE
+            WHEN pg_column_size(interview_ids) + octet_length(user_id)::bigint <= %(request_bytes)s
+             AND cardinality(interview_ids)::bigint * 64 <= %(request_bytes)s
+            THEN octet_length(array_send(interview_ids)) + octet_length(user_id)::bigint
+                 + cardinality(interview_ids)::bigint * 64
+        END AS size
+        FROM due JOIN grant_access_request AS request USING (job_id)
+        WHERE number = 1 OR stored <= %(page_bytes)s
+    ), page AS (
+        SELECT *, size <= %(request_bytes)s IS TRUE AS is_read,
+            sum(size) FILTER (WHERE size <= %(request_bytes)s) OVER (ORDER BY number) AS total
+        FROM sized
+    )
+    SELECT job_id, requested_at, sent_at, NOT is_read AS is_too_large,
+        CASE WHEN is_read THEN user_id ELSE '' END AS user_id,
+        CASE WHEN is_read THEN interview_ids ELSE '{{}}' END AS interview_ids
+    FROM (SELECT {columns}, number, is_read, total FROM page) AS page
+    WHERE number = 1 OR NOT is_read OR total <= %(page_bytes)s ORDER BY number
+"""
+_TAKE_DUE_REQUESTS = _TAKE_DUE_REQUESTS.format(
+    columns=_REQUEST,
+    never_sent=_DUE_REQUESTS.format(null="NULL", less=""),
+    sent=_DUE_REQUESTS.format(null="NOT NULL", less="- (SELECT count(*) FROM never_sent)"),
 )
+_LOOK_AGAIN_AT_REQUESTS = """
+    UPDATE grant_access_request
+    SET sent_at = CASE WHEN %(sent)s THEN clock_timestamp() ELSE sent_at END,
+        look_at = clock_timestamp() + least(
+            greatest(clock_timestamp() - {requested_at}, interval '1 s'), interval '60 s')
+    WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
+"""
+_LOOK_AGAIN_AT_REQUESTS = _LOOK_AGAIN_AT_REQUESTS.format(requested_at=_REQUESTED_AT)
+
+_REPLY_SECONDS = 30
+"""How much longer than a statement may take its reply is waited for."""
 
 _LEDGER_LOOKS = 3
 """Looks for a ledger row that an INSERT met and a SELECT then missed, as when it was pruned."""
 
-_LIMITS = (
-    "SELECT set_config('lock_timeout', %(lock)s, true),"
+# The first statement of each transaction. Local to it: a pooler may share the connection.
+_SETTINGS = (
+    "SELECT pg_backend_pid() AS pid,"
+    # Bounds in time. The last is PostgreSQL 17's, and would end a statement that waits for others.
+    " set_config('lock_timeout', %(lock)s, true),"
     " set_config('statement_timeout', %(statement)s, true),"
     " set_config('idle_in_transaction_session_timeout', %(idle)s, true),"
     " set_config('client_connection_check_interval', '1s', true),"
+    " CASE WHEN current_setting('transaction_timeout', true) <> '0'"
+    " THEN set_config('transaction_timeout', '0', true) END,"
+    # What is kept, and how values are written.
     " set_config('synchronous_commit', 'on', true),"
+    " set_config('DateStyle', 'ISO, MDY', true),"
+    " set_config('IntervalStyle', 'postgres', true),"
+    " set_config('TimeZone', 'UTC', true),"
+    # Each statement finds its rows by an index, also by a plan made while a table was small. Where
+    # there is none, PostgreSQL before 18 takes the plan for so expensive that it compiles it.
     " set_config('enable_seqscan', 'off', true),"
     " set_config('jit', 'off', true)"
 )
-# The last two: each statement finds its rows by an index, also by a plan made while a table was
-# small; where there is none, PostgreSQL before 18 takes the plan for so dear that it compiles it.
 
 _OF_JOBS = (
     "SELECT {columns} FROM ("
@@ -109,19 +167,34 @@ _OF_JOBS = (
     " FROM unnest(CAST(%(job_ids)s AS text[])) AS job_id ORDER BY key OFFSET 0) AS jobs {others}"
 )
 _TRY_LOCK_JOBS = _OF_JOBS.format(
-    columns="job_id, pg_try_advisory_xact_lock(key)",
-    others=f"CROSS JOIN ({_LIMITS}) AS limits",
+    columns="job_id, pg_try_advisory_xact_lock(key), pid",
+    others=f"CROSS JOIN ({_SETTINGS}) AS settings",
 )
 _LOCK_JOBS = _OF_JOBS.format(columns="job_id, pg_advisory_xact_lock(key)", others="")
 _LOCK_TIMEOUT = "SELECT set_config('lock_timeout', %(lock)s, true)"
 
-# pg_locks shows a key of 64 bits as two halves.
+# Ends holders whose client has stopped responding: idle between two statements, or not receiving
+# the rows of a statement that has passed its own time limit. pg_locks shows a 64-bit key in halves.
 _HOLDERS = """
     JOIN pg_locks ON locktype = 'advisory' AND objsubid = 1 AND granted
      AND CAST(classid AS bigint) << 32 | CAST(objid AS bigint) = key AND pid <> pg_backend_pid()
      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    JOIN pg_stat_activity USING (pid)
 """
-_END_JOB_HOLDERS = _OF_JOBS.format(columns="count(pg_terminate_backend(pid))", others=_HOLDERS)
+_HELD_BY_OTHER_ROLES = _OF_JOBS.format(
+    columns="coalesce(bool_and(usename <> current_user), false)", others=_HOLDERS
+)
+_END_UNRESPONSIVE_HOLDERS = _OF_JOBS.format(
+    columns="pg_terminate_backend(pid)",
+    others=_HOLDERS
+    + """
+    WHERE state IN ('idle in transaction', 'idle in transaction (aborted)')
+      AND state_change < clock_timestamp() - CAST(%(unresponsive)s AS interval)
+       OR state = 'active' AND wait_event_type = 'Client'
+      AND query_start < clock_timestamp() - CAST(%(statement)s AS interval)
+""",
+)
+_NOT_PERMITTED = "42501"
 
 # Rows come as JSON: psycopg looks at each array, eight of them, for longer than a short row takes.
 _OPEN_JOBS = """
@@ -273,25 +346,33 @@ _TOGETHER = 10_000
 """Ids of which something is made at once: of a million it would take a hundred MB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DatabaseLimits:
     """How long PostgreSQL lets one transaction of ours go on, in seconds.
 
     Attributes:
         lock: A wait for one lock.
-        several: The same in a transaction of several jobs: they are done one by one then.
-        twin: The same for an earlier delivery of the same job; its connection is ended then. Its
-            worker is dead, or frozen where no timeout of the database reaches it, or has lost the
-            job to us.
+        several: The same in a transaction of several jobs, which are then done one by one.
+        busy: A wait for the lock of a job that another transaction holds.
+        unresponsive: How long that transaction may wait for its client before it is ended: its
+            worker is dead, cut off or frozen.
         statement: One statement.
-        idle: A transaction whose worker says nothing, frozen perhaps.
+        idle: A transaction between two statements.
+        look: A reply that is missing, before the server is asked whether it is working on it.
     """
 
     lock: float = 20
     several: float = 1
-    twin: float = 10
+    busy: float = 1
+    unresponsive: float = 10
     statement: float = 120
     idle: float = 60
+    look: float = LOOK_SECONDS
+
+    @cached_property
+    def settings(self) -> Mapping[str, str]:
+        """What each transaction sets, as PostgreSQL writes it."""
+        return {"statement": f"{self.statement}s", "idle": f"{self.idle}s"}
 
 
 class PostgresStorage(InterviewStorageInterface):
@@ -303,32 +384,45 @@ class PostgresStorage(InterviewStorageInterface):
         """Connects at the first use.
 
         Args:
-            database_url: ``postgresql+psycopg://…``.
+            database_url: ``postgresql://…``, with or without ``+psycopg``.
             chunk_size: Grants inserted by one statement.
             limits: Bounds in time.
+
+        Raises:
+            StorageError: The URL is none of PostgreSQL's.
         """
-        self._engine = create_engine(
-            database_url,
-            isolation_level="READ COMMITTED",
+        self._limits = limits or DatabaseLimits()
+        self._engine = open_engine(
+            parsed(database_url),
+            application_name="interview-access-worker",
+            look_seconds=self._limits.look,
+            reply_seconds=self._limits.statement + _REPLY_SECONDS,
             pool_size=1,
             max_overflow=-1,  # a worker's child has one thread and keeps one connection
-            use_native_hstore=False,  # or every connection begins by asking for a type we have not
-            hide_parameters=True,  # ids of people stay out of errors and logs
-            connect_args={"connect_timeout": 10, "application_name": "interview-access-worker"},
         )
         event.listen(self._engine, "connect", _teach_uuids)
         self._chunk_size = chunk_size
-        self._limits = limits or DatabaseLimits()
 
     @contextmanager
     def transaction(self) -> Iterator[PostgresTransaction]:
         """See the interface."""
-        with _driver_errors_translated(), self._engine.connect() as connection:
+        with driver_errors_translated():
+            connection = self._engine.connect()
+        try:
             transaction = PostgresTransaction(connection, self._chunk_size, self._limits)
             yield transaction
             if transaction.open:
-                raise StorageError(f"{len(transaction.open)} jobs were opened and never finished")
-            connection.commit()
+                raise LedgerError(f"{len(transaction.open)} jobs were opened and never finished")
+            with driver_errors_translated():
+                connection.commit()
+        except StorageError:
+            # Nothing outlives a failure: no stale prepared statement, no wait for a ROLLBACK.
+            with driver_errors_translated():
+                connection.invalidate()
+            raise
+        finally:
+            with driver_errors_translated():
+                connection.close()
 
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
@@ -368,30 +462,61 @@ class PostgresTransaction(InterviewTransactionInterface):
         self._chunk_size = chunk_size
         self._begun = False
 
-    def _execute(
+    def _query(
         self, statement: str | Executable, parameters: Any = None
-    ) -> CursorResult[*tuple[Any, ...]]:
-        """Execute a statement; one in words goes to the driver as it is, without being compiled."""
+    ) -> Sequence[Row[*tuple[Any, ...]]]:
+        """Execute a statement and fetch its rows."""
+        with driver_errors_translated():
+            return self._run(statement, parameters).all()
+
+    def _value(self, statement: str, parameters: Any) -> Any:
+        """Execute a statement that returns one value."""
+        ((value,),) = self._query(statement, parameters)
+        return value
+
+    def _execute(self, statement: str | Executable, parameters: Any = None) -> int:
+        """Execute a statement; the number of rows that it changed."""
+        with driver_errors_translated():
+            return self._run(statement, parameters).rowcount
+
+    def _run(self, statement: str | Executable, parameters: Any) -> CursorResult[*tuple[Any, ...]]:
+        """Execute a statement; text goes to the driver as it is, without being compiled."""
         if not self._begun:
-            self._begin(_LIMITS, lock=self._limits.lock)
+            self._begin(_SETTINGS, lock=self._limits.lock)
         if isinstance(statement, str):
             return self._connection.exec_driver_sql(statement, parameters)
         return self._connection.execute(statement, parameters)
 
+    @contextmanager
+    def _savepoint(self) -> Iterator[None]:
+        """Undo what the block did where it raises; the transaction can go on."""
+        with driver_errors_translated():
+            savepoint = self._connection.begin_nested()
+        try:
+            yield
+        except BaseException:
+            with suppress(StorageError), driver_errors_translated():
+                savepoint.rollback()
+            raise
+        with driver_errors_translated():
+            savepoint.commit()
+
     def _begin(
         self, statement: str, *, lock: float, **others: object
-    ) -> CursorResult[*tuple[Any, ...]]:
-        """Execute a statement that sets the limits in time, the first one where that can be."""
-        limits = {name: f"{seconds}s" for name, seconds in asdict(self._limits).items()}
-        parameters = {**limits, "lock": f"{lock}s", **others}
+    ) -> Sequence[Row[*tuple[Any, ...]]]:
+        """Execute a statement with the transaction's settings, the first one where that can be."""
+        parameters = {**self._limits.settings, "lock": f"{lock}s", **others}
         is_first, self._begun = not self._begun, True
         try:
-            return self._connection.exec_driver_sql(statement, parameters)
+            rows = self._connection.exec_driver_sql(statement, parameters).all()
         except DBAPIError as error:
             if not (is_first and error.connection_invalidated):
                 raise
             self._connection.rollback()  # the pool's connection was lost since its last use
-            return self._connection.exec_driver_sql(statement, parameters)
+            rows = self._connection.exec_driver_sql(statement, parameters).all()
+        driver: Any = self._connection.connection.driver_connection
+        driver.server_pid = rows[0].pid
+        return rows
 
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
         """See the interface."""
@@ -399,21 +524,48 @@ class PostgresTransaction(InterviewTransactionInterface):
             return frozenset()
         ids = {"job_ids": list(job_ids)}
         patience = self._limits.lock if wait else self._limits.several
-        rows = self._begin(_TRY_LOCK_JOBS, lock=patience, **ids)
-        ours = frozenset(job_id for job_id, got in rows if got)
+        with driver_errors_translated():
+            rows = self._begin(_TRY_LOCK_JOBS, lock=patience, **ids)
+        ours = frozenset(job_id for job_id, got, _ in rows if got)
         if not wait or len(ours) == len(job_ids):
             return ours
+        if not self._get_locks(ids):
+            ended = self._end_unresponsive_holders(ids)
+            if not (ended and self._get_locks(ids)) and not self._are_held_by_other_roles(ids):
+                raise JobBusyError("another transaction holds the job's lock")
+        return frozenset(job_ids)
+
+    def _are_held_by_other_roles(self, ids: Mapping[str, object]) -> bool:
+        """Whether no worker holds the locks; the ledger's key alone then decides who is first."""
+        return bool(self._query(_HELD_BY_OTHER_ROLES, ids)[0][0])
+
+    def _get_locks(self, ids: Mapping[str, object]) -> bool:
+        """Wait shortly for the jobs' locks."""
         try:
-            with self._connection.begin_nested():
-                self._execute(_LOCK_TIMEOUT, {"lock": f"{self._limits.twin}s"})
+            with self._savepoint():
+                self._execute(_LOCK_TIMEOUT, {"lock": f"{self._limits.busy}s"})
                 self._execute(_LOCK_JOBS, ids)
                 self._execute(_LOCK_TIMEOUT, {"lock": f"{self._limits.lock}s"})
-        except OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_HAD:
+        except StorageError as error:
+            if error.sqlstate != _LOCK_NOT_HAD:
                 raise
-            self._execute(_END_JOB_HOLDERS, ids)
-            self._execute(_LOCK_JOBS, ids)
-        return frozenset(job_ids)
+            return False
+        return True
+
+    def _end_unresponsive_holders(self, ids: Mapping[str, object]) -> bool:
+        """End the transactions that hold the jobs' locks and wait for a client that is gone."""
+        limits = {
+            "unresponsive": f"{self._limits.unresponsive}s",
+            "statement": f"{self._limits.statement}s",
+        }
+        try:
+            with self._savepoint():
+                ended = self._query(_END_UNRESPONSIVE_HOLDERS, {**ids, **limits})
+        except StorageError as error:
+            if error.sqlstate != _NOT_PERMITTED:
+                raise
+            return False
+        return bool(ended)
 
     def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
         """See the interface."""
@@ -423,7 +575,7 @@ class PostgresTransaction(InterviewTransactionInterface):
             # Only the INSERT tells who was first: while another's COMMIT goes on, a SELECT finds
             # nothing. So each has a statement, and a snapshot, of its own.
             entries = json.dumps([_entry(job) for job in left.values()])
-            opened = self._execute(_OPEN_JOBS, {"jobs": entries})
+            opened = self._query(_OPEN_JOBS, {"jobs": entries})
             self.open.update(job_id for (job_id,) in opened)
             left = {job_id: job for job_id, job in left.items() if job_id not in self.open}
             found = self.finished_jobs(left)
@@ -431,15 +583,13 @@ class PostgresTransaction(InterviewTransactionInterface):
             left = {job_id: job for job_id, job in left.items() if job_id not in found}
             if not left:
                 return finished
-        raise TransientStorageError(
-            f"the ledger's rows of {len(left)} jobs stand, but are not finished"
-        )
+        raise LedgerError(f"the ledger has rows of {len(left)} jobs that are not finished")
 
     def finished_jobs(self, job_ids: Collection[str]) -> dict[str, FinishedJobDTO]:
         """The finished jobs among these, by id."""
         if not job_ids:
             return {}
-        rows = self._execute(
+        rows = self._query(
             select(GrantAccessJob.__table__).where(
                 GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
             )
@@ -448,23 +598,21 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def with_details(self, finished: FinishedJobDTO) -> FinishedJobDTO:
         """The same with what is not read with other jobs' answers."""
-        rejected = self._execute(
+        rejected = self._query(
             select(
                 GrantAccessRejection.unknown_interview_ids,
                 GrantAccessRejection.malformed_interview_ids,
             ).where(GrantAccessRejection.job_id == finished.job.job_id)
-        ).one_or_none()
-        by_user = self._execute(
+        )
+        by_user = self._query(
             select(GrantAccessCohort.created_by_user).where(
                 GrantAccessCohort.job_id == finished.job.job_id
             )
-        ).scalar_one_or_none()
+        )
         answer = replace(
             finished.answer,
-            created_by_user=by_user,
-            rejected=None
-            if rejected is None
-            else RejectedIdsDTO(tuple(rejected[0]), tuple(rejected[1])),
+            created_by_user=next((counts for (counts,) in by_user), None),
+            rejected=next((RejectedIdsDTO(*map(tuple, row)) for row in rejected), None),
         )
         return replace(finished, answer=answer)
 
@@ -476,8 +624,8 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        found = self._execute(_FIND_CANCELLED_JOBS, {"job_ids": list(job_ids)})
-        return frozenset(found.scalars())
+        found = self._query(_FIND_CANCELLED_JOBS, {"job_ids": list(job_ids)})
+        return frozenset(job_id for (job_id,) in found)
 
     def find_unknown_interviews(
         self, interview_ids: Collection[str], *, granted_to: str | None = None
@@ -491,10 +639,11 @@ class PostgresTransaction(InterviewTransactionInterface):
             if granted_to and count >= _MANY and self._all_stand(granted_to, count, wanted):
                 self._granted = (granted_to, interview_ids)
                 return frozenset()
-            if self._execute(_HOLD_INTERVIEWS, wanted).scalar_one() == count:
+            if self._value(_HOLD_INTERVIEWS, wanted) == count:
                 self._held = interview_ids
                 return frozenset()
-            return frozenset(self._execute(_FIND_UNKNOWN_INTERVIEWS, wanted).scalars())
+            unknown = self._query(_FIND_UNKNOWN_INTERVIEWS, wanted)
+            return frozenset(interview_id for (interview_id,) in unknown)
 
     @contextmanager
     def _planned_for(self, size: int) -> Iterator[None]:
@@ -515,14 +664,14 @@ class PostgresTransaction(InterviewTransactionInterface):
     def _all_stand(self, user_id: str, count: int, wanted: Mapping[str, _UuidArray]) -> bool:
         """Whether a user has been granted all of so many interviews."""
         of_user = {"user_id": user_id, "at_most": count}
-        if self._execute(_COUNT_ACCESS_OF_USER, of_user).scalar_one() < count:
+        if self._value(_COUNT_ACCESS_OF_USER, of_user) < count:
             return False
         of_these = {"user_id": user_id, **wanted}
-        return bool(self._execute(_COUNT_ACCESS, of_these).scalar_one() == count)
+        return bool(self._value(_COUNT_ACCESS, of_these) == count)
 
     def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
         """See the interface."""
-        rows = self._execute(
+        rows = self._query(
             select(
                 Interview.id,
                 Interview.title,
@@ -542,7 +691,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         self, user_ids: Collection[str]
     ) -> Sequence[UserInterviewAccessDTO]:
         """See the interface."""
-        rows = self._execute(
+        rows = self._query(
             select(UserInterviewAccess.user_id, UserInterviewAccess.interview_id).where(
                 UserInterviewAccess.user_id.in_(user_ids)
             )
@@ -578,17 +727,17 @@ class PostgresTransaction(InterviewTransactionInterface):
         if all(one.user_id == user_id for one in orders) and _all_within(granted, orders):
             return None
         users = {"user_ids": [order.user_id for order in orders]}
-        standing = self._execute(_HAVE_ACCESS, users).scalar_one()
+        standing = self._value(_HAVE_ACCESS, users)
         return _CREATE_MISSING if standing else _CREATE_ALL
 
     def _create(self, chunk: _Chunk, create: _CreateAccess) -> Iterable[tuple[int, int]]:
         """Make a chunk's grants that are missing; how many each order added, 0 perhaps left out."""
         if create is not _CREATE_IN_A_RACE:
             try:
-                with self._connection.begin_nested():
+                with self._savepoint():
                     return self._create_by(create, chunk)
-            except IntegrityError as error:
-                if getattr(error.orig, "sqlstate", None) != _NOT_UNIQUE:
+            except StorageError as error:
+                if error.sqlstate != _NOT_UNIQUE:
                     raise
             except _RowsKeptOutError:
                 pass  # they are counted one by one
@@ -597,17 +746,17 @@ class PostgresTransaction(InterviewTransactionInterface):
     def _create_by(self, create: _CreateAccess, chunk: _Chunk) -> Iterable[tuple[int, int]]:
         if create is _CREATE_ALL:
             statement = create.mixture if isinstance(chunk, _Mixture) else create.product
-            made = self._execute(statement, chunk.parameters).rowcount
+            made = self._execute(statement, chunk.parameters)
             if made != chunk.size:
                 raise _RowsKeptOutError
             return chunk.counts.items()
         if isinstance(chunk, _Mixture):
-            rows = self._execute(create.mixture_by_order, chunk.parameters)
+            rows = self._query(create.mixture_by_order, chunk.parameters)
             return [(number, created) for number, created in rows]
         if len(chunk.numbers) == 1:
-            made = self._execute(create.product, chunk.parameters).rowcount
+            made = self._execute(create.product, chunk.parameters)
             return [(number, made) for number in chunk.numbers.values()]
-        rows = self._execute(create.product_by_user, chunk.parameters)
+        rows = self._query(create.product_by_user, chunk.parameters)
         return [(chunk.numbers[user_id], created) for user_id, created in rows]
 
     def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
@@ -623,9 +772,9 @@ class PostgresTransaction(InterviewTransactionInterface):
         if not jobs:
             return
         finished = self._execute(_FINISH_JOBS, {"jobs": json.dumps([_finish(job) for job in jobs])})
-        if finished.rowcount != len(jobs):
-            raise StorageError(
-                f"{len(jobs)} jobs to finish, but only {finished.rowcount} are open in the ledger"
+        if finished != len(jobs):
+            raise LedgerError(
+                f"{len(jobs)} jobs to finish, but only {finished} are open in the ledger"
             )
         for table, details in (
             (GrantAccessRejection, {job.job.job_id: _rejected(job.answer) for job in jobs}),
@@ -641,41 +790,32 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def request(self, job_id: str) -> AccessRequestDTO | None:
         """The request under this id, if there is one."""
-        row = self._execute(
-            select(*_REQUEST).where(GrantAccessRequest.job_id == job_id)
-        ).one_or_none()
-        return None if row is None else _request(row)
+        rows = self._query(_GET_REQUEST, {"job_id": job_id})
+        return next(map(_request, rows), None)
 
-    def take_due_requests(self, limit: int) -> Sequence[AccessRequestDTO]:
+    def take_due_requests(
+        self, limit: int, *, page_bytes: int = MAX_REQUEST_BYTES
+    ) -> Sequence[AccessRequestDTO]:
         """See the interface."""
-        rows = self._execute(
-            select(*_REQUEST)
-            .where(GrantAccessRequest.look_at <= func.clock_timestamp())
-            .order_by(GrantAccessRequest.sent_at.is_not(None), GrantAccessRequest.look_at)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
-        return [_request(row) for row in rows]
+        bounds = {"limit": limit, "page_bytes": page_bytes, "request_bytes": MAX_REQUEST_BYTES}
+        rows = self._query(_TAKE_DUE_REQUESTS, bounds)
+        return [replace(_request(row), is_too_large=row.is_too_large) for row in rows]
 
     def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
         answered = select(GrantAccessJob.job_id).where(
             GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
         )
-        rows = self._execute(
+        forgotten = self._query(
             delete(GrantAccessRequest)
             .where(GrantAccessRequest.job_id.in_(answered))
             .returning(GrantAccessRequest.job_id)
         )
-        return frozenset(rows.scalars())
+        return frozenset(job_id for (job_id,) in forgotten)
 
     def look_again_at_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
         """See the interface."""
-        now = func.clock_timestamp()
-        age = now - GrantAccessRequest.requested_at
-        wait = func.least(func.greatest(age, _SOONEST_LOOK), _LATEST_LOOK)
-        later = update(GrantAccessRequest).where(GrantAccessRequest.job_id.in_(job_ids))
-        self._execute(later.values(look_at=now + wait, **{"sent_at": now} if sent else {}))
+        self._execute(_LOOK_AGAIN_AT_REQUESTS, {"job_ids": list(job_ids), "sent": sent})
 
     def make_requests_due(self) -> None:
         """Have every request looked at now."""
@@ -687,27 +827,6 @@ class PostgresTransaction(InterviewTransactionInterface):
 
 class _RowsKeptOutError(Exception):
     """Fewer rows were made than grants inserted: a trigger of the table's keeps some out."""
-
-
-@contextmanager
-def _driver_errors_translated() -> Iterator[None]:
-    """The one place where a driver's error becomes one of the interface's."""
-    try:
-        yield
-    except DBAPIError as error:
-        driver = error.orig
-        if not isinstance(driver, psycopg.Error):
-            raise
-        lines = str(driver).strip().splitlines() or [type(driver).__name__]
-        reason = driver.diag.message_primary or lines[0]
-        # Without a code no server answered: the connection was refused, or lost.
-        transient = (
-            error.connection_invalidated or isinstance(driver, psycopg.OperationalError)
-            if driver.sqlstate is None
-            else driver.sqlstate in _TRANSIENT_CODES or driver.sqlstate[:2] in _TRANSIENT_CLASSES
-        )
-        kind = TransientStorageError if transient else StorageError
-        raise kind(reason, driver.sqlstate) from error
 
 
 @dataclass(frozen=True, slots=True)

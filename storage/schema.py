@@ -19,22 +19,24 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Connection, NullPool, String, Table, create_engine, text
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, PendingRollbackError
+from sqlalchemy import Column, Connection, Engine, NullPool, String, Table, event, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.schema import UniqueConstraint
 
-from storage.interface import StorageError, TransientStorageError
+from storage.connections import is_refused, open_engine, parsed, place_of
+from storage.interface import StorageError
 from storage.migrations import grant_key
 from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
 from storage.migrations.grant_key import DuplicateGrantsError
-from storage.migrations.locks import LOCK_TIMEOUT_MILLISECONDS, sqlstate
+from storage.migrations.locks import set_up_transaction, sqlstate
 from storage.models import Base, GrantAccessJob, InterviewAttempt, UserInterviewAccess
+from storage.privileges import NEEDED, missing_privileges, missing_usage
 
 __all__ = [
     "DatabaseUnreachableError",
@@ -65,20 +67,15 @@ _KINDS = {
     "f": "a foreign table",
     "p": "a partitioned table",
 }
-_NO_TIMEOUTS = text("""
-    SELECT set_config(name, '0', false) FROM pg_settings
-    WHERE name IN ('statement_timeout', 'transaction_timeout',
-                   'idle_session_timeout', 'idle_in_transaction_session_timeout')
-""")  # those that this server has: transaction_timeout came with PostgreSQL 17
 _OLDEST_POSTGRESQL = (14,)  # the first with client_connection_check_interval
-_CONNECT_SECONDS = 10
+_ENCODING = "UTF8"
 _TURN_SECONDS = 3600  # an index on a very large table takes its time
 _TURN_PAUSE_SECONDS = 0.2
 _TURN_KEY = 5_704_311_926_800_214_177  # of the advisory lock: any number that nobody else uses
 _RUN_MIGRATE = "run `interview-access migrate`"
 
 
-class DatabaseUnreachableError(TransientStorageError):
+class DatabaseUnreachableError(StorageError):
     """No PostgreSQL answered, or it hung up."""
 
 
@@ -119,8 +116,8 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
 
     Reading and writing of the tables go on meanwhile: no lock that a writer waits behind is
     waited for longer than a moment. A run that was ended anywhere is taken up by the next. While
-    another run is on, this one waits for its end. The connection must be a session of its own
-    (no pooler that shares sessions).
+    another run is on, this one waits for its end. Through a pooler it leaves nothing behind; it
+    uses two of its connections, and the role's timeouts apply to the build of an index.
 
     Args:
         database_url: ``postgresql://…``, with or without ``+psycopg``.
@@ -133,9 +130,13 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         DatabaseUnreachableError: No connection, or it was lost.
         StorageError: PostgreSQL refused something else.
     """
-    with _session(database_url, read_only=dry_run) as connection:
-        if not dry_run:
-            _wait_for_turn(connection, report)
+    with (
+        _engine(database_url) as engine,
+        nullcontext() if dry_run else _turn(engine, report),
+        _connected(engine, read_only=dry_run) as connection,
+    ):
+        if problem := _server_problem(connection):
+            raise SchemaMismatchError(problem)
         revision = current_revision(connection)
         _refuse_what_does_not_fit(connection, revision)
         if revision == expected_revision():
@@ -153,10 +154,14 @@ def check_schema(database_url: str) -> str | None:
         DatabaseUnreachableError: No connection, or it was lost.
         StorageError: PostgreSQL refused to be looked into.
     """
-    with _session(database_url, read_only=True) as connection:
-        version = connection.dialect.server_version_info or ()
-        if version < _OLDEST_POSTGRESQL:
-            return f"got PostgreSQL {'.'.join(map(str, version))}, expected 14 or newer"
+    with (
+        _engine(database_url) as engine,
+        _connected(engine, read_only=True) as connection,
+    ):
+        if problem := _server_problem(connection) or missing_usage(connection, _VERSION_TABLE):
+            return problem
+        if problem := missing_privileges(connection, {_VERSION_TABLE: {"SELECT": ()}}):
+            return problem
         found, expected = current_revision(connection), expected_revision()
         try:
             _refuse_what_does_not_fit(connection, found)
@@ -166,7 +171,21 @@ def check_schema(database_url: str) -> str | None:
             return f"the database has none of the worker's schema: {_RUN_MIGRATE}"
         if found != expected:
             return f"the database is at revision {found}, expected {expected}: {_RUN_MIGRATE}"
-        return None
+        return missing_privileges(connection, NEEDED)
+
+
+def _server_problem(connection: Connection) -> str | None:
+    """What is wrong with the server or the database whatever its tables are."""
+    version = connection.dialect.server_version_info or ()
+    if version < _OLDEST_POSTGRESQL:
+        return f"got PostgreSQL {'.'.join(map(str, version))}, expected 14 or newer"
+    encoding = connection.scalar(text("SHOW server_encoding"))
+    if encoding != _ENCODING:
+        return (
+            f"got a database in the encoding {encoding}, expected {_ENCODING}: create one with "
+            f"ENCODING '{_ENCODING}' and move the tables to it"
+        )
+    return None
 
 
 def current_revision(connection: Connection) -> str | None:
@@ -199,32 +218,18 @@ def _upgrade(connection: Connection, report: Report) -> None:
 
 
 @contextmanager
-def _session(database_url: str, *, read_only: bool) -> Iterator[Connection]:
-    """A connection of one's own; what the driver says leaves it as one of our errors."""
-    url = _parsed(database_url)
-    place = url.render_as_string(hide_password=True)
-    engine = create_engine(
-        url,
-        poolclass=NullPool,
-        isolation_level="READ COMMITTED",  # each statement sees what is committed by then
-        connect_args={
-            "connect_timeout": url.query.get("connect_timeout", _CONNECT_SECONDS),
-            "application_name": "interview-access migrate",
-        },
-        execution_options={"postgresql_readonly": read_only},
-    )
+def _engine(database_url: str) -> Iterator[Engine]:
+    """Open the database; what the driver says leaves it as one of our errors."""
+    url = parsed(database_url)
+    engine = open_engine(url, application_name="interview-access migrate", poolclass=NullPool)
+    event.listen(engine, "begin", set_up_transaction)
     try:
-        with engine.connect() as connection:
-            # The database's own timeouts are meant for short statements, not for an index.
-            connection.execute(_NO_TIMEOUTS)
-            connection.execute(text(f"SET lock_timeout = {LOCK_TIMEOUT_MILLISECONDS}"))
-            connection.commit()
-            yield connection
+        yield engine
     except DBAPIError as error:
         reason, code = " ".join(str(error.orig).split()), sqlstate(error)
-        if url.password:
-            reason = reason.replace(str(url.password), "***")
-        if code is None or code.startswith(("08", "57P")):
+        place = place_of(url)
+        may_come_back = code is None or code.startswith(("08", "53", "57P"))
+        if may_come_back and not is_refused(url, error):
             raise DatabaseUnreachableError(
                 f"no PostgreSQL answers at {place}: {reason}; see that it runs and that "
                 "DATABASE_URL names it",
@@ -235,6 +240,12 @@ def _session(database_url: str, *, read_only: bool) -> Iterator[Connection]:
         engine.dispose()
 
 
+@contextmanager
+def _connected(engine: Engine, *, read_only: bool) -> Iterator[Connection]:
+    with engine.connect() as connection:
+        yield connection.execution_options(postgresql_readonly=read_only)
+
+
 def _origin(stumble: PendingRollbackError) -> BaseException:
     """What ended a connection, where clearing up then stumbled over its being gone."""
     origin: BaseException = stumble
@@ -243,41 +254,33 @@ def _origin(stumble: PendingRollbackError) -> BaseException:
     return origin
 
 
-def _parsed(database_url: str) -> URL:
-    expected = "expected postgresql://user:password@host:port/database"
-    try:
-        url = make_url(database_url)
-    except (ArgumentError, ValueError):
-        # The text itself stays out of it: it may hold a password, in a place nobody can tell.
-        raise StorageError(f"the database's address is no URL; {expected}") from None
-    if url.drivername not in {"postgresql", "postgresql+psycopg"}:
-        shown = url.render_as_string(hide_password=True)
-        raise StorageError(f"the database's address is {shown}; {expected}")
-    return url.set(drivername="postgresql+psycopg")
+@contextmanager
+def _turn(engine: Engine, report: Report) -> Iterator[None]:
+    """Have this run alone, by a lock that a second connection's open transaction holds.
 
-
-def _wait_for_turn(connection: Connection, report: Report) -> None:
-    """Have this run alone, until the session ends.
-
-    Asked for again and again: a statement that waited for the lock would hold an old snapshot,
-    and a concurrent build waits for those, so that the two would wait for each other.
+    That transaction has no snapshot, so that no concurrent build waits for it. Asked for again and
+    again: a statement that waited for the lock would hold an old snapshot, and the two would wait
+    for each other.
     """
     deadline = time.monotonic() + _TURN_SECONDS
     has_waited = False
-    while not connection.execute(
-        text("SELECT pg_try_advisory_lock(:key)"), {"key": _TURN_KEY}
-    ).scalar_one():
-        connection.commit()
-        if not has_waited:
-            report("waiting: another migrate is running on this database")
-            has_waited = True
-        if time.monotonic() >= deadline:
-            raise TransientStorageError(
-                f"another migrate has been running for {_TURN_SECONDS} s; look for the application "
-                "'interview-access migrate' in pg_stat_activity"
-            )
-        time.sleep(_TURN_PAUSE_SECONDS)
-    connection.commit()
+    with engine.connect() as connection:
+        while not connection.scalar(
+            text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _TURN_KEY}
+        ):
+            connection.rollback()
+            if not has_waited:
+                report("waiting: another migrate is running on this database")
+                has_waited = True
+            if time.monotonic() >= deadline:
+                raise StorageError(
+                    f"another migrate has been running for {_TURN_SECONDS} s; look for the "
+                    "application 'interview-access migrate' in pg_stat_activity"
+                )
+            time.sleep(_TURN_PAUSE_SECONDS)
+        # Without parameters, for an executed portal keeps its snapshot until the next statement.
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        yield
 
 
 def _foretell(connection: Connection, report: Report) -> None:

@@ -53,25 +53,20 @@ class GrantAccessInteractor:
         self,
         jobs: Sequence[GrantAccessJob],
         on_chunk: ChunkDone | None = None,
-        *,
-        singly: bool = True,
     ) -> list[Outcome]:
         """Do the jobs, each all or nothing, and count exactly what each of them created.
 
         Args:
             jobs: In order: a grant that two of them ask for is created by the earlier one.
             on_chunk: Told of the grants done, within the transaction.
-            singly: Whether to do one by one what cannot be done together; its outcome is trouble
-                else.
 
         Returns:
-            The outcome of each job, in step. Trouble in the database is an outcome, no exception.
+            The outcome of each job, in step. An error of the database is an outcome, no exception.
         """
         return settle(
             self._storage,
             jobs,
             lambda transaction, new: _grant(transaction, new, on_chunk),
-            singly=singly,
         )
 
 

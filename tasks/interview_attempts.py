@@ -36,20 +36,16 @@ class InterviewAttemptInteractor:
     def __init__(self, storage: InterviewStorageInterface) -> None:
         self._storage = storage
 
-    def create_interview_attempt(
-        self, jobs: Sequence[InterviewAttemptJob], *, singly: bool = True
-    ) -> list[Outcome]:
+    def create_interview_attempt(self, jobs: Sequence[InterviewAttemptJob]) -> list[Outcome]:
         """Make one attempt for each job, starting now.
 
         Args:
             jobs: In order.
-            singly: Whether to do one by one what cannot be done together; its outcome is trouble
-                else.
 
         Returns:
-            The outcome of each job, in step. Trouble in the database is an outcome, no exception.
+            The outcome of each job, in step. An error of the database is an outcome, no exception.
         """
-        return settle(self._storage, jobs, _start, singly=singly)
+        return settle(self._storage, jobs, _start)
 
 
 def _start(

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from interview_access import errors
 from interview_access.errors import (
     InterviewAccessError,
     JobCancelledException,
     JobIdReusedException,
+    error_class,
 )
 
 from storage.dtos import AnswerDTO, FinishedJobDTO, JobDTO, RejectedIdsDTO
@@ -23,8 +23,9 @@ from storage.interface import (
     ChunkDone,
     InterviewStorageInterface,
     InterviewTransactionInterface,
+    JobBusyError,
+    LedgerError,
     StorageError,
-    TransientStorageError,
 )
 
 
@@ -45,50 +46,63 @@ class Job(Protocol):
 
 J = TypeVar("J", bound=Job)
 
-_LOCK_NOT_HAD = "55P03"  # PostgreSQL's code: one job's trouble, of a moment
-
 Work = Callable[[InterviewTransactionInterface, Sequence[J]], Mapping[str, AnswerDTO]]
-"""Does the work of new jobs within a transaction and answers each, by its id."""
+"""Does the work of new jobs within a transaction and answers each, by its ID."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedJob:
+    """A job that fails without being executed: all that is known of it is its failure."""
+
+    entry: JobDTO
+    fault: InterviewAccessError
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one delivery of a job ended: with an answer, or with trouble.
+    """How one delivery of a job ended: with an answer, or with an error that a retry may mend.
 
     Attributes:
-        answer: The job id's final answer, this delivery's or an earlier one's.
-        repeated: Whether the answer stood before this delivery.
-        refusal: Set where this delivery's request is another than the one answered.
-        trouble: What the database said where there is no answer; the job was not done.
+        answer: The job ID's final answer, this delivery's or an earlier one's.
+        repeated: Whether the ledger held the answer before this delivery.
+        refusal: Set if this delivery's request is another than the one answered.
+        error: Why there is no answer; nothing of the job was kept.
     """
 
     answer: AnswerDTO | None = None
     repeated: bool = False
     refusal: JobIdReusedException | None = None
-    trouble: StorageError | None = None
+    error: Exception | None = None
 
 
-def settle(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], *, singly: bool = True
-) -> list[Outcome]:
-    """Give every job its one answer: all of them in one transaction where that can be.
+def settle(storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]) -> list[Outcome]:
+    """Give every job its one answer: all of them in one transaction if possible.
 
-    Where the database fails the whole, and for jobs that another transaction is at, they are done
-    one by one, so that no job is held up or failed by another.
+    If the transaction fails, and for jobs whose lock another transaction holds, they are settled
+    one by one, so that no job delays or fails another.
 
     Args:
         storage: Where the ledger is.
-        jobs: In order: of equal ids the first is done, the others have its answer.
-        work: What is to be done for the jobs that are new and can be read.
-        singly: Whether to do one by one what cannot be done together; its outcome is trouble else.
+        jobs: In order: of equal IDs the first is done, the others get its answer.
+        work: What is done for the jobs that are new and valid.
 
     Returns:
         The outcome of each job, in step.
+
+    Raises:
+        MemoryError: another process may have more.
     """
     first = {job.entry.job_id: job for job in reversed(jobs)}
     firsts = [job for job in jobs if job is first[job.entry.job_id]]
-    settled = _settle_distinct(storage, firsts, work, singly=singly)
+    settled = _settle_distinct(storage, firsts, work)
     return [_outcome_of(job, settled[job.entry.job_id], first[job.entry.job_id]) for job in jobs]
+
+
+def settle_rejected(
+    storage: InterviewStorageInterface, jobs: Sequence[RejectedJob]
+) -> list[Outcome]:
+    """Record the failures of jobs that are not executed; see :func:`settle`."""
+    return settle(storage, jobs, lambda _, __: {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,38 +112,43 @@ class _Settled:
 
 
 def _settle_distinct(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], *, singly: bool
-) -> dict[str, _Settled | StorageError]:
-    trouble: StorageError = TransientStorageError("others are at the job", _LOCK_NOT_HAD)
-    together: dict[str, _Settled] = {}
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
+) -> dict[str, _Settled | Exception]:
+    settled: dict[str, _Settled | Exception] = {}
+    error: Exception = JobBusyError("another transaction holds the job's lock")
     try:
-        together = _settle_together(storage, jobs, work)
-    except _CancelledMidwayError as error:
+        settled.update(_settle_together(storage, jobs, work))
+    except MemoryError:
+        raise
+    except _CancelledMidwayError as cancelled:
         if len(jobs) == 1:
-            return _settle_distinct(storage, jobs, work, singly=singly)
-        trouble = error
-    except StorageError as error:
-        trouble = error
-    settled = {job.entry.job_id: together.get(job.entry.job_id, trouble) for job in jobs}
-    if len(jobs) > 1 and singly and not _hopeless(trouble):
-        for job in jobs:
-            if job.entry.job_id not in together:
-                settled.update(_settle_distinct(storage, [job], work, singly=True))
+            return _settle_distinct(storage, jobs, work)
+        error = cancelled
+    except Exception as failed:  # noqa: BLE001 - one job's defect must not fail the others
+        error = failed
+    left = [job for job in jobs if job.entry.job_id not in settled]
+    if len(jobs) > 1:
+        while left and not _is_outage(error):
+            job = left.pop(0)
+            alone = _settle_distinct(storage, [job], work)
+            settled.update(alone)
+            if isinstance(failed_alone := alone[job.entry.job_id], Exception):
+                error = failed_alone
+    settled.update((job.entry.job_id, error) for job in left)
     return settled
 
 
-def _hopeless(trouble: StorageError) -> bool:
-    """Whether no job would fare better by itself."""
-    return isinstance(trouble, TransientStorageError) and trouble.unreachable
+def _is_outage(error: Exception) -> bool:
+    return isinstance(error, StorageError) and error.is_outage
 
 
 def _settle_together(
     storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
 ) -> dict[str, _Settled]:
-    """Settle those of the jobs that no other transaction is at; one alone is waited for."""
+    """Settle the jobs whose locks are free. Block on the lock only for a single job."""
     with storage.transaction() as transaction:
-        ours = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=len(jobs) == 1)
-        jobs = [job for job in jobs if job.entry.job_id in ours]
+        locked = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=len(jobs) == 1)
+        jobs = [job for job in jobs if job.entry.job_id in locked]
         known = transaction.open_jobs([job.entry for job in jobs])
         new = [job for job in jobs if job.entry.job_id not in known]
         answers = {job.entry.job_id: failure(job.fault) for job in new if job.fault}
@@ -143,9 +162,9 @@ def _settle_together(
     return settled
 
 
-def _outcome_of(job: Job, settled: _Settled | StorageError, first: Job) -> Outcome:
-    if isinstance(settled, StorageError):
-        return Outcome(trouble=settled)
+def _outcome_of(job: Job, settled: _Settled | Exception, first: Job) -> Outcome:
+    if isinstance(settled, Exception):
+        return Outcome(error=settled)
     answered, asked = settled.finished.job, job.entry
     refusal = (
         JobIdReusedException.of(asked.job_id, answered.request_digest, asked.request_digest)
@@ -159,8 +178,8 @@ def _outcome_of(job: Job, settled: _Settled | StorageError, first: Job) -> Outco
     )
 
 
-class _CancelledMidwayError(TransientStorageError):
-    """A job is to be cancelled whose work has begun: nothing of this transaction is to be kept."""
+class _CancelledMidwayError(LedgerError):
+    """A job whose work has begun is to be cancelled: nothing of this transaction is kept."""
 
 
 def stopping_if_cancelled(
@@ -174,7 +193,7 @@ def stopping_if_cancelled(
 
     def chunk_done(done: int, total: int) -> None:
         if done < total and transaction.find_cancelled_jobs(job_ids):
-            raise _CancelledMidwayError("a job is to be cancelled", _LOCK_NOT_HAD)
+            raise _CancelledMidwayError("a job is to be cancelled")
         if on_chunk:
             on_chunk(done, total)
 
@@ -222,8 +241,7 @@ def failure(error: InterviewAccessError, rejected: RejectedIdsDTO | None = None)
 
 def error_of(told: Mapping[str, Any]) -> InterviewAccessError:
     """The error that an answer holds, in its own class."""
-    kind: type[InterviewAccessError] = getattr(errors, told["type"])
-    return kind(told["sentence"], told["details"])
+    return error_class(told["type"])(told["sentence"], told["details"])
 
 
 def result_of(answer: AnswerDTO) -> dict[str, Any]:

@@ -23,13 +23,28 @@ def connected(database_url: str, *, autocommit: bool = False) -> Iterator[Connec
 
 
 @contextmanager
-def database(server_url: str, *, template: str = "template0") -> Iterator[str]:
+def database(server_url: str, *, template: str = "template0", options: str = "") -> Iterator[str]:
     """The URL of a new database on the server, dropped at the end whoever is connected to it."""
     name = f"test_{uuid4().hex}"
     with connected(server_url, autocommit=True) as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} {options}"))
     try:
         yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
     finally:
         with connected(server_url, autocommit=True) as connection:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@contextmanager
+def role(database_url: str, *grants: str) -> Iterator[str]:
+    """The database's URL for a new role; privileges are given as ``SELECT ON some_table``."""
+    name = f"role_{uuid4().hex}"
+    with connected(database_url, autocommit=True) as connection:
+        connection.execute(text(f"CREATE ROLE {name} LOGIN"))
+        try:
+            for privileges in grants:
+                connection.execute(text(f"GRANT {privileges} TO {name}"))
+            yield make_url(database_url).set(username=name).render_as_string(hide_password=False)
+        finally:
+            connection.execute(text(f"DROP OWNED BY {name}"))
+            connection.execute(text(f"DROP ROLE {name}"))

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import memory
 from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, InterviewDTO
-from storage.interface import InterviewStorageInterface, TransientStorageError
+from storage.interface import InterviewStorageInterface, StorageError
 from storage.memory import MemoryStorage
 from storage.models import GrantAccessRequest, Interview, InterviewAttempt, InterviewConfig
 from storage.postgres import DatabaseLimits, PostgresStorage
@@ -153,7 +153,7 @@ class MemoryStore(Store):
         """See the store."""
         try:
             self.storage.delete_interview(interview_id)
-        except TransientStorageError:
+        except StorageError:
             return False
         return True
 
@@ -415,7 +415,7 @@ def a_cohort(
 
 def created(outcome: Outcome) -> int:
     """The count that a job's success tells."""
-    assert outcome.trouble is None
+    assert outcome.error is None
     assert outcome.answer is not None
     assert outcome.answer.error is None
     result = outcome.answer.result
@@ -428,7 +428,7 @@ def created(outcome: Outcome) -> int:
 
 def error_of(outcome: Outcome) -> dict[str, Any]:
     """The error that a job's failure tells."""
-    assert outcome.trouble is None
+    assert outcome.error is None
     assert outcome.answer is not None
     assert outcome.answer.result is None
     assert outcome.answer.error is not None

@@ -89,7 +89,7 @@ def refusals(outcomes: list[Outcome]) -> list[object]:
 
 def answers(outcomes: list[Outcome]) -> list[tuple[object, bool]]:
     """What a poller is answered, and whether it stood."""
-    assert not any(outcome.trouble for outcome in outcomes)
+    assert not any(outcome.error for outcome in outcomes)
     return [(outcome.answer, outcome.repeated) for outcome in outcomes]
 
 
@@ -193,7 +193,7 @@ def test_many_jobs_at_once_in_two_batches_add_up(
             racing = [partial(store.grant, *jobs) for jobs in (jobs_of(one), jobs_of(two))]
             done = all_at_once(racing)
             outcomes = [outcome for outcomes in done for outcome in outcomes]
-            assert not any(outcome.trouble for outcome in outcomes)
+            assert not any(outcome.error for outcome in outcomes)
             counted = [
                 created(outcome)
                 for outcome in outcomes

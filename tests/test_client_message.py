@@ -365,16 +365,15 @@ def test_a_cancellation_that_was_heard_is_told(idle: Site, client: Client) -> No
 
     def answer_once() -> None:
         taken: Any = idle.redis.brpop([CONTROL_QUEUE], timeout=30)
-        question = json.loads(taken[1])["headers"]["id"]
+        reply_to = json.loads(taken[1])["properties"]["reply_to"]
         known = {"job_id": "one", "state": "running", "cancel_requested": True}
-        answer = json.dumps({"status": "SUCCESS", "result": known})
-        idle.redis.set(f"celery-task-meta-{question}", answer)
+        idle.redis.set(reply_to, json.dumps({"status": "SUCCESS", "result": known}))
 
     answering = Background(answer_once)
     known = client.cancel("one", timeout=0.8)
     answering.result()
     assert (known.state, known.cancel_requested) == ("running", True)
-    assert idle.redis.keys() == []
+    assert idle.redis.llen(CONTROL_QUEUE) == 0
 
 
 def test_a_question_waits_on_the_control_queue(idle: Site, client: Client) -> None:
@@ -404,26 +403,27 @@ def test_a_wait_without_any_trace_has_an_end(idle: Site, client: Client) -> None
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("sentinel://:s3cret@host:26379", "got a 'sentinel' URL, expected redis://"),
-        ("amqp://guest:s3cret@host//", "got a 'amqp' URL"),
+        ("sentinel://:s3cret@host:26379", "got 'sentinel:.*@host:26379', expected a master_name"),
+        ("amqp://guest:s3cret@host//", r"got 'amqp://guest:\*\*\*@.*expected redis://"),
         ("localhost:6379/s3cret", "got no URL, expected redis://"),
-        ("redis://:s3cret/@host:6379/0", "cannot be read: expected redis://:password@host"),
-        ("redis://:s3cret@host:port/0", "cannot be read"),
-        ("redis://:s3cret@host:6379/one", "cannot be read"),
-        ("redis://:s3cret@host:99999/0", "cannot be read"),
-        ("redis://:s3cret@host:6379/0?virtual_host=s3cret", "cannot be read"),
-        ("redis://:s3cret@host:6379/0?no_such_option=s3cret", "options that redis-py has"),
-        ("rediss://:s3cret@host:6379/0?ssl_cert_reqs=s3cret", "cannot be read"),
-        ("redis+socket://:s3cret@/run/redis.sock?virtual_host=x", "redis.socket:///path"),
+        ("redis://:s3cret/@host:6379/0", "got 'redis://.*@host:6379/0'.*percent-encoded"),
+        ("redis://:s3cret#s3cret@host", "percent-encoded .*%23 for #"),
+        ("redis://:s3cret@host:port/0", "expected a host and a port"),
+        ("redis://:s3cret@host:6379/one", "expected a database number"),
+        ("redis://:s3cret@host:99999/0", "expected a host and a port"),
+        ("redis://:s3cret@host:6379/0?virtual_host=s3cret", "expected a database number"),
+        ("redis://:s3cret@host:6379/0?no_such_option=s3cret", "expected no options but db"),
+        ("rediss://:s3cret@host:6379/0?ssl_cert_reqs=s3cret", "required, optional or none"),
+        ("redis+socket://:s3cret@/run/redis.sock?virtual_host=x", "redis.socket:///PATH"),
     ],
 )
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_a_url_that_is_none_is_told_without_its_password(kind: str, url: str, says: str) -> None:
-    """A URL that names no Redis is a ValueError of its own words, for queue and results alike."""
-    for name, arguments in (("broker", (url,)), ("result backend", ("redis://host", url))):
+def test_a_url_that_names_no_redis_is_refused(kind: str, url: str, says: str) -> None:
+    """The ValueError names the argument and what was expected, and shows no password."""
+    for name, arguments in (("broker_url", (url,)), ("result_backend", ("redis://host", url))):
         with pytest.raises(ValueError, match=says) as caught:
             CLIENTS[kind](*arguments)
-        assert f"The {name}" in str(caught.value)
+        assert str(caught.value).startswith(f"{name}: got ")
         assert "s3cret" not in str(caught.value)
         assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
@@ -439,6 +439,7 @@ def test_a_url_that_is_none_is_told_without_its_password(kind: str, url: str, sa
         ("redis://host/1?virtual_host=/3", {"db": 3}),
         ("rediss://host/1?ssl_cert_reqs=CERT_NONE", {"ssl_cert_reqs": "none", "db": 1}),
         ("rediss://host?ssl_cert_reqs=required", {"ssl_cert_reqs": "required"}),
+        ("rediss://host", {"ssl_cert_reqs": "required", "port": 6379}),
         ("redis+socket:///run/r.sock?virtual_host=3", {"path": "/run/r.sock", "db": 3}),
         ("redis+socket://:pass@/run/r.sock", {"path": "/run/r.sock", "password": "pass"}),
     ],
@@ -488,10 +489,10 @@ def test_the_environment_names_the_servers(monkeypatch: pytest.MonkeyPatch) -> N
     for make in CLIENTS.values():
         monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
         monkeypatch.delenv("CELERY_RESULT_BACKEND", raising=False)
-        with pytest.raises(ValueError, match="expected a URL as an argument or in CELERY_BROKER"):
+        with pytest.raises(ValueError, match=r"expected a URL .* in CELERY_BROKER_URL"):
             make()
         monkeypatch.setenv("CELERY_BROKER_URL", "redis://host")
         make().close()
         monkeypatch.setenv("CELERY_RESULT_BACKEND", "db+postgresql://ann:s3cret@host/db")
-        with pytest.raises(ValueError, match=r"result backend cannot be used: got a 'db\+p"):
+        with pytest.raises(ValueError, match=r"CELERY_RESULT_BACKEND: got 'db\+postgresql://"):
             make()

@@ -17,13 +17,12 @@ from interview_access.contracts import (
     JobStatus,
     request_digest,
 )
-from interview_access.protocol import GrantMessage, announcement_key, result_key
+from interview_access.protocol import GrantMessage, announcement_key, reply_key, result_key
 from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
 from referencing import Registry, Resource
 
 from contract.generate import FAILURES, FOLDER, schemas
-from tasks.celery_tasks import JobTask
 from tests.database import database
 from tests.stores import an_interview, until
 from tests.workers import QUEUE, ROOT, Site, site, worker
@@ -67,9 +66,13 @@ def test_a_schema_is_one(name: str) -> None:
 
 
 def test_the_failures_are_those_that_workers_store() -> None:
-    """The schema names the errors that the tasks raise for cause, and the one of used-up tries."""
-    raised = {kind.__name__ for kind in JobTask.throws}
-    assert raised | {errors.StorageUnavailableException.__name__} == FAILURES.keys()
+    """The schema names the errors that a worker stores, and none that only a client raises."""
+    stored = {
+        *(errors.InvalidGrantRequestException, errors.InvalidInterviewIdException),
+        *(errors.JobCancelledException, errors.JobExpiredException, errors.JobFailedError),
+        errors.StorageUnavailableException,
+    }
+    assert {kind.__name__ for kind in stored} == FAILURES.keys()
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,7 @@ def test_the_asyncapi_file_has_the_names_of_the_contract() -> None:
         "jobs": contracts.QUEUE,
         "control": contracts.CONTROL_QUEUE,
         "results": result_key("{id}"),
+        "replies": reply_key("{id}"),
         "announcements": announcement_key("{id}"),
     }
     tasks = FILES["envelope.schema.json"]["properties"]["headers"]["properties"]["task"]["enum"]

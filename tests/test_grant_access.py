@@ -12,7 +12,7 @@ from interview_access.errors import (
 )
 
 from storage.dtos import FiguresDTO
-from storage.interface import TransientStorageError
+from storage.interface import StorageError
 from tasks.grant_access import GrantAccessInteractor
 from tasks.ledger import Outcome, result_of
 from tests.stores import (
@@ -305,8 +305,8 @@ class TestPostgres:
         ids = postgres.add_interviews(3 * CHUNK_SIZE)
         postgres.raise_for_grants(f"NEW.interview_id = '{ids[-1]}'", "53100")
         (outcome,) = postgres.grant(a_job("a", "ann", ids))
-        assert isinstance(outcome.trouble, TransientStorageError)
-        assert outcome.trouble.sqlstate == "53100"
+        assert isinstance(outcome.error, StorageError)
+        assert outcome.error.sqlstate == "53100"
         assert postgres.rows() == 0
         assert postgres.storage.get_finished_job("a") is None
 
@@ -320,9 +320,8 @@ class TestPostgres:
         jobs = [a_job(user, user, ids) for user in ("ann", "bob", "cy")]
         ann, bob, cy = postgres.grant(*jobs)
         assert created(ann) == created(cy) == 2
-        assert bob.trouble
-        assert bob.trouble.sqlstate == sqlstate
-        assert isinstance(bob.trouble, TransientStorageError) == (sqlstate != "XX000")
+        assert isinstance(bob.error, StorageError)
+        assert bob.error.sqlstate == sqlstate
         assert postgres.rows() == 4
 
     def test_a_busy_job_holds_no_neighbour_up(self, postgres: PostgresStore) -> None:

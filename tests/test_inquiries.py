@@ -6,16 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from interview_access.contracts import (
     CANCEL_JOB,
     CONTROL_QUEUE,
+    GRANT_COHORT_ACCESS,
     JOB_STATUS,
+    REPLY_BYTES,
     JobStatus,
 )
 from interview_access.errors import (
@@ -28,11 +31,15 @@ from interview_access.errors import (
     StorageUnavailableException,
 )
 from interview_access.producer import InterviewAccessClient
+from interview_access.protocol import reply_key
+from redis.exceptions import OutOfMemoryError
 
+from storage.postgres import PostgresStorage
 from storage.samples import load_samples
 from tests.database import database
 from tests.stores import Background, until
 from tests.workers import GRANT_ACCESS, QUEUE, ROOT, Site, held_grant, site, worker
+from worker.control import ControlService
 from worker.local_stack import LocalStack
 
 CHUNK = 10
@@ -396,3 +403,277 @@ class TestCommand:
         here.answer(finished)
         done = self.run(here, "cancel", finished, "--json")
         assert (done.returncode, json.loads(done.stdout)["state"]) == (1, "succeeded")
+
+    def test_no_value_reaches_the_terminal_as_it_came(self, here: Site) -> None:
+        """A user ID is taken literally by the ledger, and printed with escapes."""
+        job_id = here.send("x\x1b]0;owned\x07\nforged \x9b\u202e", ["\x1b[2J\nforged"])
+        here.answer(job_id)
+        for words in ("status", job_id), ("status", job_id, "--json"), ("cancel", job_id):
+            printed = self.run(here, *words).stdout
+            assert "owned" in printed
+            assert all(one.isprintable() or one == "\n" for one in printed)
+            assert not any(line.startswith("forged") for line in printed.splitlines())
+
+    def test_a_malformed_id_is_a_wrong_call(self, here: Site) -> None:
+        """What cannot be a job's ID is refused before anything is asked."""
+        done = self.run(here, "status", "a\x1b[2Jb")
+        assert done.returncode == 2
+        assert "'a\\x1b[2Jb', expected 1 to 255 printable" in done.stderr
+
+
+def control_request(
+    here: Site,
+    job_id: str,
+    *,
+    request_id: str = "",
+    task: str = JOB_STATUS,
+    expires: str | None = None,
+    with_reply_key: bool = True,
+) -> str:
+    """Send a control request as a bare Redis client does, and return its ID."""
+    request_id = request_id or str(uuid4())
+    envelope = {
+        "body": json.dumps([[], {"job_id": job_id}, {}]),
+        "content-type": "application/json",
+        "headers": {"task": task, "id": request_id, "expires": expires},
+        "properties": {"reply_to": reply_key(request_id)} if with_reply_key else {},
+    }
+    here.redis.lpush(CONTROL_QUEUE, json.dumps(envelope))
+    return request_id
+
+
+def reply(here: Site, request_id: str) -> dict[str, Any]:
+    """The reply to a control request."""
+    until(lambda: here.redis.exists(reply_key(request_id)) == 1)
+    text: Any = here.redis.get(reply_key(request_id))
+    return dict(json.loads(text))
+
+
+def replies(here: Site) -> list[int]:
+    """The sizes of all replies that Redis holds."""
+    keys: Any = here.redis.keys(reply_key("*"))
+    return [int(here.redis.strlen(key)) for key in keys]
+
+
+class TestReplies:
+    """Replies to control requests have keys of their own, and bounds."""
+
+    @pytest.mark.parametrize("with_reply_key", [True, False])
+    def test_a_finished_jobs_result_is_not_touched(
+        self,
+        here: Site,
+        client: InterviewAccessClient,
+        samples: list[str],
+        user: str,
+        with_reply_key: bool,
+    ) -> None:
+        """A control request under a job's ID changes neither its result nor its retention."""
+        job_id = here.send(user, samples[:1])
+        result = here.answer(job_id)
+        control_request(here, job_id, request_id=job_id, with_reply_key=with_reply_key)
+        assert client.status(job_id).state == "succeeded"  # answered after it
+        assert here.meta(job_id) == result
+        ttl: Any = here.redis.ttl(f"celery-task-meta-{job_id}")
+        assert ttl > 3_600
+        assert here.redis.exists(reply_key(job_id)) == with_reply_key
+
+    def test_an_announced_job_is_not_taken_for_a_request(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """While a job waits, nothing else is stored under the key of its result."""
+        with all_busy(here, samples):
+            job_id = client.enqueue(user, samples[:1])
+            control_request(here, "other", request_id=job_id, with_reply_key=False)
+            assert client.status(job_id).state == "queued"
+            assert here.meta(job_id)["status"] == "PENDING"
+        assert client.wait(job_id, timeout=30)["created_access_count"] == 1
+
+    def test_a_job_that_nobody_announced_has_its_own_result_in_the_end(
+        self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
+    ) -> None:
+        """A reply under the ID of a job that is not known yet gives way to the job's result."""
+        with all_busy(here, samples):
+            job_id = here.send(user, samples[:1])
+            control_request(here, "other", request_id=job_id, with_reply_key=False)
+            until(lambda: here.meta(job_id)["status"] == "SUCCESS")
+            assert client.status(job_id).state == "unknown"
+            waiting = Background(lambda: client.wait(job_id, timeout=30))
+        assert waiting.result()["created_access_count"] == 1
+        until(lambda: here.meta(job_id)["result"].get("created_access_count") == 1)
+        ttl: Any = here.redis.ttl(f"celery-task-meta-{job_id}")
+        assert ttl > 3_600
+
+    def test_a_request_of_an_earlier_client_is_answered(
+        self, here: Site, samples: list[str], user: str
+    ) -> None:
+        """Without a reply key the reply goes where such a client reads it, for a minute."""
+        job_id = here.send(user, samples[:1])
+        here.answer(job_id)
+        request_id = control_request(here, job_id, with_reply_key=False)
+        assert here.answer(request_id)["result"]["state"] == "succeeded"
+        ttl: Any = here.redis.ttl(f"celery-task-meta-{request_id}")
+        assert 0 < ttl <= 60
+
+    def test_a_reply_replaces_nothing(self, here: Site, client: InterviewAccessClient) -> None:
+        """A reply key that exists stays as it is."""
+        request_id = str(uuid4())
+        here.redis.set(reply_key(request_id), "mine", ex=30)
+        control_request(here, "other", request_id=request_id)
+        client.status("other")
+        assert here.redis.get(reply_key(request_id)) == b"mine"
+
+    def test_a_large_status_is_cut(
+        self, here: Site, client: InterviewAccessClient, user: str
+    ) -> None:
+        """A reply omits entries of a large status and says how many; the command prints all."""
+        unknown = [str(uuid4()) for _ in range(9_000)]
+        malformed = [f"\u20ac{number}" for number in range(1_000)]
+        job_id = here.send(user, [*unknown, *malformed])
+        here.answer(job_id)
+        known = client.status(job_id)
+        assert known.unknown_interview_ids == unknown[: len(known.unknown_interview_ids or [])]
+        assert known.malformed_interview_ids == []
+        assert known.omitted == {
+            "unknown_interview_ids": 9_000 - len(known.unknown_interview_ids or []),
+            "malformed_interview_ids": 1_000,
+        }
+        assert REPLY_BYTES - 1_000 < max(replies(here)) < REPLY_BYTES + 1_000
+        printed = TestCommand.run(here, "status", job_id, "--json").stdout
+        everything = JobStatus.model_validate_json(printed)
+        assert everything.unknown_interview_ids == unknown
+        assert everything.malformed_interview_ids == malformed
+        assert everything.omitted is None
+
+    def test_a_large_cohorts_status_is_cut(
+        self, here: Site, client: InterviewAccessClient, samples: list[str]
+    ) -> None:
+        """The counts by user are cut likewise, whatever characters the user IDs are of."""
+        users = [f"{number:04}{chr(0x1F600) * 30}" for number in range(1_000)]
+        job_id = here.send(task=GRANT_COHORT_ACCESS, user_ids=users, interview_ids=[samples[0]])
+        here.answer(job_id)
+        known = client.status(job_id)
+        counted = known.created_by_user or {}
+        assert (known.created, set(counted.values())) == (1_000, {1})
+        assert known.omitted == {"created_by_user": 1_000 - len(counted)}
+
+    def test_replies_that_nobody_fetches_are_bounded(
+        self, here: Site, client: InterviewAccessClient, user: str
+    ) -> None:
+        """Of many large replies the oldest go first; Redis holds 8 MB of them at most."""
+        job_id = here.send(user, [str(uuid4()) for _ in range(9_000)])
+        here.answer(job_id)
+        requests = [control_request(here, job_id) for _ in range(60)]
+        last = client.status("nobodys")
+        assert last.state == "unknown"
+        assert sum(replies(here)) <= 8 * 1024 * 1024
+        assert len(replies(here)) >= 30
+        assert here.redis.exists(reply_key(requests[0])) == 0
+        assert reply(here, requests[-1])["result"]["state"] == "failed"
+
+
+class TestControlService:
+    """What the service does with one request, whatever it is."""
+
+    @staticmethod
+    def service(idle: Site) -> ControlService:
+        """The service of a worker that is not there."""
+        return ControlService(idle.producer, lambda: idle.store.storage)
+
+    def test_a_full_redis_takes_no_reply(self, idle: Site) -> None:
+        """At its maxmemory Redis is not filled further; the cancellation is made all the same."""
+        request_id = control_request(idle, "job", task=CANCEL_JOB)
+        idle.redis.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(OutOfMemoryError):
+                self.service(idle).run_once(idle.redis)
+        finally:
+            idle.redis.config_set("maxmemory", 0)
+        assert idle.redis.exists(reply_key(request_id), CONTROL_QUEUE) == 0
+        assert idle.store.storage.is_cancelled("job")
+
+    def test_an_expired_request_is_dropped(self, idle: Site) -> None:
+        """A request that its client waits for no more costs nothing."""
+        control_request(idle, "job", task=CANCEL_JOB, expires="2020-01-01T00:00:00")
+        self.service(idle).run_once(idle.redis)
+        assert idle.redis.keys() == []
+        assert not idle.store.storage.is_cancelled("job")
+
+    @pytest.mark.parametrize(
+        "message",
+        [
+            b"x" * 70_000,
+            b"[" * 60_000,
+            b"\xff\xfe{\x00}\x00",
+            b'{"headers": [], "body": "", "properties": {}}',
+            b'{"headers": {"id": "a\\nb", "task": "x"}, "body": "[[],{},{}]", "properties": {}}',
+            b'{"headers": {"id": "a", "expires": 7}, "body": "[[],{},{}]", "properties": {}}',
+            b'{"headers": {"id": "a"}, "body": "[7,{},{}]", "properties": {"reply_to": []}}',
+        ],
+        ids=["large", "nested", "UTF-16", "list", "ID", "expiry", "body"],
+    )
+    def test_what_cannot_be_read_is_dropped(
+        self, idle: Site, caplog: pytest.LogCaptureFixture, message: bytes
+    ) -> None:
+        """Any bytes are one short line in the log, and no error of the service."""
+        idle.redis.lpush(CONTROL_QUEUE, message)
+        self.service(idle).run_once(idle.redis)
+        assert idle.redis.keys() == []
+        (record,) = caplog.records
+        assert record.getMessage().startswith("control request cannot be read: ")
+        assert len(record.getMessage()) < 600
+        assert record.getMessage().isprintable()
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("celery-task-meta-job", b'{"status": "SUCCESS", "result": 7}'),
+            ("celery-task-meta-job", b'{"status": "FAILURE", "result": "x"}'),
+            ("celery-task-meta-job", b"[]"),
+            ("celery-task-meta-job", b"\xff"),
+            ("celery-task-meta-job", b'{"status": ' + b"[" * 60_000),
+            ("celery-task-meta-job", b'"' + b"x" * 10_000_000 + b'"'),
+            ("interview-access:job:job", b'{"task": "' + b"x" * 10_000_000 + b'"}'),
+            ("interview-access:job:job", b"[" * 60_000),
+        ],
+    )
+    def test_what_others_wrote_stops_no_reply(self, idle: Site, key: str, value: bytes) -> None:
+        """A result or an announcement of any bytes, which producers can write, is ignored."""
+        idle.redis.set(key, value)
+        request_id = control_request(idle, "job")
+        self.service(idle).run_once(idle.redis)
+        assert reply(idle, request_id)["result"] == {"job_id": "job", "state": "unknown"}
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"digest": "d" * 65}, {"task": "t" * 256}, {"digest": "d\0"}, {"task": "t\0"}],
+        ids=["long digest", "long task", "NUL in the digest", "NUL in the task"],
+    )
+    def test_an_announcement_that_the_ledger_cannot_store_stops_no_cancellation(
+        self, idle: Site, fields: dict[str, str]
+    ) -> None:
+        """Producers can write such an announcement; the job is cancelled as if it had none."""
+        announced = {"task": "t", "digest": "d", "sent_at": "2026-11-25T00:00:00Z", **fields}
+        idle.redis.set("interview-access:job:job", json.dumps(announced))
+        request_id = control_request(idle, "job", task=CANCEL_JOB)
+        self.service(idle).run_once(idle.redis)
+        assert reply(idle, request_id)["result"]["cancel_requested"]
+        assert idle.store.storage.is_cancelled("job")
+
+    def test_a_request_of_an_earlier_client_is_answered_without_the_ledger(
+        self, idle: Site
+    ) -> None:
+        """While PostgreSQL cannot be reached a request without a reply key fails at once."""
+        request_id = control_request(idle, "job", with_reply_key=False)
+        with closing(PostgresStorage("postgresql://me@127.0.0.1:1/x")) as away:
+            ControlService(idle.producer, lambda: away).run_once(idle.redis)
+        assert idle.meta(request_id)["result"]["exc_type"] == "StorageUnavailableException"
+
+    @pytest.mark.parametrize("name", ["Any", "Sequence", "Details", "x\x1b", None])
+    def test_a_failure_of_any_class_is_reported(self, idle: Site, name: str | None) -> None:
+        """A stored failure is failed, whatever it names as its class."""
+        failure = {"exc_type": name, "exc_message": ["No.", {}]}
+        stored = {"status": "FAILURE", "result": failure}
+        idle.redis.set("celery-task-meta-job", json.dumps(stored))
+        request_id = control_request(idle, "job")
+        self.service(idle).run_once(idle.redis)
+        assert reply(idle, request_id)["result"]["state"] == "failed"

@@ -28,6 +28,15 @@ from psycopg.rows import dict_row
 from sqlalchemy import NullPool, create_engine, make_url, select
 from sqlalchemy.orm import Session
 
+from storage.dtos import (
+    AccessOrderDTO,
+    AnswerDTO,
+    FinishedJobDTO,
+    InterviewAttemptDTO,
+    JobDTO,
+    RejectedIdsDTO,
+)
+from storage.interface import StorageError
 from storage.models import (
     Base,
     GrantAccessJob,
@@ -36,6 +45,7 @@ from storage.models import (
     InterviewConfig,
     UserInterviewAccess,
 )
+from storage.postgres import PostgresStorage
 from storage.schema import (
     DatabaseUnreachableError,
     Difference,
@@ -46,6 +56,9 @@ from storage.schema import (
     expected_revision,
     migrate,
 )
+from tests.database import database as temporary_database
+from tests.database import role
+from worker.local_stack import LocalStack
 
 CHECKOUT = Path(__file__).parent.parent
 SERVICE = Path(__file__).parent / "django_service"
@@ -57,6 +70,7 @@ OURS = [
     "grant_access_rejection",
     "grant_access_cohort",
 ]
+UNSENT = "grant_access_request_unsent_idx"
 KEY = "interview_userinterviewaccess_user_id_interview_id_key"
 REFUSAL = "interview_access_refuse_duplicate"
 PATIENCE_SECONDS = 30  # an end for every wait of a test; none takes it when all is well
@@ -402,7 +416,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0004"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0005"]
     assert database.catalog() == before
 
 
@@ -626,8 +640,22 @@ def test_two_runs_at_once(database: Database) -> None:
     other.join(PATIENCE_SECONDS)
     assert second == [
         "waiting: another migrate is running on this database",
-        "nothing to do: the schema is at revision 0004",
+        "nothing to do: the schema is at revision 0005",
     ]
+
+
+@pytest.mark.parametrize("is_valid", [True, False])
+def test_an_index_of_an_interrupted_run_is_built_anew(database: Database, is_valid: bool) -> None:
+    """An unfinished index of requests is replaced, a finished one is kept."""
+    migrated(database.url)
+    before = database.catalog()
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0004'")
+    database.execute(
+        "UPDATE pg_index SET indisvalid = %s WHERE indexrelid = %s::regclass", is_valid, UNSENT
+    )
+    told = "adopted" if is_valid else "added"
+    assert migrated(database.url) == [f"{told} the index {UNSENT}"]
+    assert database.catalog() == before
 
 
 def test_an_earlier_release_is_brought_up_to_date(database: Database) -> None:
@@ -638,11 +666,14 @@ def test_an_earlier_release_is_brought_up_to_date(database: Database) -> None:
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0002'")
     before = database.catalog()
 
-    assert migrated(database.url) == [f"created table {table}" for table in OURS[1:]]
+    assert migrated(database.url) == [
+        *(f"created table {table}" for table in OURS[1:]),
+        f"added the index {UNSENT}",
+    ]
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0004"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0005"]
 
 
 @pytest.mark.usefixtures("service")
@@ -802,10 +833,185 @@ def test_ledger_orders_job_ids_by_their_bytes(database: Database) -> None:
         assert session.scalars(ordered).all() == ["A", "a", "b", "É"]
 
 
-def test_unreachable_database_is_told_without_its_password(database: Database) -> None:
-    """No connection: one error that names the place and the reason, and hides the password."""
-    url = make_url(database.url).set(database="nowhere", password="geheim")  # noqa: S106 - made up
-    with pytest.raises(DatabaseUnreachableError) as caught:
-        migrated(url.render_as_string(hide_password=False))
-    assert 'database "nowhere" does not exist' in str(caught.value)
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"database": "nowhere"}, 'database "nowhere" does not exist'),
+        ({"username": "nobody"}, 'role "nobody" does not exist'),
+        (
+            {"query": {"host": "/nonexistent", "schema": "public"}},
+            "options of libpq only, without schema",
+        ),
+        (
+            {"query": {"host": "/nonexistent", "sslmode": "perhaps"}},
+            'invalid sslmode value: "perhaps"',
+        ),
+        (
+            {"query": {"host": "/nonexistent", "connect_timeout": "soon"}},
+            "connect_timeout to be a whole number",
+        ),
+    ],
+)
+def test_refused_connection_is_told_without_its_password(
+    database: Database, wrong: dict[str, Any], reason: str
+) -> None:
+    """What is wrong with the URL is one error that names it, and no server that may come back."""
+    url = make_url(database.url).set(password="geheim", **wrong)  # noqa: S106 - made up
+    with pytest.raises(StorageError) as caught:
+        check_schema(url.render_as_string(hide_password=False))
+    assert not isinstance(caught.value, DatabaseUnreachableError)
+    assert reason in str(caught.value)
     assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"query": {"host": "/nonexistent"}},
+        {"query": {}, "host": "127.0.0.1", "port": 1},
+        {"query": {}, "host": "nowhere.invalid"},
+    ],
+)
+def test_unreachable_server_is_told_without_its_password(
+    database: Database, wrong: dict[str, Any]
+) -> None:
+    """No server: an error of its own, which names the place."""
+    url = make_url(database.url).set(password="geheim", **wrong)  # noqa: S106 - made up
+    with pytest.raises(DatabaseUnreachableError) as caught:
+        check_schema(url.render_as_string(hide_password=False))
+    assert str(url.query.get("host", url.host)) in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
+def test_full_server_is_one_that_cannot_be_reached(database: Database) -> None:
+    """A database that accepts no more connections now may accept them later."""
+    migrated(database.url)
+    name = make_url(database.url).database
+    with role(database.url) as url:
+        database.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+        with pytest.raises(DatabaseUnreachableError, match="too many connections"):
+            check_schema(url)
+
+
+WORKER = [
+    "SELECT, UPDATE ON interview_interview",
+    "SELECT ON interview_interviewconfig",
+    "INSERT ON interview_interviewattempt",
+    "SELECT, INSERT ON interview_userinterviewaccess",
+    "SELECT, INSERT, UPDATE ON grant_access_job",
+    "SELECT, UPDATE, DELETE ON grant_access_request",
+    "SELECT, INSERT ON grant_access_cancellation",
+    "SELECT, INSERT, UPDATE ON grant_access_rejection",
+    "SELECT, INSERT, UPDATE ON grant_access_cohort",
+    "SELECT ON grant_access_alembic_version",
+]
+"""What a worker's role needs, and no more."""
+
+
+def test_a_role_with_these_privileges_serves(database: Database) -> None:
+    """A role with the privileges that are asked for does everything that a worker does."""
+    migrated(database.url)
+    (interview,) = add_interviews(database, 1)
+    with role(database.url, *WORKER) as url:
+        assert check_schema(url) is None
+        storage = PostgresStorage(url)
+        database.execute(
+            "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
+        )
+        job = JobDTO("a", "t", None, "d" * 64)
+        answer = AnswerDTO(
+            "succeeded",
+            result={},
+            created_by_user={"ann": 1},
+            rejected=RejectedIdsDTO(("x",), ("y",)),
+        )
+        with storage.transaction() as transaction:
+            transaction.lock_jobs(["a"], wait=True)
+            transaction.open_jobs([job])
+            transaction.request_cancellation("b")
+            assert transaction.find_cancelled_jobs(["b"]) == {"b"}
+            assert transaction.find_unknown_interviews([str(interview)]) == frozenset()
+            assert len(transaction.get_interview_details([str(interview)])) == 1
+            order = AccessOrderDTO("ann", (str(interview),))
+            assert transaction.bulk_create_user_access([order]) == [1]
+            transaction.get_existing_user_access(["ann"])
+            start = datetime.now(UTC)
+            attempt = InterviewAttemptDTO(str(uuid4()), str(interview), "ann", start)
+            transaction.create_interview_attempt([attempt])
+            transaction.finish_jobs([FinishedJobDTO(job, answer)])
+            (request,) = transaction.take_due_requests(1)
+            transaction.look_again_at_requests([request.job_id], sent=True)
+            assert transaction.forget_answered_requests([request.job_id]) == frozenset()
+        storage.make_requests_due()
+        assert storage.get_finished_job("a") == FinishedJobDTO(job, answer)
+        storage.close()
+
+
+@pytest.mark.parametrize(
+    ("privilege", "table"),
+    [
+        (privilege, grant.split(" ON ")[1])
+        for grant in WORKER
+        for privilege in grant.split(" ON ")[0].split(", ")
+    ],
+)
+def test_a_missing_privilege_is_named(database: Database, privilege: str, table: str) -> None:
+    """A worker's role that lacks a privilege is told which, and how to give it."""
+    migrated(database.url)
+    with role(database.url, *WORKER) as url:
+        name = make_url(url).username
+        database.execute(f"REVOKE {privilege} ON {table} FROM {name}")
+        assert check_schema(url) == (
+            f"the role {name} lacks {privilege} on public.{table}: "
+            f"run GRANT {privilege} ON TABLE public.{table} TO {name}"
+        )
+
+
+def test_privileges_on_columns_serve(database: Database) -> None:
+    """A role may have a privilege for the columns alone."""
+    migrated(database.url)
+    with role(database.url, *WORKER) as url:
+        name = make_url(url).username
+        database.execute(f"REVOKE SELECT ON interview_interview FROM {name}")  # noqa: S608 - a name of ours
+        for column in ("id", "title", "description", "duration"):
+            assert "lacks SELECT on public.interview_interview" in str(check_schema(url))
+            database.execute(f"GRANT SELECT ({column}) ON interview_interview TO {name}")
+        assert check_schema(url) is None
+
+
+def test_a_schema_that_the_role_may_not_use_is_named(database: Database) -> None:
+    """Tables in a schema without USAGE are there, and said to be."""
+    migrated(database.url)
+    database.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+    with role(database.url, *WORKER) as url:
+        name = make_url(url).username
+        assert check_schema(url) == (
+            f"the role {name} lacks USAGE on public: run GRANT USAGE ON SCHEMA public TO {name}"
+        )
+
+
+def test_a_serial_column_needs_its_sequence(database: Database) -> None:
+    """The sequence of a column that an older Django made is named, where it may not be used."""
+    database.execute("CREATE SEQUENCE the_ids")
+    migrated(database.url)
+    database.execute(f"ALTER TABLE {GRANTS} ALTER id DROP IDENTITY")
+    database.execute(f"ALTER TABLE {GRANTS} ALTER id SET DEFAULT nextval('the_ids')")
+    with role(database.url, *WORKER) as url:
+        name = make_url(url).username
+        assert check_schema(url) == (
+            f"the role {name} lacks USAGE on public.the_ids: "
+            f"run GRANT USAGE ON SEQUENCE public.the_ids TO {name}"
+        )
+        database.execute(f"GRANT USAGE ON SEQUENCE the_ids TO {name}")
+        assert check_schema(url) is None
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_an_encoding_other_than_utf8_is_refused(stack: LocalStack, encoding: str) -> None:
+    """A database that cannot hold every user ID is refused before anything is done in it."""
+    options = f"ENCODING '{encoding}' LOCALE 'C'"
+    with temporary_database(stack.database_url, options=options) as url:
+        expected = f"got a database in the encoding {encoding}, expected UTF8"
+        assert expected in str(check_schema(url))
+        with pytest.raises(SchemaMismatchError, match=expected):
+            migrated(url)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,17 +20,21 @@ from interview_access.outbox import INSERT, enqueue_in_sqlalchemy
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
+from storage.dtos import AccessRequestDTO
 from storage.interface import StorageError
+from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage, PostgresTransaction
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.database import connected, database
+from tests.sentinels import redis_of
 from tests.stores import all_at_once, until
 from tests.test_migrations import Database, DjangoService
 from tests.test_producers import blocks
 from tests.workers import QUEUE, Site, site, worker
 from worker.local_stack import LocalStack
-from worker.relay import Relay
+from worker.outbox_relay import OutboxRelay
 
 SECTION = "Inside a transaction of your database"
 REQUESTS = "SELECT count(*) FROM grant_access_request"
@@ -77,9 +82,12 @@ def queued(here: Site) -> list[str]:
     return [json.loads(message)["headers"]["id"] for message in messages]
 
 
-def go_round(here: Site, storage: PostgresStorage | None = None) -> None:
+def go_round(
+    here: Site, storage: PostgresStorage | None = None, redis: Redis | None = None
+) -> None:
     """Have the relay go one round."""
-    Relay(here.producer, lambda: storage or here.store.storage).round(here.redis)
+    relay = OutboxRelay(here.producer, lambda: storage or here.store.storage)
+    relay.run_once(redis or here.redis)
 
 
 def is_answered(here: Site) -> bool:
@@ -151,7 +159,7 @@ class TestPromises:
         """What cannot be sent stays due."""
         ask(idle, user)
         with Redis(unix_socket_path="/nowhere") as away, pytest.raises(RedisConnectionError):
-            Relay(idle.producer, lambda: idle.store.storage).round(away)
+            OutboxRelay(idle.producer, lambda: idle.store.storage).run_once(away)
         go_round(idle)
         assert idle.redis.llen(QUEUE) == 1
 
@@ -245,6 +253,69 @@ class TestPromises:
         idle.store.storage.make_requests_due()
         go_round(idle)
         assert large in queued(idle)
+
+    @pytest.mark.parametrize(
+        ("command", "says"),
+        [
+            ("ACL SETUSER default -lpush", "no permissions"),
+            ("CONFIG SET min-replicas-to-write 1", "NOREPLICAS"),
+        ],
+        ids=["NOPERM", "NOREPLICAS"],
+    )
+    def test_a_refusal_of_every_request_ends_the_page(
+        self, idle: Site, tmp_path: Path, command: str, says: str
+    ) -> None:
+        """Redis's refusal is raised at the first request, and all requests stay due."""
+        for _ in range(2):
+            ask(idle, str(uuid4()))
+        with redis_of(tmp_path) as port, Redis(port=port) as redis:
+            redis.set("interview-access:relay", 1)
+            redis.execute_command(*command.split())
+            with pytest.raises(ResponseError, match=says):
+                go_round(idle, redis=redis)
+        go_round(idle)
+        assert idle.redis.llen(QUEUE) == 2
+
+    def test_one_that_is_too_large_fails_and_stops_no_other(self, idle: Site, user: str) -> None:
+        """A request of more IDs than a relay reads fails in the ledger, once, and is deleted."""
+        first = ask(idle, user)
+        idle.store.execute(
+            "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
+            " VALUES ('large', 'ann', array_fill(CAST(gen_random_uuid() AS text), ARRAY[1000000]))"
+        )
+        last = ask(idle, user)
+        go_round(idle)
+        assert sorted(queued(idle)) == sorted([first, last])
+        finished = idle.store.storage.get_finished_job("large")
+        assert finished
+        assert finished.answer.error
+        assert finished.answer.error["type"] == "InvalidGrantRequestException"
+        idle.store.storage.make_requests_due()
+        go_round(idle)
+        assert idle.store.value(f"{REQUESTS} WHERE job_id = 'large'") == 0
+
+    def test_a_page_of_compressible_requests_is_bounded(self, idle: Site) -> None:
+        """Requests that are small in the table and large in memory are read a few at a time."""
+        idle.store.execute(
+            "INSERT INTO grant_access_request (user_id, interview_ids)"
+            " SELECT 'ann', array_fill(CAST(gen_random_uuid() AS text), ARRAY[50000])"
+            " FROM generate_series(1, 5)"
+        )
+        go_round(idle)
+        assert len(queued(idle)) == 1
+
+    def test_one_that_is_no_message_stops_no_other(
+        self, idle: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A row that no message can be made of is reported, and the others are sent."""
+        requests = MemoryStorage(chunk_size=1)
+        for job_id in "first", "no\nid", "last":
+            row = AccessRequestDTO(job_id, "ann", NAMED_SAMPLES, datetime.now(UTC))
+            requests.add_request(row)
+        OutboxRelay(idle.producer, lambda: requests).run_once(idle.redis)
+        assert sorted(queued(idle)) == ["first", "last"]
+        (record,) = caplog.records
+        assert "job 'no\\nid': ValueError: job id: expected 1 to 255" in record.getMessage()
 
     @pytest.mark.parametrize(("waited", "copies"), [("90 minutes", 0), ("20 minutes", 1)])
     def test_one_is_sent_again_the_later_the_longer_it_waits(

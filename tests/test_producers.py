@@ -171,6 +171,19 @@ def test_any_redis_client(here: Site, url: str) -> None:
     client.close()
 
 
+def test_a_control_request_from_any_redis_client(here: Site, url: str) -> None:
+    """An LPUSH asks for a job's state, and a GET reads the reply, as the page shows it."""
+    ask, read = blocks("Ask for a job's state from any Redis client", "redis")
+    job_id = here.send("hal", [NAMED_SAMPLES[0]])
+    here.answer(job_id)
+    with speaker(url) as redis:
+        said(redis, ask.replace("page-redis-1", job_id))
+        until(lambda: said(redis, read) != [None])
+        (reply,) = said(redis, read)
+        assert json.loads(reply)["result"]["state"] == "succeeded"
+        assert 0 < redis.ttl("interview-access:reply:page-request-1") <= 60
+
+
 def test_what_status_tells_of_a_job_that_waits(url: str) -> None:
     """Announced it is queued; a job that nobody announced is unknown until a worker begins it."""
     push, _, announced = blocks("Any Redis client", "redis")

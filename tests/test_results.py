@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 from celery import Celery, states
-from celery.exceptions import Reject
+from celery.exceptions import ChordError, TaskRevokedError
 from interview_access.errors import (
     InterviewAccessError,
     InvalidInterviewIdException,
@@ -19,7 +19,7 @@ from interview_access.errors import (
 )
 from redis import Redis
 
-from storage.interface import TransientStorageError
+from storage.interface import StorageError
 from tests.faults.gates import Relay
 from tests.stores import Background
 from worker.local_stack import LocalStack
@@ -63,9 +63,9 @@ def stored(redis: Redis, job_id: str) -> tuple[str, Any]:
 
 
 def store(results: JobResults, job_id: str, answer: object) -> None:
-    """Store an answer, or a failure."""
-    failed = isinstance(answer, InterviewAccessError)
-    results.store_result(job_id, answer, states.FAILURE if failed else states.SUCCESS)
+    """Store a job's result."""
+    assert isinstance(answer, dict | InterviewAccessError)
+    assert results.store_results({job_id: answer}) == {job_id}
 
 
 def test_late_failure_does_not_replace_a_success(
@@ -131,17 +131,58 @@ def test_no_state_replaces_an_answer(
     assert stored(redis, job_id) == before
 
 
-def test_failure_that_is_none_of_the_contracts_is_no_verdict(results: JobResults) -> None:
-    """What only went wrong in a worker is raised, not stored."""
-    with pytest.raises(TransientStorageError):
-        results.store_result(str(uuid4()), TransientStorageError("away"), states.FAILURE)
+@pytest.mark.parametrize(
+    ("state", "result"),
+    [
+        (states.FAILURE, StorageError("away")),
+        (states.REVOKED, TaskRevokedError("revoked")),
+        (states.SUCCESS, ValueError("a result of no job")),
+    ],
+)
+def test_only_the_ledger_makes_a_result_final(
+    results: JobResults, redis: Redis, state: str, result: Exception
+) -> None:
+    """A final state that Celery itself would store of a job is raised, not stored."""
+    job_id = str(uuid4())
+    with pytest.raises(type(result)):
+        results.store_result(job_id, result, state)
+    assert not redis.exists(f"celery-task-meta-{job_id}")
 
 
-def test_answer_that_cannot_be_stored_sends_the_job_back(tmp_path: Path) -> None:
-    """With the results' Redis away, the message is to be delivered again."""
-    with pytest.raises(Reject) as rejected:
-        store(results_at(f"redis+socket://{tmp_path}/none"), str(uuid4()), SUCCESS)
-    assert rejected.value.requeue
+def test_a_revocation_stores_nothing(results: JobResults, redis: Redis) -> None:
+    """Celery's revoke leaves the result to the ledger."""
+    job_id = str(uuid4())
+    results.mark_as_revoked(job_id, reason="revoked", store_result=True)
+    assert not redis.exists(f"celery-task-meta-{job_id}")
+
+
+def test_the_body_of_a_failed_chord_fails(results: JobResults, redis: Redis) -> None:
+    """A chord's body that never runs reads why."""
+    job_id = str(uuid4())
+    results.store_result(job_id, ChordError("a part failed"), states.FAILURE)
+    state, result = stored(redis, job_id)
+    assert (state, result["exc_type"]) == (states.FAILURE, "ChordError")
+    store(results, job_id, SUCCESS)
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"[]", b"{}", b'{"status": 1}'])
+def test_a_value_that_is_no_result_is_replaced(
+    results: JobResults, redis: Redis, value: bytes
+) -> None:
+    """Whatever others wrote under the key, the ledger's result takes its place."""
+    job_id = str(uuid4())
+    redis.set(f"celery-task-meta-{job_id}", value)
+    store(results, job_id, SUCCESS)
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+def test_a_key_of_another_type_is_replaced(results: JobResults, redis: Redis) -> None:
+    """A list under the result's key does not keep the result from being stored."""
+    job_id = str(uuid4())
+    redis.lpush(f"celery-task-meta-{job_id}", "x")
+    store(results, job_id, SUCCESS)
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
 
 
 def test_state_that_cannot_be_stored_stops_nothing(tmp_path: Path) -> None:
@@ -160,7 +201,7 @@ def test_answers_of_several_jobs_are_stored_together(
     if forgotten:
         redis.script_flush()
     failure = json.loads(results.encode(results.encode_result(MALFORMED, states.FAILURE)))
-    assert results.store_answers({new: SUCCESS, told: MALFORMED}) == {new, told}
+    assert results.store_results({new: SUCCESS, told: MALFORMED}) == {new, told}
     assert stored(redis, new) == ("SUCCESS", SUCCESS)
     assert stored(redis, told) == ("FAILURE", failure)
     metas: list[Any] = [redis.get(f"celery-task-meta-{job_id}") for job_id in (new, told)]
@@ -173,7 +214,7 @@ def test_that_a_job_runs_is_told_where_no_more_is_known(
 ) -> None:
     """A job that has its answer by then keeps it."""
     running, done = str(uuid4()), str(uuid4())
-    results.store_answers({done: SUCCESS})
+    results.store_results({done: SUCCESS})
     if forgotten:
         redis.script_flush()
     results.store_started([running, done], pid=1)
@@ -184,5 +225,5 @@ def test_that_a_job_runs_is_told_where_no_more_is_known(
 def test_answers_that_cannot_be_stored_are_none(tmp_path: Path) -> None:
     """Where Redis is away no job is told as answered, and nothing is raised."""
     away = results_at(f"redis+socket://{tmp_path}/none")
-    assert away.store_answers({str(uuid4()): SUCCESS}) == frozenset()
+    assert away.store_results({str(uuid4()): SUCCESS}) == frozenset()
     away.store_started([str(uuid4())])

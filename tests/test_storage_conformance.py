@@ -11,9 +11,12 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
 from storage.dtos import (
@@ -30,11 +33,20 @@ from storage.dtos import (
 from storage.interface import (
     InterviewStorageInterface,
     InterviewTransactionInterface,
+    JobBusyError,
     StorageError,
-    TransientStorageError,
 )
-from storage.postgres import DatabaseLimits, PostgresStorage
-from tests.stores import CHUNK_SIZE, Background, PostgresStore, Store, an_interview
+from storage.postgres import _TAKE_DUE_REQUESTS, DatabaseLimits, PostgresStorage
+from tests.database import role
+from tests.stores import (
+    CHUNK_SIZE,
+    PATIENCE_SECONDS,
+    Background,
+    PostgresStore,
+    Store,
+    an_interview,
+    until,
+)
 
 DIGEST, OTHER_DIGEST = "d" * 64, "e" * 64
 
@@ -99,6 +111,14 @@ def lock(
     """The jobs that a transaction of its own could lock."""
     with storage.transaction() as transaction:
         return transaction.lock_jobs(job_ids, wait=wait)
+
+
+def is_locked_by(storage: InterviewStorageInterface, job_id: str) -> bool:
+    """Whether the storage can lock the job now."""
+    try:
+        return lock(storage, [job_id], wait=True) == {job_id}
+    except JobBusyError:
+        return False
 
 
 def an_attempt(interview_id: str) -> InterviewAttemptDTO:
@@ -347,6 +367,122 @@ class TestRequests:
             assert list(transaction.take_due_requests(2)) == requests[:2]
         assert store.storage.get_request("c") == requests[2]
         assert store.storage.get_request("d") is None
+
+    def test_never_sent_ones_come_first(self, store: Store) -> None:
+        """Those that were sent, however long they have been due, come after those that were not."""
+        for job_id in "a", "b", "c":
+            store.add_request(a_request(job_id))
+        with store.storage.transaction() as transaction:
+            transaction.look_again_at_requests(["a"], sent=True)
+        store.storage.make_requests_due()
+        store.add_request(a_request("d"))
+        for limit, expected in (2, 2), (4, 4):
+            with store.storage.transaction() as transaction:
+                taken = [request.job_id for request in transaction.take_due_requests(limit)]
+            assert len(taken) == expected
+            assert "a" not in taken[:3]
+
+    def test_a_page_is_bounded_by_size(self, store: Store) -> None:
+        """Requests are taken up to a size together, and one alone of any size."""
+        for job_id in "a", "b", "c":
+            ids = tuple(str(uuid4()) for _ in range(40))
+            store.add_request(replace(a_request(job_id), interview_ids=ids))
+        with store.storage.transaction() as transaction:
+            assert len(transaction.take_due_requests(9, page_bytes=1)) == 1
+            assert len(transaction.take_due_requests(9, page_bytes=9_000)) == 2
+            assert len(transaction.take_due_requests(9, page_bytes=40_000)) == 3
+
+    @pytest.mark.parametrize(
+        ("user_id", "ids"),
+        [
+            ("ann", ("",) * 500_001),
+            ("ann", ("x" * 11_000_000,) * 3),
+            ("x" * 33_000_000, ()),
+        ],
+    )
+    def test_one_that_is_too_large_is_not_read(
+        self, store: Store, user_id: str, ids: tuple[str, ...]
+    ) -> None:
+        """A request whose IDs would take up too much memory comes without, between the others."""
+        first, last = a_request("a"), a_request("c")
+        store.add_request(first)
+        store.add_request(last)
+        large = replace(a_request("b"), user_id=user_id, interview_ids=ids)
+        store.add_request(large)
+        with store.storage.transaction() as transaction:
+            taken = {one.job_id: one for one in transaction.take_due_requests(9)}
+        empty = replace(large, user_id="", interview_ids=(), is_too_large=True)
+        assert taken == {"a": first, "b": empty, "c": last}
+
+    @pytest.mark.parametrize("year", [1, 1900, 9999])
+    def test_any_date_is_read_as_one_of_the_last_hundred_years(
+        self, store: Store, year: int
+    ) -> None:
+        """Whatever a service wrote as the time of its request, the request is read."""
+        written = datetime(year, 1, 1, tzinfo=UTC)
+        store.add_request(replace(a_request("a"), requested_at=written))
+        with store.storage.transaction() as transaction:
+            (request,) = transaction.take_due_requests(9)
+            transaction.look_again_at_requests(["a"], sent=True)
+        age = datetime.now(UTC) - request.requested_at
+        assert timedelta(minutes=-1) < age < timedelta(days=36_600)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            "'b', 'ann', '{}', 'infinity', NULL, now()",
+            "'b', 'ann', '{}', '-infinity', NULL, '-infinity'",
+            "'b', 'ann', '{}', '4713-01-01 BC', '4713-01-01 BC', '4713-01-01 BC'",
+            "'b', 'ann', '{}', '294276-01-01', 'infinity', now()",
+            "'b', 'ann', '{{a,b},{c,NULL}}', now(), NULL, now()",
+            "'b', 'ann', '[-5:-4]={a,b}', now(), '-infinity', now()",
+            "'b', '', ARRAY[NULL], now(), NULL, now()",
+            "'b', repeat('x', 100000), ARRAY['{', E'\\\\', '\"', ''], now(), NULL, now()",
+        ],
+    )
+    def test_any_row_is_read(self, postgres: PostgresStore, values: str) -> None:
+        """A row that no message can be made of keeps no other from being taken."""
+        postgres.execute(
+            "INSERT INTO grant_access_request"  # noqa: S608 - values of the above
+            " (job_id, user_id, interview_ids, requested_at, sent_at, look_at)"
+            f" VALUES ({values})"
+        )
+        postgres.add_request(a_request("a"))
+        with postgres.storage.transaction() as transaction:
+            taken = [request.job_id for request in transaction.take_due_requests(9)]
+            assert sorted(taken) == ["a", "b"]
+            transaction.look_again_at_requests(taken, sent=False)
+        with postgres.storage.transaction() as transaction:
+            assert transaction.take_due_requests(9) == []
+        assert postgres.storage.get_request("b")
+
+    def test_due_ones_are_found_by_an_index(self, postgres: PostgresStore) -> None:
+        """Of many that are due, no more are read and none are sorted than are taken."""
+        postgres.execute(
+            "INSERT INTO grant_access_request (user_id, interview_ids, sent_at)"
+            " SELECT 'ann', '{}', CASE WHEN n % 2 = 0 THEN now() END"
+            " FROM generate_series(1, 20000) AS n"
+        )
+        postgres.execute("ANALYZE grant_access_request")
+        with postgres.storage.transaction() as transaction:
+            transaction.lock_jobs(["a"], wait=False)  # for the settings
+            plan = transaction._connection.exec_driver_sql(
+                f"EXPLAIN (ANALYZE, FORMAT JSON) {_TAKE_DUE_REQUESTS}",
+                {"limit": 10, "page_bytes": 1_000_000, "request_bytes": 1_000_000},
+            ).scalar_one()
+
+        def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            yield node
+            for child in node.get("Plans", []):
+                yield from nodes(child)
+
+        scans = [
+            node
+            for node in nodes(plan[0]["Plan"])
+            if node.get("Relation Name") == "grant_access_request"
+        ]
+        assert scans
+        assert all(node["Actual Rows"] * node["Actual Loops"] <= 10 for node in scans)
 
     def test_what_another_transaction_has_taken_is_left_to_it(
         self, postgres: PostgresStore
@@ -684,7 +820,7 @@ class TestBulkCreateUserAccess:
             AccessOrderDTO("bob", (ids[position - 1],)),
             AccessOrderDTO("ann", tuple(ids)),
         ]
-        with ends_with(TransientStorageError, store.storage, sqlstate="23503") as transaction:
+        with ends_with(StorageError, store.storage, sqlstate="23503") as transaction:
             transaction.bulk_create_user_access(orders)
         assert store.granted("ann") == []
         assert store.granted("bob") == []
@@ -763,7 +899,7 @@ class TestCreateInterviewAttempt:
         """An interview that does not exist fails the whole as transient, adding nothing."""
         (interview_id,) = store.add_interviews(1)
         attempts = [an_attempt(interview_id), an_attempt(str(uuid4()))]
-        with ends_with(TransientStorageError, store.storage, sqlstate="23503") as transaction:
+        with ends_with(StorageError, store.storage, sqlstate="23503") as transaction:
             transaction.create_interview_attempt(attempts)
         assert list(store.attempts()) == []
 
@@ -828,7 +964,7 @@ class TestTransaction:
     def test_store_goes_on_after_a_failure(self, store: Store) -> None:
         """After a transaction that failed the next one works."""
         (interview_id,) = store.add_interviews(1)
-        with pytest.raises(TransientStorageError):
+        with pytest.raises(StorageError):
             make_grants(store.storage, "ann", str(uuid4()))
         assert make_grants(store.storage, "ann", interview_id) == 1
 
@@ -952,22 +1088,89 @@ class TestPostgres:
             postgres.storage.transaction() as holder,
         ):
             holder.open_jobs([ledger_entry("a")])
-            with ends_with(TransientStorageError, hasty, sqlstate="55P03") as transaction:
+            with ends_with(StorageError, hasty, sqlstate="55P03") as transaction:
                 transaction.open_jobs([ledger_entry("a")])
             holder.finish_jobs([finished("a", 1)])
 
-    def test_delayed_twin_ends_the_holder_of_its_job(self, postgres: PostgresStore) -> None:
-        """A job's later delivery ends the earlier one, frozen in its transaction, and goes on."""
+    def test_duplicate_ends_an_unresponsive_holder(self, postgres: PostgresStore) -> None:
+        """A duplicate ends the transaction of a worker that has stopped, and gets the lock."""
         (interview_id,) = postgres.add_interviews(1)
+        limits = DatabaseLimits(busy=0.05, unresponsive=0)
         with (
-            postgres.another(limits=DatabaseLimits(twin=0.1)) as twin,
-            ends_with(TransientStorageError, postgres.storage, sqlstate="57P01") as frozen,
+            postgres.another(limits=limits) as duplicate,
+            ends_with(StorageError, postgres.storage, sqlstate="57P01") as stopped,
         ):
-            frozen.lock_jobs(["a"], wait=True)
-            frozen.open_jobs([ledger_entry("a")])
-            assert lock(twin, ["a", "b"], wait=True) == {"a", "b"}
-            frozen.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
+            stopped.lock_jobs(["a"], wait=True)
+            stopped.open_jobs([ledger_entry("a")])
+            assert lock(duplicate, ["a", "b"], wait=True) == {"a", "b"}
+            stopped.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
         assert postgres.granted("ann") == []
+
+    def test_duplicate_ends_nothing_before_the_limit(self, postgres: PostgresStore) -> None:
+        """A holder that is between two statements for a moment goes on; the duplicate is busy."""
+        limits = DatabaseLimits(busy=0.05, unresponsive=PATIENCE_SECONDS)
+        with postgres.another(limits=limits) as duplicate:
+            with postgres.storage.transaction() as holder:
+                holder.lock_jobs(["a"], wait=True)
+                with pytest.raises(JobBusyError):
+                    lock(duplicate, ["a"], wait=True)
+                holder.open_jobs([ledger_entry("a")])
+                holder.finish_jobs([finished("a")])
+            assert lock(duplicate, ["a"], wait=True) == {"a"}
+
+    def test_duplicate_never_ends_a_running_statement(self, postgres: PostgresStore) -> None:
+        """A holder whose statement is running goes on, however long it takes."""
+        limits = DatabaseLimits(busy=0.05, unresponsive=0, statement=PATIENCE_SECONDS)
+
+        def hold() -> set[str]:
+            with postgres.storage.transaction() as holder:
+                holder.lock_jobs(["a"], wait=True)
+                return set(holder.open_jobs([ledger_entry("a")]))
+
+        with (
+            postgres.another(limits=limits) as duplicate,
+            postgres.another() as other,
+        ):
+            with other.transaction() as blocking:
+                blocking.open_jobs([ledger_entry("a")])
+                holder = Background(hold)
+                postgres.until_waiting(holder)
+                with pytest.raises(JobBusyError):
+                    lock(duplicate, ["a"], wait=True)
+                blocking.finish_jobs([finished("a")])
+            assert holder.result() == {"a"}
+
+    def test_lock_of_another_role_does_not_stop_a_job(self, postgres: PostgresStore) -> None:
+        """A session that is no worker's holds the lock: the ledger's key alone decides."""
+        limits = DatabaseLimits(busy=0.05, unresponsive=0)
+        with (
+            role(postgres.database_url, "pg_read_all_stats") as url,
+            postgres.storage.transaction() as holder,
+        ):
+            holder.lock_jobs(["a"], wait=True)
+            storage = PostgresStorage(url, limits=limits)
+            assert lock(storage, ["a"], wait=True) == {"a"}
+            storage.close()
+
+    def test_duplicate_ends_a_holder_that_receives_nothing(self, postgres: PostgresStore) -> None:
+        """A worker that stopped while rows are sent to it is ended once the statement is overdue.
+
+        No timeout of the server ends that statement: it blocks in sending.
+        """
+        limits = DatabaseLimits(busy=0.05, statement=1)
+        url = make_url(postgres.database_url).set(drivername="postgresql")
+        with (
+            psycopg.connect(url.render_as_string(hide_password=False)) as holder,
+            postgres.another(limits=limits) as duplicate,
+        ):
+            holder.execute(
+                "SELECT pg_advisory_xact_lock(hashtextextended('grant_access_job:a', 0))"
+            )
+            holder.pgconn.send_query(b"SELECT repeat('x', 1000) FROM generate_series(1, 100000)")
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'ClientWrite'"
+            until(lambda: postgres.value(waiting) == 1)
+            until(lambda: is_locked_by(duplicate, "a"))
+            holder.close()
 
     def test_statement_timeout(self, postgres: PostgresStore) -> None:
         """A statement ends at its limit, as transient."""
@@ -976,14 +1179,14 @@ class TestPostgres:
             postgres.storage.transaction() as holder,
         ):
             holder.lock_jobs(["a"], wait=True)
-            with ends_with(TransientStorageError, hasty, sqlstate="57014") as transaction:
+            with ends_with(StorageError, hasty, sqlstate="57014") as transaction:
                 transaction.lock_jobs(["a"], wait=True)
 
     def test_idle_timeout(self, postgres: PostgresStore) -> None:
         """A transaction that said nothing for too long is ended by the server, as transient."""
         with (
             postgres.another(limits=DatabaseLimits(idle=0.05)) as frozen,
-            ends_with(TransientStorageError, frozen, sqlstate="25P03") as transaction,
+            ends_with(StorageError, frozen, sqlstate="25P03") as transaction,
         ):
             transaction.lock_jobs(["a"], wait=True)
             assert lock(postgres.storage, ["a"], wait=True)
@@ -991,7 +1194,7 @@ class TestPostgres:
 
     def test_terminated_backend(self, postgres: PostgresStore) -> None:
         """A connection that an operator ends is trouble that passes, and the next one works."""
-        with ends_with(TransientStorageError, postgres.storage, sqlstate="57P01") as transaction:
+        with ends_with(StorageError, postgres.storage, sqlstate="57P01") as transaction:
             transaction.lock_jobs(["a"], wait=True)
             postgres.value(TERMINATE)
             transaction.lock_jobs(["b"], wait=True)
@@ -1008,7 +1211,7 @@ class TestPostgres:
             " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION die()"
         )
         reached_the_end = False
-        with ends_with(TransientStorageError, postgres.storage, sqlstate="57P01") as transaction:
+        with ends_with(StorageError, postgres.storage, sqlstate="57P01") as transaction:
             transaction.open_jobs([ledger_entry("a")])
             transaction.finish_jobs([finished("a")])
             reached_the_end = True
@@ -1043,23 +1246,13 @@ class TestPostgres:
             except StorageError as error:
                 errors.append(error)
         (deadlock,) = errors
-        assert isinstance(deadlock, TransientStorageError)
+        assert not deadlock.is_outage
         assert deadlock.sqlstate == "40P01"
-
-    def test_read_only_database(self, postgres: PostgresStore) -> None:
-        """A database that is read-only for now, a standby perhaps, is trouble that passes."""
-        (interview_id,) = postgres.add_interviews(1)
-        postgres.configure("default_transaction_read_only", "on")
-        with postgres.another() as storage:
-            with ends_with(TransientStorageError, storage, sqlstate="25006") as transaction:
-                transaction.open_jobs([ledger_entry("a")])
-            with ends_with(TransientStorageError, storage, sqlstate="25006") as transaction:
-                transaction.find_unknown_interviews([interview_id])
 
     def test_unreachable_server(self) -> None:
         """A server that cannot be reached is trouble that passes, told without the password."""
         url = "postgresql+psycopg://ann:geheim@/interviews?host=/nonexistent"
-        with pytest.raises(TransientStorageError) as caught:
+        with pytest.raises(StorageError) as caught:
             lock(PostgresStorage(url), ["a"], wait=True)
         assert caught.value.sqlstate is None
         assert isinstance(caught.value.__cause__, DBAPIError)
@@ -1070,14 +1263,14 @@ class TestPostgres:
         postgres.execute("DROP TABLE grant_access_job")
         with pytest.raises(StorageError) as caught:
             finish(postgres.storage, finished("a"))
-        assert not isinstance(caught.value, TransientStorageError)
+        assert caught.value.is_outage
         assert caught.value.sqlstate == "42P01"
         assert "grant_access_job" in str(caught.value)
 
     def test_missing_interview_is_not_named(self, postgres: PostgresStore) -> None:
         """The error of a refused row says which rule, and not whose row it was."""
         missing = str(uuid4())
-        with pytest.raises(TransientStorageError) as caught:
+        with pytest.raises(StorageError) as caught:
             make_grants(postgres.storage, "ann-of-the-row", missing)
         assert "interview_userinterviewaccess" in str(caught.value)
         assert missing not in repr(caught.value)

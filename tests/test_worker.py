@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from celery import chain, chord
 
 from tests.database import database
 from tests.stores import until
-from tests.workers import QUEUE, ROOT, Site, events, held_grant, site, worker
+from tests.workers import QUEUE, ROOT, Site, events, held_grant, ledger_missing, site, worker
+from worker.claims import DEAD
 from worker.local_stack import LocalStack
 
 USER = "123e4567-e89b-12d3-a456-426614174000"
@@ -50,6 +53,7 @@ def here(stack: LocalStack, _migrated: str, log: Path) -> Iterator[Site]:
             "GRANT_CHUNK_SIZE": CHUNK,
             "GRANT_RETRY_LIMIT": 1_000,  # no test hangs on how soon it mends what it broke
             "GRANT_RETRY_MAX_DELAY": 1,
+            "GRANT_CALLBACK_QUEUES": f"{QUEUE},platform",
         }
         with worker(here, log, **settings):
             yield here
@@ -206,12 +210,15 @@ def test_a_bare_redis_client_is_served(here: Site) -> None:
 
 
 @pytest.mark.parametrize("job_id", ["j" * 256, "a\nb"], ids=["256", "line"])
-def test_a_job_id_that_is_none_fails(here: Site, job_id: str) -> None:
-    """A job whose id cannot stand in the ledger fails and names it."""
+def test_an_invalid_job_id_is_a_dead_letter(here: Site, job_id: str) -> None:
+    """A job whose ID the ledger cannot hold has no result: its message is a dead letter."""
+    here.redis.delete(DEAD)
     here.push({"user_id": USER, "interview_ids": [ONE]}, job_id=job_id)
-    result = here.answer(job_id)["result"]
-    assert result["exc_type"] == INVALID_REQUEST
-    assert "job id: expected 1 to 255 printable characters" in result["exc_message"][0]
+    until(lambda: bool(here.dead_letters()))
+    (letter,) = here.dead_letters()
+    assert "id: expected a job ID of 1 to 255 printable characters" in letter["reason"]
+    assert (letter["job_id"], letter["in_ledger"]) == ("", "0")
+    assert not here.redis.exists(f"celery-task-meta-{job_id}")
 
 
 def test_the_same_job_again_has_its_first_answer(here: Site) -> None:
@@ -259,7 +266,7 @@ def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
         until(lambda: any(event["type"] == "task-succeeded" for event in heard))
     (received,) = [event for event in heard if event["type"] == "task-received"]
     assert (received["uuid"], received["args"]) == (job_id, "()")
-    assert received["kwargs"] == f"user_id='{user}', interview_ids=<a list of 20,000>"
+    assert received["kwargs"] == f"{{'user_id': '{user}', 'interview_ids': […"
     assert not ids_in(str(heard)) & set(ids)
 
     def written() -> str:
@@ -283,47 +290,34 @@ def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
     assert len(here.store.granted(user)) == 3 * CHUNK
 
 
-def read_only(here: Site, value: str) -> None:
-    """Have the database refuse or take writes, on every connection."""
-    here.store.configure("default_transaction_read_only", value)
-    here.store.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        " AND application_name = 'interview-access-worker'"
-    )
-
-
-def test_trouble_that_passes_is_tried_again(here: Site) -> None:
-    """A job that meets a read-only database is retried, and done when it can be written."""
+def test_an_outage_is_retried(here: Site) -> None:
+    """A job that meets an outage of the database is retried, and done when it is over."""
     user = a_user()
-    read_only(here, "on")
-    try:
+    with ledger_missing(here):
         job_id = here.send(user, [ONE])
         assert here.until_state(job_id, "RETRY")["traceback"] is None
-    finally:
-        read_only(here, "off")
     assert here.answer(job_id)["result"] == success(1)
 
 
-def test_trouble_that_stays_uses_the_tries_up(
+def test_an_outage_that_outlasts_the_retries(
     stack: LocalStack, migrated_url: str, tmp_path: Path
 ) -> None:
-    """After its tries a job fails, is kept, and succeeds when it is sent again under its id."""
+    """After its retries a job fails, is kept, and succeeds when it is sent again under its ID."""
     settings = {"GRANT_RETRY_LIMIT": 2, "GRANT_RETRY_MAX_DELAY": 1}
     with (
         site(stack, migrated_url, 5) as there,
         worker(there, tmp_path / "worker.log", **settings),
     ):
-        read_only(there, "on")
-        job_id = there.send("ann", [])
-        result = there.answer(job_id)["result"]
-        read_only(there, "off")
+        with ledger_missing(there):
+            job_id = there.send("ann", [])
+            result = there.answer(job_id)["result"]
         assert result["exc_type"] == "StorageUnavailableException"
         assert "in 3 tries" in result["exc_message"][0]
-        assert "25006" in result["exc_message"][0]
+        assert "42P01" in result["exc_message"][0]
         until(lambda: bool(there.dead_letters()))
         (letter,) = there.dead_letters()
-        assert (letter["job_id"], letter["attempts"]) == (job_id, "3")
+        told = (letter["job_id"], letter["attempts"], letter["in_ledger"])
+        assert told == (job_id, "3", "0")
         there.send("ann", [], job_id=job_id)
         assert there.until_state(job_id, "SUCCESS")["result"] == success(0)
 
@@ -400,8 +394,8 @@ def test_a_large_job_leaves_a_child_to_small_ones(here: Site) -> None:
     assert here.answer(next_large)["result"] == success(CHUNK)
 
 
-def test_a_link_that_cannot_be_sent_costs_no_answer(here: Site) -> None:
-    """A job that is done is told as done, whatever its producer has linked to it."""
+def test_a_callback_to_another_queue_than_allowed_is_not_sent(here: Site) -> None:
+    """A job succeeds whatever is linked to it; what may not be sent makes it a dead letter."""
     nobodys = here.producer.signature("nobodys.task", queue="nobodys-queue")
     user, job_id = a_user(), str(uuid4())
     here.producer.send_task(
@@ -409,7 +403,116 @@ def test_a_link_that_cannot_be_sent_costs_no_answer(here: Site) -> None:
     )
     assert here.answer(job_id)["result"] == success(1)
     until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
+    assert "queue: expected one of GRANT_CALLBACK_QUEUES, got 'nobodys-queue'" in letter["reason"]
     assert here.answer(job_id)["result"] == success(1)
+    assert not here.redis.exists("nobodys-queue")
+
+
+FORBIDDEN = "interview-access:tries"
+"""A key of the protocol: a list under its name would stop every worker."""
+
+
+def signature(queue: str, **options: Any) -> dict[str, Any]:
+    """A signature as a message holds it."""
+    return {"task": "any.task", "args": [], "kwargs": {}, "options": {"queue": queue, **options}}
+
+
+@pytest.mark.parametrize("queue", [FORBIDDEN, "celery-task-meta-x", "_kombu.binding.x", "others"])
+@pytest.mark.parametrize(
+    "embed",
+    [
+        lambda one: {"callbacks": [one]},
+        lambda one: {"chain": [one]},
+        lambda one: {"callbacks": [signature("platform") | {"options": {"link": [one]}}, one]},
+        lambda one: {
+            "callbacks": [
+                {
+                    "task": "celery.chain",
+                    "args": [],
+                    "kwargs": {"tasks": [one]},
+                    "options": {},
+                    "subtask_type": "chain",
+                }
+            ]
+        },
+        lambda one: {
+            "callbacks": [
+                {
+                    "task": "celery.group",
+                    "args": [],
+                    "kwargs": {"tasks": [one]},
+                    "options": {},
+                    "subtask_type": "group",
+                }
+            ]
+        },
+    ],
+    ids=["link", "chain", "second link", "chain in a link", "group in a link"],
+)
+def test_callbacks_are_published_nowhere_else(here: Site, queue: str, embed: Any) -> None:
+    """Whatever signature holds the queue: the job succeeds, and its message is a dead letter."""
+    job_id = str(uuid4())
+    here.push(
+        {"user_id": a_user(), "interview_ids": [ONE]}, job_id=job_id, embed=embed(signature(queue))
+    )
+    assert here.answer(job_id)["result"] == success(1)
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
+    assert "expected one of GRANT_CALLBACK_QUEUES" in letter["reason"]
+    assert not here.redis.exists(queue)
+
+
+@pytest.mark.parametrize("queue", [FORBIDDEN, "others"])
+def test_error_callbacks_are_published_nowhere_else(here: Site, queue: str) -> None:
+    """The same for what follows a job that fails."""
+    job_id = str(uuid4())
+    here.push(
+        {"user_id": a_user(), "interview_ids": [NO_UUID]},
+        job_id=job_id,
+        embed={"errbacks": [signature(queue)]},
+    )
+    assert here.answer(job_id)["result"]["exc_type"] == INVALID_ID
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    assert not here.redis.exists(queue)
+
+
+@pytest.mark.parametrize("name", ["callbacks", "errbacks"])
+def test_celerys_own_tasks_are_no_callbacks(here: Site, name: str) -> None:
+    """A built-in task, which Celery may run in the pool process, is refused."""
+    job_id, builtin = str(uuid4()), signature("platform") | {"task": "celery.backend_cleanup"}
+    ids = [ONE] if name == "callbacks" else [NO_UUID]
+    here.push({"user_id": a_user(), "interview_ids": ids}, job_id=job_id, embed={name: [builtin]})
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
+    assert "expected none of Celery's own, got 'celery.backend_cleanup'" in letter["reason"]
+
+
+def test_callbacks_reach_the_producers_queue(here: Site) -> None:
+    """A link, a chain, an error callback and a chord's body are published where they belong."""
+    here.redis.delete("platform")
+    following = here.producer.signature("platform.after").set(queue="platform")
+
+    def grant(*ids: str) -> Any:
+        arguments = {"user_id": a_user(), "interview_ids": ids}
+        signature = here.producer.signature("interview_access.grant_access", kwargs=arguments)
+        return signature.set(queue=QUEUE, immutable=True)
+
+    grant(ONE).apply_async(link=following)
+    chain(grant(ONE), following, app=here.producer).apply_async()
+    grant(NO_UUID).apply_async(link_error=following)
+    chord([grant(ONE), grant(TWO)], following, app=here.producer).apply_async()
+    until(lambda: here.redis.llen("platform") == 4)
+    messages: Any = here.redis.lrange("platform", 0, -1)
+    assert {json.loads(one)["headers"]["task"] for one in messages} == {"platform.after"}
+
+
+def test_a_chord_with_a_failed_part_fails(here: Site) -> None:
+    """Whoever polls a chord's body reads that a part failed, and the body never runs."""
+    part = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
+    body = here.producer.signature("platform.after").set(queue="platform")
+    failing = chord([part.set(queue=QUEUE), part.clone().set(queue=QUEUE)], body, app=here.producer)
+    assert here.answer(failing.apply_async().id)["result"]["exc_type"] == "ChordError"
 
 
 def test_a_pickled_message_is_refused(here: Site) -> None:

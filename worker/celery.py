@@ -16,94 +16,110 @@ from celery.signals import (
 )
 from kombu.transport import TRANSPORT_ALIASES
 
+import worker.logs  # noqa: F401 - connects to Celery's signals
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import (
     CreateInterviewAttemptTask,
     GrantAccessTask,
     GrantCohortAccessTask,
-    Workplace,
+    TaskDependencies,
 )
-from worker.desk import Desk
-from worker.relay import Relay
+from worker.connections import celery_settings
+from worker.consumer import Drain, JobClaims
+from worker.control import ControlService
+from worker.delivery import Limits
+from worker.lease import Lease
+from worker.outbox_relay import OutboxRelay
 from worker.settings import Settings, SettingsError
-from worker.startup import check_servers
-from worker.transport import lease_of_this_process
+from worker.startup import StartupChecks
+from worker.transport import restrict_publishing
 
 try:
     settings = Settings.from_environment()
 except SettingsError as error:
     # No exception of an ordinary kind: Celery's command would print a trace over it.
-    raise SystemExit(f"The worker cannot start:\n{error}") from None
+    raise SystemExit(f"The worker cannot start: {error}") from None
 
 for _scheme in ("redis", "rediss"):
     TRANSPORT_ALIASES[_scheme] = "worker.transport:Transport"
 TRANSPORT_ALIASES["sentinel"] = "worker.transport:SentinelTransport"
 
-app = Celery("interview_access_worker")
+
+class JobApp(Celery):  # type: ignore[misc] # Celery ships no types
+    """Celery's app with what the worker's bootsteps and its pool processes work with."""
+
+    settings: Settings
+    limits: Limits
+    task_dependencies: TaskDependencies
+    lease: Lease | None = None
+
+
+app = JobApp("interview_access_worker", amqp="worker.consumer:JobProtocol")
+app.backend_cls = settings.results.celery_url  # Celery's setting yields to the environment
+app.settings = settings
 app.config_from_object("celeryconfig")
-app.conf.update(
-    broker_url=settings.celery_broker_url,
-    result_backend=settings.celery_result_backend,
-    broker_transport_options={
-        **app.conf.broker_transport_options,
-        "lease_seconds": settings.grant_lease_seconds,
-        "attempt_limit": settings.grant_attempt_limit,
-        "stop_grace": settings.grant_stop_grace,
-        "batch_size": settings.grant_batch_size,
-    },
-)
-app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "worker.results:JobResults")
+addresses = celery_settings(settings)
+addresses["broker_transport_options"] |= app.conf.broker_transport_options
+app.conf.update(**addresses)
+app.loader.override_backends = {
+    **dict.fromkeys(("redis", "rediss"), "worker.results:JobResults"),
+    "sentinel": "worker.results:SentinelJobResults",
+}
+app.steps["worker"].update((StartupChecks, Drain))
+app.steps["consumer"].add(JobClaims)
 
 
 @lru_cache(maxsize=1)
 def storage() -> PostgresStorage:
-    """This process's store: a child makes its own, for connections do not survive a fork."""
+    """This process's store: a pool process makes its own, connections do not survive a fork."""
     return PostgresStorage(settings.database_url, chunk_size=settings.grant_chunk_size)
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator] # Celery ships no types
-def _forget_the_parents_storage(**_: Any) -> None:
+def _prepare_pool_process(**_: Any) -> None:
     storage.cache_clear()
+    app.lease = None
+    restrict_publishing(settings.grant_callback_queues)
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _prepare(**_: Any) -> None:
-    check_servers(settings, app)
-    gc.freeze()  # the children share what stands: a collection in one would make its own copy
+    gc.freeze()  # pool processes share what exists: a collection in one would make its own copy
 
 
-rounds = (Desk(app, storage), Relay(app, storage))
+background_services = (ControlService(app, storage), OutboxRelay(app, storage))
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator] # Celery ships no types
-def _begin_rounds(**_: Any) -> None:
-    for thread in rounds:
-        thread.start()
+def _start_background_services(**_: Any) -> None:
+    for service in background_services:
+        service.start()
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _drain(how: str, **_: Any) -> None:
-    for thread in rounds:
-        thread.stop()
-    lease = lease_of_this_process()
-    if lease is not None:
-        lease.drain(at_once=how == "Cold")
+    for service in background_services:
+        service.stop()
+    if app.lease:
+        app.lease.drain(at_once=how == "Cold" or app.lease.is_draining)
 
 
 @worker_shutdown.connect  # type: ignore[untyped-decorator] # Celery ships no types
-def _let_go(**_: Any) -> None:
-    lease = lease_of_this_process()
-    if lease is not None:
-        lease.close()
+def _end_session(**_: Any) -> None:
+    if app.lease:
+        app.lease.close()
 
 
-workplace = Workplace(
+app.limits = Limits(
+    interview_ids=settings.grant_max_interview_ids,
+    attempts=settings.grant_attempt_limit,
+    seconds=app.conf.task_time_limit,
+)
+app.task_dependencies = TaskDependencies(
     storage=storage,
     max_interview_ids=settings.grant_max_interview_ids,
     retry_limit=settings.grant_retry_limit,
     retry_max_delay=settings.grant_retry_max_delay,
 )
-for kind in (GrantAccessTask, GrantCohortAccessTask, CreateInterviewAttemptTask):
-    task = kind(workplace)
-    task.Request = "worker.delivery:JobRequest"
-    app.register_task(task)
+for task_class in (GrantAccessTask, GrantCohortAccessTask, CreateInterviewAttemptTask):
+    app.register_task(task_class(app.task_dependencies))

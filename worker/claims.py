@@ -1,63 +1,83 @@
-"""The queue's protocol in Redis: who has which message, and since when.
+"""The queue's protocol in Redis: which worker session has claimed which message.
 
-A message's bytes are at any moment in exactly one place: its queue, one worker's claims, the
-deferred ones, or the dead letters. Every move between them is one script, so that no kill and no
-lost reply can come between two halves of it; a script that moves a claimed message does nothing
-unless the caller still holds it. Knows nothing of Celery, and never looks into a message.
+At any moment a message's bytes are in exactly one place: its queue, one session's claims, the
+delayed messages, the isolated ones, or the dead letters. Each move is one script, so that no crash
+and no lost reply can separate its halves. A script that moves a claimed message does nothing unless
+the caller still has it claimed. This module knows nothing of Celery and never parses a message.
 
-Keys, all of them ours, beside the queues that kombu's producers write:
+Keys, beside the queues that kombu's producers write:
 
-- ``leases``: sorted set, a worker's incarnation by the time (ms) until which it has spoken
-- ``held:INCARNATION``: hash, receipt to the queue's key and the message's bytes
-- ``started:INCARNATION``: set of the receipts among these whose job has begun
-- ``deferred`` and ``due``: messages that wait for another try, and the time (ms) of each
-- ``tries``: hash, digest of a message to its tries that began and have not ended in order
-- ``deferrals``: hash, likewise to how often its job asked for another try
+- ``leases``: sorted set, worker session by its heartbeat counter
+- ``held:SESSION``: hash, delivery tag to origin queue, NUL and the message
+- ``deferred`` and ``due``: delayed messages, and the time (ms) at which each is due
+- ``isolated``: list of poison candidates, each with its origin queue: messages with attempts
+- ``tries``: hash, digest of a message to its attempts, those that ended its pool process or worker
+- ``deferrals``: hash, digest of a message to its retries, those that its job asked for
 - ``dead``: stream of the dead letters
+- ``clock``: hash, the time (ms) when delayed messages were last looked at, and the sum of the steps
+  by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
 
-Times are the server's own, for clients' clocks are of no account. All scripts carry the flag
-``allow-oom``: a full server refuses every other way of taking a message off a queue and keeping it.
+No script judges a session by a clock: observers compare heartbeat counters. Scripts that move
+several messages stop after ``_BYTES_PER_SCRIPT`` and report that there is more, so that Redis
+serves others in between. All carry the flag ``allow-oom``: a full server refuses every other way of
+taking a message off a queue and keeping it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from itertools import chain
 from typing import Any, NamedTuple
 
 from redis import Redis
 
 PREFIX = "interview-access:"
-"""Of every key of ours."""
+"""Prefix of every key of this protocol."""
 
 DEAD = f"{PREFIX}dead"
-"""The stream of dead letters: job_id, task, reason, time, attempts, size, queue, message."""
+"""The stream of dead letters.
+
+Fields: job_id, task, reason, in_ledger, time, attempts, size, queue, message."""
 
 _ANY_SIZE = 2**53
-_ANNOUNCED_SECONDS = 86_400
-"""For how long a job's announcement outlives it: as long as its result does."""
+_BYTES_PER_SCRIPT = 4 * 1024 * 1024
+"""Bytes of messages that one script moves, at least one message; a 100,000-ID job has 4 MB."""
 
-_SCRIPT = """#!lua flags=allow-oom
+_ENDS_BYTES = 64 * 1024
+"""Bytes of each end that are returned of a message over the limit: its job ID is in one of them."""
+
+_ANNOUNCEMENT_SECONDS = 86_400
+"""How long a job's announcement outlives the job: as long as its result."""
+
+_COUNTS_SECONDS = 30 * 86_400
+"""How long attempts and retries are kept after the last one was counted."""
+
+_SCRIPT = f"""#!lua flags=allow-oom
 local prefix, arguments = KEYS[1], ARGV
 local leases, due, deferred = prefix .. 'leases', prefix .. 'due', prefix .. 'deferred'
 local tries, deferrals = prefix .. 'tries', prefix .. 'deferrals'
+local isolated = prefix .. 'isolated'
+local bytes_left, ends = {_BYTES_PER_SCRIPT}, {_ENDS_BYTES}
 
+-- Milliseconds of the server's clock, and of what it was set back since.
 local function now()
     local time = redis.call('TIME')
     return time[1] * 1000 + math.floor(time[2] / 1000)
+        + (redis.call('HGET', prefix .. 'clock', 'offset') or 0)
 end
 
-local function held(incarnation) return prefix .. 'held:' .. incarnation end
-local function started(incarnation) return prefix .. 'started:' .. incarnation end
+local function held(session) return prefix .. 'held:' .. session end
 
 local function parts(value)
     local stop = string.find(value, '\\0', 1, true)
     return string.sub(value, 1, stop - 1), string.sub(value, stop + 1)
 end
 
--- What a message is known by in tries and deferrals. Of a long one its ends tell enough, where its
--- job's id and its delivery tag are: to go through 5 MB would keep the server from all others.
+-- Identifies a message in tries and deferrals. The ends of a long one suffice, for they hold its
+-- job ID and delivery tag: hashing 5 MB would block the server.
 local function digest_of(message)
     if #message > 8192 then
         message = #message .. string.sub(message, 1, 4096) .. string.sub(message, -4096)
@@ -65,12 +85,9 @@ local function digest_of(message)
     return redis.sha1hex(message)
 end
 
--- No field is left at zero.
-local function untry(message)
-    local digest = digest_of(message)
-    if redis.call('HINCRBY', tries, digest, -1) <= 0 then
-        redis.call('HDEL', tries, digest)
-    end
+local function count(hash, message)
+    redis.call('HINCRBY', hash, digest_of(message), 1)
+    redis.call('EXPIRE', hash, {_COUNTS_SECONDS})
 end
 
 local function forget(message)
@@ -79,239 +96,242 @@ local function forget(message)
     redis.call('HDEL', deferrals, digest)
 end
 
-local function bury(queue, message, job_id, task, reason)
-    local digest = digest_of(message)
-    local attempts = (redis.call('HGET', tries, digest) or 0)
-        + (redis.call('HGET', deferrals, digest) or 0)
+local function dead_letter(queue, message, job_id, task, reason, in_ledger, attempts)
     local time = redis.call('TIME')
     redis.call('XADD', prefix .. 'dead', '*', 'job_id', job_id, 'task', task, 'reason', reason,
+        'in_ledger', in_ledger,
         'time', string.format('%d.%03d', time[1], math.floor(time[2] / 1000)),
         'attempts', attempts, 'size', #message, 'queue', queue, 'message', message)
     forget(message)
 end
 
--- To the end of the queue that is taken from. What has become another type takes no message.
-local function put(queue, message)
-    if type(redis.pcall('RPUSH', queue, message)) ~= 'number' then
-        bury(queue, message, '', '', 'Its queue is no list any more.')
+-- Back to the consuming end of its queue, or to the isolated messages if it has attempts. A key
+-- that has become another type than a list accepts no message.
+local function put(value)
+    local queue, message = parts(value)
+    bytes_left = bytes_left - #message
+    if redis.call('HEXISTS', tries, digest_of(message)) == 1 then
+        redis.call('LPUSH', isolated, value)
+    elseif type(redis.pcall('RPUSH', queue, message)) ~= 'number' then
+        dead_letter(queue, message, '', '', 'Its queue is not a list.', '0', '0')
     end
 end
 
--- Takes a message out of a worker's claims. A try that ends in order is none.
-local function release(incarnation, receipt, in_order)
-    local value = redis.call('HGET', held(incarnation), receipt)
-    if not value then return nil end
-    local queue, message = parts(value)
-    redis.call('HDEL', held(incarnation), receipt)
-    if redis.call('SREM', started(incarnation), receipt) == 1 and in_order then untry(message) end
-    return queue, message
+local function delay(name, value, milliseconds)
+    redis.call('HSET', deferred, name, value)
+    redis.call('ZADD', due, now() + milliseconds, name)
 end
 
--- Put first: an error ends a script, and what it did before stands.
-local function give_back(incarnation, receipt, in_order)
-    local value = redis.call('HGET', held(incarnation), receipt)
-    if not value then return 0 end
-    put(parts(value))
-    release(incarnation, receipt, in_order)
-    return 1
+-- Written before it is removed: an error ends a script, and what it did before stays.
+local function requeue(session, tag, is_attempt)
+    local value = redis.call('HGET', held(session), tag)
+    if not value then return end
+    if is_attempt then
+        local _, message = parts(value)
+        count(tries, message)
+    end
+    put(value)
+    redis.call('HDEL', held(session), tag)
 end
 """
 
 _OPEN = """
-local incarnation, lease, formers = arguments[1], arguments[2], arguments[3]
-local wanted, kept = {}, {}
-for index = 4 + formers, #arguments do wanted[arguments[index]] = true end
-redis.call('ZADD', leases, now() + lease, incarnation)
-for index = 4, 3 + formers do
+local session, formers = arguments[1], arguments[2]
+local wanted, kept = {}, {0}
+for index = 3 + formers, #arguments do wanted[arguments[index]] = true end
+redis.call('ZADD', leases, 'NX', 1, session)
+for index = 3, 2 + formers do
     local former = arguments[index]
-    for _, receipt in ipairs(redis.call('HKEYS', held(former))) do
-        if wanted[receipt] then
-            local value = redis.call('HGET', held(former), receipt)
-            redis.call('HSET', held(incarnation), receipt, value)
-            redis.call('HDEL', held(former), receipt)
-            if redis.call('SREM', started(former), receipt) == 1 then
-                redis.call('SADD', started(incarnation), receipt)
-            end
-            kept[#kept + 1] = receipt
+    for _, tag in ipairs(redis.call('HKEYS', held(former))) do
+        if bytes_left <= 0 then
+            kept[1] = 1
+            return kept
+        elseif wanted[tag] then
+            local value = redis.call('HGET', held(former), tag)
+            bytes_left = bytes_left - #value
+            redis.call('HSET', held(session), tag, value)
+            redis.call('HDEL', held(former), tag)
         else
-            give_back(former, receipt, true)
+            requeue(former, tag, false)
         end
     end
     redis.call('ZREM', leases, former)
 end
+for _, tag in ipairs(redis.call('HKEYS', held(session))) do kept[#kept + 1] = tag end
 return kept
 """
 
-_RENEW = """
-local incarnation, lease, time = arguments[1], arguments[2], now()
-local alive = redis.call('ZSCORE', leases, incarnation) and 1 or 0
-if alive == 1 then redis.call('ZADD', leases, time + lease, incarnation) end
-return {alive, redis.call('ZRANGEBYSCORE', leases, '-inf', time, 'WITHSCORES')}
+_HEARTBEAT = """
+local session = arguments[1]
+local alive = redis.call('ZSCORE', leases, session) and 1 or 0
+if alive == 1 then redis.call('ZINCRBY', leases, 1, session) end
+return {alive, redis.call('HLEN', held(session)), redis.call('ZRANGE', leases, 0, -1, 'WITHSCORES')}
+"""
+
+_CLAIMED_TAGS = """
+return redis.call('HKEYS', held(arguments[1]))
 """
 
 _CLAIM = """
-local incarnation, room, bytes, alone = arguments[1], arguments[2], arguments[3], arguments[4]
-local small, large_room = arguments[5] + 0, arguments[6] + 0
-local queues, look_aside, receipt = arguments[7], arguments[8] == '1', arguments[9]
-if not redis.call('ZSCORE', leases, incarnation) then return false end
-local claimed, done, first_aside = {0}, false, #KEYS - queues + 1
+local session, room, bytes = arguments[1], arguments[2], arguments[3]
+local small, large_room = arguments[4] + 0, arguments[5] + 0
+local queues, look_aside = arguments[6], arguments[7] == '1'
+local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[10] + 0
+if not redis.call('ZSCORE', leases, session) then return false end
+local claimed, done, first_aside = {0, 0}, false, #KEYS - queues + 1
 
 local function next_of(list)
     local message = redis.pcall('LINDEX', list, -1)
     return type(message) == 'string' and message
 end
 
-local function take(list, message)
-    local digest = digest_of(message)
-    local tried = redis.call('HGET', tries, digest) or 0
-    local suspect = tried + 0 >= alone + 0
-    if suspect and (#claimed > 1 or redis.call('HLEN', held(incarnation)) > 0)
-        or redis.call('HSETNX', held(incarnation), receipt, list .. '\\0' .. message) == 0
-    then
+local function take(list, queue, message, digest)
+    local value = queue .. '\\0' .. message
+    if redis.call('HSETNX', held(session), tag, value) == 0 then
         done = true
         return
     end
-    redis.call('LTRIM', list, 0, -2)  -- RPOP would bring it once more
-    local deferred_before = redis.call('HGET', deferrals, digest) or 0
-    for _, value in ipairs({receipt, list, message, tried, deferred_before}) do
-        claimed[#claimed + 1] = value
+    redis.call('LTRIM', list, 0, -2)  -- RPOP would return the message once more
+    local attempts = redis.call('HGET', tries, digest) or 0
+    local retries = redis.call('HGET', deferrals, digest) or 0
+    local size = #message
+    if size > max_bytes then
+        message = string.sub(message, 1, ends) .. string.sub(message, -ends)
     end
-    receipt = string.format('%d', receipt + 1)
-    bytes = bytes - #message
-    done = suspect or #message > small or #claimed > room * 5 or bytes <= 0
+    for _, field in ipairs({tag, queue, message, size, attempts, retries}) do
+        claimed[#claimed + 1] = field
+    end
+    tag = string.format('%d', tag + 1)
+    bytes = bytes - size
+    done = size > small or #claimed > room * 6 or bytes <= 0
 end
 
+if isolated_room > 0 and large_room > 0 then
+    local value = next_of(isolated)
+    if value and not string.find(value, '\\0', 1, true) then
+        dead_letter(isolated, value, '', '', 'It names no origin queue.', '0', '0')
+        redis.call('LTRIM', isolated, 0, -2)
+    elseif value then
+        local queue, message = parts(value)
+        take(isolated, queue, message, digest_of(message))
+        done = true
+    end
+end
 for index = first_aside, #KEYS do
     local message = look_aside and not done and large_room > 0 and next_of(KEYS[index])
-    if message and #message > small then take(KEYS[index], message) end
+    local digest = message and #message > small and digest_of(message)
+    if digest and redis.call('HEXISTS', tries, digest) == 0 then
+        take(KEYS[index], KEYS[index], message, digest)
+    end
 end
 for index = 2, #KEYS do
     local list, aside = KEYS[index], first_aside + (index - 2) % queues
-    while not done and (look_aside or index < first_aside) do
+    while not done and bytes_left > 0 and (look_aside or index < first_aside) do
         local message = next_of(list)
         if not message then break end
-        if #message <= small then
-            take(list, message)
+        local digest = digest_of(message)
+        if redis.call('HEXISTS', tries, digest) == 1 then
+            bytes_left = bytes_left - #message
+            redis.call('LPUSH', isolated, list .. '\\0' .. message)
+            redis.call('LTRIM', list, 0, -2)
+        elseif #message <= small then
+            take(list, list, message, digest)
         elseif index >= first_aside then
             break
         elseif large_room <= 0 then
+            bytes_left = bytes_left - #message
             redis.call('RPOPLPUSH', list, KEYS[aside])
-        elseif #claimed > 1 then
+        elseif #claimed > 2 then
             done = true
         else
-            take(list, message)
+            take(list, list, message, digest)
         end
     end
 end
 for index = first_aside, #KEYS do
-    local count = redis.pcall('LLEN', KEYS[index])
-    if type(count) == 'number' and count > 0 then claimed[1] = 1 end
+    local length = redis.pcall('LLEN', KEYS[index])
+    if type(length) == 'number' and length > 0 then claimed[1] = 1 end
 end
+claimed[2] = redis.call('LLEN', isolated)
 return claimed
 """
 
-_START = """
-local incarnation, mine = arguments[1], {}
-for index = 2, #arguments do
-    local receipt = arguments[index]
-    local value = redis.call('HGET', held(incarnation), receipt)
+_SETTLE = """
+local session, announced_seconds = arguments[1], arguments[2]
+for index = 3, #arguments, 8 do
+    local tag, action, milliseconds, job_id, task, reason, in_ledger, attempts =
+        unpack(arguments, index, index + 7)
+    local value = redis.call('HGET', held(session), tag)
     if value then
-        if redis.call('SADD', started(incarnation), receipt) == 1 then
-            local _, message = parts(value)
-            redis.call('HINCRBY', tries, digest_of(message), 1)
+        local queue, message = parts(value)
+        if action == 'acknowledge' then
+            forget(message)
+            redis.call('EXPIRE', prefix .. 'job:' .. job_id, announced_seconds)
+        elseif action == 'requeue' then
+            put(value)
+        elseif action == 'dead-letter' then
+            dead_letter(queue, message, job_id, task, reason, in_ledger, attempts)
+        else
+            if action == 'retry' then count(deferrals, message) end
+            if action == 'failed-attempt' then count(tries, message) end
+            delay(session .. ':' .. tag, value, milliseconds)
         end
-        mine[#mine + 1] = receipt
+        redis.call('HDEL', held(session), tag)
     end
 end
-return mine
-"""
-
-_ACKNOWLEDGE = """
-local count = 0
-for index = 3, #arguments, 2 do
-    local queue, message = release(arguments[1], arguments[index], false)
-    if queue then
-        forget(message)
-        redis.call('EXPIRE', prefix .. 'job:' .. arguments[index + 1], arguments[2])
-        count = count + 1
-    end
-end
-return count
-"""
-
-_RETURN = """
-local count = 0
-for index = 2, #arguments do
-    count = count + give_back(arguments[1], arguments[index], true)
-end
-return count
-"""
-
-_DEFER = """
-local incarnation, receipt, delay, in_order = arguments[1], arguments[2], arguments[3], arguments[4]
-local queue, message = release(incarnation, receipt, in_order == '1')
-if not queue then return 0 end
-if in_order == '1' then redis.call('HINCRBY', deferrals, digest_of(message), 1) end
-local name = incarnation .. ':' .. receipt
-redis.call('HSET', deferred, name, queue .. '\\0' .. message)
-redis.call('ZADD', due, now() + delay, name)
 return 1
 """
 
+# After a step of the server's clock, back or in a failover, delays keep the length that was meant.
 _WAKE = """
-local names = redis.call('ZRANGEBYSCORE', due, '-inf', now(), 'LIMIT', 0, arguments[1])
-for _, name in ipairs(names) do
+local time, last = now(), tonumber(redis.call('HGET', prefix .. 'clock', 'last') or 0)
+if time < last - 1000 then
+    redis.call('HINCRBY', prefix .. 'clock', 'offset', last - time)
+    time = last
+end
+redis.call('HSET', prefix .. 'clock', 'last', time)
+while bytes_left > 0 do
+    local name = redis.call('ZRANGEBYSCORE', due, '-inf', time, 'LIMIT', 0, 1)[1]
+    if not name then return 0 end
     local value = redis.call('HGET', deferred, name)
     if value then
-        local queue, message = parts(value)
-        put(queue, message)
+        put(value)
         redis.call('HDEL', deferred, name)
     end
     redis.call('ZREM', due, name)
 end
-return #names
-"""
-
-_BURY = """
-local incarnation, receipt, job_id, task, reason = unpack(arguments)
-local value = redis.call('HGET', held(incarnation), receipt)
-if not value then return 0 end
-local queue, message = parts(value)
-bury(queue, message, job_id, task, reason)
-release(incarnation, receipt, false)
 return 1
 """
 
-_SWEEP = """
-local incarnation, deadline, at_most = arguments[1], arguments[2], arguments[3]
-local score = redis.call('ZSCORE', leases, incarnation)
-if not score or score + 0 ~= deadline + 0 or score + 0 > now() then return -1 end
-local receipts = redis.call('HKEYS', held(incarnation))
-for index = 1, math.min(#receipts, at_most) do
-    give_back(incarnation, receipts[index], false)
+_TAKE_OVER = """
+local session, counter = arguments[1], arguments[2]
+local score = redis.call('ZSCORE', leases, session)
+if not score or score + 0 ~= counter + 0 then return -1 end
+for _, tag in ipairs(redis.call('HKEYS', held(session))) do
+    if bytes_left <= 0 then return 1 end
+    requeue(session, tag, true)
 end
-local left = math.max(#receipts - at_most, 0)
-if left == 0 then
-    redis.call('DEL', started(incarnation))
-    redis.call('ZREM', leases, incarnation)
-end
-return left
+redis.call('DEL', prefix .. 'started:' .. session)  -- of a session of release 0.1
+redis.call('ZREM', leases, session)
+return 0
 """
 
 _CLOSE = """
-local incarnation = arguments[1]
-for _, receipt in ipairs(redis.call('HKEYS', held(incarnation))) do
-    give_back(incarnation, receipt, true)
+local session = arguments[1]
+for _, tag in ipairs(redis.call('HKEYS', held(session))) do
+    if bytes_left <= 0 then return 1 end
+    requeue(session, tag, false)
 end
-return redis.call('ZREM', leases, incarnation)
+redis.call('ZREM', leases, session)
+return 0
 """
 
 _PUT = """
-put(KEYS[2], arguments[1])
+put(arguments[1])
 return 1
 """
 
-_REQUEUE = """
+_REQUEUE_DEAD_LETTER = """
 local letter = redis.call('XRANGE', prefix .. 'dead', arguments[1], arguments[1])[1]
 if not letter then return 0 end
 local fields = {}
@@ -323,138 +343,190 @@ return redis.call('XDEL', prefix .. 'dead', arguments[1])
 
 
 class Claim(NamedTuple):
-    """One message in a worker's hands.
+    """One message that a session has claimed.
 
     Attributes:
-        receipt: What it is known by while it is held; a number of this process's, as text.
-        queue: The key of the list that it came from.
-        message: Its bytes, as the producer wrote them.
-        tries: Tries that began and did not end in order: their worker died, or was killed.
-        deferrals: How often its job asked for another try.
+        tag: Its delivery tag: a number of this process, as text.
+        queue: Key of the list that it came from.
+        message: Its bytes, as the producer wrote them; of a message over the limit its two ends.
+        size: Of the whole message in bytes.
+        attempts: How often it ended its pool process or its worker.
+        retries: How often its job asked for a retry.
     """
 
-    receipt: str
+    tag: str
     queue: str
     message: bytes
-    tries: int
-    deferrals: int
+    size: int
+    attempts: int
+    retries: int
 
 
 class Claimed(NamedTuple):
-    """What a worker was given.
+    """What a claim returned.
 
     Attributes:
-        claims: Messages, now in its hands.
-        large_wait: Whether large messages stand aside.
+        claims: The messages, now claimed by the session.
+        large_wait: Whether large messages wait in the low-priority lane.
+        isolated: Poison candidates that wait.
     """
 
     claims: list[Claim]
     large_wait: bool
+    isolated: int
 
 
-class Renewal(NamedTuple):
-    """What a worker learns when it renews its lease.
+class Heartbeat(NamedTuple):
+    """What a session learns when it renews its lease.
 
     Attributes:
-        alive: False where the lease is lost: whatever it held is another's by now.
-        expired: Other workers' leases that have run out, by incarnation, each with its deadline.
+        alive: False if the lease was lost: what the session had claimed was requeued.
+        claimed: How many messages the session has claimed.
+        sessions: All sessions, each with its heartbeat counter.
     """
 
     alive: bool
-    expired: dict[str, float]
+    claimed: int
+    sessions: dict[str, float]
+
+
+class Action(StrEnum):
+    """What becomes of a delivery's message."""
+
+    ACKNOWLEDGE = "acknowledge"
+    """Remove it: its result is stored."""
+    REQUEUE = "requeue"
+    """Put it back on its queue, uncounted."""
+    DELAY = "delay"
+    """Put it back on its queue after the delay, uncounted."""
+    RETRY = "retry"
+    """Put it back on its queue after the delay, counted as a retry."""
+    FAILED_ATTEMPT = "failed-attempt"
+    """Isolate it after the delay, counted as an attempt that ended its pool process."""
+    DEAD_LETTER = "dead-letter"
+    """Move it to the dead letters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disposition:
+    """How one delivery is settled.
+
+    Attributes:
+        delay: Seconds, for the actions that have one.
+        job_id: Of its job, where it has one.
+        task: Name of its task, for a dead letter.
+        reason: Why it is a dead letter.
+        in_ledger: For a dead letter, whether the ledger holds its job's final result; None where
+            nobody has asked.
+        attempts: For a dead letter, how often its job was executed.
+    """
+
+    action: Action
+    delay: float = 0.0
+    job_id: str = ""
+    task: str = ""
+    reason: str = ""
+    in_ledger: bool | None = None
+    attempts: int = 0
 
 
 class Claims:
-    """The scripts, typed. Each raises what redis raises; none is sent twice.
+    """The scripts, typed. Each raises what redis-py raises; none is sent twice.
 
-    An *incarnation* is one worker's time on one connection, a random name. A receipt counts only
-    together with the incarnation that holds it.
+    A *session* is one worker process on one connection, identified by a random name. A delivery tag
+    is valid only together with the session that claimed it.
     """
 
-    def __init__(self, client: Redis, *, lease: float, prefix: str = PREFIX) -> None:
+    def __init__(self, client: Redis, *, prefix: str = PREFIX) -> None:
         """Connects at the first call.
 
         Args:
-            client: Without retries: a claim sent twice claims twice.
-            lease: Seconds for which a worker has spoken when it renews.
+            client: Without retries: a claim that is sent twice claims twice.
             prefix: Of the keys.
         """
-        self._lease = round(lease * 1000)
         self._prefix = prefix
-        self._open = client.register_script(_SCRIPT + _OPEN)
-        self._renew = client.register_script(_SCRIPT + _RENEW)
-        self._claim = client.register_script(_SCRIPT + _CLAIM)
-        self._start = client.register_script(_SCRIPT + _START)
-        self._acknowledge = client.register_script(_SCRIPT + _ACKNOWLEDGE)
-        self._return = client.register_script(_SCRIPT + _RETURN)
-        self._defer = client.register_script(_SCRIPT + _DEFER)
-        self._wake = client.register_script(_SCRIPT + _WAKE)
-        self._bury = client.register_script(_SCRIPT + _BURY)
-        self._sweep = client.register_script(_SCRIPT + _SWEEP)
-        self._close = client.register_script(_SCRIPT + _CLOSE)
-        self._put = client.register_script(_SCRIPT + _PUT)
-        self._requeue = client.register_script(_SCRIPT + _REQUEUE)
+
+        def script(body: str) -> Any:
+            return client.register_script(_SCRIPT + body)
+
+        self._open = script(_OPEN)
+        self._heartbeat = script(_HEARTBEAT)
+        self._claimed_tags = script(_CLAIMED_TAGS)
+        self._claim = script(_CLAIM)
+        self._settle = script(_SETTLE)
+        self._wake = script(_WAKE)
+        self._take_over = script(_TAKE_OVER)
+        self._close = script(_CLOSE)
+        self._put = script(_PUT)
+        self._requeue_dead_letter = script(_REQUEUE_DEAD_LETTER)
 
     def open(
-        self, incarnation: str, formers: Sequence[str] = (), wanted: Iterable[str] = ()
-    ) -> list[str]:
-        """Begin a lease, and take over what this process's ``formers`` held.
+        self, session: str, formers: Sequence[str] = (), wanted: Iterable[str] = ()
+    ) -> set[str]:
+        """Begin a session, and take over the claims of this process's former sessions.
 
-        What of it is not ``wanted`` goes back to its queue, uncounted: the replies of claims that
-        were lost, above all. Whatever a former incarnation still sends is without effect.
+        Claims that are not wanted are requeued, uncounted: those whose reply was lost, above all.
+        What a former session still sends has no effect.
 
         Returns:
-            The receipts among the wanted ones that are held still.
+            The tags among the wanted ones that are still claimed.
         """
-        arguments = (incarnation, self._lease, len(formers), *formers, *wanted)
-        return _texts(self._run(self._open, *arguments))
+        arguments = (session, len(formers), *formers, *wanted)
+        while (reply := self._run(self._open, *arguments))[0]:
+            pass
+        return {tag.decode() for tag in reply[1:]}
 
-    def renew(self, incarnation: str) -> Renewal:
-        """Go on with a lease that has not been swept, late or not."""
-        alive, expired = self._run(self._renew, incarnation, self._lease)
-        names = _texts(expired[::2])
-        return Renewal(bool(alive), dict(zip(names, map(float, expired[1::2]), strict=True)))
+    def heartbeat(self, session: str) -> Heartbeat:
+        """Renew a lease that was not taken over, late or not."""
+        alive, claimed, sessions = self._run(self._heartbeat, session)
+        names = [name.decode() for name in sessions[::2]]
+        counters = map(float, sessions[1::2])
+        return Heartbeat(bool(alive), int(claimed), dict(zip(names, counters, strict=True)))
+
+    def claimed_tags(self, session: str) -> set[str]:
+        """The tags of all that a session has claimed, as Redis knows it."""
+        return {tag.decode() for tag in self._run(self._claimed_tags, session)}
 
     def claim(
         self,
-        incarnation: str,
+        session: str,
         queues: Sequence[str],
         *,
-        receipt: int,
+        first_tag: int,
         room: int,
         size: int,
-        alone_after: int,
         small: int = _ANY_SIZE,
         large_room: int = 1,
-        asides: int = 1,
+        lanes: int = 1,
         look_aside: bool = True,
+        isolated_room: int = 1,
+        max_bytes: int = _ANY_SIZE,
     ) -> Claimed | None:
-        """Take messages off queues into a worker's claims.
+        """Move messages from queues to a session's claims.
 
         Args:
-            incarnation: The worker's.
+            session: The session.
             queues: Keys of lists, the most urgent first, those of the several queues in turn.
-            receipt: Number of the first; the others follow. Never used before by this process.
+            first_tag: Number of the first delivery; the others follow. Never used before by this
+                process.
             room: Messages at most.
-            size: Bytes after which no more is taken.
-            alone_after: Tries after which a message is claimed by a worker that holds no other,
-                and with no other, so that what it does to its worker is done to it alone. It waits
-                at the end of its queue until there is such a worker, and what is behind it waits.
-            small: Bytes of a message up to which it may come with others; a larger one is claimed
-                by itself.
-            large_room: Large messages at most. Where there is none, those that are met are put
-                aside, so that small ones pass them; with room, what stands aside comes first.
-            asides: How many queues there are: the last list of each is where its large ones stand
-                aside.
-            look_aside: Whether to look at these lists at all.
+            size: Bytes after which no more is claimed.
+            small: Size in bytes up to which messages are claimed together; a larger one is the last
+                of its claim.
+            large_room: Large messages at most. Where there is no room, those met are moved to the
+                low-priority lane, so that small ones pass them; with room, that lane comes first.
+            lanes: Number of queues: the last list of each is its low-priority lane.
+            look_aside: Whether to look at these lanes at all.
+            isolated_room: Poison candidates at most. One counts as large, whatever its size.
+            max_bytes: Bytes of a message above which only its two ends are returned.
 
         Returns:
-            The claims, or None where the lease is lost.
+            The claims, or None if the lease is lost.
         """
         reply = self._run(
             self._claim,
-            *(incarnation, room, size, alone_after, small, large_room, asides),
-            *(int(look_aside), receipt),
+            *(session, room, size, small, large_room, lanes, int(look_aside)),
+            *(isolated_room, first_tag, max_bytes),
             queues=tuple(queues),
         )
         if reply is None:
@@ -466,91 +538,52 @@ class Claims:
                 reply[at + 2],
                 int(reply[at + 3]),
                 int(reply[at + 4]),
+                int(reply[at + 5]),
             )
-            for at in range(1, len(reply), 5)
+            for at in range(2, len(reply), 6)
         ]
-        return Claimed(claims, large_wait=bool(reply[0]))
+        return Claimed(claims, large_wait=bool(reply[0]), isolated=int(reply[1]))
 
-    def start(self, incarnation: str, *receipts: str) -> list[str]:
-        """Count a try of each message that is held still; a second call for one counts none.
-
-        Returns:
-            The receipts that are held still: only their jobs may begin.
-        """
-        return _texts(self._run(self._start, incarnation, *receipts))
-
-    def acknowledge(
-        self, incarnation: str, *receipts: str, job_ids: Mapping[str, str] | None = None
-    ) -> int:
-        """Done with: the messages are gone for good, and their jobs' announcements by and by.
-
-        Args:
-            incarnation: The worker's.
-            receipts: Of the messages.
-            job_ids: Their jobs, by receipt, where they are known.
-
-        Returns:
-            How many were held.
-        """
-        pairs = ((receipt, (job_ids or {}).get(receipt, "")) for receipt in receipts)
-        return int(
-            self._run(
-                self._acknowledge, incarnation, _ANNOUNCED_SECONDS, *chain.from_iterable(pairs)
+    def settle(self, session: str, dispositions: Mapping[str, Disposition]) -> None:
+        """Apply dispositions, by delivery tag. One whose delivery is not claimed has no effect."""
+        fields = (
+            (
+                *(tag, one.action.value, round(one.delay * 1000), one.job_id, one.task),
+                *(one.reason, "" if one.in_ledger is None else int(one.in_ledger), one.attempts),
             )
+            for tag, one in dispositions.items()
         )
+        self._run(self._settle, session, _ANNOUNCEMENT_SECONDS, *chain.from_iterable(fields))
 
-    def give_back(self, incarnation: str, *receipts: str) -> int:
-        """To the end of their queues that is taken from, uncounted. Returns how many were held."""
-        return int(self._run(self._return, incarnation, *receipts))
+    def wake(self) -> bool:
+        """Put delayed messages that are due back on their queues. Returns whether more are due."""
+        return bool(self._run(self._wake))
 
-    def defer(
-        self, incarnation: str, receipt: str, *, seconds: float, in_order: bool = True
-    ) -> int:
-        """Back to its queue in a while.
+    def take_over(self, session: str, counter: float) -> int:
+        """Requeue what a session has claimed whose heartbeat counter is still ``counter``.
 
-        Not ``in_order``, it asked for nothing: a try that began counts as one that ended its
-        worker, and one that did not begin as none.
-        """
-        return int(
-            self._run(self._defer, incarnation, receipt, round(seconds * 1000), int(in_order))
-        )
-
-    def wake(self, at_most: int = 1000) -> int:
-        """Put deferred messages that are due back on their queues. Returns how many."""
-        return int(self._run(self._wake, at_most))
-
-    def bury(
-        self, incarnation: str, receipt: str, *, reason: str, job_id: str = "", task: str = ""
-    ) -> int:
-        """To the dead letters."""
-        return int(self._run(self._bury, incarnation, receipt, job_id, task, reason))
-
-    def sweep(self, incarnation: str, deadline: float, at_most: int = 100) -> int:
-        """Give back what a worker held whose lease ran out at ``deadline`` and was not renewed.
+        Each message counts an attempt: its worker ended while it was claimed.
 
         Returns:
-            How many it holds still; -1 where the lease was renewed, or others swept it all.
+            1 if there is more, 0 if not, -1 if the session is alive or was taken over already.
         """
-        return int(self._run(self._sweep, incarnation, deadline, at_most))
+        return int(self._run(self._take_over, session, counter))
 
-    def close(self, incarnation: str) -> None:
-        """End a lease: all that is held goes back, uncounted."""
-        self._run(self._close, incarnation)
+    def close(self, session: str) -> None:
+        """End a session: all that it has claimed is requeued, uncounted."""
+        while self._run(self._close, session):
+            pass
 
     def put(self, queue: str, message: bytes) -> None:
-        """Put a message on a queue, the next to be taken, on a full server too."""
-        self._run(self._put, message, queues=(queue,))
+        """Put a message at the consuming end of a queue, on a full server too."""
+        self._run(self._put, queue.encode() + b"\0" + message)
 
-    def requeue(self, letter_id: str, queue: str) -> int:
-        """A dead letter back to the queue it came from, or to ``queue`` where it names none.
+    def requeue_dead_letter(self, letter_id: str, queue: str) -> int:
+        """Move a dead letter to its origin queue, or to ``queue`` if it names none.
 
-        Its tries begin anew. Returns 0 where there is no such letter.
+        Its attempts and retries start anew. Returns 0 if there is no such letter.
         """
-        return int(self._run(self._requeue, letter_id, queue))
+        return int(self._run(self._requeue_dead_letter, letter_id, queue))
 
     def _run(self, script: Any, *arguments: object, queues: Sequence[str] = ()) -> Any:
         return script(keys=(self._prefix, *queues), args=arguments)
-
-
-def _texts(values: Iterable[bytes]) -> list[str]:
-    return [value.decode() for value in values]

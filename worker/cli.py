@@ -18,13 +18,15 @@ if TYPE_CHECKING:  # a command that only enqueues loads no database, and --help 
     from interview_access.contracts import JobProgress, JobStatus
     from redis import Redis
 
-    from worker.dead_letters import DeadLetters
-    from worker.inquiries import Inquiries
+    from worker.dead_letters import DeadLetter, DeadLetters
+    from worker.job_status import JobStatusService
     from worker.settings import DatabaseSettings
 
 S = TypeVar("S", bound="DatabaseSettings")
 
 _REASON = 100  # characters of a reason in a list
+_FIELD, _MESSAGE = 2_000, 20_000  # characters of a value, and of a message, on a terminal
+_SHOWN_BYTES = 8 * 1024 * 1024  # of a message that is decoded to be shown
 
 _FAILED, _NO_ANSWER = 1, 3  # exit codes; 0 is success and 2 click's own for a wrong call
 
@@ -35,6 +37,14 @@ def _letter_id(_: object, __: object, given: str | tuple[str, ...]) -> str | tup
             raise click.BadParameter(
                 f"got {one!r}, expected an id of the list, such as 1764000000000-0."
             )
+    return given
+
+
+def _job_id(_: object, __: object, given: str) -> str:
+    from interview_access.contracts import JOB_ID_RULE, describe, is_job_id
+
+    if not is_job_id(given):
+        raise click.BadParameter(f"got {describe(given)}, expected {JOB_ID_RULE}.")
     return given
 
 
@@ -90,6 +100,9 @@ def grant(
     ids = [line.strip() for line in file if line.strip()] if file else list(interview_ids)
     try:
         client = InterviewAccessClient()
+    except ValueError as error:
+        _end(2, str(error))
+    try:
         job_id = client.enqueue(user_id, ids, job_id=job_id)
         if not wait:
             click.echo(job_id)
@@ -100,36 +113,36 @@ def grant(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except (NoAnswerInTimeError, QueueUnavailableError) as error:
-        _end(_NO_ANSWER, str(error))
+        _end(_NO_ANSWER, _one_line(error))
     except InterviewAccessError as error:
-        _end(_FAILED, f"{type(error).__name__}: {error}")
+        _end(_FAILED, _one_line(f"{type(error).__name__}: {error}"))
     import json
 
     click.echo(json.dumps(result))
 
 
-@main.command(short_help="Tell what is known of a job.")
-@click.argument("job_id")
+@main.command(short_help="Report a job's state and result.")
+@click.argument("job_id", callback=_job_id)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def status(job_id: str, as_json: bool) -> None:
-    """Tell what is known of a job: from the ledger, the results and its announcement."""
-    with _inquiries() as (inquiries, redis):
-        known = inquiries.status(redis, job_id)
-    _tell(known, as_json=as_json)
+    """Report a job's state and result, from the ledger, the result backend and its announcement."""
+    with _job_status() as (jobs, redis):
+        known = jobs.status(redis, job_id)
+    _print_status(known, as_json=as_json)
 
 
-@main.command(short_help="Have a job cancelled.")
-@click.argument("job_id")
+@main.command(short_help="Cancel a job.")
+@click.argument("job_id", callback=_job_id)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def cancel(job_id: str, as_json: bool) -> None:
-    """Have a job cancelled: not begun, it never will be; running, it stops at its next chunk.
+    """Cancel a job: if it has not begun, it never will; if it runs, it stops at its next chunk.
 
-    Prints what is known of the job then. Ends 0 where it is cancelled, or will be unless it is
-    about to finish; 1 where it had ended before.
+    Reports the job's state then. Ends 0 if the job is cancelled, or will be unless it is about to
+    finish; 1 if it had ended before.
     """
-    with _inquiries() as (inquiries, redis):
-        known = inquiries.cancel(redis, job_id)
-    _tell(known, as_json=as_json)
+    with _job_status() as (jobs, redis):
+        known = jobs.cancel(redis, job_id)
+    _print_status(known, as_json=as_json)
     sys.exit(0 if known.cancel_requested or known.state == "cancelled" else _FAILED)
 
 
@@ -177,27 +190,29 @@ def demo() -> None:
     sys.exit(run_demo())
 
 
-@main.group("dead-letters", short_help="Look at messages that could not be done.")
+@main.group("dead-letters", short_help="Inspect, requeue and delete dead letters.")
 def dead_letters() -> None:
-    """Look at messages that could not be done, send them again or drop them."""
+    """Inspect dead letters, messages that could not be processed; requeue or delete them."""
 
 
 @dead_letters.command("list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def list_letters(as_json: bool) -> None:
-    """List the dead letters, the oldest first: id, time, attempts, size, task, job, reason."""
+    """List the dead letters, oldest first: ID, time, attempts, size, task, job, reason."""
+    import json
+
     with _letters() as letters:
         letter = None
         for letter in letters:
             if as_json:
-                click.echo(letter.model_dump_json())
+                click.echo(json.dumps(letter.model_dump(mode="json")))
                 continue
-            reason = " ".join(letter.reason.split())
-            tries = "1 try" if letter.attempts == 1 else f"{letter.attempts} tries"
+            attempts = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
             click.echo(
-                f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {tries}  "
-                f"{letter.size:,} B  {letter.task or '-'}  {letter.job_id or '-'}  "
-                f"{reason if len(reason) <= _REASON else reason[: _REASON - 1] + '…'}"
+                f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {attempts}  "
+                f"{letter.size:,} B  {_one_line(letter.task, 255) or '-'}  "
+                f"{_one_line(letter.job_id, 255) or '-'}  "
+                f"{_one_line(' '.join(letter.reason.split()), _REASON)}"
             )
         if letter is None:
             click.echo("There are no dead letters.", err=True)
@@ -205,29 +220,33 @@ def list_letters(as_json: bool) -> None:
 
 @dead_letters.command()
 @click.argument("letter_id", metavar="ID", callback=_letter_id)
-@click.option("--raw", is_flag=True, help="The message's own bytes and nothing else.")
+@click.option("--raw", is_flag=True, help="Write the bytes of the message to a file or a pipe.")
 def show(letter_id: str, raw: bool) -> None:
     """Show one dead letter with its message."""
+    from worker.dead_letters import readable
+
+    if raw and sys.stdout.isatty():
+        raise click.UsageError("--raw writes any bytes: redirect the output to a file or a pipe.")
     with _letters() as letters:
         letter = letters.get(letter_id)
-        if letter is None:
+        message = letters.message(letter_id, at_most=None if raw else _SHOWN_BYTES)
+        if letter is None or message is None:
             _end(_FAILED, _unknown_letter(letter_id))
-        if raw:
-            click.echo(letter.message, nl=False)
-            return
-        for name, value in letter.model_dump(mode="json").items():
-            click.echo(f"{name:<9} {value}")
-        import json
-
-        message = letter.readable()
-        told = message if isinstance(message, str) else json.dumps(message, indent=2)
-        click.echo(f"message\n{told}")
+    if raw:
+        click.echo(message, nl=False)
+        return
+    for name, value in letter.model_dump(mode="json").items():
+        click.echo(f"{name:<9} {_one_line(value)}")
+    text = readable(message, at_most=_MESSAGE)
+    click.echo(f"message\n{text[:_MESSAGE]}")
+    if len(text) > _MESSAGE or letter.size > len(message):
+        click.echo("The message is cut here: --raw writes all of it.", err=True)
 
 
 @dead_letters.command()
 @click.argument("letter_ids", metavar="ID...", nargs=-1, required=True, callback=_letter_id)
 def requeue(letter_ids: tuple[str, ...]) -> None:
-    """Send dead letters to the queue that they came from, their tries begun anew."""
+    """Send dead letters back to their queues; their attempts are counted from 0 again."""
     _for_each(letter_ids, "requeued")
 
 
@@ -242,7 +261,7 @@ def drop(letter_ids: tuple[str, ...], yes: bool) -> None:
 
 
 @contextmanager
-def _inquiries() -> Iterator[tuple[Inquiries, Redis]]:
+def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
     from worker.settings import Settings
 
     _read(Settings)
@@ -252,31 +271,38 @@ def _inquiries() -> Iterator[tuple[Inquiries, Redis]]:
 
     from storage.interface import StorageError
     from worker.celery import app, storage
-    from worker.inquiries import Inquiries
+    from worker.job_status import JobStatusService
 
     try:
         with app.connection_for_write() as connection:
-            yield Inquiries(storage, app.backend), connection.default_channel.client
+            yield JobStatusService(storage, app.backend), connection.default_channel.client
     except StorageError as error:
-        _end(_FAILED, f"Nothing is known of the job: PostgreSQL says: {error}")
+        _end(_FAILED, _one_line(f"The job's state is not known: PostgreSQL says: {error}"))
     except (CeleryError, OperationalError, RedisError, OSError) as error:
-        _end(_FAILED, f"Nothing is known of the job: Redis says: {error.__cause__ or error}")
+        reason = error.__cause__ or error
+        _end(_FAILED, _one_line(f"The job's state is not known: Redis says: {reason}"))
 
 
-def _tell(known: JobStatus, *, as_json: bool) -> None:
+def _print_status(known: JobStatus, *, as_json: bool) -> None:
     import json
 
-    told = known.model_dump(mode="json", exclude_none=True)
+    fields = known.model_dump(mode="json", exclude_none=True)
     if as_json:
-        click.echo(json.dumps(told))
+        click.echo(json.dumps(fields))
         return
-    for name, value in told.items():
-        shown = value
+    for name, value in fields.items():
         if isinstance(value, list):
             shown = f"{len(value):,} (--json names them)"
-        elif isinstance(value, dict):
-            shown = json.dumps(value)
+        else:
+            shown = _one_line(json.dumps(value) if isinstance(value, dict) else value)
         click.echo(f"{name:<24} {shown}")
+
+
+def _one_line(value: object, at_most: int = _FIELD) -> str:
+    """Make a value safe to print: other people chose it, and a terminal obeys its escapes."""
+    from interview_access.errors import shortened
+
+    return shortened(str(value), quoted=False, at_most=at_most)
 
 
 def _for_each(letter_ids: tuple[str, ...], done: str) -> None:
@@ -289,19 +315,37 @@ def _for_each(letter_ids: tuple[str, ...], done: str) -> None:
                 missing = True
                 click.echo(_unknown_letter(letter_id), err=True)
                 continue
-            click.echo(f"{letter_id}: {done} (job {letter.job_id or 'unknown'})")
-            if done == "requeued" and letter.answered_for_good:
-                click.echo(
-                    f"{letter_id}: the ledger has an answer to job {letter.job_id}, which it gets "
-                    "again; to have it done, send the request under a new job id.",
-                    err=True,
-                )
+            job_id = _one_line(letter.job_id, 255) or "unknown"
+            click.echo(f"{letter_id}: {done} (job {job_id})")
+            if done == "requeued" and (note := _result_of(letter)):
+                click.echo(f"{letter_id}: {note}", err=True)
     if missing:
         sys.exit(_FAILED)
 
 
+def _result_of(letter: DeadLetter) -> str | None:
+    """What requeueing a dead letter comes to where the ledger has a result of its job, if so."""
+    from interview_access.contracts import is_job_id
+
+    from storage.interface import StorageError
+    from worker.celery import storage
+
+    in_ledger = letter.in_ledger
+    try:
+        if in_ledger is None and is_job_id(letter.job_id):  # by an earlier release
+            in_ledger = storage().get_finished_job(letter.job_id) is not None
+    except StorageError as error:
+        return _one_line(f"it is not known whether the ledger has a result of its job: {error}")
+    if not in_ledger:
+        return None
+    return (
+        f"the ledger has a result of job {_one_line(letter.job_id, 255)}, which stays; to run the "
+        "request, send it under a new job ID."
+    )
+
+
 def _unknown_letter(letter_id: str) -> str:
-    return f"{letter_id}: there is no such dead letter; `dead-letters list` tells their ids."
+    return f"{letter_id}: there is no such dead letter; `dead-letters list` prints their IDs."
 
 
 @contextmanager
@@ -319,7 +363,8 @@ def _letters() -> Iterator[DeadLetters]:
         with app.connection_for_write() as connection:
             yield DeadLetters(connection.default_channel.client)
     except (OperationalError, RedisError, OSError) as error:
-        _end(_FAILED, f"The dead letters cannot be reached: Redis says: {error.__cause__ or error}")
+        reason = error.__cause__ or error
+        _end(_FAILED, _one_line(f"The dead letters cannot be read: Redis says: {reason}"))
 
 
 def _read(kind: type[S]) -> S:

@@ -1,33 +1,56 @@
-"""The dead-letter list: messages that could not be done, kept in Redis for an operator."""
+"""Dead letters: messages that could not be processed, kept in a Redis stream for an operator."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from interview_access.contracts import QUEUE
-from pydantic import BaseModel, Field
+from interview_access.errors import shortened
+from pydantic import BaseModel
 from redis import Redis
 
 from worker.claims import DEAD, Claims
 
-_PAGE = 100  # letters in one round trip; each may be a message of 100,000 ids
+_PAGE = 100
+_PAGE_BYTES = 4 * 1024 * 1024  # that a script reads before it returns a shorter page
+_FIELD_BYTES = 4_096
+_WHOLE = 2**53
+
+_READ = """#!lua flags=no-writes
+local first, last, page, bytes = ARGV[1], ARGV[2], ARGV[3] + 0, ARGV[4] + 0
+local limits, entries = {message = ARGV[6] + 0}, {}
+while #entries < page and bytes > 0 do
+    local entry = redis.call('XRANGE', KEYS[1], first, last, 'COUNT', 1)[1]
+    if not entry then break end
+    local fields = entry[2]
+    for index = 1, #fields, 2 do
+        bytes = bytes - #fields[index + 1]
+        local limit = limits[fields[index]] or ARGV[5] + 0
+        fields[index + 1] = string.sub(fields[index + 1], 1, limit)
+    end
+    entries[#entries + 1] = entry
+    first = '(' .. entry[1]
+end
+return entries
+"""
 
 
 class DeadLetter(BaseModel):
-    """One letter, as an operator sees it.
+    """A dead letter without its message. Its texts are a producer's, and may hold anything.
 
     Attributes:
-        id: Its id in the list, by which the commands take it.
-        job_id: Its job's, where one could be read.
-        attempts: How often it was tried.
+        id: Its ID in the stream, by which the commands take it.
+        job_id: The job's, where one could be read.
+        attempts: How often the job was attempted or retried.
         size: Of the message, in bytes.
-        queue: The list in Redis that it came from.
-        message: The bytes that the producer sent.
+        queue: The list in Redis that the message came from.
+        in_ledger: Whether the ledger has the final result of the job, which requeueing does not
+            change. None in an entry written by an earlier release.
     """
 
     id: str
@@ -37,63 +60,101 @@ class DeadLetter(BaseModel):
     job_id: str
     attempts: int
     size: int
-    queue: str = QUEUE
-    message: bytes = Field(repr=False, exclude=True)
-
-    @property
-    def answered_for_good(self) -> bool:
-        """Whether the ledger has an answer to its job id, which a requeued message gets again."""
-        return self.reason.startswith(("JobFailedError", "JobIdReusedException"))
-
-    def readable(self) -> Any:
-        """The message, decoded as far as it can be: as JSON, its body too."""
-        try:
-            message = json.loads(self.message)
-            message["body"] = json.loads(base64.b64decode(message["body"], validate=True))
-        except (binascii.Error, UnicodeDecodeError, ValueError, LookupError, TypeError):
-            try:
-                return json.loads(self.message)
-            except (ValueError, RecursionError):
-                return self.message.decode(errors="backslashreplace")
-        except RecursionError:
-            return self.message.decode(errors="backslashreplace")
-        return message
+    queue: str
+    in_ledger: bool | None
 
 
 class DeadLetters:
-    """The list. Every method raises what redis raises where the server is away."""
+    """The dead letters of one server. Every method raises the errors of Redis."""
 
     def __init__(self, client: Redis) -> None:
-        """Connects at the first call."""
+        """Connect at the first call."""
         self._client = client
+        self._read = client.register_script(_READ)
 
     def __iter__(self) -> Iterator[DeadLetter]:
-        """All letters, the oldest first, read a page at a time."""
+        """Read all dead letters, oldest first, a page at a time and without their messages."""
         start = "-"
-        while page := self._range(start, "+"):
-            yield from page
-            start = f"({page[-1].id}"
+        while page := self._entries(start, "+", message_bytes=0):
+            yield from (_letter(*entry) for entry in page)
+            start = f"({page[-1][0]}"
 
     def get(self, letter_id: str) -> DeadLetter | None:
-        """The letter of that id, if there is one."""
-        return next(iter(self._range(letter_id, letter_id)), None)
+        """Read one dead letter, None where it does not exist."""
+        entries = self._entries(letter_id, letter_id, message_bytes=0)
+        return _letter(*entries[0]) if entries else None
+
+    def message(self, letter_id: str, *, at_most: int | None = None) -> bytes | None:
+        """Read a dead letter's message as the producer sent it, cut to so many bytes."""
+        limit = _WHOLE if at_most is None else at_most
+        entries = self._entries(letter_id, letter_id, message_bytes=limit)
+        return entries[0][1].get(b"message", b"") if entries else None
 
     def requeue(self, letter: DeadLetter) -> bool:
-        """Back to the queue it came from, its tries begun anew; False where it was gone."""
-        return bool(Claims(self._client, lease=0).requeue(letter.id, letter.queue))
+        """Send a message back to its queue with no attempts counted; False if it is gone."""
+        return bool(Claims(self._client).requeue_dead_letter(letter.id, letter.queue))
 
     def drop(self, letter: DeadLetter) -> bool:
-        """Delete it for good; False where it was gone."""
+        """Delete a dead letter; False if it is gone."""
         return bool(self._client.xdel(DEAD, letter.id))
 
-    def _range(self, first: str, last: str) -> list[DeadLetter]:
-        entries: Any = self._client.xrange(DEAD, first, last, count=_PAGE)
-        return [_letter(entry_id.decode(), fields) for entry_id, fields in entries]
+    def _entries(
+        self, first: str, last: str, *, message_bytes: int
+    ) -> list[tuple[str, dict[bytes, bytes]]]:
+        arguments = (first, last, _PAGE, _PAGE_BYTES, _FIELD_BYTES, message_bytes)
+        entries: Any = self._read([DEAD], arguments)
+        return [
+            (entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))
+            for entry_id, fields in entries
+        ]
 
 
-def _letter(entry_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
-    told = {name.decode(): value for name, value in fields.items()}
-    message = told.pop("message", b"")
-    text = {name: value.decode(errors="backslashreplace") for name, value in told.items()}
-    when = datetime.fromtimestamp(float(text.pop("time", 0)), UTC)
-    return DeadLetter(id=entry_id, time=when, message=message, **text)
+def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+    text = {
+        name.decode(errors="replace"): value.decode(errors="backslashreplace")
+        for name, value in fields.items()
+    }
+    return DeadLetter(
+        id=letter_id,
+        time=datetime.fromtimestamp(float(text.get("time", 0)), UTC),
+        reason=text.get("reason", ""),
+        task=text.get("task", ""),
+        job_id=text.get("job_id", ""),
+        attempts=int(text.get("attempts", 0)),
+        size=int(text.get("size", 0)),
+        queue=text.get("queue", QUEUE),
+        in_ledger={"1": True, "0": False}.get(text.get("in_ledger", "")),
+    )
+
+
+def readable(message: bytes, *, at_most: int) -> str:
+    """Format a message for a terminal: as indented JSON in ASCII, else as text with escapes.
+
+    A JSON body is decoded. A compressed one is left as it is, because nothing bounds its size.
+
+    Args:
+        message: Any bytes.
+        at_most: Characters after which the rest may be omitted.
+    """
+    with suppress(ValueError, RecursionError):
+        envelope = json.loads(message.decode())
+        text = ""
+        for part in json.JSONEncoder(indent=2).iterencode(_with_decoded_body(envelope)):
+            text += part
+            if len(text) > at_most:
+                break
+        return text.replace("\x7f", "\\u007f")
+    preview = message[: at_most + 1].decode(errors="backslashreplace")
+    return shortened(preview, quoted=False, at_most=at_most)
+
+
+def _with_decoded_body(envelope: Any) -> Any:
+    """Decode the body of an envelope and put it last, after the short fields."""
+    with suppress(LookupError, TypeError, AttributeError):
+        body = envelope.pop("body")
+        envelope["body"] = body
+        with suppress(ValueError, RecursionError):
+            if envelope["properties"].get("body_encoding") == "base64":
+                body = base64.b64decode(body, validate=True).decode()
+            envelope["body"] = json.loads(body)
+    return envelope

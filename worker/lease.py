@@ -1,20 +1,19 @@
-"""A worker process's lease: what it holds, for how long it has spoken, and how it lets go.
+"""A worker session: what this process has claimed, its lease, and how it settles and ends.
 
-One for the main process, whatever becomes of its connections: a job goes on while the worker
-reconnects. Safety does not hang on any of it. A lease lost too early makes a job run twice, and the
-ledger in PostgreSQL then gives both the same answer.
+One for the main process, whatever becomes of its connections: jobs go on while the worker
+reconnects. Safety does not depend on any of it. A lease that is lost too early makes a job run
+twice, and the ledger in PostgreSQL then gives both runs the same result.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from math import inf
 from queue import Empty, SimpleQueue
 from uuid import uuid4
 
@@ -24,426 +23,425 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from worker.claims import Claim, Claims
+from worker.claims import Action, Claims, Disposition, Heartbeat
+from worker.delivery import Delivery, State
 
 logger = get_logger(__name__)
 
-_BEATS = 8
-"""In a lease: so many times it is renewed before it runs out."""
+_LONGEST_PAUSE = 1.0
+"""Seconds between two heartbeats, which also enforce time limits and wake delayed messages."""
 
-_DEAF_SECONDS = 120.0
-"""A main loop that has not come round for so long is stuck: its lease is not renewed any more."""
+_HEARTBEATS = 8
+"""Heartbeats in one lease TTL."""
+
+_EXPIRED_AFTER = 2
+"""Lease TTLs without a heartbeat after which a session's messages are requeued."""
+
+_SILENT_LOOP_SECONDS = 120.0
+"""A main loop that has not turned for so long is stuck: its lease is no longer renewed."""
+
+_EXIT_SECONDS = 2.0
+"""How long the main process may take to end by itself after its pool processes were killed."""
 
 _CLAIM_BYTES = 16 * 1024 * 1024
-"""After so many bytes no more is claimed in one go: a message of 100,000 ids has 4 MB."""
+"""Bytes after which one claim ends; a message of 100,000 IDs has 4 MB."""
 
-_SMALL_BYTES = 16 * 1024
-"""A message of up to so many may be done together with others: one of 250 ids, say. Others are
-large, and all children but one may have one: the last child is for the small ones."""
+SMALL_BYTES = 16 * 1024
+"""Bytes of a small message: one of 250 IDs, say. Others are large, and all pool processes but one
+may execute such a job: the last process is for the small ones."""
 
-_LOOK_ASIDE_SECONDS = 1.0  # between two looks, while a large message stands there and must wait
+_LOOK_ASIDE_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
 
-_RESTS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds; the last one again and again
+
+class CircuitBreaker:
+    """Stops claiming during an outage, then lets a single job probe."""
+
+    _BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+    """Seconds; the last one repeats. Not above a retry's own delay, so that both end together."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._open_until = 0.0
+        self._opened_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is claimed now."""
+        return self._clock() < self._open_until
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether the last job failed, so that only one is claimed."""
+        return self._failures > 0
+
+    @property
+    def probing_since(self) -> float:
+        """The time since which only one job may be claimed; infinite if the circuit is closed."""
+        return self._opened_at if self.is_probing else inf
+
+    def record_failure(self, reason: str) -> None:
+        """Open the circuit for the next back-off, unless it is open."""
+        if self.is_open:
+            return
+        back_off = self._BACK_OFF[min(self._failures, len(self._BACK_OFF) - 1)]
+        self._opened_at = self._clock()
+        self._open_until = self._opened_at + back_off
+        self._failures += 1
+        logger.warning("circuit open, no job is claimed for %.0f s: %s", back_off, reason)
+
+    def record_success(self) -> None:
+        """Close the circuit."""
+        self._failures = 0
 
 
 class Lease:
-    """What this process holds of the queue. Safe in threads."""
+    """The session of this process and the one table of its deliveries. Safe in threads."""
 
     def __init__(
         self,
-        client: Redis,
         *,
-        seconds: float,
-        attempt_limit: int,
+        ttl: float,
         grace: float,
         batch_size: int = 1,
+        max_bytes: int = 2**53,
+        orphaned_after: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is said to Redis before :meth:`open`.
+        """Sends nothing to Redis before :meth:`open`.
 
         Args:
-            client: Of the lease's own, without retries.
-            seconds: For how long a worker has spoken when it renews its lease. A dead one's jobs
-                are back on the queue after two such times and a little.
-            attempt_limit: Tries of a message that kills its worker.
-            grace: Seconds for which a worker that is asked to stop lets running jobs go on.
-            batch_size: Small messages that one child may be given at once.
+            ttl: Seconds. A dead worker's messages are requeued after two TTLs and a little.
+            grace: Seconds that running jobs have to finish when the worker stops.
+            batch_size: Small messages in one claim.
+            max_bytes: Of a message that is read; of a larger one only its ends are.
+            orphaned_after: Seconds after which a delivery without owner is requeued.
+            clock: Seconds of this process's monotonic clock.
         """
-        self.batch_size = batch_size
-        self.attempt_limit = attempt_limit
-        self._claims = Claims(client, lease=seconds)
-        self._seconds = seconds
+        self.breaker = CircuitBreaker(clock)
+        self.on_heartbeat: Callable[[], object] = lambda: None
+        """Called at each heartbeat from the lease's thread, whether Redis is reachable or not."""
+        self._deliveries: dict[str, Delivery] = {}
+        self._batch_size = batch_size
+        self._max_bytes = max_bytes
+        self._ttl = ttl
         self._grace = grace
-        self._client = client
-        self._incarnations: list[str] = []  # the last is ours; others, until they are handed over
+        self._orphaned_after = orphaned_after
+        self._clock = clock
+        self._claims: Claims | None = None
+        self._client: Redis | None = None
+        self._sessions: list[str] = []  # the last is current; others until they are taken over
         self._server: str | None = None
-        self._next_number = 1
-        self._held: dict[str, Claim] = {}
-        self._running: set[str] = set()
-        self._piece_of: dict[str, int] = {}
-        self._pieces = itertools.count()
-        self._mixed = False
+        self._next_tag = 1
         self._large_wait = False
+        self._isolated_wait = False
         self._looked_aside = 0.0
-        self._unsent: dict[str, Callable[[], object]] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while deliveries change hands."""
         self._thread: threading.Thread | None = None
-        self._bell: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
+        self._wake_up: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
         self._closed = False
         self._drained_by: float | None = None
-        self._heard = time.monotonic()
-        self._rest_until = 0.0
-        self._troubles = 0
-        self._suspects: dict[str, tuple[float, float]] = {}
-        self._looked = 0.0
+        self._loop_turned = self._clock()
+        self._observed: dict[str, tuple[float, float]] = {}  # session: counter, and since when
+        self._observed_at = 0.0
 
     @property
-    def _incarnation(self) -> str:
-        if len(self._incarnations) != 1:
-            raise RedisConnectionError("no lease stands: the worker has not reconnected yet")
-        return self._incarnations[0]
+    def _session(self) -> str:
+        if len(self._sessions) != 1:
+            raise RedisConnectionError("there is no session: the worker has not reconnected yet")
+        return self._sessions[0]
 
-    # --- What the transport asks ------------------------------------------------------------
+    # --- Claiming -------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Begin, or go on after a connection was lost, under a new incarnation.
+    def open(self, client: Redis) -> None:
+        """Begin a session, or continue in a new one after the connection was lost.
 
-        What a claim took whose reply was lost goes back, as do jobs that had not begun; a command
-        that is still on its way on the old connection finds its incarnation gone.
+        Claims whose reply was lost are requeued, as are deliveries not yet dispatched. A command
+        still on its way on the old connection finds its session gone.
+
+        Args:
+            client: Without retries: a claim that is sent twice claims twice.
         """
-        self._open()
-        self.heard()
+        with self.lock:
+            self._client, self._claims = client, Claims(client)
+            self._open()
+        self.loop_turned()
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
             self._thread.start()
 
     def _open(self) -> None:
-        with self._lock:
-            incarnation = uuid4().hex
-            self._incarnations.append(incarnation)
-            server = str(self._client.info("server")["run_id"])
-            kept = set(self._claims.open(incarnation, self._incarnations[:-1], self._held))
-            self._incarnations = [incarnation]
-            lost = set(self._held) - kept
-            for receipt in lost:
-                claim = self._held[receipt]
-                if self._server not in {None, server}:
-                    # A server that came back without its last second, or another in its place, may
-                    # have neither the claim nor the message. Once too often does no harm.
-                    self._claims.put(claim.queue, claim.message)
-                del self._held[receipt]
-            self._running &= kept
-            if lost:
-                logger.warning("the lease was lost: %d messages are others' by now", len(lost))
-            self._server = server
-            self._let_go_of_the_waiting()
+        assert self._client is not None and self._claims is not None  # noqa: S101, PT018 - set by open()
+        session = uuid4().hex
+        self._sessions.append(session)
+        server = str(self._client.info("server")["run_id"])
+        kept = self._claims.open(session, self._sessions[:-1], self._deliveries)
+        self._sessions = [session]
+        lost = self._deliveries.keys() - kept
+        for tag in lost:
+            claim = self._deliveries.pop(tag).claim
+            if self._server not in {None, server} and len(claim.message) == claim.size:
+                # A server that restarted without its last second, or a promoted replica, may have
+                # neither the claim nor the message. A duplicate does no harm.
+                self._claims.put(claim.queue, claim.message)
+        if lost:
+            logger.warning("lease lost: deliveries=%d are redelivered elsewhere", len(lost))
+        self._server = server
+        self._requeue_claimed()
 
-    def claim(self, queues: Sequence[str], asides: int, children: int) -> list[Claim] | None:
-        """Take what one child can be given: a message, or some small ones; None: the lease is lost.
-
-        Where messages came last time that one child cannot do together, one at most for each child.
-        Raises what redis raises, and then more may have been claimed than is known: open again.
+    def claim(self, queues: Sequence[str], lanes: int, processes: int) -> list[Delivery] | None:
+        """Claim what one free pool process can execute: one message, or some small ones.
 
         Args:
-            queues: See :meth:`worker.claims.Claims.claim`, as for ``asides``.
-            asides: Likewise.
-            children: How many there are, busy ones too.
+            queues: See :meth:`worker.claims.Claims.claim`, as for ``lanes``.
+            lanes: Likewise.
+            processes: Pool processes, busy ones too.
+
+        Returns:
+            The deliveries, or None if the lease is lost.
+
+        Raises:
+            RedisError: if the reply did not come; more may be claimed than is known: open again.
         """
-        with self._lock:
-            room = children - self.in_hand
-            if room <= 0 or not self.may_claim():
+        with self.lock:
+            if not self.may_claim():
                 return []
-            if self._troubles:
-                room = 1
-            elif self.batch_size > 1 and not self._mixed:
-                room = self.batch_size
-            look_aside = self._is_time_to_look_aside(children)
-            first, self._next_number = self._next_number, self._next_number + room
+            room = 1 if self.breaker.is_probing else self._batch_size
+            first, self._next_tag = self._next_tag, self._next_tag + room
+            assert self._claims is not None  # noqa: S101 - set by open()
             claimed = self._claims.claim(
-                self._incarnation,
+                self._session,
                 queues,
-                receipt=first,
+                first_tag=first,
                 room=room,
                 size=_CLAIM_BYTES,
-                alone_after=self.attempt_limit - 1,
-                small=_SMALL_BYTES,
-                large_room=self._large_room(children),
-                asides=asides,
-                look_aside=look_aside,
+                small=SMALL_BYTES,
+                large_room=self._large_room(processes),
+                lanes=lanes,
+                look_aside=self._is_time_to_look_aside(processes),
+                isolated_room=self._isolated_room,
+                max_bytes=self._max_bytes,
             )
             if claimed is None:
                 return None
             self._large_wait = claimed.large_wait
-            self._held.update((claim.receipt, claim) for claim in claimed.claims)
-            return claimed.claims
+            self._isolated_wait = claimed.isolated > 0
+            deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
+            self._deliveries.update((one.tag, one) for one in deliveries)
+            return deliveries
 
-    def _large_room(self, children: int) -> int:
-        held = list(self._held.values())
-        return max(children - 1, 1) - sum(map(_is_large, held))
+    def _all(self) -> list[Delivery]:
+        return list(self._deliveries.values())  # in one step: the lease's thread removes some
 
-    def _is_time_to_look_aside(self, children: int) -> bool:
-        """Whether to look at the large messages that stand aside; not again and again in vain.
+    def _large_room(self, processes: int) -> int:
+        taken = [one for one in self._all() if one.claim.attempts or one.claim.size > SMALL_BYTES]
+        return max(processes - 1, 1) - len(taken)
 
-        To look at one of 5 MB takes the server as long as all else of a claim.
+    @property
+    def _isolated_room(self) -> int:
+        return 0 if any(one.claim.attempts for one in self._all()) else 1
+
+    def may_claim_from_lane(self, processes: int) -> bool:
+        """Whether a message may be claimed that no wait for a queue reports: it is in a lane."""
+        waits = self._large_wait or (self._isolated_wait and self._isolated_room > 0)
+        return bool(waits) and self._large_room(processes) > 0 and self.may_claim()
+
+    def _is_time_to_look_aside(self, processes: int) -> bool:
+        """Whether to look at the low-priority lanes; not again and again while there is no room.
+
+        Looking at one message of 5 MB takes the server as long as the rest of a claim.
         """
-        now = time.monotonic()
-        in_vain = self._large_wait and self._large_room(children) <= 0
+        now = self._clock()
+        in_vain = self._large_wait and self._large_room(processes) <= 0
         if in_vain and now < self._looked_aside + _LOOK_ASIDE_SECONDS:
             return False
         self._looked_aside = now
         return True
 
-    def may_claim_large(self, children: int) -> bool:
-        """Whether a large message stands aside that one of so many children may be given now."""
-        return self._large_wait and self._large_room(children) > 0 and self.may_claim()
-
     def may_claim(self) -> bool:
-        """Whether this worker wants another message at all."""
-        held = list(self._held.values())  # in one step: the lease's thread lets go of some
-        alone = any(claim.tries >= self.attempt_limit - 1 for claim in held)
-        probing = self._troubles > 0 and bool(held)
+        """Whether this worker may claim more."""
         return not (
-            alone
-            or probing
-            or self._drained_by is not None
-            or self._closed
-            or time.monotonic() < self._rest_until
+            self._closed
+            or self.is_draining
+            or self.breaker.is_open
+            or any(one.claimed_at >= self.breaker.probing_since for one in self._all())
         )
 
-    def divide(self, pieces: Sequence[Sequence[str]], children: int) -> None:
-        """Say which of the messages that came together go to one child, by their receipts.
+    def loop_turned(self) -> None:
+        """Record that the main loop has turned."""
+        self._loop_turned = self._clock()
 
-        Args:
-            pieces: One for each child that is wanted.
-            children: How many are free; where more are wanted, fewer messages are taken next time.
-        """
-        self._mixed = len(pieces) > children
-        known = {
-            receipt: piece for receipt, piece in self._piece_of.items() if receipt in self._held
+    # --- Settling -------------------------------------------------------------------------------
+
+    def settle(self, dispositions: Mapping[str, Disposition]) -> None:
+        """Apply dispositions by delivery tag, or later if Redis is away: each has effect once."""
+        with self.lock:
+            for tag, disposition in dispositions.items():
+                delivery = self._deliveries.get(tag)
+                if delivery and delivery.state is not State.SETTLED:
+                    delivery.state, delivery.disposition = State.SETTLED, disposition
+            try:
+                self._send_settled()
+            except RedisError as error:
+                logger.warning("settlements delayed, Redis is away: %s", error)
+
+    def _send_settled(self) -> None:
+        settled = {
+            tag: one.disposition
+            for tag, one in self._deliveries.items()
+            if one.state is State.SETTLED and one.disposition
         }
-        for receipts in pieces:
-            known.update(dict.fromkeys(receipts, next(self._pieces)))
-        self._piece_of = known
+        if settled:
+            assert self._claims is not None  # noqa: S101 - set by open()
+            self._claims.settle(self._session, settled)
+            for tag in settled:
+                del self._deliveries[tag]
+
+    # --- Stopping -------------------------------------------------------------------------------
 
     @property
-    def in_hand(self) -> int:
-        """How many children's work this worker holds, by whichever connection it came."""
-        held = list(self._held)  # in one step: the lease's thread lets go of some
-        return len({self._piece_of.get(receipt, receipt) for receipt in held})
-
-    def heard(self) -> None:
-        """The main loop has come round."""
-        self._heard = time.monotonic()
-
-    def claim_of(self, receipt: str) -> Claim:
-        """What is known of a message; of one that is held no more, nothing."""
-        return self._held.get(receipt, Claim(receipt, "", b"", 0, 0))
-
-    def may_batch(self, receipt: str) -> bool:
-        """Whether a message is small enough to be done with others, where any are."""
-        return self.batch_size > 1 and not _is_large(self.claim_of(receipt))
-
-    # --- What becomes of a message ----------------------------------------------------------
-
-    def start(self, *receipts: str) -> frozenset[str]:
-        """Count a try of each, and say whose jobs may begin: which messages are held still."""
-        with self._lock:
-            held = [receipt for receipt in receipts if receipt in self._held]
-            if self._drained_by is not None or not held:
-                return frozenset()
-            try:
-                mine = frozenset(self._claims.start(self._incarnation, *held))
-            except RedisError as error:
-                logger.warning("jobs are not begun, their tries could not be counted: %s", error)
-                for receipt in held:
-                    self.give_back(receipt)
-                return frozenset()
-            self._running |= mine
-            for receipt in mine.symmetric_difference(held):
-                del self._held[receipt]
-            return mine
-
-    def acknowledge(self, job_ids: Mapping[str, str]) -> None:
-        """Done with for good: messages by their receipts, with the ids of their jobs."""
-        self._write(
-            job_ids,
-            lambda receipts: self._claims.acknowledge(
-                self._incarnation, *receipts, job_ids=job_ids
-            ),
-        )
-
-    def give_back(self, receipt: str) -> None:
-        """To its queue at once, uncounted."""
-        self._write(
-            [receipt], lambda receipts: self._claims.give_back(self._incarnation, *receipts)
-        )
-
-    def defer(self, receipt: str, seconds: float, *, in_order: bool = True) -> None:
-        """To its queue in a while.
-
-        Not ``in_order``, it asked for nothing: a try that began counts as one that ended its
-        worker, and one that did not begin as none.
-        """
-        self._write(
-            [receipt],
-            lambda _: self._claims.defer(
-                self._incarnation, receipt, seconds=seconds, in_order=in_order
-            ),
-        )
-
-    def bury(self, receipt: str, reason: str, *, job_id: str = "", task: str = "") -> None:
-        """To the dead letters."""
-        # A lone surrogate, of which JSON allows the escape, has no bytes.
-        texts = (reason, job_id, task)
-        text = [value.encode(errors="backslashreplace").decode() for value in texts]
-        self._write(
-            [receipt],
-            lambda _: self._claims.bury(
-                self._incarnation, receipt, reason=text[0], job_id=text[1], task=text[2]
-            ),
-        )
-
-    def _write(self, receipts: Iterable[str], write: Callable[[Sequence[str]], object]) -> None:
-        """Say it to Redis; where it cannot be said, go on trying: each takes effect once."""
-        with self._lock:
-            self._running.difference_update(receipts)
-            held = [one for one in receipts if one in self._held and one not in self._unsent]
-            if not held:
-                return
-            try:
-                write(held)
-            except RedisError as error:
-                logger.warning(
-                    "Redis is told later what became of %d messages: %s", len(held), error
-                )
-                self._unsent.update({one: partial(write, [one]) for one in held})
-            else:
-                for receipt in held:
-                    del self._held[receipt]
-
-    # --- A server that is away ----------------------------------------------------------------
-
-    def trouble(self, what: str) -> None:
-        """No job would fare better: rest, then try one, before many are taken again."""
-        if time.monotonic() >= self._rest_until:
-            rest = _RESTS[min(self._troubles, len(_RESTS) - 1)]
-            self._rest_until = time.monotonic() + rest
-            self._troubles += 1
-            logger.warning("%s: no job is taken for %.0f s", what, rest)
-
-    def no_trouble(self) -> None:
-        """A job was done."""
-        self._troubles = 0
-
-    # --- The end ----------------------------------------------------------------------------------
+    def is_draining(self) -> bool:
+        """Whether the worker is stopping: nothing is claimed, and no attempt is counted."""
+        return self._drained_by is not None
 
     def drain(self, *, at_once: bool = False) -> None:
-        """Take no more; what has not begun goes back now, what runs may end within the grace.
+        """Stop claiming and let running jobs finish within the grace.
 
-        Asked a second time, or ``at_once``, it ends now. Callable from a signal's handler.
+        Callable from a signal handler, and more than once: the first call starts the grace.
         """
-        again = self._drained_by is not None
-        self._drained_by = time.monotonic() + (0 if again or at_once else self._grace)
-        self._bell.put(None)
+        if self._drained_by is None or at_once:
+            self._drained_by = self._clock() + (0 if at_once else self._grace)
+            self._wake_up.put(None)
 
     def close(self) -> None:
-        """Give back all that is held still."""
-        with self._lock:
-            if self._closed or not self._incarnations:
+        """End the session: requeue all that is still claimed."""
+        with self.lock:
+            if self._closed or not self._sessions:
                 return
             self._closed = True
-            self._bell.put(None)
+            self._wake_up.put(None)
             try:
-                self._send_unsent()
-                for name in self._incarnations:
-                    self._claims.close(name)
+                if len(self._sessions) > 1:  # the last reconnection failed
+                    self._open()
+                self._send_settled()
+                assert self._claims is not None  # noqa: S101 - set by open()
+                self._claims.close(self._session)
             except RedisError as error:
-                logger.warning("jobs go back when the lease has run out: %s", error)
+                logger.warning("jobs are requeued when the lease has expired: %s", error)
+            self._deliveries.clear()
 
     def _end(self) -> None:
-        """The grace is over: nothing is lost by ending here, for all is held in Redis or done."""
-        logger.warning("%d jobs did not end within the grace and go back", len(self._running))
+        """Requeue what did not finish within the grace and end the pool, and so the worker."""
+        logger.warning("grace over: deliveries=%d are requeued", len(self._deliveries))
         self.close()
-        for child in active_children():
-            try:
-                os.kill(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        for process in active_children():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        # The main process ends by itself, with what Celery does at exit; SIGHUP restarts it there.
+        time.sleep(_EXIT_SECONDS)
         os._exit(0)
 
-    # --- The thread that keeps it -----------------------------------------------------------------
+    # --- The heartbeat thread -------------------------------------------------------------------
+
+    def _pause(self) -> float:
+        """Seconds until the next heartbeat, or the end of the grace."""
+        pause = min(self._ttl / _HEARTBEATS, _LONGEST_PAUSE)
+        if self._drained_by is not None:
+            pause = min(pause, max(self._drained_by - self._clock(), 0.0))
+        return pause
 
     def _keep(self) -> None:
-        trouble = False
+        failed = False
         while not self._closed:
             with suppress(Empty):
-                self._bell.get(timeout=self._seconds / _BEATS)
-            if self._drained_by is not None and time.monotonic() >= self._drained_by:
+                self._wake_up.get(timeout=self._pause())
+            if self._drained_by is not None and self._clock() >= self._drained_by:
                 self._end()
             try:
-                self._beat()
+                try:
+                    self.on_heartbeat()
+                finally:
+                    self._beat()
             except Exception as error:  # whatever it is: without this thread every job runs twice
-                # What was seen before it does not count: it may be Redis that stood still.
-                self._suspects.clear()
-                if not trouble:
+                # What was observed before does not count: Redis itself may have stalled.
+                self._observed.clear()
+                if not failed:
                     known = isinstance(error, RedisError | OSError)
-                    logger.warning("the lease cannot be renewed: %r", error, exc_info=not known)
-                trouble = True
+                    logger.warning("lease cannot be renewed: %s", error, exc_info=not known)
+                failed = True
             else:
-                trouble = False
+                failed = False
 
     def _beat(self) -> None:
-        with self._lock:
-            if self._closed:
+        with self.lock:
+            if self._closed or self._claims is None:
                 return
-            draining = self._drained_by is not None
-            if not draining and time.monotonic() - self._heard > _DEAF_SECONDS:
+            silent = self._clock() - self._loop_turned
+            if not self.is_draining and silent > _SILENT_LOOP_SECONDS:
                 return
-            renewal = [self._claims.renew(name) for name in self._incarnations][-1]
-            if not renewal.alive:
+            heartbeat = [self._claims.heartbeat(name) for name in self._sessions][-1]
+            if heartbeat.alive and len(self._sessions) == 1:
+                self._reconcile(heartbeat)
+            else:
                 self._open()
-            if draining:
-                self._let_go_of_the_waiting()
-            self._send_unsent()
-        self._claims.wake()
-        self._look_for_the_dead(renewal.expired)
+            if self.is_draining:
+                self._requeue_claimed()
+            self._send_settled()
+        by = self._clock() + self._ttl / _HEARTBEATS
+        while self._claims.wake() and self._clock() < by:
+            pass
+        self._take_over_expired(heartbeat.sessions, by)
 
-    def _let_go_of_the_waiting(self) -> None:
-        for receipt in [receipt for receipt in self._held if receipt not in self._running]:
-            self.give_back(receipt)
+    def _requeue_claimed(self) -> None:
+        claimed = [one for one in self._all() if one.state is State.CLAIMED]
+        for delivery in claimed:
+            delivery.state, delivery.disposition = State.SETTLED, Disposition(Action.REQUEUE)
+        self._send_settled()
 
-    def _send_unsent(self) -> None:
-        for receipt, write in list(self._unsent.items()):
-            if receipt in self._held:
-                write()
-                del self._held[receipt]
-            del self._unsent[receipt]
+    def _reconcile(self, heartbeat: Heartbeat) -> None:
+        """Requeue deliveries that nobody owns: each was lost by a defect that is contained here."""
+        assert self._claims is not None  # noqa: S101 - set by open()
+        before = self._clock() - self._orphaned_after
+        for delivery in self._all():
+            if delivery.claimed_at < before and not delivery.has_owner:
+                logger.error("delivery without owner is requeued: %s", delivery)
+                action = Action.REQUEUE
+                if delivery.state is State.DISPATCHED:
+                    action = Action.FAILED_ATTEMPT  # or a job that is lost each time never ends
+                delivery.state, delivery.disposition = State.SETTLED, Disposition(action)
+        if heartbeat.claimed == len(self._deliveries):
+            return
+        tags = self._claims.claimed_tags(self._session)
+        if unknown := tags - self._deliveries.keys():
+            logger.error("claims without delivery are requeued: count=%d", len(unknown))
+            requeue = Disposition(Action.REQUEUE)
+            self._claims.settle(self._session, dict.fromkeys(unknown, requeue))
+        for tag in self._deliveries.keys() - tags:
+            logger.error("delivery without claim is forgotten: %s", self._deliveries.pop(tag))
 
-    def _look_for_the_dead(self, expired: dict[str, float]) -> None:
-        """Give back what the dead held: those whose lease was over at two looks, a lease apart.
+    def _take_over_expired(self, sessions: Mapping[str, float], by: float) -> None:
+        """Requeue the messages of sessions whose heartbeat counter has stood still for too long.
 
-        After a stall of Redis, or of this machine, every lease looks over until its owner has had
-        the time to renew it; so what was seen before a gap counts for nothing.
+        Measured by this process's own clock. After a stall of Redis or of this machine every
+        counter seems to have stood still, so observations before a gap do not count.
         """
-        now = time.monotonic()
-        if now - self._looked > self._seconds / 2:
-            self._suspects.clear()
-        self._looked = now
-        self._suspects = {
-            name: self._suspects[name]
-            if name in self._suspects and self._suspects[name][0] == deadline
-            else (deadline, now)
-            for name, deadline in expired.items()
-            if name not in self._incarnations
+        assert self._claims is not None  # noqa: S101 - set by open()
+        now = self._clock()
+        if now - self._observed_at > self._ttl / 2:
+            self._observed.clear()
+        self._observed_at = now
+        self._observed = {
+            name: self._observed[name]
+            if name in self._observed and self._observed[name][0] == counter
+            else (counter, now)
+            for name, counter in sessions.items()
+            if name not in self._sessions
         }
-        for name, (deadline, since) in self._suspects.items():
-            if now - since < self._seconds:
+        for name, (counter, since) in self._observed.items():
+            if now - since < _EXPIRED_AFTER * self._ttl:
                 continue
-            left = self._claims.sweep(name, deadline)
-            while left > 0:
-                left = self._claims.sweep(name, deadline)
-            if left == 0:
-                logger.warning("a worker is gone (%s): its jobs are back on the queue", name)
-
-
-def _is_large(claim: Claim) -> bool:
-    return len(claim.message) > _SMALL_BYTES
+            while (more := self._claims.take_over(name, counter)) > 0 and self._clock() < by:
+                pass
+            if more == 0:
+                logger.warning("lease expired: session=%s, its jobs are requeued", name)

@@ -1,4 +1,4 @@
-"""Where results go: Celery's Redis backend, by which only the ledger says how a job ended."""
+"""The result backend: Celery's on Redis, in which only the ledger's outcome of a job is final."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import Any
 
 from celery import states
 from celery.app.task import Context
-from celery.backends.redis import RedisBackend
-from celery.exceptions import BackendStoreError, Reject
+from celery.backends.redis import RedisBackend, SentinelBackend
+from celery.exceptions import BackendStoreError, ChordError, Reject
 from celery.utils.log import get_logger
+from interview_access import errors
+from interview_access.contracts import CONTROL_QUEUE
 from interview_access.errors import (
     InterviewAccessError,
     JobFailedError,
     StorageUnavailableException,
 )
-from redis.exceptions import NoScriptError, RedisError
-
-from storage.interface import StorageError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 logger = get_logger(__name__)
 
 _COMPARE_AND_SET = """#!lua flags=allow-oom
-if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+local stored = redis.pcall('GET', KEYS[1])
+if type(stored) ~= 'string' then stored = '' end  -- nothing, or a key that is no result
+if stored ~= ARGV[1] then return 0 end
 redis.call('SETEX', KEYS[1], ARGV[3], ARGV[2])
 redis.call('PUBLISH', KEYS[1], ARGV[2])
 return 1
@@ -34,89 +36,98 @@ _LOOKS = 10
 _UNSETTLED, _NOT_DONE, _GIVEN_UP, _ANSWERED = range(4)
 """How final a result is. A less final one never takes a more final one's place."""
 
-_NOT_ANSWERS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.__name__: _GIVEN_UP}
+_RANKS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.__name__: _GIVEN_UP}
 
 
 class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     """Stores what a job's poller reads."""
 
-    _told: tuple[str, bytes] = ("", b"")  # a job's id, and where it is, as last stored by this one
+    _last_stored: tuple[str, bytes] = ("", b"")  # a job's ID and the state that was stored of it
+
+    def _get_pool(self, **options: Any) -> Any:
+        """Celery has no setting for the options of its connections."""
+        return super()._get_pool(**{**options, **self._transport_options.get("connection", {})})
 
     def store_result(
         self,
         task_id: str,
         result: Any,
         state: str,
-        traceback: str | None = None,
+        traceback: str | None = None,  # noqa: ARG002 - Celery's signature
         request: Any = None,
         **_: Any,
     ) -> Any:
-        """Store a state, or an answer for good.
+        """Store a state that Celery or a running job reports.
 
-        Where a job is, is a courtesy: it is stored if that can be done. An answer must be stored
-        before its message is acknowledged.
+        Progress is stored if Redis is reachable. Of final states only those of Celery's own canvas
+        are stored here, for tasks that never run because another one failed: the results of jobs
+        are :meth:`store_results`'s.
 
         Raises:
-            Reject: an answer cannot be stored now; the message is to go back to its queue.
-            Exception: a failure that is none of the contract's; it is no verdict, whatever it is.
+            Exception: the result itself, if it is final and not one of those.
         """
-        if isinstance(result, InterviewAccessError | StorageError):
-            traceback = None  # its sentence says what was wrong; the log has the rest
-        if state not in states.READY_STATES:
-            try:
-                self._store_result(
-                    task_id, self.encode_result(result, state), state, traceback, request
-                )
-            except RedisError as error:
-                logger.warning("job %s: its state %s is not told: %s", task_id, state, error)
-            return result
-        if state != states.SUCCESS and not isinstance(result, InterviewAccessError):
+        is_final = state in states.READY_STATES
+        if is_final and not isinstance(result, ChordError):
             raise result
         try:
-            # Celery's own tries again within 60 ms, and logs a trace of 45 lines each time.
-            stored = self.encode_result(result, state)
-            arguments = (task_id, stored, state, traceback, request)
-            self.ensure(self._store_result, arguments, max_retries=self.max_retries)
-        except (BackendStoreError, RedisError) as error:
-            raise Reject(f"its result cannot be stored: {error}", requeue=True) from error
+            encoded = self.encode_result(result, state)
+            self._store_result(task_id, encoded, state, None, request)
+        except (BackendStoreError, RedisError, OSError) as error:
+            if is_final:
+                raise
+            logger.warning("job %s: its state %s is not stored: %s", task_id, state, error)
         return result
 
-    def store_answers(
-        self, answers: Mapping[str, dict[str, Any] | InterviewAccessError]
-    ) -> frozenset[str]:
-        """Store the answers of several jobs, and name those that stand now.
+    def mark_as_revoked(self, task_id: str, *_: Any, **__: Any) -> None:
+        """Store nothing: a revoked job is settled through the ledger when it is delivered."""
 
-        The others are not known to: Redis was away.
+    def store_results(
+        self, results: Mapping[str, dict[str, Any] | InterviewAccessError]
+    ) -> frozenset[str]:
+        """Store the results of jobs, by job ID; a final result is never replaced.
+
+        Returns:
+            The jobs whose results are stored now. Those of the others are not known to be: Redis
+            was away.
         """
         fresh = {
             job_id: (
-                states.FAILURE if isinstance(answer, InterviewAccessError) else states.SUCCESS,
-                answer,
+                states.FAILURE if isinstance(result, InterviewAccessError) else states.SUCCESS,
+                result,
             )
-            for job_id, answer in answers.items()
+            for job_id, result in results.items()
         }
         stored: set[str] = set()
+        if not fresh:
+            return frozenset()
         try:
-            stored = self._store_where_nothing_stands(fresh)
+            stored = self._store_where_nothing_is(fresh)
             for job_id in fresh.keys() - stored:
-                state, answer = fresh[job_id]
-                result = self.encode_result(answer, state)
-                self._store_result(job_id, result, state, request=Context())
+                state, result = fresh[job_id]
+                encoded = self.encode_result(result, state)
+                self._store_result(job_id, encoded, state, request=Context())
                 stored.add(job_id)
-        except (BackendStoreError, RedisError) as error:
-            logger.warning(
-                "the results of %d jobs cannot be stored: %s", len(answers) - len(stored), error
-            )
+        except (BackendStoreError, RedisError, OSError) as error:
+            logger.warning("results delayed: jobs=%d error=%s", len(results) - len(stored), error)
         return frozenset(stored)
 
-    def store_started(self, job_ids: Sequence[str], **where: object) -> None:
-        """Say that jobs run, unless more is known of them: a courtesy."""
+    def store_retries(self, failures: Mapping[str, Exception]) -> None:
+        """Store that jobs wait for a retry, with what went wrong, if Redis is reachable."""
+        state = states.RETRY
         try:
-            self._store_where_nothing_stands(dict.fromkeys(job_ids, (states.STARTED, where)))
-        except RedisError as error:
-            logger.warning("that %d jobs run is not told: %s", len(job_ids), error)
+            for job_id, error in failures.items():
+                self._store_result(job_id, self.encode_result(error, state), state)
+        except (BackendStoreError, RedisError, OSError) as error:
+            logger.warning("retry state is not stored: jobs=%d error=%s", len(failures), error)
 
-    def _store_where_nothing_stands(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
+    def store_started(self, job_ids: Sequence[str], **where: object) -> None:
+        """Store that jobs run, unless more is known of them, and if Redis is reachable."""
+        try:
+            self._store_where_nothing_is(dict.fromkeys(job_ids, (states.STARTED, where)))
+        except (RedisError, OSError) as error:
+            logger.warning("started state is not stored: jobs=%d error=%s", len(job_ids), error)
+
+    def _store_where_nothing_is(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
         """Store states and their results by job, in one round trip, and name those that were."""
         told: dict[str, dict[str, Any]] = {}  # what all of a state have in common
         script = self.client.register_script(_COMPARE_AND_SET).sha
@@ -166,27 +177,41 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     ) -> Any:
         """Compare and set. Celery reads, then writes: a zombie's failure replaces a success.
 
-        What stands is nothing, most often, or where this process said that the job is.
+        Most often nothing is stored, or the state that this process stored last.
         """
         value = self._value(task_id, result, state, traceback, request)
         rank = _rank(state, result)
         key = self.get_key_for_task(task_id)
         expires = self._seconds(state)
         store = self.client.register_script(_COMPARE_AND_SET)
-        told, self._told = self._told, ("", b"")
-        stored = told[1] if told[0] == task_id else b""
+        last, self._last_stored = self._last_stored, ("", b"")
+        stored = last[1] if last[0] == task_id else b""
         for _look in range(_LOOKS):
             if store([key], [stored, value, expires]):
                 if rank == _UNSETTLED:
-                    self._told = (task_id, value)
+                    self._last_stored = (task_id, value)
                 return result
-            stored = self.client.get(key) or b""
-            if stored:
-                before = self.decode(stored)
-                before_rank = _rank(before["status"], before["result"])
-                if rank < before_rank or rank == before_rank > _UNSETTLED:
-                    return result
+            stored = self._stored(key)
+            before = self._rank_of(stored)
+            if rank < before or rank == before > _UNSETTLED:
+                return result
         raise BackendStoreError("others store other states of it", state=state, task_id=task_id)
+
+    def _stored(self, key: str) -> bytes:
+        try:
+            return bytes(self.client.get(key) or b"")
+        except ResponseError:
+            return b""  # a key of another type, which the script replaces
+
+    def _rank_of(self, stored: bytes) -> int:
+        """How final a stored result is; one that cannot be read is not."""
+        try:
+            meta = self.decode(stored)
+            if meta.get("queue") == CONTROL_QUEUE:
+                return _UNSETTLED  # the reply to a control request
+            return _rank(meta["status"], meta["result"])
+        except Exception:  # noqa: BLE001 - whatever others have written there
+            return _UNSETTLED
 
     def _value(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None
@@ -198,7 +223,14 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
 
 
 def _rank(state: str, result: Any) -> int:
+    if state == states.SUCCESS:
+        return _ANSWERED
     if state not in states.READY_STATES:
         return _UNSETTLED
-    kind = result.get("exc_type") if isinstance(result, dict) else None
-    return _NOT_ANSWERS.get(str(kind), _ANSWERED)
+    if not isinstance(result, dict) or result.get("exc_module") != errors.__name__:
+        return _NOT_DONE  # Celery's own, as of a chord whose part failed
+    return _RANKS.get(str(result.get("exc_type")), _ANSWERED)
+
+
+class SentinelJobResults(JobResults, SentinelBackend):  # type: ignore[misc] # Celery ships no types
+    """Stores results in the Redis that the Sentinels name as the primary."""

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import os
-import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from interview_access.redis_address import FORMS, RedisAddress, masked
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-
-def masked(url: str) -> str:
-    """The URL without its password."""
-    # To the last @, for a password in a URL that is no good may hold anything.
-    without = re.sub(r":(?!//).*@", ":***@", url, flags=re.DOTALL)
-    return re.sub(r"(?<=password=)[^&]*", "***", without)
-
-
-def _postgresql(url: str) -> str:
-    """PostgreSQL's own form of URL, or SQLAlchemy's; the driver is always psycopg."""
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in {"postgresql", "postgresql+psycopg"}:
-        raise ValueError("postgresql://USER:PASSWORD@HOST:5432/DATABASE")
-    return f"postgresql+psycopg://{rest}"
+from storage.database_url import FORM, parse_database_url
 
 
 def _redis(url: str) -> str:
-    if not re.match(r"(redis|rediss|redis\+socket|sentinel)://", url):
-        raise ValueError(
-            "redis://:PASSWORD@HOST:6379/0, or rediss://, redis+socket:// or sentinel://"
-        )
+    RedisAddress.parse(url)
     return url
+
+
+def _names(listed: object) -> object:
+    """The names in a list that is separated by commas."""
+    return (
+        [name.strip() for name in listed.split(",") if name.strip()]
+        if isinstance(listed, str)
+        else listed
+    )
 
 
 class SettingsError(Exception):
@@ -38,24 +39,26 @@ class SettingsError(Exception):
 
 
 class DatabaseSettings(BaseModel):
-    """Where the data is: all that a migration is told.
+    """Where the data is: all that a migration needs.
 
     Attributes:
         database_url: From ``DATABASE_URL``, as SQLAlchemy with psycopg takes it.
     """
 
-    database_url: Annotated[str, AfterValidator(_postgresql)] = Field(repr=False)
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    database_url: Annotated[str, AfterValidator(parse_database_url)] = Field(repr=False)
 
     @classmethod
     def from_environment(cls) -> Self:
-        """The settings of this process.
+        """The settings of this process; an empty variable counts as not set.
 
         Raises:
             SettingsError: naming each variable that is missing or wrong, its value (passwords
                 masked) and what was expected.
         """
         variables = {name: name.upper() for name in cls.model_fields}
-        told = {name: os.environ[key] for name, key in variables.items() if key in os.environ}
+        told = {name: os.environ[key] for name, key in variables.items() if os.environ.get(key)}
         try:
             return cls.model_validate(told)
         except ValidationError as error:
@@ -63,27 +66,30 @@ class DatabaseSettings(BaseModel):
 
 
 class Settings(DatabaseSettings):
-    """What a worker is told by its environment; each name there is the field's in capitals.
+    """A worker's settings; the variable of each is its name in capitals.
 
     Attributes:
-        celery_broker_url: Where the queue is.
-        celery_result_backend: Where results go; the broker's, unless given.
+        celery_broker_url: The Redis of the queue.
+        celery_result_backend: The Redis of the results; the broker's, unless given.
+        redis_sentinel_password: The password of the Sentinels, where they have one.
         grant_chunk_size: Grants inserted by one statement.
-        grant_max_interview_ids: Grants that one job may ask for, ids as given.
-        grant_batch_size: Small jobs that one child does in one transaction; 1: each by itself.
-        grant_retry_limit: Tries after the first while the database is in trouble.
-        grant_retry_max_delay: Seconds between two tries at most; they grow from 1 by doubling and
-            are drawn at random up to that, which makes about ten minutes in all.
-        grant_lease_seconds: For how long a worker has spoken when it renews its lease; a dead one's
-            jobs run elsewhere after about two such times.
-        grant_attempt_limit: Tries of a job that ends its worker's process each time.
-        grant_stop_grace: Seconds for which a worker that is asked to stop lets jobs go on.
+        grant_max_interview_ids: Grants that one job may request, IDs as given.
+        grant_batch_size: Small jobs of one claim, executed together; 1: each by itself.
+        grant_retry_limit: Retries of a job during an outage.
+        grant_retry_max_delay: Seconds between two attempts at most. They grow from 1 by doubling,
+            with full jitter, which makes about ten minutes in all.
+        grant_lease_seconds: Lease TTL. After a worker dies its jobs are redelivered within two.
+        grant_attempt_limit: Attempts of a job that ends its worker's process each time.
+        grant_stop_grace: Seconds that running jobs have to finish when the worker stops.
+        grant_callback_queues: Queues, separated by commas, to which the worker may publish the
+            callbacks, chains and chords of a message; any queue unless given.
     """
 
     celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
     celery_result_backend: Annotated[str, AfterValidator(_redis)] | None = Field(
         default=None, repr=False
     )
+    redis_sentinel_password: str | None = Field(default=None, repr=False)
     grant_chunk_size: int = Field(default=10_000, ge=1, le=1_000_000)
     grant_max_interview_ids: int = Field(default=DEFAULT_MAX_INTERVIEW_IDS, ge=1, le=10_000_000)
     grant_batch_size: int = Field(default=100, ge=1, le=1_000)
@@ -92,21 +98,44 @@ class Settings(DatabaseSettings):
     grant_lease_seconds: float = Field(default=8.0, ge=1, le=3_600)
     grant_attempt_limit: int = Field(default=5, ge=1, le=100)
     grant_stop_grace: float = Field(default=25.0, ge=0, le=3_600)
+    grant_callback_queues: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
 
     @model_validator(mode="after")
     def _results_beside_the_queue(self) -> Self:
         self.celery_result_backend = self.celery_result_backend or self.celery_broker_url
         return self
 
+    @classmethod
+    def from_environment(cls) -> Self:
+        """See the base class. Refuses what Celery reads by itself, unchecked."""
+        for name in ("CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+            if os.environ.get(name):
+                raise SettingsError(f"{name}: got a value, expected CELERY_BROKER_URL alone")
+        return super().from_environment()
 
-def _told(problem: object) -> str:
-    assert isinstance(problem, dict)  # noqa: S101 - pydantic's ErrorDetails
+    @property
+    def broker(self) -> RedisAddress:
+        """The Redis of the queue."""
+        return self._address(self.celery_broker_url)
+
+    @property
+    def results(self) -> RedisAddress:
+        """The Redis of the results."""
+        return self._address(self.celery_result_backend or self.celery_broker_url)
+
+    def _address(self, url: str) -> RedisAddress:
+        return RedisAddress.parse(url, sentinel_password=self.redis_sentinel_password)
+
+
+_URLS = {"DATABASE_URL": FORM, "CELERY_BROKER_URL": FORMS["redis"], "CELERY_RESULT_BACKEND": ""}
+
+
+def _told(problem: Any) -> str:
     name = str(problem["loc"][0]).upper()
     if problem["type"] == "missing":
-        wanted = {
-            "DATABASE_URL": "postgresql://USER:PASSWORD@HOST:5432/DATABASE",
-            "CELERY_BROKER_URL": "redis://:PASSWORD@HOST:6379/0",
-        }[name]
-        return f"{name}: not set, expected {wanted}"
+        return f"{name}: not set, expected {_URLS[name]}"
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{name}: got {masked(str(problem['input']))!r}, expected {expected}"
+    received = str(problem["input"])
+    return (
+        f"{name}: got {masked(received) if name in _URLS else repr(received)}, expected {expected}"
+    )

@@ -1,68 +1,250 @@
-"""What a worker looks at before it takes its first job, and says in one line where it is wrong.
+"""What a worker verifies before it forks its pool and takes its first job.
 
-A server that cannot be reached stops nothing: Celery waits for Redis, and jobs wait for
-PostgreSQL. A server that is there and cannot do the work stops the worker.
+A server that cannot be reached does not stop the worker: it waits, and jobs wait with it. A server
+that refuses the worker, or on which the promises do not hold, does, with one sentence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import kombu
-from celery import Celery
+from celery import bootsteps
+from celery.concurrency.prefork import TaskPool
 from celery.utils.log import get_logger
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from interview_access.contracts import CONTROL_QUEUE, QUEUE
+from interview_access.errors import shortened
+from interview_access.producer import connect
+from interview_access.protocol import announcement_key, reply_key
+from interview_access.redis_address import RedisAddress
+from redis import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from storage.interface import StorageError, TransientStorageError
-from storage.schema import check_schema
+from storage.interface import StorageError
+from storage.schema import DatabaseUnreachableError, check_schema
+from worker.claims import DEAD, PREFIX
+from worker.connections import CLIENT_NAME
 from worker.settings import Settings
-from worker.transport import missing_seam
 
 logger = get_logger(__name__)
 
 _OLDEST_REDIS = 7
+_SECONDS = 5.0  # to connect, and for each reply
+
+_POLICY = {"task_acks_late": True, "worker_consumer": "worker.consumer:JobConsumer"}
+"""Celery's settings without which the promises do not hold, and their only values."""
+
+_LANE = f"{QUEUE}\x06\x169"
+_COMMON = {
+    "": "PING MULTI EXEC INFO",
+    "x": "CLIENT|SETNAME SCRIPT|LOAD",
+    f"x 1 {PREFIX}": "EVALSHA",
+    f"{PREFIX}replies": "LINDEX RPUSH LPOP EXPIRE",
+}
+_RESULTS = {"celery-task-meta-x": "GET GETRANGE SET SETEX DEL PUBLISH"}
+_JOBS = {
+    QUEUE: "LPUSH RPUSH LLEN LINDEX LTRIM",
+    _LANE: "RPUSH LLEN LINDEX LTRIM",
+    f"{QUEUE} {QUEUE}": "BLMOVE",
+    f"{QUEUE} {_LANE}": "RPOPLPUSH",
+    f"{PREFIX}leases": "ZADD ZREM ZSCORE ZINCRBY ZRANGE",
+    f"{PREFIX}held:x": "HSET HSETNX HGET HDEL HKEYS HLEN",
+    f"{PREFIX}deferred": "HSET HGET HDEL",
+    f"{PREFIX}due": "ZADD ZREM ZRANGEBYSCORE",
+    f"{PREFIX}isolated": "LPUSH LINDEX LTRIM LLEN",
+    f"{PREFIX}tries": "HINCRBY HGET HEXISTS HDEL EXPIRE",
+    f"{PREFIX}deferrals": "HINCRBY HGET HDEL EXPIRE",
+    f"{PREFIX}clock": "HGET HSET HINCRBY",
+    f"{PREFIX}relay": "EXISTS SET",
+    DEAD: "XADD XRANGE XDEL",
+    announcement_key("x"): "SET EXISTS GETRANGE EXPIRE",
+    CONTROL_QUEUE: "RPOP",
+    reply_key("x"): "SET GET DEL PUBLISH",
+    "_kombu.binding.x": "SADD SREM SMEMBERS",
+    "_kombu.binding_permanent.x": "SADD SREM",
+    "x.celery.pidbox": "LLEN DEL",
+    "x.reply.celery.pidbox": "LPUSH",
+    "/{database}.celery.pidbox": "PUBLISH PSUBSCRIBE",
+    "/{database}.celeryev/worker.heartbeat": "PUBLISH",
+    "": "TIME PUNSUBSCRIBE",
+}
+"""Commands that a worker sends, by their first arguments: keys and channels as they will be."""
+
+_DENIED = """#!lua flags=no-writes,allow-oom
+local denied = {}
+for _, command in ipairs(ARGV) do
+    local words = {}
+    for word in string.gmatch(command, '[^ ]+') do words[#words + 1] = word end
+    if not redis.acl_check_cmd(unpack(words)) then denied[#denied + 1] = command end
+end
+return denied
+"""
 
 
-def check_servers(settings: Settings, app: Celery) -> None:
-    """Look at both servers' versions, at the schema, and at what Redis may throw away.
+class StartupError(Exception):
+    """The worker must not start; the text is one sentence with what was found and expected."""
+
+
+class StartupChecks(bootsteps.Step):  # type: ignore[misc] # Celery ships no types
+    """Ends a worker that must not start, before its pool is forked, with status 1."""
+
+    def create(self, worker: Any) -> None:
+        """Verify options and servers.
+
+        Raises:
+            SystemExit: with one sentence, if the worker must not start.
+        """
+        try:
+            check_options(worker)
+            check_servers(worker.app.settings)
+        except StartupError as error:
+            raise SystemExit(f"The worker cannot start: {error}") from None
+
+
+def check_options(worker: Any) -> None:
+    """Refuse options of the command line and of Celery under which the promises do not hold.
+
+    Args:
+        worker: Celery's, before its pool exists.
 
     Raises:
-        SystemExit: with what was found, what was expected and what to do, where a server is too
-            old or the tables do not fit. What risks jobs without refusing them is a warning.
+        StartupError: if there is one.
     """
-    problem = None
-    if missing := missing_seam():
-        raise SystemExit(
-            f"The worker cannot start: expected {missing}, on which worker/transport.py stands; "
-            f"got kombu {kombu.__version__}. Install the versions of requirements.lock."
-        )
+    conf = worker.app.conf
+    if not issubclass(worker.pool_cls, TaskPool):
+        pool = worker.pool_cls.__module__.rpartition(".")[2]
+        raise StartupError(f"got the pool {pool} (-P, --pool), expected prefork.")
+    for name, expected in _POLICY.items():
+        if conf[name] != expected:
+            raise StartupError(f"got {name} = {conf[name]!r}, expected {expected!r}.")
+    known = {queue.name for queue in conf.task_queues}
+    consumed = set(worker.app.amqp.queues.consume_from)
+    if not consumed or not consumed <= known:
+        got = ", ".join(sorted(consumed - known)) or "no queue"
+        raise StartupError(f"got {got} (-Q, --queues), expected {', '.join(sorted(known))}.")
+
+
+def check_servers(settings: Settings) -> None:
+    """Verify PostgreSQL's version and schema, and both servers of Redis.
+
+    A server that cannot be reached, and a setting of Redis that risks jobs, is a warning.
+
+    Raises:
+        StartupError: if a server refuses the worker or cannot keep its promises.
+    """
+    _check_database(settings.database_url)
+    if settings.results == settings.broker:
+        _check_redis(settings.broker, "CELERY_BROKER_URL", _COMMON, _JOBS, _RESULTS)
+    else:
+        _check_redis(settings.broker, "CELERY_BROKER_URL", _COMMON, _JOBS)
+        _check_redis(settings.results, "CELERY_RESULT_BACKEND", _COMMON, _RESULTS)
+
+
+def _check_database(database_url: str) -> None:
     try:
-        problem = check_schema(settings.database_url)
-    except TransientStorageError as error:
-        logger.warning("PostgreSQL cannot be reached; jobs will wait for it: %s", error)
+        problem = check_schema(database_url)
+    except DatabaseUnreachableError as error:
+        logger.warning("PostgreSQL cannot be reached; jobs wait for it: %s", error)
+        return
     except StorageError as error:
         problem = str(error)
-    try:
-        problem = problem or _redis_problem(app)
-    except (OperationalError, RedisError, OSError) as error:
-        logger.warning("Redis cannot be reached; the worker waits for it: %s", error)
     if problem:
-        raise SystemExit(f"The worker cannot start: {problem}")
+        raise StartupError(problem)
 
 
-def _redis_problem(app: Celery) -> str | None:
-    with app.connection_for_read() as connection:
-        info: dict[str, Any] = connection.default_channel.client.info()
-    # Valkey gives the version of the Redis that it stands for under this name.
-    version = str(info["redis_version"])
-    if int(version.partition(".")[0]) < _OLDEST_REDIS:
-        return f"got Redis {version}, expected Redis 7 or Valkey 7.2 at least"
-    if info["maxmemory_policy"] != "noeviction":
-        logger.warning(
-            "Redis may throw jobs and results away: got maxmemory-policy %s, expected noeviction",
-            info["maxmemory_policy"],
+def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str]) -> None:
+    commands = [
+        f"{command.replace('|', ' ')} {arguments.format(database=address.database)}".strip()
+        for table in tables
+        for arguments, names in table.items()
+        for command in names.split()
+    ]
+    if address.master_name:
+        _check_sentinels(address, variable)
+    try:
+        with connect(
+            address, client_name=CLIENT_NAME, connect_timeout=_SECONDS, timeout=_SECONDS
+        ) as redis:
+            _check_server(redis, variable)
+            denied: Any = redis.register_script(_DENIED)(args=commands)
+    except (RedisError, OSError) as error:
+        if _is_refusal(error):
+            raise StartupError(
+                f"{variable}: Redis at {address} refuses the worker: {error}."
+            ) from None
+        logger.warning("%s: Redis cannot be reached; the worker waits: %s", variable, error)
+        return
+    if denied:
+        names = ", ".join(sorted(command.decode() for command in denied))
+        listed = shortened(names, quoted=False, at_most=2_000)
+        raise StartupError(
+            f"{variable}: Redis at {address} does not permit its user these commands: {listed}. "
+            "Permit them by ACL SETUSER."
         )
-    if not info["aof_enabled"]:
-        logger.warning("Redis loses jobs when it restarts: got appendonly no, expected yes")
-    return None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether no later try can succeed, unlike one after Redis loaded its data, for example."""
+    return (
+        isinstance(error, AuthenticationError | NoPermissionError)
+        or str(error) == "DB index is out of range"
+    )
+
+
+def _check_server(redis: Redis, variable: str) -> None:
+    info: Any = redis.info()
+    mode = info.get("redis_mode") or info.get("server_mode")  # Valkey's name for it
+    if mode == "sentinel":
+        raise StartupError(f"{variable}: got a Sentinel, expected a Redis, or a sentinel:// URL.")
+    # Valkey gives the version of the Redis that it is compatible with under this name.
+    version = str(info.get("redis_version"))
+    major = version.partition(".")[0]
+    if major.isdecimal() and int(major) < _OLDEST_REDIS:
+        raise StartupError(
+            f"{variable}: got Redis {version}, expected Redis 7 or Valkey 7.2 at least."
+        )
+    if mode == "cluster":
+        raise StartupError(
+            f"{variable}: got a Redis in cluster mode, expected a single one "
+            "(cluster-enabled no), with replicas and Sentinels if needed."
+        )
+    # Managed servers and proxies hide some of these.
+    if info.get("role", "master") != "master":
+        logger.warning("%s: got a replica; the worker waits until it is promoted", variable)
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        logger.warning(
+            "%s: Redis may evict jobs and results: got maxmemory-policy %s, expected noeviction",
+            variable,
+            policy,
+        )
+    if not info.get("aof_enabled", True):
+        logger.warning(
+            "%s: Redis loses jobs and results when it restarts: got appendonly no, expected yes",
+            variable,
+        )
+
+
+def _check_sentinels(address: RedisAddress, variable: str) -> None:
+    """Tell a name that no Sentinel knows from a primary that is away."""
+    names: set[str] = set()
+    for host in address.hosts:
+        sentinel = RedisAddress(
+            "redis", (host,), password=address.sentinel_password, tls=address.tls
+        )
+        try:
+            with connect(
+                sentinel, client_name=CLIENT_NAME, connect_timeout=_SECONDS, timeout=_SECONDS
+            ) as redis:
+                names |= redis.sentinel_masters().keys()
+        except (RedisError, OSError) as error:
+            if _is_refusal(error):
+                raise StartupError(
+                    f"{variable}: the Sentinel at {sentinel} refuses the worker: {error}."
+                ) from None
+            logger.warning("%s: a Sentinel cannot be reached: %s", variable, error)
+    if names and address.master_name not in names:
+        raise StartupError(
+            f"{variable}: got the master_name {address.master_name!r}, "
+            f"expected one that the Sentinels know: {', '.join(sorted(names))}."
+        )

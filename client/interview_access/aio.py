@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from itertools import islice
 from typing import Any, TypeVar
 from uuid import UUID
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import (
+    BlockingConnectionPool,
+    Connection,
+    Redis,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import RedisError, ResponseError, WatchError
 
 from interview_access import protocol
 from interview_access.contracts import GrantJob, JobProgress, JobStatus
 from interview_access.producer import (
     ANSWER_SECONDS,
+    CLIENT_NAME,
     CONNECT_SECONDS,
+    KEEPALIVE,
     SOCKET_SECONDS,
-    redis_urls,
+    redis_addresses,
+    sentinel_options,
 )
 from interview_access.protocol import (
     Commands,
@@ -29,6 +41,7 @@ from interview_access.protocol import (
     Pause,
     grant_messages,
 )
+from interview_access.redis_address import RedisAddress
 
 T = TypeVar("T")
 
@@ -45,9 +58,9 @@ class AsyncInterviewAccessClient:
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
         """See the blocking client."""
-        queue, results = redis_urls(broker_url, result_backend)
-        self._queue = _connected(queue)
-        self._results = self._queue if results == queue else _connected(results)
+        queue, results = redis_addresses(broker_url, result_backend)
+        self._queue = _connect(queue)
+        self._results = self._queue if results == queue else _connect(results)
         self._turns = asyncio.Semaphore(MOST_CONNECTIONS)
 
     async def enqueue(
@@ -169,14 +182,56 @@ def _cancellations() -> int:
     return task.cancelling() if task else 0
 
 
-def _connected(url: str) -> Redis:
+def _connect(address: RedisAddress) -> Redis:
+    once = {"retry": Retry(NoBackoff(), 0)}
+    options: dict[str, Any] = {
+        **address.connection_options,
+        **once,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": SOCKET_SECONDS,
+        "redis_connect_func": _introduce,
+    }
+    if address.master_name:
+        # Not a pool that blocks: at most MOST_CONNECTIONS tasks use it at once.
+        sentinels = Sentinel(  # type: ignore[no-untyped-call] # redis-py's
+            address.hosts,
+            sentinel_kwargs={**sentinel_options(address, SOCKET_SECONDS), **once},
+            **options,
+            **KEEPALIVE,
+        )
+        client: Redis = sentinels.master_for(
+            address.master_name, connection_pool_class=_SentinelPool
+        )
+        return client
+    kind: type[AbstractConnection] = SSLConnection if options.pop("ssl", False) else Connection
+    if address.path:
+        kind = UnixDomainSocketConnection
+        options["path"] = address.path
+    else:
+        ((options["host"], options["port"]),) = address.hosts
+        options |= KEEPALIVE
     # A thousand tasks at once share these connections; redis-py's other pool would fail the 101st.
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=MOST_CONNECTIONS,
-        timeout=SOCKET_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-        socket_connect_timeout=CONNECT_SECONDS,
-        socket_timeout=SOCKET_SECONDS,
+    return Redis.from_pool(
+        BlockingConnectionPool(
+            connection_class=kind,
+            max_connections=MOST_CONNECTIONS,
+            timeout=SOCKET_SECONDS,
+            **options,
+        )
     )
-    return Redis.from_pool(pool)
+
+
+class _SentinelPool(SentinelConnectionPool):
+    """Closes its connections to the Sentinels as well."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            await self.sentinel_manager.aclose()
+
+
+async def _introduce(connection: AbstractConnection) -> None:
+    await connection.on_connect()
+    with suppress(ResponseError):  # without the permission connections have no name
+        await connection.send_command("CLIENT", "SETNAME", CLIENT_NAME)
+        await connection.read_response()

@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     PlainValidator,
     ValidationError,
     ValidationInfo,
@@ -35,8 +36,11 @@ CREATE_INTERVIEW_ATTEMPT = "interview_access.create_interview_attempt"
 CONTROL_QUEUE = "interview-access-control"
 JOB_STATUS = "interview_access.job_status"
 CANCEL_JOB = "interview_access.cancel_job"
-"""What workers are asked about a job, at once, however busy they are: by its id, on the control
-queue, with a :class:`JobStatus` for a result."""
+"""Control requests about a job, by its ID: workers answer them at once, however busy they are, with
+a :class:`JobStatus`."""
+
+REPLY_BYTES = 256 * 1024
+"""Size of the reply to a control request, about, beyond which it omits entries of a status."""
 
 PROGRESS = "PROGRESS"
 """State of a job of several chunks while it runs; its result is then a :class:`JobProgress`."""
@@ -555,8 +559,11 @@ class JobStatus(BaseModel):
         created_by_user: How many of these each user had, where it was a job for a cohort.
         result: As the contract has it. Where it succeeded.
         error: Where it failed, was cancelled or expired.
-        unknown_interview_ids: All that no interview has, as given, to be cut from the request.
-        malformed_interview_ids: All that are no UUID, likewise.
+        unknown_interview_ids: IDs that no interview has, as given, to be cut from the request:
+            all of them, unless ``omitted`` names the field.
+        malformed_interview_ids: IDs that are not UUIDs, likewise.
+        omitted: How many entries of each field named here are omitted, where the whole status is
+            larger than the 256 KB of a reply. `interview-access status JOB_ID --json` prints all.
     """
 
     model_config = ConfigDict(defer_build=True)  # the first who needs it builds it
@@ -579,12 +586,16 @@ class JobStatus(BaseModel):
     error: JobFailure | None = None
     unknown_interview_ids: _AsGiven | None = None
     malformed_interview_ids: _AsGiven | None = None
+    omitted: dict[str, int] | None = None
     finished_at: datetime | None = None
 
     @property
     def final(self) -> bool:
         """Whether it will not change any more."""
         return self.state in FINAL_STATES
+
+
+_NO_NUL = r"^[^\x00]*$"  # which PostgreSQL cannot store
 
 
 class Announcement(BaseModel):
@@ -598,8 +609,8 @@ class Announcement(BaseModel):
 
     model_config = ConfigDict(defer_build=True)  # the first who needs it builds it
 
-    task: str
-    digest: str | None = None
+    task: Annotated[str, Field(max_length=255, pattern=_NO_NUL)]
+    digest: Annotated[str, Field(max_length=64, pattern=_NO_NUL)] | None = None
     sent_at: datetime
     eta: datetime | None = None
     expires_at: datetime | None = None

@@ -16,12 +16,15 @@ Details = dict[str, Any]
 NAMED_AT_MOST = 20
 """Offending values that an error names; ``total`` counts the rest."""
 
+_SENTENCE = 30_000  # characters: more than that many offending values take
+
 
 class InterviewAccessError(Exception):
     """Base of every error of this package.
 
     Attributes:
-        sentence: One sentence for people.
+        sentence: One sentence for people, on one line and without control characters, whatever
+            values it names.
         details: The same as a JSON object for programs.
         state: The state of a job that ended with it.
     """
@@ -29,9 +32,9 @@ class InterviewAccessError(Exception):
     state: ClassVar[Literal["failed", "cancelled", "expired"]] = "failed"
 
     def __init__(self, sentence: str, details: Details | None = None) -> None:
-        self.sentence = sentence
+        self.sentence = shortened(sentence, quoted=False, at_most=_SENTENCE)
         self.details = details or {}
-        super().__init__(sentence, self.details)
+        super().__init__(self.sentence, self.details)
 
     def __str__(self) -> str:
         return self.sentence
@@ -135,13 +138,14 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
         likewise = f" So were {len(others):,} more ids that came with it." if others else ""
         return cls(
             f"Job id {shortened(job_id)} was used before for another request: expected the request "
-            f"with digest {first_digest}, got one with digest {digest}.{likewise} "
+            f"with digest {shortened(first_digest, quoted=False)}, got one with digest "
+            f"{shortened(digest, quoted=False)}.{likewise} "
             "Send the new request under a job id of its own.",
             {
                 "total": 1 + len(others),
                 "job_id": job_id,
-                "first_digest": first_digest,
-                "digest": digest,
+                "first_digest": shortened(first_digest, quoted=False),
+                "digest": shortened(digest, quoted=False),
                 **({"others": [*others]} if others else {}),
             },
         )
@@ -218,13 +222,28 @@ class NoAnswerInTimeError(InterviewAccessError):
     """No answer came by the caller's deadline: the job may still run, or no worker is there."""
 
 
-def shortened(text: str, *, quoted: bool = True, at_most: int = 80) -> str:
-    """The text on one line, at most ``at_most`` characters of it, safe in every JSON reader.
+def error_class(name: object) -> type[InterviewAccessError]:
+    """Find an error's class by any name; JobFailedError where no class here has it."""
+    found = globals().get(name) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, InterviewAccessError):
+        return found
+    return JobFailedError
 
-    Characters that do not print (NUL and lone surrogates among them) come as escapes.
+
+def shortened(text: str, *, quoted: bool = True, at_most: int = 80) -> str:
+    """Cut a text to ``at_most`` characters, and escape those that do not print.
+
+    The result is one line, safe in logs, on terminals and in every JSON reader: line breaks,
+    terminal control sequences, NUL and lone surrogates come as escapes.
     """
-    shown = repr(text if len(text) <= at_most else text[:at_most] + "…")
-    return shown if quoted else shown[1:-1]
+    shown = text if len(text) <= at_most else text[:at_most] + "…"
+    if quoted:
+        return repr(shown)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown
+    )
 
 
 def _and_more(total: int, named: int) -> str:

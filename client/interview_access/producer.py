@@ -7,21 +7,22 @@ Owns the connections to Redis and their bounds in time; what is said on them is
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import UUID
 
-from redis import ConnectionPool, Redis
+from redis import Connection, Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import RedisError, ResponseError, WatchError
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from interview_access import protocol
 from interview_access.contracts import GrantJob, JobProgress, JobStatus
-from interview_access.errors import shortened
 from interview_access.protocol import (
     Commands,
     Conversation,
@@ -29,6 +30,7 @@ from interview_access.protocol import (
     Pause,
     grant_messages,
 )
+from interview_access.redis_address import RedisAddress, masked
 
 T = TypeVar("T")
 
@@ -39,6 +41,24 @@ CONNECT_SECONDS, SOCKET_SECONDS = 2.0, 3.0
 # What the protocol tries twice ends with 10 s by these.
 MOST_CONNECTIONS = 100_000
 """Of threads: each has one while it speaks. redis-py's own limit would fail the 101st."""
+
+CLIENT_NAME = "interview-access-client"
+"""The name of a producer's connections in ``CLIENT LIST``."""
+
+KEEPALIVE: dict[str, Any] = {
+    "socket_keepalive": True,
+    "socket_keepalive_options": {
+        getattr(socket, name): value
+        for name, value in {
+            "TCP_KEEPIDLE": 5,
+            "TCP_KEEPINTVL": 2,
+            "TCP_KEEPCNT": 3,
+            "TCP_USER_TIMEOUT": 10_000,  # milliseconds, for what was sent without an answer
+        }.items()
+        if hasattr(socket, name)
+    },
+}
+"""Options of redis-py's TCP connections: a host that vanished is noticed within 11 s."""
 
 
 class InterviewAccessClient:
@@ -53,16 +73,19 @@ class InterviewAccessClient:
         """Connects at the first call.
 
         Args:
-            broker_url: Redis, as Celery takes it: ``redis://``, ``rediss://`` or
-                ``redis+socket://``; ``CELERY_BROKER_URL`` of the environment without one.
+            broker_url: ``redis://``, ``rediss://``, ``redis+socket://`` or ``sentinel://``;
+                ``CELERY_BROKER_URL`` of the environment without one. The password of Sentinels
+                comes from ``REDIS_SENTINEL_PASSWORD``.
             result_backend: Likewise, from ``CELERY_RESULT_BACKEND``; the broker's without one.
 
         Raises:
-            ValueError: where no broker is given, or one that is no such URL.
+            ValueError: if no broker is given, or a URL names no Redis.
         """
-        queue, results = redis_urls(broker_url, result_backend)
-        self._queue = _connected(queue)
-        self._results = self._queue if results == queue else _connected(results)
+        queue, results = redis_addresses(broker_url, result_backend)
+        self._queue = connect(queue, client_name=CLIENT_NAME)
+        self._results = (
+            self._queue if results == queue else connect(results, client_name=CLIENT_NAME)
+        )
 
     def enqueue(
         self,
@@ -244,58 +267,105 @@ class InterviewAccessClient:
             return pipeline.execute()
 
 
-def redis_urls(broker_url: str | None, result_backend: str | None) -> tuple[str, str]:
-    """The servers of queue and results, from the arguments or the environment, as redis takes them.
+def redis_addresses(
+    broker_url: str | None, result_backend: str | None
+) -> tuple[RedisAddress, RedisAddress]:
+    """The servers of queue and results, from the arguments or else from the environment.
 
     Raises:
-        ValueError: where no broker is given, or one that is no URL of Redis.
+        ValueError: if no broker is given, or a URL names no Redis. No part of a password is shown.
     """
-    broker = broker_url or os.environ.get("CELERY_BROKER_URL")
-    if not broker:
+    broker = _address(broker_url, "broker_url", "CELERY_BROKER_URL")
+    results = _address(result_backend, "result_backend", "CELERY_RESULT_BACKEND")
+    if broker is None:
         raise ValueError(
-            "No broker: expected a URL as an argument or in CELERY_BROKER_URL, "
+            "No broker: expected a URL as the argument broker_url or in CELERY_BROKER_URL, "
             "such as redis://localhost:6379/0."
         )
-    results = result_backend or os.environ.get("CELERY_RESULT_BACKEND") or broker
-    return _redis_url(broker, "broker"), _redis_url(results, "result backend")
+    return broker, results or broker
 
 
-def _redis_url(url: str, name: str) -> str:
-    """Celery's way of writing a Redis server, as redis-py reads it."""
-    kind = url.partition("://")[0] if "://" in url else ""
-    scheme = {"redis+socket": "unix", "socket": "unix"}.get(kind, kind)
-    if scheme not in {"redis", "rediss", "unix"}:
-        raise ValueError(
-            f"The {name} cannot be used: got {f'a {shortened(kind)} URL' if kind else 'no URL'}, "
-            "expected redis://, rediss:// or redis+socket://."
-        )
+def _address(url: str | None, argument: str, variable: str) -> RedisAddress | None:
+    name = argument if url else variable
+    url = url or os.environ.get(variable)
+    if not url:
+        return None
     try:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query))
-        if "virtual_host" in options:
-            options["db"] = options.pop("virtual_host").strip("/")
-        if "ssl_cert_reqs" in options:
-            options["ssl_cert_reqs"] = options["ssl_cert_reqs"].removeprefix("CERT_").lower()
-        if scheme != "unix" and "db" not in options:
-            options["db"] = str(int(parts.path.strip("/") or 0))
-        # Written out, because urlunsplit drops the // of a scheme that it does not know.
-        read = f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options)}"
-        ConnectionPool.from_url(read).make_connection()  # opens nothing, but reads every part
-    except (ValueError, TypeError, RedisError):
-        # What these say may quote a part of the password.
-        raise ValueError(
-            f"The {name}'s URL cannot be read: expected {kind}://"
-            + ("/path?virtual_host=0" if scheme == "unix" else ":password@host:6379/0")
-            + ", with % codes for : / ? # @ in a password, and options that redis-py has."
-        ) from None
-    return read
+        return RedisAddress.parse(
+            url, sentinel_password=os.environ.get("REDIS_SENTINEL_PASSWORD") or None
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: got {masked(url)}, expected {error}.") from None
 
 
-def _connected(url: str) -> Redis:
-    return Redis.from_url(
-        url,
-        retry=Retry(NoBackoff(), 0),
-        socket_connect_timeout=CONNECT_SECONDS,
-        socket_timeout=SOCKET_SECONDS,
-        max_connections=MOST_CONNECTIONS,
+def connect(
+    address: RedisAddress,
+    *,
+    client_name: str,
+    connect_timeout: float = CONNECT_SECONDS,
+    timeout: float = SOCKET_SECONDS,
+    max_connections: int = MOST_CONNECTIONS,
+) -> Redis:
+    """Make a client; it connects at its first command, and retries nothing.
+
+    Args:
+        address: The server, or the Sentinels that name it.
+        client_name: The connections' name in ``CLIENT LIST``, where the Redis user may set one.
+        connect_timeout: Seconds.
+        timeout: Seconds for a reply, and for those of all Sentinels together.
+        max_connections: Connections in use at once.
+    """
+
+    def introduce(connection: Connection) -> None:
+        connection.on_connect()  # type: ignore[no-untyped-call] # redis-py's
+        with suppress(ResponseError):  # without the permission connections have no name
+            connection.send_command("CLIENT", "SETNAME", client_name)  # type: ignore[no-untyped-call] # likewise
+            connection.read_response()
+
+    options: dict[str, Any] = {
+        **address.connection_options,
+        "socket_connect_timeout": connect_timeout,
+        "socket_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+        "redis_connect_func": introduce,
+        "max_connections": max_connections,
+    }
+    if address.path:
+        return Redis(unix_socket_path=address.path, **options)
+    options |= KEEPALIVE
+    if not address.master_name:
+        ((host, port),) = address.hosts
+        return Redis(host, port, **options)
+    sentinels = Sentinel(  # type: ignore[no-untyped-call] # likewise
+        address.hosts, sentinel_kwargs=sentinel_options(address, timeout), **options
     )
+    client: Redis = sentinels.master_for(  # type: ignore[no-untyped-call] # likewise
+        address.master_name, connection_pool_class=_SentinelPool
+    )
+    return client
+
+
+class _SentinelPool(SentinelConnectionPool):
+    """Closes its connections to the Sentinels as well."""
+
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        super().disconnect(inuse_connections)
+        if inuse_connections:
+            self.sentinel_manager.close()
+
+
+def sentinel_options(address: RedisAddress, timeout: float) -> dict[str, Any]:
+    """Arguments of redis-py's clients of the Sentinels: all of them are asked within the timeout.
+
+    Args:
+        address: With Sentinels.
+        timeout: Seconds.
+    """
+    each = timeout / len(address.hosts)
+    return {
+        **address.sentinel_options,
+        **KEEPALIVE,
+        "socket_connect_timeout": each,
+        "socket_timeout": each,
+        "retry": Retry(NoBackoff(), 0),  # the next Sentinel is asked instead
+    }

@@ -53,6 +53,7 @@ from interview_access.errors import (
     NoAnswerInTimeError,
     QueueUnavailableError,
     StorageUnavailableException,
+    error_class,
     shortened,
 )
 
@@ -249,6 +250,11 @@ def announcement_key(job_id: str) -> str:
 def result_key(job_id: str) -> str:
     """Where in Redis Celery stores a job's state and result."""
     return f"celery-task-meta-{job_id}"
+
+
+def reply_key(request_id: str) -> str:
+    """Name the key of the reply to a control request, on the server of the queue."""
+    return f"interview-access:reply:{request_id}"
 
 
 def _check_job_id(job_id: object) -> None:
@@ -457,27 +463,24 @@ def _known(job_id: str, *, timeout: float) -> Conversation[JobStatus | None]:
 
 def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
     deadline = time.monotonic() + timeout
-    question = str(uuid4())
+    request_id = str(uuid4())
     expires_at = datetime.now(UTC) + timedelta(seconds=timeout)
     envelope = _envelope(
         task,
-        question,
+        request_id,
         CONTROL_QUEUE,
         {"job_id": job_id},
         f"job_id={shortened(job_id)}",
         eta=None,
         expires_at=expires_at,
+        reply_to=reply_key(request_id),
     )
     try:
         yield from _replies(Commands((("LPUSH", CONTROL_QUEUE, envelope),)), by=deadline)
         pause = _FIRST_PAUSE
         while True:
-            (reply,) = yield from _replies(
-                Commands((("GET", result_key(question)),), results=True), by=deadline
-            )
+            (reply,) = yield from _replies(Commands((("GET", reply_key(request_id)),)), by=deadline)
             if reply is not None:
-                with suppress(RedisError, OSError):  # or it goes by itself
-                    yield Commands((("DEL", result_key(question)),), results=True)
                 return JobStatus.model_validate(_answer(json.loads(reply)))
             left = deadline - time.monotonic()
             if left <= 0:
@@ -492,8 +495,8 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
             {"job_id": job_id},
         ) from error
     raise NoAnswerInTimeError(
-        f"No worker answered about job {job_id} within {timeout:g} s. Expected one that runs on "
-        "this Redis: nothing can be told of the job without. Ask again.",
+        f"No worker answered about job {job_id} within {timeout:g} s. Expected a worker that runs "
+        "on this Redis: only a worker can report a job's state. Ask again.",
         {"job_id": job_id},
     )
 
@@ -504,7 +507,9 @@ def _look(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None
     try:
         (stored,) = yield from _replies(Commands((result,), results=True), by=by)
         if stored is not None:
-            return json.loads(stored), True
+            meta = json.loads(stored)
+            if meta.get("queue") != CONTROL_QUEUE:  # else a reply to a control request
+                return meta, True
         (announced,) = yield from _replies(Commands((announcement,)), by=by)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
@@ -541,6 +546,7 @@ def _envelope(
     *,
     eta: datetime | None,
     expires_at: datetime | None,
+    reply_to: str | None = None,
 ) -> bytes:
     """A message of Celery's, version 2, with its body in plain JSON.
 
@@ -553,6 +559,7 @@ def _envelope(
             ids into every event and log.
         eta: Not before.
         expires_at: Not after.
+        reply_to: The key of the reply to a control request.
     """
     embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     headers = {
@@ -581,6 +588,7 @@ def _envelope(
             "delivery_info": {"exchange": "", "routing_key": queue},
             "delivery_tag": str(uuid4()),
             "priority": 0,
+            **({"reply_to": reply_to} if reply_to else {}),
         },
     }
     return json.dumps(envelope).encode()
@@ -590,22 +598,24 @@ def _answer(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The result that Celery stored, or its error, raised."""
     if stored["status"] == "SUCCESS":
         return dict(stored["result"])
-    error: Any = stored["result"]
-    kind, module = str(error.get("exc_type")), error.get("exc_module")
-    said = error.get("exc_message")
-    ours = getattr(errors, kind, None) if module == errors.__name__ else None
-    match said:
-        case [str(sentence), dict(details)] if isinstance(ours, type):
-            raise ours(sentence, details)
-    said = said[0] if isinstance(said, list) and said else said
-    raise JobFailedError(f"The job failed: {kind}: {said}", {"exc_type": kind})
+    error: Any = stored["result"] if isinstance(stored["result"], dict) else {}
+    name, message = error.get("exc_type"), error.get("exc_message")
+    kind = error_class(name) if error.get("exc_module") == errors.__name__ else None
+    match message:
+        case [str(sentence), dict(details)] if kind and kind.__name__ == name:
+            raise kind(sentence, details)
+    reason = message[0] if isinstance(message, list) and message else message
+    told = f"{name}: {reason}"
+    raise JobFailedError(
+        f"The job failed: {shortened(told, quoted=False, at_most=500)}",
+        {"exc_type": shortened(str(name), quoted=False)},
+    )
 
 
 def _answer_of(known: JobStatus) -> dict[str, Any]:
     """The result that the ledger holds, or its error, raised."""
     if known.error:
-        kind = getattr(errors, known.error.type, JobFailedError)
-        raise kind(known.error.sentence, known.error.details)
+        raise error_class(known.error.type)(known.error.sentence, known.error.details)
     return known.result or {}
 
 

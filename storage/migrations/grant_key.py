@@ -6,9 +6,8 @@ duplicates, again, for five rounds. From the second round on a trigger refuses n
 the key will a moment later: without it a writer of duplicates every few milliseconds would win
 all of the rounds.
 
-Every function wants a connection in AUTOCOMMIT with the session's lock timeout set as
-:mod:`storage.migrations.locks` says. Whatever is killed wherever: the next run begins by clearing
-away what the last one left.
+Every function wants a connection in AUTOCOMMIT. Whatever is killed wherever: the next run begins
+by clearing away what the last one left.
 """
 
 from __future__ import annotations
@@ -20,13 +19,15 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from storage.interface import StorageError, TransientStorageError
+from storage.interface import StorageError
 from storage.migrations.catalog import FoundTable, FoundUniqueKey, find_table
 from storage.migrations.locks import (
-    LOCK_TIMEOUT_MILLISECONDS,
+    OLD_TRANSACTIONS_SECONDS,
+    executed_briefly,
     got_briefly,
-    is_lock_timeout,
+    run_concurrently,
     sqlstate,
+    transaction,
 )
 
 TABLE = "interview_userinterviewaccess"
@@ -39,7 +40,6 @@ _GUARD_SECONDS = 5
 _DELETE_SECONDS = 60
 _ATTACH_SECONDS = 30
 _CLEAR_SECONDS = 60
-_OLD_TRANSACTIONS_SECONDS = 600  # a concurrent build waits for these; nobody waits behind it
 _LAST_WAIT_SECONDS = 10  # for the same, where the work has failed already
 _BATCH = 1_000  # rows removed by one statement: few enough to be locked for a moment only
 _PASS = 500_000  # duplicates looked up at a time: what this process holds in memory
@@ -106,7 +106,7 @@ def add(connection: Connection, report: Callable[[str], None]) -> None:
 
     Raises:
         DuplicateGrantsError: Duplicates came in every round, or cannot be removed.
-        TransientStorageError: Others held a lock for too long; run it again.
+        StorageError: Others held a lock for too long; run it again.
     """
     table = _grants(connection)
     _drop_guard(connection, table)
@@ -150,7 +150,8 @@ def _build(connection: Connection, table: FoundTable, report: Callable[[str], No
         _drop_unfinished_key(connection)
         if number == 1:
             _put_up_guard(connection, table)
-    standing = count_duplicates(connection, table)
+    with transaction(connection):
+        standing = count_duplicates(connection, table)
     raise DuplicateGrantsError(
         f"duplicate grants kept arriving in each of {ROUNDS} rounds, so {TABLE} has no unique key "
         f"on (user_id, interview_id), and no unfinished index either; {standing} stand now; stop "
@@ -165,7 +166,7 @@ def _built_index(connection: Connection, table: FoundTable) -> bool:
         f"CREATE UNIQUE INDEX CONCURRENTLY {KEY} ON {table.qualified_name} (user_id, interview_id)"
     )
     try:
-        _run_concurrently(connection, statement)
+        run_concurrently(connection, statement, KEY)
     except DBAPIError as error:
         if sqlstate(error) == _UNIQUE_VIOLATION:
             return False
@@ -173,37 +174,10 @@ def _built_index(connection: Connection, table: FoundTable) -> bool:
     return True
 
 
-def _run_concurrently(
-    connection: Connection, statement: str, *, seconds: int = _OLD_TRANSACTIONS_SECONDS
-) -> None:
-    """Run a statement that waits for the transactions before it, with nobody waiting behind it.
-
-    Raises:
-        TransientStorageError: One of them stayed open for too long.
-    """
-    connection.execute(text(f"SET lock_timeout = '{seconds}s'"))
-    try:
-        connection.execute(text(statement))
-    except DBAPIError as error:
-        if is_lock_timeout(error):
-            raise TransientStorageError(
-                f"the index {KEY} waited {seconds} s for transactions that are "
-                "still open; look for them in pg_stat_activity (the oldest xact_start), end them, "
-                "and run migrate again",
-                sqlstate(error),
-            ) from error
-        raise
-    finally:
-        with contextlib.suppress(SQLAlchemyError):  # a connection that is lost has nothing to set
-            connection.execute(text(f"SET lock_timeout = {LOCK_TIMEOUT_MILLISECONDS}"))
-
-
 def _attach(connection: Connection, table: FoundTable, report: Callable[[str], None]) -> None:
     """Make the index a constraint; where the table is never free for it, the index alone serves."""
-    statement = text(
-        f"ALTER TABLE {table.qualified_name} ADD CONSTRAINT {KEY} UNIQUE USING INDEX {KEY}"
-    )
-    if got_briefly(lambda: connection.execute(statement), seconds=_ATTACH_SECONDS):
+    statement = f"ALTER TABLE {table.qualified_name} ADD CONSTRAINT {KEY} UNIQUE USING INDEX {KEY}"
+    if executed_briefly(connection, statement, seconds=_ATTACH_SECONDS):
         report(f"added the unique key {KEY}")
     else:
         report(
@@ -240,7 +214,8 @@ def _remove_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
     rows = 0
     pairs: set[int] = set()
     while True:
-        found = connection.execute(find).all()
+        with transaction(connection):
+            found = connection.execute(find).all()
         for start in range(0, len(found), _BATCH):
             batch = found[start : start + _BATCH]
             elders = _delete(
@@ -260,7 +235,9 @@ def _delete(
 
     def delete() -> None:
         chosen = {"ids": ids, "elder_ids": elder_ids}
-        elders.extend(connection.execute(statement, chosen).scalars())
+        with transaction(connection):
+            deleted = connection.execute(statement, chosen).scalars().all()
+        elders.extend(deleted)
 
     try:
         if got_briefly(delete, seconds=_DELETE_SECONDS):
@@ -274,23 +251,20 @@ def _delete(
             "run migrate again",
             len(ids),
         ) from error
-    raise TransientStorageError(
+    raise StorageError(
         f"duplicate grants were kept locked for {_DELETE_SECONDS} s; look in pg_stat_activity for "
         "a transaction left open, and run migrate again"
     )
 
 
 def _drop_unfinished_key(
-    connection: Connection, *, seconds: int = _OLD_TRANSACTIONS_SECONDS
+    connection: Connection, *, seconds: int = OLD_TRANSACTIONS_SECONDS
 ) -> None:
     """Drop the index that an interrupted or failed build left; it waits for old transactions."""
     table = _grants(connection)
     if any(key.name == KEY and not key.is_valid for key in table.unique_keys):
-        _run_concurrently(
-            connection,
-            f"DROP INDEX CONCURRENTLY IF EXISTS {table.quoted_schema}.{KEY}",
-            seconds=seconds,
-        )
+        drop = f"DROP INDEX CONCURRENTLY IF EXISTS {table.quoted_schema}.{KEY}"
+        run_concurrently(connection, drop, KEY, seconds=seconds)
 
 
 def _put_up_guard(connection: Connection, table: FoundTable) -> None:
@@ -330,26 +304,26 @@ def _put_up_guard(connection: Connection, table: FoundTable) -> None:
             END $$
         """)
     )
-    trigger = text(
+    trigger = (
         f"CREATE TRIGGER {_GUARD} BEFORE INSERT OR UPDATE OF user_id, interview_id "
         f"ON {table.qualified_name} FOR EACH ROW "
         f"EXECUTE FUNCTION {table.quoted_schema}.{_GUARD}()"
     )
-    got_briefly(lambda: connection.execute(trigger), seconds=_GUARD_SECONDS)
+    executed_briefly(connection, trigger, seconds=_GUARD_SECONDS)
 
 
 def _drop_guard(connection: Connection, table: FoundTable) -> None:
     """Take the trigger away, where one stands.
 
     Raises:
-        TransientStorageError: The table was never free for it.
+        StorageError: The table was never free for it.
     """
     names = {"oid": table.oid, "name": _GUARD}
     stands = text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = :oid AND tgname = :name)")
     if connection.execute(stands, names).scalar_one():
-        drop = text(f"DROP TRIGGER IF EXISTS {_GUARD} ON {table.qualified_name}")
-        if not got_briefly(lambda: connection.execute(drop), seconds=_CLEAR_SECONDS):
-            raise TransientStorageError(
+        drop = f"DROP TRIGGER IF EXISTS {_GUARD} ON {table.qualified_name}"
+        if not executed_briefly(connection, drop, seconds=_CLEAR_SECONDS):
+            raise StorageError(
                 f"{TABLE} was in use for {_CLEAR_SECONDS} s without a gap to drop the trigger "
                 f"{_GUARD} in, which refuses duplicates as the key does; run migrate again"
             )

@@ -24,11 +24,18 @@ from sqlalchemy import text
 from tests.database import connected
 from tests.stores import PATIENCE_SECONDS, until
 from tests.workers import QUEUE, Site, worker
-from worker.claims import PREFIX
 from worker.local_stack import Service
+
+PREFIX = f"{QUEUE}:"
+QUEUES = [QUEUE, *(f"{QUEUE}\x06\x16{step}" for step in (3, 6, 9))]
+"""The queue's lists, one for each priority."""
+ISOLATED = f"{PREFIX}isolated"
+"""The list of poison candidates."""
 
 INTERVIEWS = [str(UUID(int=(0xB << 124) + number)) for number in range(12)]
 FINAL = {"SUCCESS", "FAILURE"}
+RENEWAL_SECONDS = 1.5
+"""More than the interval at which a worker session renews the longest lease of a test."""
 
 _BRAKE = """
 CREATE TABLE brake ();
@@ -52,10 +59,77 @@ return messages + redis.call('HLEN', 'interview-access:deferred')
 """
 
 
+def messages_on_their_way(here: Site) -> int:
+    """Count the messages that are neither settled nor dead letters, at one moment."""
+    count: Any = here.redis.eval(_PLACES, 0, *QUEUES, ISOLATED)
+    return int(count)
+
+
 def at_rest(here: Site) -> bool:
-    """Whether no message is anywhere but among the dead letters, seen at one moment."""
-    queues = [QUEUE, *(f"{QUEUE}\x06\x16{step}" for step in (3, 6, 9))]
-    return bool(here.redis.eval(_PLACES, 0, *queues) == 0)
+    """Whether no message is anywhere but among the dead letters."""
+    return messages_on_their_way(here) == 0
+
+
+def session_keys(here: Site) -> list[str]:
+    """The keys of all worker sessions that have claimed deliveries."""
+    return [key.decode() for key in here.redis.scan_iter(f"{PREFIX}held:*", count=1_000)]
+
+
+def heartbeats(here: Site) -> dict[str, float]:
+    """What each worker session wrote last when it renewed its lease."""
+    redis: Any = here.redis
+    match redis.type(f"{PREFIX}leases"):
+        case b"zset":
+            pairs = redis.zrange(f"{PREFIX}leases", 0, -1, withscores=True)
+        case b"hash":
+            pairs = redis.hgetall(f"{PREFIX}leases").items()
+        case _:
+            pairs = ()
+    return {session.decode(): float(value) for session, value in pairs}
+
+
+def living_sessions(here: Site) -> set[str]:
+    """The worker sessions that renew their leases while we look."""
+    before = heartbeats(here)
+    time.sleep(RENEWAL_SECONDS)  # in which each renews its lease
+    return {one for one, value in heartbeats(here).items() if before.get(one) != value}
+
+
+def whereabouts(here: Site) -> list[tuple[str, str]]:
+    """All messages in Redis but the dead letters: the job ID, or the start, and the place."""
+    redis: Any = here.redis
+    living = living_sessions(here)
+    now = redis.time()[0]
+    places: list[tuple[str, bytes]] = []
+    for key in [*QUEUES, ISOLATED]:
+        places += [(key, value) for value in redis.lrange(key, 0, -1)]
+    for key in session_keys(here):
+        state = "living" if key.rpartition(":")[2] in living else "dead"
+        places += [(f"{key} of a {state} session", value) for value in redis.hvals(key)]
+    for name, value in redis.hgetall(f"{PREFIX}deferred").items():
+        due = float(redis.zscore(f"{PREFIX}due", name) or 0) / 1000 - now
+        places.append((f"{PREFIX}deferred, due in {due:.0f} s", value))
+    return [(_named(value.rpartition(b"\0")[2]), place) for place, value in places]
+
+
+def _named(message: bytes) -> str:
+    try:
+        return str(json.loads(message)["headers"]["id"])[:255]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return repr(message[:100])
+
+
+def unfinished(here: Site, sent: Collection[str], *, results: Redis | None = None) -> set[str]:
+    """The jobs that have neither a final result nor a dead letter."""
+    job_ids = list(sent)
+    stored: Any = (results or here.redis).mget([f"celery-task-meta-{one}" for one in job_ids])
+    states = [json.loads(meta or "{}").get("status") for meta in stored]
+    left = {one for one, state in zip(job_ids, states, strict=True) if state not in FINAL}
+    if not left:
+        return left
+    redis: Any = here.redis
+    letters = {fields[b"job_id"].decode() for _, fields in redis.xrange(f"{PREFIX}dead")}
+    return left - letters
 
 
 def balance(
@@ -80,7 +154,8 @@ def balance(
         The results, by job id.
     """
     until(lambda: at_rest(here), within=within)
-    letters = {letter["job_id"] for letter in here.dead_letters()}
+    redis: Any = here.redis
+    letters = {fields[b"job_id"].decode() for _, fields in redis.xrange(f"{PREFIX}dead")}
     with connected(here.store.database_url) as database:
         ledger = {row.job_id: row for row in database.execute(text("TABLE grant_access_job"))}
         rows = database.execute(
@@ -135,12 +210,21 @@ class Books:
             for number in range(len(self.sent), len(self.sent) + count)
         ]
         self.sent += sent
-        until(lambda: self.value(_BRAKED) == count)
+        until(lambda: self.braked() == count)
         return sent
 
     def release(self) -> None:
         """Let slow jobs come to their end."""
         self.execute("DELETE FROM brake")
+
+    def brake(self) -> None:
+        """Hold slow jobs again."""
+        self.execute("DELETE FROM brake")
+        self.execute("INSERT INTO brake DEFAULT VALUES")
+
+    def braked(self) -> int:
+        """Count the transactions that the brake holds."""
+        return int(self.value(_BRAKED))
 
     def execute(self, statement: str) -> None:
         """Run one statement, on a connection of its own: the last one may have been cut."""
@@ -157,11 +241,9 @@ class Books:
         count: Any = self.here.redis.llen(QUEUE)
         return int(count)
 
-    def leases(self) -> set[bytes]:
-        """The workers' leases that have not run out."""
-        redis: Any = self.here.redis
-        seconds, _ = redis.time()
-        return set(redis.zrangebyscore(f"{PREFIX}leases", seconds * 1000, "inf"))
+    def leases(self) -> set[str]:
+        """The worker sessions that renew their leases."""
+        return living_sessions(self.here)
 
     def answers(self) -> dict[str, dict[str, Any]]:
         """The final results of the jobs that were sent."""
@@ -184,24 +266,16 @@ class Books:
     def on_their_way(self) -> dict[str, Any]:
         """What Redis holds of messages that are neither done nor dead letters."""
         redis = self.here.redis
-        lists: dict[str, Any] = {
-            key.decode(): redis.type(key)
-            for pattern in (f"{QUEUE}*", "unacked*", f"{PREFIX}held:*", f"{PREFIX}started:*")
-            for key in redis.scan_iter(pattern)
-            if not key.startswith(
-                tuple(f"{PREFIX}{name}".encode() for name in ("dead", "leases", "job:", "relay"))
-            )
-        }
-        for name in ("deferred", "due", "tries", "deferrals"):
-            if redis.exists(PREFIX + name):
-                lists[PREFIX + name] = redis.type(PREFIX + name)
-        return lists
+        keys = [*QUEUES, ISOLATED]
+        keys += [f"{PREFIX}{name}" for name in ("deferred", "due", "tries", "deferrals")]
+        for pattern in ("unacked*", f"{PREFIX}held:*", f"{PREFIX}started:*"):
+            keys += [key.decode() for key in redis.scan_iter(pattern)]
+        return {key: redis.type(key) for key in keys if redis.exists(key)}
 
 
 _BRAKED = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-    " AND application_name = 'interview-access-worker' AND state = 'active'"
-    " AND wait_event = 'PgSleep'"
+    " AND state = 'active' AND wait_event = 'PgSleep'"
 )
 
 

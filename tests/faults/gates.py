@@ -1,36 +1,59 @@
 """A relay before a server, which holds what passes at the point that a test names.
 
 The product knows nothing of it: it connects to the relay's socket as it would to the server's.
+What passes is recognized by its content alone, by no name or digest of the product's scripts.
 """
 
 from __future__ import annotations
 
-import hashlib
+import re
 import shutil
 import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from tests.stores import PATIENCE_SECONDS
-from worker import claims
+
+_MESSAGE = b'"headers"'
+_JOB_ID = re.compile(rb'"id": ?"([^"]{1,255})"')
+_JOBS_KEPT = 2_000
 
 
-def script(body: str) -> bytes:
-    """What Redis is asked by to run one of the scripts in worker.claims."""
-    return hashlib.sha1((claims._SCRIPT + body).encode()).hexdigest().encode()  # noqa: S324
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Traffic of a kind.
+
+    Attributes:
+        matches: Whether data that pass the relay are of that kind.
+        in_answer: Whether they are an answer of the server's, instead of a request.
+    """
+
+    matches: Callable[[Relay, bytes], bool]
+    in_answer: bool = False
+
+
+CLAIM = Traffic(lambda _, data: _is_claim(data), in_answer=True)
+"""The answer of a script that hands out messages; a message alone is what a waiting client sees."""
+
+SETTLEMENT = Traffic(
+    lambda relay, data: b"EVAL" in data and any(one in data for one in list(relay.claimed))
+)
+"""A script that is told the ID of a claimed job."""
 
 
 class Gate:
-    """Holds the first traffic that holds ``pattern``, or the answer to it, until it is opened."""
+    """Holds the first traffic of a kind, or the answer to it, until it is opened."""
 
-    def __init__(self, pattern: bytes, *, answered: bool = False) -> None:
-        self.pattern = pattern
+    def __init__(self, traffic: bytes | Traffic, *, answered: bool = False) -> None:
+        self.traffic = traffic
         self.answered = answered
         self.pid = 0
         """The process whose traffic is held."""
@@ -38,9 +61,13 @@ class Gate:
         self._reached = threading.Event()
         self._opened = threading.Event()
 
-    def take(self, data: bytes) -> bool:
+    def take(self, relay: Relay, data: bytes, *, in_answer: bool = False) -> bool:
         """Whether this traffic, and no earlier one, is the gate's."""
-        return self.pattern in data and self._taken.acquire(blocking=False)
+        if isinstance(self.traffic, bytes):
+            matches = not in_answer and self.traffic in data
+        else:
+            matches = in_answer == self.traffic.in_answer and self.traffic.matches(relay, data)
+        return matches and self._taken.acquire(blocking=False)
 
     def hold(self, pid: int) -> None:
         """Stand until the gate is opened."""
@@ -55,7 +82,7 @@ class Gate:
 
     def until_reached(self, within: float = PATIENCE_SECONDS) -> int:
         """The process at the gate, as soon as there is one."""
-        assert self._reached.wait(within), f"nothing came with {self.pattern!r}"
+        assert self._reached.wait(within), f"nothing came with {self.traffic!r}"
         return self.pid
 
     def open(self) -> None:
@@ -75,6 +102,8 @@ class Relay:
         self._server = server
         self._children_only = children_only
         self._gates: list[Gate] = []
+        self.claimed: deque[bytes] = deque(maxlen=_JOBS_KEPT)
+        """IDs of jobs that were handed out lately."""
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(address))
@@ -82,9 +111,9 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     @contextmanager
-    def gate(self, pattern: bytes, *, answered: bool = False) -> Iterator[Gate]:
+    def gate(self, traffic: bytes | Traffic, *, answered: bool = False) -> Iterator[Gate]:
         """A gate that stands for the time of a with block, and is open after it."""
-        gate = Gate(pattern, answered=answered)
+        gate = Gate(traffic, answered=answered)
         self._gates.append(gate)
         try:
             yield gate
@@ -136,7 +165,7 @@ class Relay:
         with suppress(OSError):
             while data := client.recv(1 << 20):
                 for gate in list(self._gates) if pid else ():
-                    if gate.take(data):
+                    if gate.take(self, data):
                         if gate.answered:
                             answers.append(gate)
                         else:
@@ -150,6 +179,13 @@ class Relay:
         client, server = pair
         with suppress(OSError):
             while data := server.recv(1 << 20):
+                if _is_claim(data):
+                    self.claimed.extend(_JOB_ID.findall(data))
+                answers += [
+                    gate
+                    for gate in (list(self._gates) if pid else ())
+                    if gate.take(self, data, in_answer=True)
+                ]
                 while answers:
                     answers.pop().hold(pid)
                 client.sendall(data)
@@ -161,6 +197,10 @@ class Relay:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
+
+
+def _is_claim(data: bytes) -> bool:
+    return data.startswith(b"*") and _MESSAGE in data
 
 
 def _is_child(pid: int) -> bool:

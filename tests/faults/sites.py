@@ -10,27 +10,25 @@ from uuid import uuid4
 
 import psutil
 
-from tests.faults.gates import Gate, Relay, Relays, script
+from tests.faults.gates import CLAIM, SETTLEMENT, Gate, Relay, Relays, Traffic
 from tests.workers import Site, worker
-from worker import claims
 from worker.local_stack import Service
 
 QUICK = {"GRANT_LEASE_SECONDS": 1, "GRANT_CHUNK_SIZE": 4}
 """A lease short enough to wait for its end; the promises do not hang on its length."""
 
-POINTS = {
-    "claimed, unknown to the worker": ("queue", script(claims._CLAIM), True),
-    "begun": ("queue", script(claims._START), True),
+POINTS: dict[str, tuple[str, bytes | Traffic, bool]] = {
+    "claimed, unknown to the worker": ("queue", CLAIM, True),
     "before the transaction": ("database", b"BEGIN", False),
-    "inside the transaction": ("database", b"WITH wanted AS", False),
+    "inside the transaction": ("database", b"INSERT INTO interview_userinterviewaccess", False),
     "at COMMIT": ("database", b"COMMIT\0", False),
     "after COMMIT": ("database", b"COMMIT\0", True),
     "before the result": ("results", b'"status": "SUCCESS"', False),
     "after the result": ("results", b'"status": "SUCCESS"', True),
-    "before the acknowledgement": ("queue", script(claims._ACKNOWLEDGE), False),
-    "after the acknowledgement": ("queue", script(claims._ACKNOWLEDGE), True),
+    "before the acknowledgement": ("queue", SETTLEMENT, False),
+    "after the acknowledgement": ("queue", SETTLEMENT, True),
 }
-"""Of a job's way: the server that is asked, what it is asked, and whether it has answered."""
+"""Points of a job's way: the server that is asked, what, and whether it has answered."""
 
 
 @contextmanager

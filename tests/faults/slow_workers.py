@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.faults.books import balance
 from tests.faults.sites import POINTS, another, created, gate_at, kill_all, relayed
 from tests.faults.test_batches import MANY, order, some
 from tests.stores import until
-from tests.workers import Site
+from tests.workers import Site, held_grant
 
 LONG = 11.0  # seconds, of leases of one
 
@@ -36,19 +37,17 @@ def test_long_job_runs_once(
     here: Site, tmp_path: Path, ids: list[str], asked_to_stop: bool
 ) -> None:
     """A job of more than ten leases begins once, also where its worker is asked to stop."""
-    with (
-        relayed(here, tmp_path, GRANT_STOP_GRACE=60) as (relays, service),
-        gate_at(relays, "inside the transaction") as gate,
-    ):
-        job_id = here.send("ann", ids)
-        gate.until_reached()
-        with another(here, tmp_path) as other:
+    with ExitStack() as stack:
+        service = stack.enter_context(another(here, tmp_path, GRANT_STOP_GRACE=60))
+        with held_grant(here, "ann", ids[0]):
+            job_id = here.send("ann", ids)
+            here.until_state(job_id, "STARTED")
+            other = stack.enter_context(another(here, tmp_path))
             if asked_to_stop:
                 os.kill(service.pid, signal.SIGTERM)
             time.sleep(LONG)  # the length of the job
-            gate.open()
-            assert balance(here, [job_id])[job_id] == created(10)
-            assert f"[{job_id}] received" not in other.log.read_text(encoding="utf-8")
+        assert balance(here, [job_id])[job_id] == created(10)
+        assert f"[{job_id}] received" not in other.log.read_text(encoding="utf-8")
 
 
 def test_rolling_restart(here: Site, tmp_path: Path, ids: list[str]) -> None:

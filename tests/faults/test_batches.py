@@ -240,17 +240,22 @@ class TestWhatGoesWrong:
             sent = order(here, some(MANY), ids)
             child = psutil.Process(gate.until_reached())
             running = here.producer.control.inspect(timeout=10, limit=1).active() or {}
-            inside = [one["id"] for jobs in running.values() for one in jobs]
-            assert set(inside) == set(sent)
-            here.producer.control.revoke(sent[0], terminate=True, signal="SIGKILL")
-            here.producer.control.revoke(sent[-1], terminate=True, signal="SIGKILL")
+            inside = [
+                one["id"]
+                for jobs in running.values()
+                for one in jobs
+                if one["worker_pid"] == child.pid
+            ]
+            assert len(inside) > 2  # the other pool process has the rest
+            assert set(inside) < set(sent)
+            revoked = {inside[0], inside[-1]}
+            for job_id in revoked:
+                here.producer.control.revoke(job_id, terminate=True, signal="SIGKILL")
             child.wait(30)
         results = balance(here, sent)
-        for job_id in sent[0], sent[-1]:
-            assert results[job_id].get("exc_type", "JobCancelledException") == (
-                "JobCancelledException"
-            )
-        assert [results[one] for one in sent[1:-1]] == [created(10)] * (MANY - 2)
+        for job_id in sent:
+            kind = results[job_id].get("exc_type", "success")
+            assert kind == ("JobCancelledException" if job_id in revoked else "success")
 
     @pytest.mark.usefixtures("standing")
     def test_one_that_has_expired(self, here: Site, ids: list[str]) -> None:

@@ -23,7 +23,7 @@ def test_redis_crashes(servers: LocalStack, books: Books, tmp_path: Path) -> Non
         watch.restart()
         before = books.leases()
         crash(servers.valkey)
-        until(lambda: "Trying again in 4.00 seconds" in watch.said())
+        until(lambda: "Trying again in 3.00 seconds" in watch.said())
         watch.assert_calm()
         servers.valkey.start()
         until(lambda: "Connected to" in watch.said())
@@ -71,7 +71,7 @@ def test_the_results_server_is_away_when_a_job_ends(
         watch.restart()
         crash(results.valkey)
         books.release()
-        until(lambda: "no job is taken for 2 s" in watch.said())
+        until(lambda: "no job is claimed for 2 s" in watch.said())
         watch.assert_calm()
         assert books.waiting() >= 35
         told = status(books.here, job_id, **settings)

@@ -45,7 +45,7 @@ class TestLostChildren:
         assert result["exc_type"] == "JobFailedError"
         assert "ended its worker's process 2 times" in result["exc_message"][0]
         (letter,) = here.dead_letters()
-        assert (letter["job_id"], letter["attempts"]) == (job_id, "3")
+        assert (letter["job_id"], letter["attempts"], letter["in_ledger"]) == (job_id, "2", "1")
         assert here.store.granted("ann") == []
 
     def test_frozen(self, here: Site, tmp_path: Path, ids: list[str]) -> None:

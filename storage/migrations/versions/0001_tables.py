@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.interface import TransientStorageError
+from storage.interface import StorageError
 from storage.migrations.catalog import find_table
 from storage.migrations.locks import got_briefly
 
@@ -54,7 +54,7 @@ def _lock_interviews(connection: sa.Connection) -> None:
     """Take, for the few milliseconds that are left, the lock that a new foreign key asks for.
 
     Raises:
-        TransientStorageError: Others kept it for as long as it was asked for.
+        StorageError: Others kept it for as long as it was asked for.
     """
 
     def lock() -> None:
@@ -62,7 +62,7 @@ def _lock_interviews(connection: sa.Connection) -> None:
             op.execute("LOCK TABLE interview_interview IN SHARE ROW EXCLUSIVE MODE")
 
     if not got_briefly(lock, seconds=_LOCK_SECONDS):
-        raise TransientStorageError(
+        raise StorageError(
             f"interview_interview was being written to for {_LOCK_SECONDS} s without a gap, so no "
             "table that refers to it could be created; nothing was changed; look in "
             "pg_stat_activity for a transaction left open, and run migrate again"

@@ -1,6 +1,6 @@
-"""What is known of a job, and having it cancelled: for the client, by the desk, and the command.
+"""The job status service: reports and cancels jobs, for control requests and the command line.
 
-The ledger has the first word and the last; Redis tells of what the ledger does not have yet.
+The ledger is authoritative. Redis adds what the ledger does not have yet.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from celery import states
 from celery.backends.redis import RedisBackend
-from interview_access import errors
 from interview_access.contracts import (
+    CONTROL_QUEUE,
     PROGRESS,
     Announcement,
     JobFailure,
@@ -21,7 +21,7 @@ from interview_access.contracts import (
     JobState,
     JobStatus,
 )
-from interview_access.errors import InterviewAccessError
+from interview_access.errors import error_class, shortened
 from interview_access.protocol import announcement_key
 from pydantic import ValidationError
 from redis import Redis
@@ -29,30 +29,32 @@ from redis import Redis
 from storage.dtos import FinishedJobDTO, JobDTO
 from storage.interface import InterviewStorageInterface
 from tasks import ledger
-from worker.relay import message_of
+from worker.outbox_relay import message_of
+
+_READ_BYTES = 65_536  # of an announcement or a result: producers may write both
 
 
-class Inquiries:
-    """Answers about jobs. Every method raises what the servers raise where one of them is away."""
+class JobStatusService:
+    """Reports and cancels jobs. Every method raises the errors of PostgreSQL and Redis."""
 
     def __init__(
         self, storage: Callable[[], InterviewStorageInterface], results: RedisBackend
     ) -> None:
-        """Connects at the first call.
+        """Connect at the first call.
 
         Args:
-            storage: This process's store.
-            results: Where results go.
+            storage: Returns this process's storage.
+            results: The result backend.
         """
         self._storage = storage
         self._results = results
 
     def status(self, redis: Redis, job_id: str) -> JobStatus:
-        """What is known of a job.
+        """Report a job.
 
         Args:
             redis: The server of the queue.
-            job_id: The job's id, which may be anybody's.
+            job_id: Any valid job ID.
         """
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
@@ -60,13 +62,13 @@ class Inquiries:
         announced = _announced(redis, job_id) or self._requested(job_id)
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
-            return _finished(finished)  # meanwhile
+            return _finished(finished)  # finished between the two reads
         if not status.final and storage.is_cancelled(job_id):
             status.cancel_requested = True
         return status
 
     def cancel(self, redis: Redis, job_id: str) -> JobStatus:
-        """Have a job cancelled, and tell what is known of it then; see :func:`ledger.cancel`."""
+        """Cancel a job and report it; see :func:`ledger.cancel`."""
         announced = _announced(redis, job_id) or self._requested(job_id)
         entry = (
             JobDTO(job_id, announced.task, None, announced.digest)
@@ -77,13 +79,17 @@ class Inquiries:
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
             error = ledger.error_of(status.error.model_dump())
-            self._results.store_failure(job_id, error)  # for those who poll it
+            self._results.store_failure(job_id, error)
         elif is_running and not status.final:
             status.state = "running"
         return status
 
+    def is_job(self, redis: Redis, job_id: str) -> bool:
+        """Report whether anything is known of a job with this ID."""
+        return self.status(redis, job_id) != JobStatus(job_id=job_id, state="unknown")
+
     def _requested(self, job_id: str) -> Announcement | None:
-        """A job that a service asked for in the database, as it will be announced."""
+        """Build the announcement of a job that waits in the outbox."""
         request = self._storage().get_request(job_id)
         if request is None:
             return None
@@ -91,17 +97,23 @@ class Inquiries:
         return announcement.model_copy(update={"sent_at": request.requested_at})
 
     def _stored(self, job_id: str) -> dict[str, Any]:
-        """What pollers read; an empty object where nothing is stored."""
-        stored = self._results.get(self._results.get_key_for_task(job_id))
-        return dict(json.loads(stored)) if stored else {}
+        """Read the result that pollers read; empty where none is stored or it cannot be read."""
+        key = self._results.get_key_for_task(job_id)
+        text = self._results.client.getrange(key, 0, _READ_BYTES - 1)
+        with suppress(ValueError, RecursionError):
+            stored = json.loads(text)
+            # The reply to a control request without reply_to has the key of a result.
+            if isinstance(stored, dict) and stored.get("queue") != CONTROL_QUEUE:
+                return stored
+        return {}
 
 
 def _announced(redis: Redis, job_id: str) -> Announcement | None:
-    written: Any = redis.get(announcement_key(job_id))
+    text: Any = redis.getrange(announcement_key(job_id), 0, _READ_BYTES - 1)
     try:
-        return Announcement.model_validate_json(written) if written else None
+        return Announcement.model_validate_json(text) if text else None
     except ValidationError:
-        return None  # a foreign producer's, and none of the contract's
+        return None  # written by a producer that does not follow the contract
 
 
 def _finished(finished: FinishedJobDTO) -> JobStatus:
@@ -128,33 +140,35 @@ def _finished(finished: FinishedJobDTO) -> JobStatus:
 
 
 def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | None) -> JobStatus:
-    """A job that the ledger does not have: its answer is not final, or was pruned."""
+    """Report a job that is not in the ledger: it has no final result, or its row was pruned."""
     status = JobStatus(job_id=job_id, state="unknown")
     if announced:
         status.state, status.task = "queued", announced.task
         status.sent_at, status.eta = announced.sent_at, announced.eta
         status.expires_at = announced.expires_at
+    result = stored.get("result")
     match stored.get("status"):
         case states.STARTED:
             status.state = "running"
         case state if state == PROGRESS:
             status.state = "running"
-            with suppress(ValidationError):  # of a task that is none of ours
-                status.progress = JobProgress.model_validate(stored["result"])
+            with suppress(ValidationError):  # of another application's task
+                status.progress = JobProgress.model_validate(result)
         case states.RETRY:
-            status.state = "queued"  # also where nobody announced it
-        case states.SUCCESS:
-            status.state, status.result = "succeeded", stored["result"]
-        case states.FAILURE | states.REVOKED:
-            status.state, status.error = _failed(stored["result"])
+            status.state = "queued"  # announced or not
+        case states.SUCCESS if isinstance(result, dict):
+            status.state, status.result = "succeeded", result
+        case states.FAILURE | states.REVOKED if isinstance(result, dict):
+            status.state, status.error = _failed(result)
     return status
 
 
 def _failed(stored: dict[str, Any]) -> tuple[JobState, JobFailure]:
-    kind = str(stored.get("exc_type"))
-    known = getattr(errors, kind, InterviewAccessError)
+    name = str(stored.get("exc_type"))
     match stored.get("exc_message"):
         case [str(sentence), dict(details)]:
-            return known.state, JobFailure(type=kind, sentence=sentence, details=details)
-        case said:
-            return "failed", JobFailure(type=kind, sentence=f"The job failed: {said}")
+            failure = JobFailure(type=name, sentence=sentence, details=details)
+            return error_class(name).state, failure
+        case message:
+            sentence = f"The job failed: {shortened(str(message), quoted=False, at_most=500)}"
+            return "failed", JobFailure(type=name, sentence=sentence)

@@ -1,0 +1,315 @@
+"""Two hosts with workers, and a network between them and the servers that can be cut.
+
+Where the machine allows it (root, `ip netns`), each host is a network namespace whose packets pass
+a router in a namespace of its own; a cut makes the router drop them without a word. Elsewhere a
+host's connections pass relays that swallow what they carry.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.stores import until
+from tests.workers import ROOT, Site
+from worker.local_stack import Service
+
+SERVERS = ("redis", "postgresql")
+
+_POSTGRES_SOCKET = ".s.PGSQL.5432"
+_CONNECTIONS = 200
+
+
+class Forwarder:
+    """Listens on TCP as a server does that has a Unix socket only; swallows when it is told to."""
+
+    def __init__(self, address: str, server: Path) -> None:
+        """Listens from now on.
+
+        Args:
+            address: The IP address to listen at; the port is a free one.
+            server: The server's socket.
+        """
+        self._server = server
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._sockets: set[socket.socket] = set()
+        self._listener = socket.create_server((address, 0), backlog=_CONNECTIONS)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def swallow(self) -> None:
+        """Pass nothing on, and close nothing."""
+        self._flowing.clear()
+
+    def heal(self) -> None:
+        """Pass on what comes, and what has come."""
+        self._flowing.set()
+
+    def close(self) -> None:
+        """Close all connections and listen no more."""
+        self.heal()
+        for one in [self._listener, *self._sockets]:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            try:
+                server.connect(str(self._server))
+            except OSError:
+                client.close()
+                server.close()
+                continue
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sockets |= {client, server}
+            for source, target in (client, server), (server, client):
+                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._flowing.wait()
+                target.sendall(data)
+        self._flowing.wait()  # a lost host's end is not heard of either
+        for one in source, target:
+            self._sockets.discard(one)
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+class Network(ABC):
+    """Hosts and how they reach the servers.
+
+    Attributes:
+        hosts: Their names.
+    """
+
+    hosts = ("a", "b")
+
+    def __init__(self, here: Site) -> None:
+        """Connects the hosts with the servers of a site."""
+        folder = Path(here.store.database_url.partition("host=")[2].replace("%2F", "/"))
+        self._redis, _, self._options = here.broker.removeprefix("redis+socket://").partition("?")
+        self._database = here.store.database_url
+        self._sockets = {"redis": Path(self._redis), "postgresql": folder / _POSTGRES_SOCKET}
+        self._forwarders: dict[tuple[str, str], Forwarder] = {}
+
+    @abstractmethod
+    def command(self, host: str) -> Sequence[str]:
+        """What a host's commands begin with."""
+
+    @abstractmethod
+    def address(self, host: str, server: str) -> str:
+        """The IP address by which the host reaches the server."""
+
+    @abstractmethod
+    def cut(self, host: str, server: str) -> None:
+        """Drop everything between the host and the server, in both directions."""
+
+    @abstractmethod
+    def heal(self) -> None:
+        """Undo all cuts."""
+
+    def open(self) -> None:
+        """Begin."""
+        for host in self.hosts:
+            for server in SERVERS:
+                at = self.address(host, server)
+                self._forwarders[host, server] = Forwarder(at, self._sockets[server])
+
+    def close(self) -> None:
+        """Remove everything."""
+        for forwarder in self._forwarders.values():
+            forwarder.close()
+
+    def settings(self, host: str) -> dict[str, str]:
+        """What the host's worker is told."""
+        redis, postgresql = (
+            f"{self.address(host, server)}:{self._forwarders[host, server].port}"
+            for server in SERVERS
+        )
+        number = self._options.partition("virtual_host=")[2] or "0"
+        user, _, rest = self._database.partition("@")
+        database = rest.partition("/")[2].partition("?")[0]
+        return {
+            "CELERY_BROKER_URL": f"redis://{redis}/{number}",
+            "DATABASE_URL": f"{user}@{postgresql}/{database}",
+        }
+
+    @contextmanager
+    def worker(self, here: Site, host: str, log: Path, **settings: object) -> Iterator[Service]:
+        """A worker on a host."""
+        service = Service(
+            f"worker on host {host}",
+            [
+                *self.command(host),
+                *(sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "4"),
+                *("-l", "INFO", "-n", f"{host}@%h", "--without-mingle"),
+            ],
+            log=log,
+            environment=here.environment(**{**self.settings(host), **settings}),
+            folder=ROOT,
+        )
+        service.start()
+        try:
+            until(lambda: b" ready." in log.read_bytes() or not service.alive)
+            assert service.alive, service.last_words()
+            yield service
+        finally:
+            self.heal()
+            service.stop()
+
+
+class Relayed(Network):
+    """All hosts are this one; a cut makes relays swallow."""
+
+    def command(self, host: str) -> Sequence[str]:  # noqa: ARG002 - see the network
+        """See the network."""
+        return ()
+
+    def address(self, host: str, server: str) -> str:  # noqa: ARG002 - see the network
+        """See the network."""
+        return "127.0.0.1"
+
+    def cut(self, host: str, server: str) -> None:
+        """See the network."""
+        self._forwarders[host, server].swallow()
+
+    def heal(self) -> None:
+        """See the network."""
+        for forwarder in self._forwarders.values():
+            forwarder.heal()
+
+
+class Namespaces(Network):
+    """Each host is a network namespace; the servers are in ours, at addresses for each host.
+
+    A router in a namespace of its own stands between, so that a cut is noticed by nobody: what is
+    dropped on the way gives no error to who sent it.
+    """
+
+    _CUT = ("from", "to")
+
+    def __init__(self, here: Site) -> None:
+        """See the network; the names and addresses are of this process."""
+        super().__init__(here)
+        self._id = os.getpid() % 10_000
+        self._router = f"chaos{self._id}r"
+        self._net = f"10.{64 + self._id % 64}.{self._id // 64}"  # 16 addresses for each network
+        self._cuts: list[list[str]] = []
+
+    def command(self, host: str) -> Sequence[str]:
+        """See the network."""
+        return (_ip(), "netns", "exec", self._name(host))
+
+    def address(self, host: str, server: str) -> str:
+        """See the network."""
+        return f"{self._net}.{1 + 2 * self.hosts.index(host) + SERVERS.index(server)}"
+
+    def cut(self, host: str, server: str) -> None:
+        """See the network."""
+        for direction in self._CUT:
+            rule = [direction, self.address(host, server), "blackhole"]
+            _run("-n", self._router, "rule", "add", *rule)
+            self._cuts.append(rule)
+
+    def heal(self) -> None:
+        """See the network."""
+        for rule in self._cuts:
+            _run("-n", self._router, "rule", "del", *rule)
+        self._cuts.clear()
+
+    def open(self) -> None:
+        """See the network.
+
+        Raises:
+            OSError: The machine does not allow it; what was made is removed.
+        """
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+        super().open()
+
+    def _open(self) -> None:
+        router, ours = self._router, f"c{self._id}s"
+        _run("netns", "add", router)
+        _run("link", "add", ours, "type", "veth", "peer", "name", "servers", "netns", router)
+        for host in self.hosts:
+            for server in SERVERS:
+                _run("addr", "add", f"{self.address(host, server)}/28", "dev", ours)
+        _run("link", "set", ours, "up")
+        _run("-n", router, "addr", "add", f"{self._net}.14/28", "dev", "servers")
+        _run("-n", router, "link", "set", "servers", "up")
+        forwarding = Path("/proc/sys/net/ipv4/ip_forward")
+        _run("netns", "exec", router, "sh", "-c", f"echo 1 > {forwarding}")
+        for number, host in enumerate(self.hosts, start=1):
+            name, net = self._name(host), f"{self._net}.{16 * number}"
+            first = 16 * number + 1
+            _run("netns", "add", name)
+            peer = ("peer", "name", "out", "netns", name)
+            _run("-n", router, "link", "add", f"to-{host}", "type", "veth", *peer)
+            _run("-n", router, "addr", "add", f"{self._net}.{first}/28", "dev", f"to-{host}")
+            _run("-n", router, "link", "set", f"to-{host}", "up")
+            _run("-n", name, "addr", "add", f"{self._net}.{first + 1}/28", "dev", "out")
+            _run("-n", name, "link", "set", "out", "up")
+            _run("-n", name, "link", "set", "lo", "up")
+            _run("-n", name, "route", "add", "default", "via", f"{self._net}.{first}")
+            _run("route", "add", f"{net}/28", "via", f"{self._net}.14")
+
+    def close(self) -> None:
+        """See the network: with a namespace its devices go, and with these their routes."""
+        super().close()
+        for name in [self._router, *map(self._name, self.hosts)]:
+            with suppress(OSError):
+                _run("netns", "del", name)
+
+    def _name(self, host: str) -> str:
+        return f"chaos{self._id}{host}"
+
+
+def _ip() -> str:
+    return shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "ip"
+
+
+def _run(*arguments: str) -> None:
+    """Run `ip`.
+
+    Raises:
+        OSError: It is missing, or refuses.
+    """
+    done = subprocess.run([_ip(), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@contextmanager
+def network(here: Site) -> Iterator[Network]:
+    """Namespaces where they can be made, relays elsewhere."""
+    made: Network = Namespaces(here)
+    try:
+        made.open()
+    except OSError:
+        made = Relayed(here)
+        made.open()
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,23 @@
+"""The long run of the fuzz: `make fuzz`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.faults import fuzzing
+from tests.workers import site, worker
+from worker.local_stack import LocalStack
+
+MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "200000"))
+SEED = int(os.environ.get("FUZZ_SEED", "1"))
+
+
+def test_many_messages_of_every_kind(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:
+    """Two workers settle 200,000 messages of every kind, and neither end nor grow."""
+    with (
+        site(stack, migrated_url, 12) as here,
+        worker(here, tmp_path / "one.log", **fuzzing.SETTINGS) as one,
+        worker(here, tmp_path / "other.log", **fuzzing.SETTINGS) as other,
+    ):
+        fuzzing.Run(here, [one, other], SEED).run(MESSAGES, report=print)

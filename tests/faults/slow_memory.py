@@ -1,0 +1,62 @@
+"""A worker's main process stays flat at full load."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+
+from tests.stores import until
+from tests.workers import GRANT_ACCESS, QUEUE, Site, site, worker
+from worker.local_stack import LocalStack
+
+WARM_UP_SECONDS, END_SECONDS = 30.0, 90.0
+GROWTH_MB, GROWTH_BYTES_PER_JOB = 1.0, 100
+"""Allowed at any speed, and beside that for each job: what the worker kept of one was some 300."""
+QUEUED = 2_000
+"""Messages on the queue at least, so that no pool process is ever idle."""
+
+
+def test_main_process_stays_flat(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:
+    """Its memory does not grow from the 30th to the 90th second of full load."""
+    with site(stack, migrated_url, 12) as here:
+        template = _template(here)
+        with worker(here, tmp_path / "worker.log", GRANT_BATCH_SIZE=1) as service:
+            main = psutil.Process(service.pid)
+            began = time.monotonic()
+            looks: list[tuple[float, float, int]] = []
+            sent = 0
+            while (seconds := time.monotonic() - began) < END_SECONDS:
+                waiting: Any = here.redis.llen(QUEUE)
+                assert waiting or not sent, "the load was not full"
+                looks.append((seconds, main.memory_info().rss / 1e6, sent - waiting))
+                if waiting < 2 * QUEUED:
+                    here.redis.lpush(QUEUE, *(_message(template) for _ in range(QUEUED)))
+                    sent += QUEUED
+                time.sleep(0.1)  # between two looks
+            here.redis.delete(QUEUE)
+            assert service.alive
+    warm = max(look[1] for look in looks if WARM_UP_SECONDS - 5 < look[0] < WARM_UP_SECONDS)
+    end = max(look[1] for look in looks if look[0] > END_SECONDS - 5)
+    jobs = looks[-1][2] - next(look[2] for look in looks if look[0] > WARM_UP_SECONDS)
+    shown = ", ".join(f"{look[1]:.1f}" for look in looks[:: len(looks) // 18])
+    limit = GROWTH_MB + GROWTH_BYTES_PER_JOB * jobs / 1e6
+    assert end - warm < limit, f"{end - warm:.1f} MB over {jobs} jobs; MB in turn: {shown}"
+
+
+def _template(here: Site) -> str:
+    """A message of a small job as Celery writes it; its job ID is the text JOB."""
+    here.producer.send_task(
+        GRANT_ACCESS, kwargs={"user_id": "ann", "interview_ids": []}, task_id="JOB", queue="sample"
+    )
+    until(lambda: here.redis.llen("sample") == 1)
+    raw: Any = here.redis.rpop("sample")
+    return json.dumps(json.loads(raw))
+
+
+def _message(template: str) -> str:
+    return template.replace('"JOB"', f'"{uuid4()}"')

@@ -1,0 +1,18 @@
+"""A short run of the fuzz; `make fuzz` runs it for long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.faults import fuzzing
+from tests.workers import site, worker
+from worker.local_stack import LocalStack
+
+
+def test_messages_of_every_kind(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:
+    """A worker settles 2,000 messages of every kind, and neither ends nor grows."""
+    with (
+        site(stack, migrated_url, 12) as here,
+        worker(here, tmp_path / "worker.log", **fuzzing.SETTINGS) as service,
+    ):
+        fuzzing.Run(here, [service], seed=1).run(2_000)

@@ -1,0 +1,346 @@
+"""What a database session depends on, and what it leaves behind: errors, settings, privileges."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import make_url
+
+from storage.dtos import AccessOrderDTO, AccessRequestDTO, FinishedJobDTO, InterviewAttemptDTO
+from storage.interface import JobBusyError, LedgerError, StorageError
+from storage.postgres import DatabaseLimits, PostgresStorage
+from tests.database import role
+from tests.stores import Background, PostgresStore, an_interview, until
+from tests.test_storage_conformance import ends_with, finish, finished, ledger_entry
+
+NOON = datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=UTC)
+
+
+def with_options(database_url: str, **options: str) -> str:
+    """The URL with more connection options."""
+    url = make_url(database_url).update_query_dict(options)
+    return url.render_as_string(hide_password=False)
+
+
+@contextmanager
+def storage_of(database_url: str) -> Iterator[PostgresStorage]:
+    """A storage on a database, closed at the end."""
+    storage = PostgresStorage(database_url)
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+class TestOutage:
+    """Which errors are about one job, and which tell that no other job would fare better."""
+
+    @pytest.mark.parametrize(
+        "sqlstate",
+        [
+            None,  # no server replied
+            *("08006", "08P01", "28P01", "3D000"),  # no connection
+            *("53100", "53300", "57P01", "57P03", "58030"),  # the server is full, ends or fails
+            *("25006", "42501", "42P01", "42703", "42P10", "55000", "F0000"),  # not set up for us
+            *("HV000", "ZZ999"),  # nothing that we know of
+        ],
+    )
+    def test_anything_unknown_is_an_outage(self, sqlstate: str | None) -> None:
+        """An error is an outage unless its code is known to be about one job."""
+        assert StorageError("reason", sqlstate).is_outage
+
+    @pytest.mark.parametrize(
+        "sqlstate",
+        [
+            *("21000", "22001", "22P02", "23503", "23505", "40001", "40P01", "44000", "54000"),
+            *("P0001", "XX000", "XX001", "55P03", "57014"),
+            *("25P02", "25P03", "25P04", "26000", "42P05"),
+        ],
+    )
+    def test_what_concerns_one_job_is_none(self, sqlstate: str) -> None:
+        """Values, rows, locks and the state of one connection are no outage."""
+        assert not StorageError("reason", sqlstate).is_outage
+
+    def test_busy_jobs_and_defects_are_none(self) -> None:
+        """A busy job and a contradiction in the ledger concern the jobs at hand."""
+        assert not JobBusyError("reason").is_outage
+        assert not LedgerError("reason").is_outage
+
+
+class TestDriverErrors:
+    """No exception of SQLAlchemy or psycopg leaves the storage."""
+
+    def test_an_option_that_is_none_of_libpq(self, migrated_url: str) -> None:
+        """A connection option of another driver's is an outage: jobs wait until it is mended."""
+        with (
+            pytest.raises(StorageError, match="options of libpq only, without schema") as caught,
+            storage_of(with_options(migrated_url, schema="public")) as storage,
+        ):
+            storage.is_cancelled("a")
+        assert caught.value.is_outage
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "mysql://ann:geheim@db/x",
+            "postgresql://ann:ge@heim@db/x",
+            "postgresql://ann:geheim@db:port/x",
+            "postgresql://db/x?host=a:1&host=b:2&port=3&password=geheim",
+            "postgresql://ann:geheim@/x?host=/nonexistent&connect_timeout=soon",
+            "postgresql://ann:geheim@/x?host=/nonexistent&sslmode=perhaps",
+            "geheim",
+        ],
+    )
+    def test_a_url_that_leads_nowhere(self, url: str) -> None:
+        """Whatever is wrong with the URL is an outage, told without any part of its password."""
+        with pytest.raises(StorageError) as caught, storage_of(url) as storage:
+            storage.is_cancelled("a")
+        assert caught.value.is_outage
+        assert "geheim" not in str(caught.value)
+        assert "heim" not in str(caught.value)
+
+    def test_a_value_that_python_cannot_hold(self, postgres: PostgresStore) -> None:
+        """A row that the driver cannot read is about the job that reads it."""
+        with pytest.raises(StorageError) as caught, postgres.storage.transaction() as transaction:
+            transaction._query("SELECT 'infinity'::timestamptz")
+        assert not caught.value.is_outage
+
+    def test_a_missing_privilege(self, postgres: PostgresStore) -> None:
+        """A privilege that is missing is an outage."""
+        with role(postgres.database_url) as url, storage_of(url) as storage:
+            with pytest.raises(StorageError) as caught:
+                storage.is_cancelled("a")
+            assert caught.value.sqlstate == "42501"
+            assert caught.value.is_outage
+
+
+SETTINGS = [
+    ("DateStyle", "German"),
+    ("DateStyle", "SQL, DMY"),
+    ("IntervalStyle", "iso_8601"),
+    ("IntervalStyle", "sql_standard"),
+    ("IntervalStyle", "postgres_verbose"),
+    ("TimeZone", "Asia/Kolkata"),
+    ("client_encoding", "LATIN1"),
+    ("client_encoding", "SQL_ASCII"),
+    ("default_transaction_isolation", "serializable"),
+    ("default_transaction_read_only", "on"),
+    ("standard_conforming_strings", "off"),
+    ("array_nulls", "off"),
+    ("extra_float_digits", "-15"),
+    ("transaction_timeout", "250ms"),
+    ("statement_timeout", "250ms"),
+    ("lock_timeout", "250ms"),
+    ("idle_in_transaction_session_timeout", "250ms"),
+    ("row_security", "off"),
+    ("track_activities", "off"),
+]
+"""What a server, a database or a role may have set."""
+
+
+class TestSettings:
+    """Results depend on no default of server, database or role."""
+
+    @pytest.mark.parametrize(("setting", "value"), SETTINGS)
+    def test_results_are_the_same(self, postgres: PostgresStore, setting: str, value: str) -> None:
+        """A database's own setting changes neither what is stored nor what is read."""
+        interview = an_interview(
+            title="Zoë 日本語 \\' %s", duration=timedelta(days=-1, hours=40, microseconds=7)
+        )
+        postgres.add_interview(interview)
+        postgres.configure(setting, value)
+        request = AccessRequestDTO("r", "Zoë 日本語", ("NULL", None, "\\"), NOON)
+        postgres.add_request(request)
+        with postgres.another() as storage:
+            with storage.transaction() as transaction:
+                transaction.lock_jobs(["日本語"], wait=True)
+                transaction._query("SELECT pg_sleep(0.3)")  # longer than the timeouts above
+                transaction.open_jobs([ledger_entry("a")])
+                assert transaction.get_interview_details([interview.id]) == [interview]
+                transaction.create_interview_attempt(
+                    [InterviewAttemptDTO(str(uuid4()), interview.id, "Zoë", NOON, None, NOON)]
+                )
+                order = AccessOrderDTO("Zoë 日本語", (interview.id,))
+                assert transaction.bulk_create_user_access([order]) == [1]
+                transaction.finish_jobs([finished("a")])
+                assert transaction.take_due_requests(10) == [request]
+            again = storage.get_finished_job("a")
+        assert again == finished("a")
+        assert again.finished_at
+        assert abs(datetime.now(UTC) - again.finished_at) < timedelta(minutes=5)
+        (attempt,) = postgres.attempts()
+        assert attempt.start_datetime == attempt.scheduled_end_datetime == NOON
+        assert postgres.granted("Zoë 日本語") == [interview.id]
+
+    def test_nothing_is_left_on_the_connection(self, postgres: PostgresStore) -> None:
+        """After a transaction its session has no setting and no lock that it did not have before.
+
+        A pooler gives the session to another service next.
+        """
+        finish(postgres.storage, finished("a"))
+        with postgres.storage._engine.connect() as connection:
+            settings = (
+                "SELECT name, setting FROM pg_settings"
+                " WHERE source = 'session' AND NOT starts_with(name, 'transaction')"
+            )
+            assert connection.exec_driver_sql(settings).all() == []
+            locks = "SELECT * FROM pg_locks WHERE locktype = 'advisory'"
+            assert connection.exec_driver_sql(locks).all() == []
+
+
+class Relay:
+    """A way to a server that forgets its connections and serves new ones, as a firewall may."""
+
+    def __init__(self, path: str, port: int = 0) -> None:
+        self._path = path
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self.port: int = self._listener.getsockname()[1]
+        self._generation = 0
+        self._sockets = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything has connected to it."""
+        return len(self._sockets) > 1
+
+    def forget(self) -> None:
+        """Swallow whatever comes over the connections that there are, and close none."""
+        self._generation += 1
+
+    def close(self) -> None:
+        """Close everything."""
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self._path)
+            self._sockets += [client, server]
+            for ends in (client, server), (server, client):
+                pump = (*ends, self._generation)
+                threading.Thread(target=self._pump, args=pump, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, generation: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                if generation == self._generation:
+                    sink.sendall(data)
+            if generation == self._generation:
+                sink.shutdown(socket.SHUT_WR)
+
+
+@dataclass
+class Network:
+    """A store behind a relay."""
+
+    relay: Relay
+    storage: PostgresStorage
+
+
+@pytest.fixture
+def network(postgres: PostgresStore) -> Iterator[Network]:
+    """A store behind a relay, whose replies may be missing for a moment only."""
+    url = make_url(postgres.database_url)
+    relay = Relay(f"{url.query['host']}/.s.PGSQL.5432")
+    through = url.set(host="127.0.0.1", port=relay.port, query={})
+    limits = DatabaseLimits(look=0.3)
+    storage = PostgresStorage(through.render_as_string(hide_password=False), limits=limits)
+    yield Network(relay, storage)
+    storage.close()
+    relay.close()
+
+
+class TestLostConnection:
+    """A connection that a server no longer has is noticed, and one that waits is left alone."""
+
+    def test_one_lost_between_two_transactions_is_replaced(self, network: Network) -> None:
+        """The next transaction begins on a new connection, and knows nothing of the old one."""
+        finish(network.storage, finished("a"))
+        network.relay.forget()
+        assert network.storage.get_finished_job("a") == finished("a")
+
+    def test_one_lost_within_a_transaction_is_an_outage(self, network: Network) -> None:
+        """The transaction fails, and the next one works."""
+        with ends_with(StorageError, network.storage) as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            network.relay.forget()
+            with pytest.raises(StorageError, match="no reply") as caught:
+                transaction.finish_jobs([finished("a")])
+            raise caught.value
+        assert caught.value.is_outage
+        finish(network.storage, finished("b"))
+
+    def test_one_lost_before_commit_is_an_outage(self, network: Network) -> None:
+        """A COMMIT without a reply may or may not have been kept; the ledger knows."""
+        with ends_with(StorageError, network.storage) as transaction:
+            transaction.open_jobs([ledger_entry("a")])
+            transaction.finish_jobs([finished("a")])
+            network.relay.forget()
+        assert network.storage.get_finished_job("a") is None
+
+    def test_a_statement_that_runs_is_waited_for(self, network: Network) -> None:
+        """A statement that takes longer than a reply may be missing is not cut off."""
+        with network.storage.transaction() as transaction:
+            transaction._query("SELECT pg_sleep(1.5)")
+            assert transaction.find_cancelled_jobs(["a"]) == frozenset()
+
+    @pytest.mark.parametrize("options", [{}, {"target_session_attrs": "read-write"}])
+    def test_the_server_that_is_asked_is_the_connection_s_own(
+        self, postgres: PostgresStore, network: Network, options: dict[str, str]
+    ) -> None:
+        """Of several hosts no other is asked about a statement, as it knows nothing of it."""
+        with socket.create_server(("127.0.0.1", 0)) as reserved:
+            port = reserved.getsockname()[1]
+        url = make_url(postgres.database_url)
+        hosts = [f"127.0.0.1:{port}", f"127.0.0.1:{network.relay.port}"]
+        both = url.set(host=None, port=None, query={"host": hosts, **options})
+        storage = PostgresStorage(
+            both.render_as_string(hide_password=False), limits=DatabaseLimits(look=0.3)
+        )
+        with storage.transaction() as transaction:
+            transaction.find_cancelled_jobs(["a"])
+            first = Relay(str(url.query["host"]) + "/.s.PGSQL.5432", port)
+            transaction._query("SELECT pg_sleep(1)")
+        assert not first.is_used
+        storage.close()
+        first.close()
+
+    def test_a_lock_is_waited_for(self, postgres: PostgresStore, network: Network) -> None:
+        """A statement that waits for another transaction is not cut off either."""
+        with postgres.storage.transaction() as holder:
+            holder.open_jobs([ledger_entry("a")])
+            waiting = Background(lambda: set(opened(network.storage, "a")))
+            postgres.until_waiting(waiting)
+            until(
+                lambda: (
+                    postgres.value(
+                        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                        " AND wait_event_type = 'Lock' AND query_start < now() - interval '1 s'"
+                    )
+                    == 1
+                )
+            )
+            holder.finish_jobs([finished("a")])
+        assert waiting.result() == {"a"}
+
+
+def opened(storage: PostgresStorage, job_id: str) -> dict[str, FinishedJobDTO]:
+    """The job, if it was finished before a transaction could open it."""
+    with storage.transaction() as transaction:
+        return dict(transaction.open_jobs([ledger_entry(job_id)]))

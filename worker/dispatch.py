@@ -1,0 +1,304 @@
+"""Dispatches claimed deliveries to pool processes in batches, and settles what these report.
+
+It never decides a job's result and never dispatches a delivery twice. A pool process executes each
+batch whole and returns one disposition for each delivery; if it ends without, its deliveries are
+isolated, with an attempt counted, and come back to be executed alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from itertools import chain, groupby
+from math import ceil
+from typing import Any
+from weakref import ref
+
+from celery import Celery
+from celery.app import trace
+from celery.utils.log import get_logger
+from celery.worker import state as worker_state
+from interview_access.contracts import is_job_id
+from interview_access.errors import shortened
+
+from worker.claims import Action, Disposition
+from worker.delivery import Delivery, Limits, State
+from worker.execution import BatchReport, execute
+from worker.lease import Lease
+
+logger = get_logger(__name__)
+
+_ACCEPT_SECONDS = 30.0
+"""Seconds in which a pool process must accept a batch; a new one takes less to start."""
+
+_FAILED_ATTEMPT_SECONDS = 2.0
+"""Seconds until a job whose pool process ended is executed again."""
+
+
+class Batch:
+    """Deliveries that one pool process executes, until it reports."""
+
+    def __init__(
+        self, deliveries: Sequence[Delivery], pool: Any, hostname: str, now: float
+    ) -> None:
+        self.deliveries = deliveries
+        self.hostname = hostname
+        self.is_revoked = False
+        self._pid: int | None = None
+        self._pool = pool
+        self._time_limit = deliveries[0].time_limit
+        self._deadline = now + _ACCEPT_SECONDS
+        self._is_terminated = False
+        self._result: Callable[[], object] = lambda: self
+        for delivery in deliveries:
+            delivery.state, delivery.batch = State.DISPATCHED, self
+
+    def start(self, **callbacks: Callable[..., object]) -> None:
+        """Hand the deliveries to the pool; a callback is called when they have ended."""
+        result = self._pool.apply_async(
+            execute,
+            args=([one.dispatched for one in self.deliveries], self.hostname),
+            correlation_id=self.deliveries[0].id,
+            **callbacks,
+        )
+        self._result = ref(result)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the pool has forgotten the batch, so that no callback will be called."""
+        return self._result() is None
+
+    def accept(self, pid: int, now: float) -> None:
+        """A pool process has begun: its time limit counts from now."""
+        self._pid, self._deadline = pid, now + self._time_limit
+        if self.is_revoked:
+            self.terminate()
+
+    def enforce_time_limit(self, now: float) -> bool:
+        """End the pool process if it is over the time limit.
+
+        Returns:
+            Whether no pool process has accepted the batch in time, so that none can be ended: it is
+            frozen, perhaps.
+        """
+        if now < self._deadline or self._is_terminated:
+            return False
+        ids = ", ".join(shortened(one.id) for one in self.deliveries[:5])
+        logger.error(
+            "time limit exceeded: seconds=%s pid=%s jobs=%d (%s)",
+            *(self._time_limit, self._pid, len(self.deliveries), ids),
+        )
+        self.terminate()
+        return self._pid is None
+
+    def revoke(self) -> None:
+        """End the pool process for an operator: no attempt is counted."""
+        self.is_revoked = True
+        self.terminate()
+
+    def terminate(self) -> None:
+        """End the pool process. SIGTERM, by which a whole process group is stopped, is ignored."""
+        if self._pid and not self._is_terminated:
+            self._is_terminated = True
+            self._pool.terminate_job(self._pid, signal.SIGKILL)
+
+
+class Dispatcher:
+    """Gives claimed deliveries to free pool processes."""
+
+    def __init__(
+        self,
+        app: Celery,
+        pool: Any,
+        hostname: str,
+        lease: Lease,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Dispatches nothing yet.
+
+        Args:
+            app: The tasks' app.
+            pool: Celery's prefork pool.
+            hostname: The worker's name.
+            lease: Where deliveries are claimed and settled.
+            limits: What a message is allowed.
+            clock: Seconds of this process's monotonic clock.
+        """
+        self.send_event: Callable[..., object] = lambda *_, **__: None
+        self.on_free: Callable[[], object] = lambda: None
+        self._app = app
+        self._pool = pool
+        self._hostname = hostname
+        self._lease = lease
+        self._limits = limits
+        self._clock = clock
+        self._batches: dict[Batch, None] = {}
+
+    @property
+    def processes(self) -> int:
+        """Pool processes, busy ones too."""
+        return int(self._pool.num_processes)
+
+    @property
+    def free_processes(self) -> int:
+        """Pool processes without a batch."""
+        return self.processes - len(self._batches)
+
+    def dispatch(self, deliveries: Sequence[Delivery]) -> None:
+        """Partition deliveries among the free pool processes; settle what is not executed."""
+        settled: dict[str, Disposition] = {}
+        ready: list[Delivery] = []
+        for delivery in deliveries:
+            delivery.read(self._app, self._limits)
+            disposition = self._disposition(delivery)
+            if disposition:
+                settled[delivery.tag] = disposition
+            else:
+                self._announce(delivery)
+                ready.append(delivery)
+        if settled:
+            self._lease.settle(settled)
+        free = max(self.free_processes, 1)
+        batches = list(partition(ready, free))
+        for batch in batches[:free]:
+            self._start(Batch(batch, self._pool, self._hostname, self._clock()))
+        if surplus := list(chain.from_iterable(batches[free:])):
+            requeue = Disposition(Action.REQUEUE)
+            self._lease.settle({delivery.tag: requeue for delivery in surplus})
+            for delivery in surplus:
+                worker_state.task_ready(delivery)
+
+    def _disposition(self, delivery: Delivery) -> Disposition | None:
+        """How a delivery is settled that no pool process is needed for."""
+        if delivery.delay > 0 and not delivery.failure:
+            return Disposition(Action.DELAY, delay=delivery.delay)
+        if delivery.failure and (not delivery.id or delivery.is_hopeless(self._limits)):
+            reason = delivery.failure.sentence
+            logger.error("dead letter: %s reason=%s", delivery, reason)
+            return Disposition(
+                Action.DEAD_LETTER,
+                job_id=delivery.id,
+                task=delivery.name,
+                reason=reason,
+                in_ledger=None if delivery.id else False,
+                attempts=delivery.claim.attempts + delivery.claim.retries,
+            )
+        return None
+
+    def _announce(self, delivery: Delivery) -> None:
+        worker_state.task_reserved(delivery)
+        logger.info(trace.LOG_RECEIVED, {"name": delivery.name, "id": delivery.id})
+        names = ("root_id", "parent_id", "eta", "expires")
+        headers = {name: delivery.headers.get(name) for name in names}
+        self.send_event(
+            "task-received",
+            uuid=delivery.id,
+            name=delivery.name,
+            **delivery.arguments,
+            retries=delivery.claim.retries,
+            **{name: value if is_job_id(value) else None for name, value in headers.items()},
+        )
+
+    def _start(self, batch: Batch) -> None:
+        self._batches[batch] = None
+
+        def on_accepted(pid: int, time_accepted: float) -> None:
+            batch.accept(pid, self._clock())
+            for delivery in batch.deliveries:
+                delivery.worker_pid, delivery.time_start = pid, time_accepted
+                if delivery.name in self._app.tasks:  # Celery keeps a count of each name
+                    worker_state.task_accepted(delivery)
+                self.send_event("task-started", uuid=delivery.id)
+
+        try:
+            batch.start(
+                accept_callback=_logged(on_accepted),
+                callback=_logged(lambda report: self._settle(batch, report)),
+                error_callback=_logged(lambda error: self._settle_failed(batch, error.exception)),
+            )
+        except Exception as error:  # noqa: BLE001 - whatever the pool raises, the jobs are requeued
+            self._settle_failed(batch, error)
+
+    def _settle(self, batch: Batch, report: BatchReport) -> None:
+        """A pool process has executed a batch."""
+        dispositions = {
+            delivery.tag: settlement.disposition
+            for delivery, settlement in zip(batch.deliveries, report.settlements, strict=True)
+        }
+        self._finish(batch, dispositions)
+        if report.outage:
+            self._lease.breaker.record_failure(report.outage)
+        elif report.has_success:
+            self._lease.breaker.record_success()
+        for delivery, settlement in zip(batch.deliveries, report.settlements, strict=True):
+            for kind, fields in settlement.events:
+                self.send_event(kind, uuid=delivery.id, **fields)
+
+    def _settle_failed(self, batch: Batch, error: BaseException) -> None:
+        """A pool process has ended with a batch: only the ledger knows how far its jobs came."""
+        # An operator who ends the process, or stops the worker, does not count as an attempt.
+        is_intended = self._lease.is_draining or batch.is_revoked
+        failed = Disposition(Action.FAILED_ATTEMPT, delay=_FAILED_ATTEMPT_SECONDS)
+        disposition = Disposition(Action.REQUEUE) if is_intended else failed
+        if not is_intended:
+            for delivery in batch.deliveries:
+                logger.error("pool process lost: %s error=%r", delivery, error)
+        self._finish(batch, {one.tag: disposition for one in batch.deliveries})
+        for delivery in batch.deliveries:
+            self.send_event("task-retried", uuid=delivery.id, exception=repr(error), traceback="")
+
+    def _finish(self, batch: Batch, dispositions: dict[str, Disposition]) -> None:
+        self._batches.pop(batch, None)
+        try:
+            self._lease.settle(dispositions)
+        finally:
+            for delivery in batch.deliveries:
+                worker_state.task_ready(delivery)
+            self.on_free()
+
+    def on_heartbeat(self) -> None:
+        """Enforce time limits, and drop batches that the pool has forgotten."""
+        for batch in list(self._batches):
+            is_stuck = batch.enforce_time_limit(self._clock())
+            if is_stuck:
+                failed = Disposition(Action.FAILED_ATTEMPT, delay=_FAILED_ATTEMPT_SECONDS)
+                self._lease.settle({delivery.tag: failed for delivery in batch.deliveries})
+            if is_stuck or batch.is_abandoned:
+                self._batches.pop(batch, None)
+                for delivery in batch.deliveries:
+                    worker_state.task_ready(delivery)
+
+
+def _logged(callback: Callable[..., object]) -> Callable[..., object]:
+    """Log what the callback raises: billiard drops it."""
+
+    @wraps(callback)
+    def logged(*args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            logger.exception("defect in a callback of the pool")
+            raise
+
+    return logged
+
+
+def partition(deliveries: Sequence[Delivery], processes: int) -> Iterator[Sequence[Delivery]]:
+    """Share deliveries out among free pool processes.
+
+    Deliveries of different time limits are in different batches, for a limit ends a whole batch; so
+    there may be more batches than processes.
+    """
+
+    def time_limit(delivery: Delivery) -> float:
+        return delivery.time_limit
+
+    size = ceil(len(deliveries) / processes)
+    for _, grouped in groupby(sorted(deliveries, key=time_limit), key=time_limit):
+        group = list(grouped)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
