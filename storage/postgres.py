@@ -71,6 +71,8 @@ from storage.models import (
 
 _LOCK_NOT_HAD = "55P03"
 _NOT_UNIQUE = "23505"
+_STALE_STATEMENT = {"26000", "42P05", "0A000"}
+"""A prepared statement is missing, exists already, or returns other columns than it did."""
 
 _UUID_OID = psycopg.adapters.types["uuid"].oid
 
@@ -415,10 +417,10 @@ class PostgresStorage(InterviewStorageInterface):
                 raise LedgerError(f"{len(transaction.open)} jobs were opened and never finished")
             with driver_errors_translated():
                 connection.commit()
-        except StorageError:
-            # Nothing outlives a failure: no stale prepared statement, no wait for a ROLLBACK.
-            with driver_errors_translated():
-                connection.invalidate()
+        except StorageError as error:
+            if error.is_outage or error.sqlstate in _STALE_STATEMENT:
+                with driver_errors_translated():
+                    connection.invalidate()
             raise
         finally:
             with driver_errors_translated():

@@ -128,12 +128,15 @@ def _settle_distinct(
         error = failed
     left = [job for job in jobs if job.entry.job_id not in settled]
     if len(jobs) > 1:
-        while left and not _is_outage(error):
+        is_hopeless = _is_outage(error)
+        while left and not is_hopeless:
             job = left.pop(0)
             alone = _settle_distinct(storage, [job], work)
             settled.update(alone)
             if isinstance(failed_alone := alone[job.entry.job_id], Exception):
+                # A lock is waited for: many jobs that are busy elsewhere would delay the others.
                 error = failed_alone
+                is_hopeless = _is_outage(error) or isinstance(error, JobBusyError)
     settled.update((job.entry.job_id, error) for job in left)
     return settled
 

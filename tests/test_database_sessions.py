@@ -15,8 +15,13 @@ import pytest
 from sqlalchemy import make_url
 
 from storage.dtos import AccessOrderDTO, AccessRequestDTO, FinishedJobDTO, InterviewAttemptDTO
-from storage.interface import JobBusyError, LedgerError, StorageError
-from storage.postgres import DatabaseLimits, PostgresStorage
+from storage.interface import (
+    InterviewStorageInterface,
+    JobBusyError,
+    LedgerError,
+    StorageError,
+)
+from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
 from tests.database import role
 from tests.stores import Background, PostgresStore, an_interview, until
 from tests.test_storage_conformance import ends_with, finish, finished, ledger_entry
@@ -120,6 +125,47 @@ class TestDriverErrors:
                 storage.is_cancelled("a")
             assert caught.value.sqlstate == "42501"
             assert caught.value.is_outage
+
+
+class TestFailedTransaction:
+    """What becomes of a transaction's connection when it fails."""
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            JobBusyError("another transaction holds the job's lock"),
+            LedgerError("a defect"),
+            StorageError("an interview is missing", "23503"),
+            ValueError("none of the storage's"),
+        ],
+    )
+    def test_one_job_s_error_keeps_it(self, postgres: PostgresStore, error: Exception) -> None:
+        """After an error that concerns one job the connection is rolled back and serves on."""
+        before = server_process(postgres.storage)
+        with ends_with(type(error), postgres.storage) as transaction:
+            transaction.request_cancellation("a")
+            raise error
+        assert server_process(postgres.storage) == before
+        assert not postgres.storage.is_cancelled("a")
+
+    @pytest.mark.parametrize("sqlstate", [None, "57P01", "26000", "42P05", "0A000"])
+    def test_an_outage_or_a_stale_statement_closes_it(
+        self, postgres: PostgresStore, sqlstate: str | None
+    ) -> None:
+        """After an outage, and for a prepared statement that is stale, a new one is opened."""
+        before = server_process(postgres.storage)
+        with ends_with(StorageError, postgres.storage) as transaction:
+            transaction.request_cancellation("a")
+            raise StorageError("reason", sqlstate)
+        assert server_process(postgres.storage) != before
+        assert not postgres.storage.is_cancelled("a")
+
+
+def server_process(storage: InterviewStorageInterface) -> int:
+    """The process of the server that serves a storage's only connection."""
+    with storage.transaction() as transaction:
+        assert isinstance(transaction, PostgresTransaction)
+        return int(transaction._value("SELECT pg_backend_pid()", None))
 
 
 SETTINGS = [

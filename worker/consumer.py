@@ -69,7 +69,8 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         self._flush_events()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Log the error. Celery's own also warns of a setting that celeryconfig.py sets."""
+        """Log the cause. Celery's own names its class, and warns of a setting that is set."""
+        logger.warning("connection to Redis lost: %s", exc)
         with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
             super().on_connection_error_after_connected(exc)
 
