@@ -131,7 +131,7 @@ def test_celery_reads_the_message_as_its_own(idle: Site, client: Client) -> None
     job_id = client.enqueue("ann", [ID], countdown=60, expires=3600)
     app = Celery(broker=idle.broker, set_as_current=False)
 
-    @app.task(name=GRANT_ACCESS)  # type: ignore[untyped-decorator] # Celery's
+    @app.task(name=GRANT_ACCESS, shared=False)  # type: ignore[untyped-decorator] # Celery's
     def task(user_id: str, interview_ids: list[str]) -> None:
         """Of the name, and never run."""
 
