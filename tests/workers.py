@@ -99,6 +99,8 @@ def site(stack: LocalStack, database_url: str, number: int) -> Iterator[Site]:
     with postgres_store(database_url) as store:
         here = Site(stack, store, number)
         yield here
+        # Celery's results unsubscribe when they are collected, which may be after the server's end.
+        here.producer.backend.result_consumer.subscribed_to.clear()
         here.redis.close()
 
 
