@@ -57,7 +57,6 @@ _IS_LOST = """
 # Authentication, an unknown role or database, no right to connect to it.
 _REFUSED = re.compile(rb'ErrorResponse.* C "(28...|3D000|42501)"')
 _DATA_EXCEPTION = "22000"
-_EXPECTED = "expected postgresql://user:password@host:port/database"
 
 Waiting = Generator[Any, Any, Any]
 """What psycopg drives: yields what it waits for, and is sent what is ready, or nothing."""
@@ -67,7 +66,7 @@ def parsed(database_url: str) -> URL:
     """Read the database's URL.
 
     Raises:
-        StorageError: It is none of PostgreSQL's. The message holds no part of a password.
+        StorageError: if it is not a PostgreSQL URL. The message omits the password.
     """
     try:
         return make_url(parse_database_url(database_url))
@@ -153,8 +152,8 @@ def _set_up(connection: ServerConnection, _record: object) -> None:
 class driver_errors_translated:  # noqa: N801 - used as a function, and cheaper than a generator
     """Raise whatever the driver or SQLAlchemy raises in a block as :class:`StorageError`.
 
-    Wraps calls of the driver only, never code of the business: so any exception is the driver's,
-    also one that is none of its own (OSError, UnicodeDecodeError).
+    Wraps driver calls only, so every exception comes from the driver, including OSError and
+    UnicodeDecodeError.
     """
 
     def __enter__(self) -> None:
@@ -179,7 +178,7 @@ def _translated(error: Exception) -> StorageError:
 def is_refused(url: URL, error: DBAPIError) -> bool:
     """Whether no connection can be opened as it is configured: a role, a password, an option.
 
-    libpq tells the SQLSTATE in its trace only; its message is in the server's language.
+    libpq reports the SQLSTATE in its trace only; its message is in the server's language.
 
     Args:
         url: Where the connection was to lead.

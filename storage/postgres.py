@@ -391,7 +391,7 @@ class PostgresStorage(InterviewStorageInterface):
             limits: Bounds in time.
 
         Raises:
-            StorageError: The URL is none of PostgreSQL's.
+            StorageError: if the URL is not a PostgreSQL URL.
         """
         self._limits = limits or DatabaseLimits()
         self._engine = open_engine(

@@ -168,7 +168,7 @@ def check_schema(database_url: str) -> str | None:
         except SchemaMismatchError as error:
             return str(error)
         if found is None:
-            return f"the database has none of the worker's schema: {_RUN_MIGRATE}"
+            return f"the database does not have the worker's schema: {_RUN_MIGRATE}"
         if found != expected:
             return f"the database is at revision {found}, expected {expected}: {_RUN_MIGRATE}"
         return missing_privileges(connection, NEEDED)

@@ -242,9 +242,9 @@ def failure(error: InterviewAccessError, rejected: RejectedIdsDTO | None = None)
     )
 
 
-def error_of(told: Mapping[str, Any]) -> InterviewAccessError:
-    """The error that an answer holds, in its own class."""
-    return error_class(told["type"])(told["sentence"], told["details"])
+def error_of(stored: Mapping[str, Any]) -> InterviewAccessError:
+    """Rebuild an error from the ledger's form of it: ``type``, ``sentence`` and ``details``."""
+    return error_class(stored["type"])(stored["sentence"], stored["details"])
 
 
 def result_of(answer: AnswerDTO) -> dict[str, Any]:

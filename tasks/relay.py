@@ -81,7 +81,7 @@ def _rejected(job_id: str) -> RejectedJob:
 
 
 def _is_lost(request: AccessRequestDTO, now: datetime, on_queue: Collection[str]) -> bool:
-    """Whether no message of the request is on the queue, as far as can be told."""
+    """Whether the request has no message on the queue, or has waited for too long for one."""
     if request.sent_at is None or request.job_id not in on_queue:
         return True
     waited = request.sent_at - request.requested_at

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -23,6 +23,7 @@ from storage.interface import (
 )
 from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
 from tests.database import role
+from tests.relay import Pair, SocketRelay
 from tests.stores import Background, PostgresStore, an_interview, until
 from tests.test_storage_conformance import ends_with, finish, finished, ledger_entry
 
@@ -242,53 +243,39 @@ class TestSettings:
             assert connection.exec_driver_sql(locks).all() == []
 
 
-class Relay:
+class Relay(SocketRelay):
     """A way to a server that forgets its connections and serves new ones, as a firewall may."""
 
-    def __init__(self, path: str, port: int = 0) -> None:
-        self._path = path
-        self._listener = socket.create_server(("127.0.0.1", port))
-        self.port: int = self._listener.getsockname()[1]
-        self._generation = 0
-        self._sockets = [self._listener]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def is_used(self) -> bool:
+    def __init__(self, server: str, port: int = 0) -> None:
+        self.is_used = False
         """Whether anything has connected to it."""
-        return len(self._sockets) > 1
+        self._generation = 0
+        listener = socket.create_server(("127.0.0.1", port))
+        self.port: int = listener.getsockname()[1]
+        super().__init__(Path(server), listener)
 
     def forget(self) -> None:
         """Swallow whatever comes over the connections that there are, and close none."""
         self._generation += 1
 
-    def close(self) -> None:
-        """Close everything."""
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+    def pumps(self, pair: Pair) -> tuple[Callable[[], object], Callable[[], object]]:
+        """See the base class."""
+        self.is_used = True
+        (client, server), generation = pair, self._generation
+        return (
+            lambda: self._pump(pair, client, server, generation),
+            lambda: self._pump(pair, server, client, generation),
+        )
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.socket(socket.AF_UNIX)
-            server.connect(self._path)
-            self._sockets += [client, server]
-            for ends in (client, server), (server, client):
-                pump = (*ends, self._generation)
-                threading.Thread(target=self._pump, args=pump, daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, generation: int) -> None:
+    def _pump(
+        self, pair: Pair, source: socket.socket, target: socket.socket, generation: int
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
                 if generation == self._generation:
-                    sink.sendall(data)
-            if generation == self._generation:
-                sink.shutdown(socket.SHUT_WR)
+                    target.sendall(data)
+        if generation == self._generation:
+            self.disconnect(pair)
 
 
 @dataclass

@@ -388,15 +388,7 @@ class TestSentinel:
         """The command grants, tells the status and lists dead letters."""
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [sys.executable, "-m", "worker.cli", *words],
-                env=here.environment(**sentinels.environment()),
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=True,
-            )
+            return _run(here, sentinels, "worker.cli", *words)
 
         words = ["--user", "dan", "--interview", NAMED_SAMPLES[0], "--job-id", "dan", "--wait"]
         assert json.loads(run("grant", *words).stdout)["created_access_count"] == 1
@@ -437,15 +429,7 @@ class TestSentinel:
         """Log, banner, `inspect stats`, `inspect conf` and `report` hold no password."""
         said = [behind.read_text(encoding="utf-8")]
         for words in (["inspect", "stats"], ["inspect", "conf"], ["report"]):
-            done = subprocess.run(
-                [sys.executable, "-m", "celery", "-A", "worker", *words],
-                env=here.environment(**sentinels.environment()),
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=True,
-            )
+            done = _run(here, sentinels, "celery", "-A", "worker", *words)
             said.append(done.stdout + done.stderr)
         assert all(MASTER in text for text in said[1:3])
         assert not [text for text in said if PASSWORD in text]
@@ -470,3 +454,18 @@ class TestSentinel:
         """A redis:// URL of a Sentinel is refused with a hint."""
         url = f"redis://:{PASSWORD}@127.0.0.1:{sentinels.sentinel_ports[0]}/0"
         assert "got a Sentinel" in refusal(here.store.database_url, url)
+
+
+def _run(
+    here: Site, sentinels: Sentinels, module: str, *words: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed, with the Sentinels' address in its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *words],
+        env=here.environment(**sentinels.environment()),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from celery import Celery, states
-from celery.exceptions import Reject
 from celery.utils.log import get_logger
 from interview_access import errors
 from interview_access.contracts import (
@@ -117,7 +116,7 @@ class ControlService(BackgroundService):
             self._answer(redis, request)
         except (RedisError, OSError):
             raise
-        except (StorageError, Reject) as error:  # the ledger or the result backend is away
+        except StorageError as error:
             logger.warning("control request not answered: %s: %s", request.id, _brief(error))
         except Exception:
             logger.exception("control request failed: %s", request.id)

@@ -41,9 +41,9 @@ _HEADER_LEVELS = 50  # some hundred more overflow the pickler
 _LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _REPRESENTATION = 200  # characters of a job's arguments in events and control replies
 
-_UNDECODED_ATTEMPTS = 1
-"""Attempts after the last allowed one that record the failure with the body decoded. After one
-more, which does not decode it, the message is a dead letter without a result."""
+_RECORDING_ATTEMPTS = 2
+"""Attempts after the last allowed one, which only record the failure: the first decodes the body,
+the second does not. If both end the pool process, the message is a dead letter without a result."""
 
 _BRACKETED = re.compile(r"\[.*", re.DOTALL)
 _HEADERS = re.compile(rb'"headers"\s*:\s*\{(.*)', re.DOTALL)
@@ -73,7 +73,7 @@ class Limits:
     Attributes:
         interview_ids: Grants that one job may request.
         attempts: Attempts that end the pool process or the worker.
-        seconds: Time limit of a job that has none of its own.
+        seconds: Time limit of a job whose message sets no lower one.
     """
 
     interview_ids: int
@@ -178,10 +178,11 @@ class Delivery:
         except InvalidGrantRequestException as error:
             self.failure = error
         except Exception as error:  # noqa: BLE001 - any bytes can raise anything; none may end the worker
-            told = str(error) if isinstance(error, UnreadableMessageError) else type(error).__name__
+            has_reason = isinstance(error, UnreadableMessageError)
+            reason = str(error) if has_reason else type(error).__name__
+            reason = shortened(reason, quoted=False, at_most=300)
             self.failure = JobFailedError(
-                f"The message cannot be read: {shortened(told, quoted=False, at_most=300)}.",
-                {"total": 1, "reason": shortened(told, quoted=False, at_most=300)},
+                f"The message cannot be read: {reason}.", {"total": 1, "reason": reason}
             )
         if self.failure and not self.id:
             self._read_identity()
@@ -241,7 +242,7 @@ class Delivery:
     def _predetermined(self, limits: Limits) -> InterviewAccessError | None:
         claim = self.claim
         if claim.attempts >= limits.attempts:
-            if claim.attempts > limits.attempts + _UNDECODED_ATTEMPTS - 1:
+            if claim.attempts > limits.attempts:
                 self._body = None
             return JobFailedError(
                 f"The job ended its worker's process {claim.attempts} times, by its size perhaps, "
@@ -257,7 +258,7 @@ class Delivery:
 
     def is_hopeless(self, limits: Limits) -> bool:
         """Whether even recording the job's failure has ended its pool process."""
-        return self.claim.attempts > limits.attempts + _UNDECODED_ATTEMPTS
+        return self.claim.attempts >= limits.attempts + _RECORDING_ATTEMPTS
 
     @property
     def _is_revoked(self) -> bool:

@@ -33,8 +33,8 @@ logger = get_logger(__name__)
 _ACCEPT_SECONDS = 30.0
 """Seconds in which a pool process must accept a batch; a new one takes less to start."""
 
-_FAILED_ATTEMPT_SECONDS = 2.0
-"""Seconds until a job whose pool process ended is executed again."""
+_FAILED_ATTEMPT = Disposition(Action.FAILED_ATTEMPT, delay=2.0)
+"""Of a delivery whose pool process ended or did not accept it."""
 
 
 class Batch:
@@ -136,6 +136,7 @@ class Dispatcher:
         self._lease = lease
         self._limits = limits
         self._clock = clock
+        # One for each busy pool process, also after its deliveries left the lease's table.
         self._batches: dict[Batch, None] = {}
 
     @property
@@ -242,8 +243,7 @@ class Dispatcher:
         """A pool process has ended with a batch: only the ledger knows how far its jobs came."""
         # An operator who ends the process, or stops the worker, does not count as an attempt.
         is_intended = self._lease.is_draining or batch.is_revoked
-        failed = Disposition(Action.FAILED_ATTEMPT, delay=_FAILED_ATTEMPT_SECONDS)
-        disposition = Disposition(Action.REQUEUE) if is_intended else failed
+        disposition = Disposition(Action.REQUEUE) if is_intended else _FAILED_ATTEMPT
         if not is_intended:
             for delivery in batch.deliveries:
                 logger.error("pool process lost: %s error=%r", delivery, error)
@@ -265,8 +265,7 @@ class Dispatcher:
         for batch in list(self._batches):
             is_stuck = batch.enforce_time_limit(self._clock())
             if is_stuck:
-                failed = Disposition(Action.FAILED_ATTEMPT, delay=_FAILED_ATTEMPT_SECONDS)
-                self._lease.settle({delivery.tag: failed for delivery in batch.deliveries})
+                self._lease.settle({one.tag: _FAILED_ATTEMPT for one in batch.deliveries})
             if is_stuck or batch.is_abandoned:
                 self._batches.pop(batch, None)
                 for delivery in batch.deliveries:

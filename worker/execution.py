@@ -232,8 +232,8 @@ def _decoded(body: str, encoding: str, limits: Limits) -> _Call:
 
 
 def _undecodable(error: Exception) -> tuple[str, dict[str, Any]]:
-    told = shortened(str(error), quoted=False, at_most=300)
-    return f"The body cannot be decoded: {told}.", {"total": 1, "reason": told}
+    reason = shortened(str(error), quoted=False, at_most=300)
+    return f"The body cannot be decoded: {reason}.", {"total": 1, "reason": reason}
 
 
 # --- Through the ledger -------------------------------------------------------------------------
@@ -332,12 +332,12 @@ def _followed(app: Celery, run: _Run) -> Disposition:
         with _as_current(run):
             _send_following(app, run)
     except Exception as error:  # noqa: BLE001 - a producer's signatures can raise anything
-        told = shortened(f"{type(error).__name__}: {error}", quoted=False, at_most=300)
-        logger.warning("job %s: its callbacks cannot be sent: %s", delivery.job_id, told)
+        reason = shortened(f"{type(error).__name__}: {error}", quoted=False, at_most=300)
+        logger.warning("job %s: its callbacks cannot be sent: %s", delivery.job_id, reason)
         is_outage = isinstance(error, OperationalError | RedisError | OSError)
         if is_outage and delivery.retries < dependencies.retry_limit:
             return Disposition(Action.RETRY, delay=_back_off(delivery, dependencies))
-        return _dead_letter(run, f"Its callbacks cannot be sent: {told}")
+        return _dead_letter(run, f"Its callbacks cannot be sent: {reason}")
     return Disposition(Action.ACKNOWLEDGE, job_id=delivery.job_id)
 
 
@@ -459,7 +459,7 @@ def _refuse_builtin_tasks(embedded: Any) -> None:
     if isinstance(embedded, dict):
         task = embedded.get("task")
         if isinstance(task, str) and task.startswith("celery.") and task not in _CANVAS:
-            raise _CallbackRefusedError(f"task: expected none of Celery's own, got {task[:100]!r}")
+            raise _CallbackRefusedError(f"task: expected a task of yours, got {task[:100]!r}")
     for one in embedded.values() if isinstance(embedded, dict) else embedded:
         if isinstance(one, dict | list):
             _refuse_builtin_tasks(one)

@@ -79,7 +79,8 @@ class JobStatusService:
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
             error = ledger.error_of(status.error.model_dump())
-            self._results.store_failure(job_id, error)
+            # If Redis is away, it is stored when the job's message is delivered.
+            self._results.store_results({job_id: error})
         elif is_running and not status.final:
             status.state = "running"
         return status

@@ -8,7 +8,7 @@ from typing import Any
 from celery import states
 from celery.app.task import Context
 from celery.backends.redis import RedisBackend, SentinelBackend
-from celery.exceptions import BackendStoreError, ChordError, Reject
+from celery.exceptions import BackendStoreError, ChordError
 from celery.utils.log import get_logger
 from interview_access import errors
 from interview_access.contracts import CONTROL_QUEUE
@@ -129,14 +129,14 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
 
     def _store_where_nothing_is(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
         """Store states and their results by job, in one round trip, and name those that were."""
-        told: dict[str, dict[str, Any]] = {}  # what all of a state have in common
+        common: dict[str, dict[str, Any]] = {}  # fields that are equal for all jobs of a state
         script = self.client.register_script(_COMPARE_AND_SET).sha
         with self.client.pipeline(transaction=False) as pipeline:
             for job_id, (state, result) in fresh.items():
-                if state not in told:
-                    told[state] = self._get_result_meta(None, state, None, request=Context())
+                if state not in common:
+                    common[state] = self._get_result_meta(None, state, None, request=Context())
                 encoded = self.encode_result(result, state)
-                value = self.encode({**told[state], "result": encoded, "task_id": job_id})
+                value = self.encode({**common[state], "result": encoded, "task_id": job_id})
                 key = self.get_key_for_task(job_id)
                 pipeline.evalsha(script, 1, key, "", value, self._seconds(state))
             commands = pipeline.command_stack
@@ -150,21 +150,6 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     def _seconds(self, state: str) -> int:
         """For how long a result of this state can be polled."""
         return int(self.failure_expires if state == states.FAILURE else self.expires)
-
-    def store_failure(self, job_id: str, error: InterviewAccessError) -> None:
-        """Store a failure from the main process, which must not wait for long: one try.
-
-        Without its request: its callbacks may be what is wrong.
-
-        Raises:
-            Reject: it cannot be stored now; the message is to come again.
-        """
-        try:
-            self._store_result(
-                job_id, self.encode_result(error, states.FAILURE), states.FAILURE, None, None
-            )
-        except (BackendStoreError, RedisError, OSError) as failed:
-            raise Reject(f"its result cannot be stored: {failed}", requeue=True) from failed
 
     def _store_result(
         self,

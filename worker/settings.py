@@ -58,9 +58,9 @@ class DatabaseSettings(BaseModel):
                 masked) and what was expected.
         """
         variables = {name: name.upper() for name in cls.model_fields}
-        told = {name: os.environ[key] for name, key in variables.items() if os.environ.get(key)}
+        values = {name: os.environ[key] for name, key in variables.items() if os.environ.get(key)}
         try:
-            return cls.model_validate(told)
+            return cls.model_validate(values)
         except ValidationError as error:
             raise SettingsError("\n".join(map(_told, error.errors()))) from None
 

@@ -605,9 +605,9 @@ def _answer(stored: Mapping[str, Any]) -> dict[str, Any]:
         case [str(sentence), dict(details)] if kind and kind.__name__ == name:
             raise kind(sentence, details)
     reason = message[0] if isinstance(message, list) and message else message
-    told = f"{name}: {reason}"
+    text = f"{name}: {reason}"
     raise JobFailedError(
-        f"The job failed: {shortened(told, quoted=False, at_most=500)}",
+        f"The job failed: {shortened(text, quoted=False, at_most=500)}",
         {"exc_type": shortened(str(name), quoted=False)},
     )
 

@@ -91,7 +91,7 @@ def heartbeats(here: Site) -> dict[str, float]:
 def living_sessions(here: Site) -> set[str]:
     """The worker sessions that renew their leases while we look."""
     before = heartbeats(here)
-    time.sleep(RENEWAL_SECONDS)  # in which each renews its lease
+    time.sleep(RENEWAL_SECONDS)  # that a session does not renew can only be seen over a time
     return {one for one, value in heartbeats(here).items() if before.get(one) != value}
 
 

@@ -33,7 +33,7 @@ from interview_access.errors import JobIdReusedException, QueueUnavailableError
 from interview_access.producer import InterviewAccessClient
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
-from sqlalchemy import text
+from sqlalchemy import Connection, make_url, text
 
 from storage.schema import migrate
 from tests.database import connected
@@ -49,6 +49,7 @@ from tests.faults.books import (
 from tests.faults.gates import Gate, Relay, Relays
 from tests.faults.sites import POINTS, family, kill_all
 from tests.fuzz import Fuzz
+from tests.stores import until
 from tests.workers import GRANT_ACCESS, QUEUE, ROOT, Site, site
 from worker.local_stack import LocalStack, Service
 
@@ -159,18 +160,21 @@ class Chaos:
 
     def end_backends(self, _: int) -> None:
         """PostgreSQL ends all of the workers' connections."""
-        self._ask_database(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name <> '' AND pid <> pg_backend_pid()"
-            " AND backend_type = 'client backend'"
-        )
+        with connected(self.here.store.database_url) as database:
+            _end_backends(database)
 
-    def make_database_read_only(self, _: int) -> None:
-        """PostgreSQL takes no writes for a while."""
-        for turn in "on", "off":
-            self._ask_database(f"ALTER SYSTEM SET default_transaction_read_only = {turn}")
-            self._ask_database("SELECT pg_reload_conf()")
-            time.sleep(self.rng.uniform(0.1, 1.0))
+    def refuse_database_connections(self, _: int) -> None:
+        """PostgreSQL ends all connections and accepts none for a while."""
+        url = make_url(self.here.store.database_url)
+        server = url.set(database="postgres").render_as_string(hide_password=False)
+        with connected(server, autocommit=True) as database:
+            refuse = f"ALTER DATABASE {url.database} ALLOW_CONNECTIONS"
+            database.execute(text(f"{refuse} false"))
+            try:
+                _end_backends(database)
+                self._hold(0.1, 2.0)
+            finally:
+                database.execute(text(f"{refuse} true"))
 
     def cut_database_connections(self, _: int) -> None:
         """The connections to PostgreSQL are cut."""
@@ -187,19 +191,19 @@ class Chaos:
     def freeze_redis(self, _: int) -> None:
         """Redis is frozen for longer than every lease."""
         os.kill(self.stack.valkey.pid, signal.SIGSTOP)
-        time.sleep(self.rng.uniform(0.2, 3.0))
+        self._hold(0.2, 3.0)
         os.kill(self.stack.valkey.pid, signal.SIGCONT)
 
     def fill_redis(self, _: int) -> None:
         """Redis has no room for a while."""
         self.here.redis.config_set("maxmemory", 1)
-        time.sleep(self.rng.uniform(0.1, 1.5))
+        self._hold(0.1, 1.5)
         self.here.redis.config_set("maxmemory", 0)
 
     def demote_redis(self, _: int) -> None:
         """Redis takes no writes for a while."""
         self.here.redis.replicaof("127.0.0.1", 1)
-        time.sleep(self.rng.uniform(0.1, 1.0))
+        self._hold(0.1, 1.0)
         self.here.redis.replicaof("NO", "ONE")
 
     def cut_redis_connections(self, _: int) -> None:
@@ -216,12 +220,11 @@ class Chaos:
         """Redis closes all of its connections while jobs wait for a lock on their table."""
         with connected(self.here.store.database_url) as database:
             database.execute(text("LOCK TABLE interview_userinterviewaccess IN EXCLUSIVE MODE"))
-            deadline = time.monotonic() + 3
-            while not self._waits_for_lock() and time.monotonic() < deadline:
-                time.sleep(0.02)  # a job comes by when it does
-            time.sleep(self.rng.uniform(0.0, 3.0))
+            with suppress(AssertionError):  # a fault without such a job is a fault nevertheless
+                until(self._waits_for_lock, within=3)
+            self._hold(0.0, 3.0)
             self.kill_clients(pid)
-            time.sleep(self.rng.uniform(0.0, 1.0))
+            self._hold(0.0, 1.0)
 
     def crash_both_servers(self, pid: int) -> None:
         """Both servers crash and start."""
@@ -294,13 +297,13 @@ class Chaos:
 
     def tend(self) -> None:
         """Replace ended workers, as a supervisor does, and resume frozen processes in time."""
-        for pid, until in list(self.frozen.items()):
-            if time.monotonic() > until:
+        for pid, deadline in list(self.frozen.items()):
+            if time.monotonic() > deadline:
                 self._resume(pid)
-        for pid, until in list(self.stopping.items()):
+        for pid, deadline in list(self.stopping.items()):
             if not psutil.pid_exists(pid):
                 del self.stopping[pid]
-            elif time.monotonic() > until and pid not in self.frozen:
+            elif time.monotonic() > deadline and pid not in self.frozen:
                 del self.stopping[pid]
                 self.failures.append(f"worker {pid} did not end within {_STOP_SECONDS:.0f} s")
                 os.kill(pid, signal.SIGKILL)
@@ -444,9 +447,22 @@ class Chaos:
             waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             return bool(database.execute(text(waiting)).scalar_one())
 
-    def _ask_database(self, statement: str) -> None:
-        with connected(self.here.store.database_url, autocommit=True) as database:
-            database.execute(text(statement))
+    def _hold(self, least: float, most: float) -> None:
+        """Keep a fault in force, or put off the next, for a random time in seconds.
+
+        The time is part of the fault: nothing is awaited that could happen earlier.
+        """
+        time.sleep(self.rng.uniform(least, most))
+
+
+def _end_backends(database: Connection) -> None:
+    database.execute(
+        text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name <> '' AND pid <> pg_backend_pid()"
+            " AND backend_type = 'client backend'"
+        )
+    )
 
 
 def _is_ready(worker: Service) -> bool:
@@ -465,7 +481,7 @@ KINDS: dict[str, Callable[[Chaos, int], None]] = {
     "worker and pool frozen": Chaos.freeze_worker_and_pool,
     "PostgreSQL crashed": Chaos.crash_postgresql,
     "PostgreSQL's backends ended": Chaos.end_backends,
-    "PostgreSQL read-only": Chaos.make_database_read_only,
+    "PostgreSQL refuses connections": Chaos.refuse_database_connections,
     "PostgreSQL's connections cut": Chaos.cut_database_connections,
     "Redis crashed": Chaos.crash_redis,
     "Redis frozen": Chaos.freeze_redis,

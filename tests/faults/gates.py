@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.relay import Pair, SocketRelay
 from tests.stores import PATIENCE_SECONDS
 
 _MESSAGE = b'"headers"'
@@ -90,7 +91,7 @@ class Gate:
         self._opened.set()
 
 
-class Relay:
+class Relay(SocketRelay):
     """One server's relay."""
 
     def __init__(self, server: Path, address: Path, *, children_only: bool = False) -> None:
@@ -99,16 +100,14 @@ class Relay:
         With ``children_only``, gates are for the workers' children: what their main processes do
         beside the jobs passes.
         """
-        self._server = server
         self._children_only = children_only
         self._gates: list[Gate] = []
         self.claimed: deque[bytes] = deque(maxlen=_JOBS_KEPT)
         """IDs of jobs that were handed out lately."""
-        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(address))
-        self._listener.listen(100)
-        threading.Thread(target=self._accept, daemon=True).start()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(address))
+        listener.listen(100)
+        super().__init__(server, listener)
 
     @contextmanager
     def gate(self, traffic: bytes | Traffic, *, answered: bool = False) -> Iterator[Gate]:
@@ -121,46 +120,22 @@ class Relay:
             self._gates.remove(gate)
             gate.open()
 
-    def cut(self) -> int:
-        """Cut every connection. Returns how many there were."""
-        pairs = list(self._pairs)
-        for pair in pairs:
-            self._part(pair)
-        return len(pairs)
-
     def close(self) -> None:
-        """Listen no more."""
-        self._listener.close()
+        """Open all gates, close all connections and stop listening."""
         for gate in self._gates:
             gate.open()
-        self.cut()
+        super().close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.socket(socket.AF_UNIX)
-            try:
-                server.connect(str(self._server))
-            except OSError:
-                client.close()
-                server.close()
-                continue
-            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            pid = struct.unpack("3i", credentials)[0]
-            pair = client, server
-            self._pairs.add(pair)
-            answers: list[Gate] = []
-            if self._children_only and not _is_child(pid):
-                pid = 0
-            for relay in self._ask, self._answer:
-                threading.Thread(target=relay, args=(pair, pid, answers), daemon=True).start()
+    def pumps(self, pair: Pair) -> tuple[Callable[[], object], Callable[[], object]]:
+        """See the base class."""
+        credentials = pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid = struct.unpack("3i", credentials)[0]
+        if self._children_only and not _is_child(pid):
+            pid = 0
+        answers: list[Gate] = []
+        return lambda: self._ask(pair, pid, answers), lambda: self._answer(pair, pid, answers)
 
-    def _ask(
-        self, pair: tuple[socket.socket, socket.socket], pid: int, answers: list[Gate]
-    ) -> None:
+    def _ask(self, pair: Pair, pid: int, answers: list[Gate]) -> None:
         client, server = pair
         with suppress(OSError):
             while data := client.recv(1 << 20):
@@ -171,11 +146,9 @@ class Relay:
                         else:
                             gate.hold(pid)
                 server.sendall(data)
-        self._part(pair)
+        self.disconnect(pair)
 
-    def _answer(
-        self, pair: tuple[socket.socket, socket.socket], pid: int, answers: list[Gate]
-    ) -> None:
+    def _answer(self, pair: Pair, pid: int, answers: list[Gate]) -> None:
         client, server = pair
         with suppress(OSError):
             while data := server.recv(1 << 20):
@@ -189,14 +162,7 @@ class Relay:
                 while answers:
                     answers.pop().hold(pid)
                 client.sendall(data)
-        self._part(pair)
-
-    def _part(self, pair: tuple[socket.socket, socket.socket]) -> None:
-        self._pairs.discard(pair)
-        for one in pair:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        self.disconnect(pair)
 
 
 def _is_claim(data: bytes) -> bool:

@@ -14,10 +14,11 @@ import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.relay import Pair, SocketRelay
 from tests.stores import until
 from tests.workers import ROOT, Site
 from worker.local_stack import Service
@@ -28,23 +29,21 @@ _POSTGRES_SOCKET = ".s.PGSQL.5432"
 _CONNECTIONS = 200
 
 
-class Forwarder:
-    """Listens on TCP as a server does that has a Unix socket only; swallows when it is told to."""
+class Forwarder(SocketRelay):
+    """Listens on TCP for a server that has only a Unix socket; swallows what passes on demand."""
 
     def __init__(self, address: str, server: Path) -> None:
-        """Listens from now on.
+        """Listen from now on.
 
         Args:
             address: The IP address to listen at; the port is a free one.
             server: The server's socket.
         """
-        self._server = server
         self._flowing = threading.Event()
         self._flowing.set()
-        self._sockets: set[socket.socket] = set()
-        self._listener = socket.create_server((address, 0), backlog=_CONNECTIONS)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        listener = socket.create_server((address, 0), backlog=_CONNECTIONS)
+        self.port: int = listener.getsockname()[1]
+        super().__init__(server, listener)
 
     def swallow(self) -> None:
         """Pass nothing on, and close nothing."""
@@ -55,42 +54,26 @@ class Forwarder:
         self._flowing.set()
 
     def close(self) -> None:
-        """Close all connections and listen no more."""
+        """Close all connections and stop listening."""
         self.heal()
-        for one in [self._listener, *self._sockets]:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        super().close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.socket(socket.AF_UNIX)
-            try:
-                server.connect(str(self._server))
-            except OSError:
-                client.close()
-                server.close()
-                continue
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sockets |= {client, server}
-            for source, target in (client, server), (server, client):
-                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+    def pumps(self, pair: Pair) -> tuple[Callable[[], object], Callable[[], object]]:
+        """See the base class."""
+        client, server = pair
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return (
+            lambda: self._pass(pair, client, server),
+            lambda: self._pass(pair, server, client),
+        )
 
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+    def _pass(self, pair: Pair, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 self._flowing.wait()
                 target.sendall(data)
-        self._flowing.wait()  # a lost host's end is not heard of either
-        for one in source, target:
-            self._sockets.discard(one)
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        self._flowing.wait()  # the network also swallows the end of a connection
+        self.disconnect(pair)
 
 
 class Network(ABC):
