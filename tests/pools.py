@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -38,8 +39,28 @@ class Failure(NamedTuple):
     exception: BaseException
 
 
+class Process(NamedTuple):
+    """A pool process."""
+
+    pid: int
+
+
 class Result:
-    """What a pool returns for a batch and keeps until it has called a callback."""
+    """What a pool returns for a batch and keeps until it has called a callback.
+
+    Attributes:
+        is_terminated: Whether the pool gives the batch to no other process if this one ends.
+    """
+
+    def __init__(self, process: Process | None) -> None:
+        self.is_terminated = False
+        self._scheduled_for: Process | None = None
+        self._write_to = process
+
+    def terminate(self, signum: int) -> None:
+        """Give the batch to no other process."""
+        assert signum == signal.SIGKILL
+        self.is_terminated = True
 
 
 class Work:
@@ -50,7 +71,7 @@ class Work:
     ) -> None:
         self.deliveries = deliveries
         self.pid = next(pool.pids)
-        self.result: Result | None = Result()
+        self.result: Result | None = Result(None if pool.is_full else Process(self.pid))
         self._pool = pool
         self._callbacks = callbacks
 
@@ -61,7 +82,7 @@ class Work:
 
     def accept(self) -> None:
         """A pool process begins."""
-        self._callbacks["accept_callback"](self.pid, 1.0)
+        self._callbacks["accept_callback"](self.pid, time.monotonic())
 
     def complete(self, *settlements: Settlement, **report: Any) -> None:
         """A pool process reports; it acknowledges all deliveries unless told otherwise."""
@@ -96,6 +117,7 @@ class SteppedPool:
         works: Batches that no callback was called for.
         killed: Processes that were ended.
         error: Raised by the next call, if set.
+        is_full: Whether the pool keeps a batch for the next process that is free.
     """
 
     def __init__(self, processes: int) -> None:
@@ -103,6 +125,7 @@ class SteppedPool:
         self.works: list[Work] = []
         self.killed: list[int] = []
         self.error: Exception | None = None
+        self.is_full = False
         self.pids = count(1)
 
     def apply_async(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.worker import state as worker_state
+from celery.worker.control import Panel
 from interview_access.contracts import GRANT_ACCESS
 from interview_access.errors import JobCancelledException, JobFailedError
 from redis import Redis
@@ -137,8 +139,8 @@ def is_idle(site: Site) -> bool:
         ([9] * 3, 3, [[9], [9], [9]]),
         ([9] * 7, 3, [[9] * 3, [9] * 3, [9]]),
         ([9] * 2, 1, [[9] * 2]),
-        ([9, 1, 9, 9], 1, [[1], [9] * 3]),
-        ([9, 1, 9, 9], 2, [[1], [9] * 2, [9]]),
+        ([9, 1, 9, 9], 1, [[9] * 3, [1]]),
+        ([1, 9, 9, 9], 2, [[1], [9] * 2, [9]]),
     ],
 )
 def test_partition(limits: list[float], processes: int, batches: list[list[float]]) -> None:
@@ -230,6 +232,7 @@ def test_what_operators_see_of_a_running_job(site: Site) -> None:
     assert set(worker_state.active_requests) == {delivery}
     assert delivery.info()["hostname"] == "worker@host"
     assert delivery.info()["worker_pid"] == work.pid
+    assert delivery.info()["time_start"] == pytest.approx(time.time(), abs=60)
     assert worker_state.total_count == {GRANT_ACCESS: 1}
     work.complete()
     assert is_idle(site)
@@ -411,27 +414,64 @@ def test_a_revoked_job_that_is_not_running_is_not_terminated(site: Site) -> None
     assert site.pool.killed == []
 
 
-def test_a_job_revoked_before_it_runs_is_terminated(site: Site) -> None:
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_job_revoked_before_it_runs_is_terminated(site: Site, is_full: bool) -> None:
     """Its pool process is ended as soon as it is known, and no attempt is counted."""
+    site.pool.is_full = is_full
     site.send("a")
     (delivery,) = site.pump()
     delivery.terminate(site.pool)
-    work = site.pool.works[0]
+    (work,) = site.pool.works
+    assert site.pool.killed == ([] if is_full else [work.pid])
     work.accept()
     assert site.pool.killed == [work.pid]
+    work.fail(RuntimeError("Worker exited prematurely: signal 9"))
+    assert site.redis.hlen(f"{PREFIX}tries") == 0
 
 
-def test_a_batch_that_no_pool_process_accepts_is_given_up(site: Site) -> None:
-    """A frozen pool process holds its jobs for a bounded time: they are executed elsewhere."""
+def test_celery_revokes_what_is_not_accepted(site: Site) -> None:
+    """``revoke`` asks the backend of such a job's task for its state."""
+    site.send("a", "b")
+    site.pump()
+    state = SimpleNamespace(consumer=SimpleNamespace(pool=site.pool), app=None)
+    assert "ok" in Panel.data["revoke"](state, ["a", "b"], terminate=True)
+    assert len(site.pool.killed) == 2
+
+
+def test_a_frozen_pool_process_is_replaced(site: Site) -> None:
+    """One that accepts nothing is ended; until then it is not free, and has no second batch."""
+    site.send("a")
+    site.pump()
+    (work,) = site.pool.works
+    result = work.result
+    assert result
+    site.lease.beat(29)
+    assert site.pool.killed == []
+    assert site.dispatcher.free_processes == PROCESSES - 1
+    site.lease.beat(2)
+    assert site.pool.killed == [work.pid]
+    assert result.is_terminated
+    work.fail(RuntimeError("Worker exited prematurely: signal 9"))
+    assert site.redis.hlen(f"{PREFIX}tries") == 1
+    assert is_idle(site)
+
+
+def test_a_batch_that_waits_in_the_pool_ends_no_process(site: Site) -> None:
+    """Where the pool has no process for it, none is at fault."""
+    site.pool.is_full = True
     site.send("a")
     site.pump()
     site.lease.beat(31)
-    assert site.redis.hlen(f"{PREFIX}tries") == 1
-    assert site.dispatcher.free_processes == PROCESSES
+    (work,) = site.pool.works
+    assert site.pool.killed == []
+    work.accept()
+    work.complete()
+    assert messages(site.redis) == {}
+    assert is_idle(site)
 
 
 def test_a_pool_that_refuses_a_batch(site: Site) -> None:
-    """Whatever the pool raises, the jobs come back."""
+    """Whatever the pool raises, the jobs come back, and no attempt is counted."""
     site.send("a")
     site.pool.error = OSError("too many open files")
     site.pump()
@@ -439,7 +479,7 @@ def test_a_pool_that_refuses_a_batch(site: Site) -> None:
     site.lease.beat()
     assert is_idle(site)
     (delivery,) = site.pump()
-    assert delivery.claim.attempts == 1
+    assert delivery.claim.attempts == 0
 
 
 # --- Time limits ---------------------------------------------------------------------------------
@@ -471,6 +511,19 @@ def test_a_time_limit_ends_no_other_job(site: Site) -> None:
         work.accept()
     site.lease.beat(30)
     assert site.pool.killed == [site.pool.running("short").pid]
+
+
+def test_the_oldest_job_is_executed_first(site: Site) -> None:
+    """Whatever the time limits: others return to the queue as they were, and are not announced."""
+    site.pool.num_processes = 1
+    site.send("old", "old too")
+    site.send("new", "newer", timelimit=[1, None])
+    site.pump()
+    assert site.pool.works[0].job_ids == ["old", "old too"]
+    returned: Any = site.redis.lrange(QUEUE, 0, -1)
+    assert [json.loads(one)["headers"]["id"] for one in returned] == ["newer", "new"]
+    assert site.kinds("new") == []
+    assert {request.id for request in worker_state.reserved_requests} == {"old", "old too"}
 
 
 # --- What is lost between -----------------------------------------------------------------------

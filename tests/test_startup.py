@@ -304,6 +304,15 @@ class TestStart:
             (["-Q", "typo"], "got typo (-Q, --queues), expected interview-access."),
             (["-Q", f"{QUEUE},typo"], "got typo (-Q, --queues), expected interview-access."),
             (["-X", QUEUE], "got no queue (-Q, --queues), expected interview-access."),
+            (
+                ["--soft-time-limit", "9"],
+                "got --soft-time-limit, expected a hard limit alone (--time-limit).",
+            ),
+            (
+                ["--autoscale", "4,0"],
+                "got --autoscale, expected a number of processes (-c, --concurrency).",
+            ),
+            (["task.time_limit=0"], "got no time limit, expected task_time_limit in seconds."),
             (["task.acks_late=no"], "got task_acks_late = False, expected True."),
         ],
     )

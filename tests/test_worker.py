@@ -363,6 +363,19 @@ def test_a_bad_attempt_says_what_was_wrong(
     assert here.store.storage.get_finished_job(job_id)
 
 
+def test_a_job_without_poller_has_no_result(here: Site) -> None:
+    """Of a job with ``ignore_result`` nothing is stored, also where it takes long."""
+    user, job_id = a_user(), str(uuid4())
+    with held_grant(here, user, ONE):
+        sent = {"task_id": job_id, "queue": QUEUE, "ignore_result": True}
+        here.producer.send_task("interview_access.grant_access", (user, [ONE]), **sent)
+        polled = here.send(user, [ONE])
+        here.until_state(polled, "STARTED")
+    assert here.answer(polled)
+    until(lambda: here.store.storage.get_finished_job(job_id) is not None)
+    assert here.meta(job_id)["status"] == "PENDING"
+
+
 def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
     """Each child has one job; what waits, waits where another worker can take it."""
     user, ids = a_user(), many(100)
@@ -505,6 +518,48 @@ def test_callbacks_reach_the_producers_queue(here: Site) -> None:
     until(lambda: here.redis.llen("platform") == 4)
     messages: Any = here.redis.lrange("platform", 0, -1)
     assert {json.loads(one)["headers"]["task"] for one in messages} == {"platform.after"}
+
+
+def test_a_chain_behind_a_failed_job_fails(here: Site) -> None:
+    """Whoever polls its last task, or the body of a chord in it, reads why that never runs."""
+    failing = here.producer.signature(
+        "interview_access.grant_access", (a_user(), [NO_UUID]), queue=QUEUE, immutable=True
+    )
+    after = here.producer.signature("platform.after", queue="platform")
+    parts = chord([after.clone(), after.clone()], after.clone(), app=here.producer)
+    for following in ([after.clone(), after.clone()], [parts]):
+        last = chain(failing.clone(), *following, app=here.producer).apply_async()
+        result = here.answer(last.id)["result"]
+        assert (result["exc_type"], result["exc_module"]) == (INVALID_ID, "interview_access.errors")
+
+
+def test_a_job_behind_a_failed_one_can_still_be_executed(here: Site) -> None:
+    """A failure that is another job's is not final for the ID: the ledger knows nothing of it."""
+    job_id = str(uuid4())
+    following = here.producer.signature(
+        "interview_access.grant_access", (a_user(), [ONE]), queue=QUEUE, task_id=job_id
+    )
+    failing = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
+    chain(failing.set(queue=QUEUE), following, app=here.producer).apply_async()
+    assert here.answer(job_id)["status"] == "FAILURE"
+    here.send(a_user(), [ONE], job_id=job_id)
+    assert here.until_state(job_id, "SUCCESS")["result"] == success(1)
+
+
+def test_commands_without_effect_are_refused(here: Site) -> None:
+    """Remote control does not claim to have set what nothing reads."""
+    control = here.producer.control
+    for reply in (
+        *control.rate_limit("interview_access.grant_access", "1/s", reply=True, timeout=10),
+        *control.time_limit("interview_access.grant_access", hard=5, reply=True, timeout=10),
+    ):
+        assert all("error" in one for one in reply.values())
+
+
+def test_the_pool_keeps_no_time_limit(here: Site) -> None:
+    """The dispatcher enforces it; the pool would keep a timer of each batch until its end."""
+    (stats,) = here.producer.control.inspect(timeout=10, limit=1).stats().values()
+    assert stats["pool"]["timeouts"] == [0, 0]
 
 
 def test_a_chord_with_a_failed_part_fails(here: Site) -> None:

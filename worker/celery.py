@@ -16,7 +16,8 @@ from celery.signals import (
 )
 from kombu.transport import TRANSPORT_ALIASES
 
-import worker.logs  # noqa: F401 - connects to Celery's signals
+import worker.logs
+import worker.remote_control  # noqa: F401 - both connect to Celery: signals and commands
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import (
     CreateInterviewAttemptTask,

@@ -135,6 +135,7 @@ class Delivery:
         disposition: How it is settled.
         id: Its job's ID; empty where none can be read.
         name: Its task's name.
+        task: Its task, where the worker has it.
         failure: Why its job fails without being executed, if it does.
         delay: Seconds until it is due.
         time_limit: Seconds.
@@ -149,6 +150,7 @@ class Delivery:
         self.disposition: Disposition | None = None
         self.id = ""
         self.name = ""
+        self.task: Any = None
         self.headers: dict[str, Any] = {}
         self.failure: InterviewAccessError | None = None
         self.delay = 0.0
@@ -213,7 +215,9 @@ class Delivery:
                 f"id: expected a job ID of 1 to 255 printable characters, got "
                 f"{describe(headers.get('id'))}"
             )
-        if headers.get("task") not in app.tasks or self.name.startswith("celery."):
+        if headers.get("task") in app.tasks and not self.name.startswith("celery."):
+            self.task = app.tasks[headers["task"]]
+        else:
             raise UnreadableMessageError(
                 f"task: expected one of this worker's, got {describe(headers.get('task'))}"
             )

@@ -11,12 +11,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from itertools import chain, groupby
+from itertools import chain
 from math import ceil
 from typing import Any
 from weakref import ref
 
-from celery import Celery
+from celery import Celery, signals
 from celery.app import trace
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
@@ -33,8 +33,8 @@ logger = get_logger(__name__)
 _ACCEPT_SECONDS = 30.0
 """Seconds in which a pool process must accept a batch; a new one takes less to start."""
 
-_FAILED_ATTEMPT = Disposition(Action.FAILED_ATTEMPT, delay=2.0)
-"""Of a delivery whose pool process ended or did not accept it."""
+_POOL_SECONDS = 2.0
+"""Until jobs are tried again whose pool process ended, or which the pool did not take."""
 
 
 class Batch:
@@ -51,7 +51,7 @@ class Batch:
         self._time_limit = deliveries[0].time_limit
         self._deadline = now + _ACCEPT_SECONDS
         self._is_terminated = False
-        self._result: Callable[[], object] = lambda: self
+        self._result: Callable[[], Any] = lambda: None
         for delivery in deliveries:
             delivery.state, delivery.batch = State.DISPATCHED, self
 
@@ -76,22 +76,18 @@ class Batch:
         if self.is_revoked:
             self.terminate()
 
-    def enforce_time_limit(self, now: float) -> bool:
-        """End the pool process if it is over the time limit.
-
-        Returns:
-            Whether no pool process has accepted the batch in time, so that none can be ended: it is
-            frozen, perhaps.
-        """
+    def enforce_time_limit(self, now: float) -> None:
+        """End the pool process if it is over the time limit, or has not accepted the batch."""
         if now < self._deadline or self._is_terminated:
-            return False
+            return
+        self.terminate()
         ids = ", ".join(shortened(one.id) for one in self.deliveries[:5])
         logger.error(
             "time limit exceeded: seconds=%s pid=%s jobs=%d (%s)",
-            *(self._time_limit, self._pid, len(self.deliveries), ids),
+            *(self._time_limit if self._pid else _ACCEPT_SECONDS, self._pid),
+            *(len(self.deliveries), ids),
         )
-        self.terminate()
-        return self._pid is None
+        self._deadline = now + _ACCEPT_SECONDS
 
     def revoke(self) -> None:
         """End the pool process for an operator: no attempt is counted."""
@@ -99,10 +95,22 @@ class Batch:
         self.terminate()
 
     def terminate(self) -> None:
-        """End the pool process. SIGTERM, by which a whole process group is stopped, is ignored."""
-        if self._pid and not self._is_terminated:
-            self._is_terminated = True
-            self._pool.terminate_job(self._pid, signal.SIGKILL)
+        """End the pool process. SIGTERM, by which a whole process group is stopped, is ignored.
+
+        A batch that is not accepted is with the process that the pool writes it to, if any: an
+        idle one, which is frozen perhaps.
+        """
+        result = self._result()
+        if self._is_terminated or result is None:
+            return
+        if not self._pid:
+            process = result._write_to or result._scheduled_for  # noqa: SLF001 - billiard names it nowhere else
+            if not process:
+                return
+            result.terminate(signal.SIGKILL)  # or the pool gives the batch to another process
+            self._pid = process.pid
+        self._is_terminated = True
+        self._pool.terminate_job(self._pid, signal.SIGKILL)
 
 
 class Dispatcher:
@@ -159,19 +167,18 @@ class Dispatcher:
             if disposition:
                 settled[delivery.tag] = disposition
             else:
-                self._announce(delivery)
                 ready.append(delivery)
         if settled:
             self._lease.settle(settled)
         free = max(self.free_processes, 1)
         batches = list(partition(ready, free))
         for batch in batches[:free]:
+            for delivery in batch:
+                self._announce(delivery)
             self._start(Batch(batch, self._pool, self._hostname, self._clock()))
         if surplus := list(chain.from_iterable(batches[free:])):
             requeue = Disposition(Action.REQUEUE)
             self._lease.settle({delivery.tag: requeue for delivery in surplus})
-            for delivery in surplus:
-                worker_state.task_ready(delivery)
 
     def _disposition(self, delivery: Delivery) -> Disposition | None:
         """How a delivery is settled that no pool process is needed for."""
@@ -191,7 +198,9 @@ class Dispatcher:
         return None
 
     def _announce(self, delivery: Delivery) -> None:
-        worker_state.task_reserved(delivery)
+        if delivery.task:
+            worker_state.task_reserved(delivery)
+        signals.task_received.send(sender=self, request=delivery)
         logger.info(trace.LOG_RECEIVED, {"name": delivery.name, "id": delivery.id})
         names = ("root_id", "parent_id", "eta", "expires")
         headers = {name: delivery.headers.get(name) for name in names}
@@ -205,13 +214,12 @@ class Dispatcher:
         )
 
     def _start(self, batch: Batch) -> None:
-        self._batches[batch] = None
-
         def on_accepted(pid: int, time_accepted: float) -> None:
             batch.accept(pid, self._clock())
+            time_start = time.time() - (time.monotonic() - time_accepted)
             for delivery in batch.deliveries:
-                delivery.worker_pid, delivery.time_start = pid, time_accepted
-                if delivery.name in self._app.tasks:  # Celery keeps a count of each name
+                delivery.worker_pid, delivery.time_start = pid, time_start
+                if delivery.task:  # Celery keeps a count of each name
                     worker_state.task_accepted(delivery)
                 self.send_event("task-started", uuid=delivery.id)
 
@@ -221,8 +229,11 @@ class Dispatcher:
                 callback=_logged(lambda report: self._settle(batch, report)),
                 error_callback=_logged(lambda error: self._settle_failed(batch, error.exception)),
             )
-        except Exception as error:  # noqa: BLE001 - whatever the pool raises, the jobs are requeued
-            self._settle_failed(batch, error)
+        except Exception as error:  # whatever the pool raises, no job is at fault
+            logger.exception("pool refused a batch: jobs=%d", len(batch.deliveries))
+            self._settle_unexecuted(batch, error, Disposition(Action.DELAY, delay=_POOL_SECONDS))
+        else:
+            self._batches[batch] = None
 
     def _settle(self, batch: Batch, report: BatchReport) -> None:
         """A pool process has executed a batch."""
@@ -242,11 +253,17 @@ class Dispatcher:
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         """A pool process has ended with a batch: only the ledger knows how far its jobs came."""
         # An operator who ends the process, or stops the worker, does not count as an attempt.
-        is_intended = self._lease.is_draining or batch.is_revoked
-        disposition = Disposition(Action.REQUEUE) if is_intended else _FAILED_ATTEMPT
-        if not is_intended:
+        if self._lease.is_draining or batch.is_revoked:
+            disposition = Disposition(Action.REQUEUE)
+        else:
+            disposition = Disposition(Action.FAILED_ATTEMPT, delay=_POOL_SECONDS)
             for delivery in batch.deliveries:
                 logger.error("pool process lost: %s error=%r", delivery, error)
+        self._settle_unexecuted(batch, error, disposition)
+
+    def _settle_unexecuted(
+        self, batch: Batch, error: BaseException, disposition: Disposition
+    ) -> None:
         self._finish(batch, {one.tag: disposition for one in batch.deliveries})
         for delivery in batch.deliveries:
             self.send_event("task-retried", uuid=delivery.id, exception=repr(error), traceback="")
@@ -263,10 +280,8 @@ class Dispatcher:
     def on_heartbeat(self) -> None:
         """Enforce time limits, and drop batches that the pool has forgotten."""
         for batch in list(self._batches):
-            is_stuck = batch.enforce_time_limit(self._clock())
-            if is_stuck:
-                self._lease.settle({one.tag: _FAILED_ATTEMPT for one in batch.deliveries})
-            if is_stuck or batch.is_abandoned:
+            batch.enforce_time_limit(self._clock())
+            if batch.is_abandoned:
                 self._batches.pop(batch, None)
                 for delivery in batch.deliveries:
                     worker_state.task_ready(delivery)
@@ -290,14 +305,12 @@ def partition(deliveries: Sequence[Delivery], processes: int) -> Iterator[Sequen
     """Share deliveries out among free pool processes.
 
     Deliveries of different time limits are in different batches, for a limit ends a whole batch; so
-    there may be more batches than processes.
+    there may be more batches than processes. The first ones hold the oldest delivery.
     """
-
-    def time_limit(delivery: Delivery) -> float:
-        return delivery.time_limit
-
+    groups: dict[float, list[Delivery]] = {}
+    for delivery in deliveries:
+        groups.setdefault(delivery.time_limit, []).append(delivery)
     size = ceil(len(deliveries) / processes)
-    for _, grouped in groupby(sorted(deliveries, key=time_limit), key=time_limit):
-        group = list(grouped)
+    for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,9 +28,11 @@ from celery.app.task import Context
 from celery.canvas import Signature
 from celery.utils.log import get_logger
 from celery.utils.time import get_exponential_backoff_interval
-from interview_access.contracts import describe, unreadable_request_digest
+from interview_access.contracts import describe, is_job_id, unreadable_request_digest
 from interview_access.errors import (
     InterviewAccessError,
+    JobCancelledException,
+    JobExpiredException,
     JobFailedError,
     StorageUnavailableException,
     shortened,
@@ -83,6 +85,10 @@ class _Call(NamedTuple):
     embedded: dict[str, Any]
 
 
+_ENDED = (
+    *(signals.task_success, signals.task_failure, signals.task_retry),
+    *(signals.task_revoked, signals.task_postrun),
+)
 _STOPPING = (signal.SIGTERM, signal.SIGHUP)
 _EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 _CANVAS = ("celery.group", "celery.chain", "celery.chord")
@@ -149,27 +155,38 @@ def execute(deliveries: Sequence[Dispatched], hostname: str) -> BatchReport:
         MemoryError is raised, for another pool process may have more.
     """
     app = current_app
-    started = time.monotonic()
     with _uninterrupted():
         runs = [_prepared(app, delivery) for delivery in deliveries]
-        job_ids = [run.delivery.job_id for run in runs]
-        with _reporter().reporting(
-            lambda: app.backend.store_started(job_ids, pid=os.getpid(), hostname=hostname)
-        ):
-            _send_before(runs)
-            for run, outcome in zip(runs, _settled(app, runs), strict=True):
-                run.outcome = outcome
-        for run in runs:
-            run.result = _result(run, app.task_dependencies)
-        stored = app.backend.store_results(
-            {run.delivery.job_id: run.result for run in runs if run.result and run.has_poller}
-        )
-        app.backend.store_retries(
-            {run.delivery.job_id: _shown(run.outcome.error) for run in runs if run.is_retried}
-        )
-        seconds = time.monotonic() - started
-        settlements = [_settlement(app, run, stored, seconds) for run in runs]
-        _send_after(runs)
+        try:
+            return _executed(app, runs, hostname)
+        except MemoryError:
+            raise
+        except Exception as error:
+            logger.exception("defect in the execution of a batch: jobs=%d", len(runs))
+            settlements = [_settlement_of_defect(app, run, error) for run in runs]
+            return BatchReport(settlements, None, has_success=False)
+
+
+def _executed(app: Celery, runs: Sequence[_Run], hostname: str) -> BatchReport:
+    started = time.monotonic()
+    polled = [run.delivery.job_id for run in runs if run.has_poller]
+    with _reporter().reporting(
+        lambda: app.backend.store_started(polled, pid=os.getpid(), hostname=hostname)
+    ):
+        _send_before(runs)
+        for run, outcome in zip(runs, _settled(app, runs), strict=True):
+            run.outcome = outcome
+    for run in runs:
+        run.result = _result(run, app.task_dependencies)
+    stored = app.backend.store_results(
+        {run.delivery.job_id: run.result for run in runs if run.result and run.has_poller}
+    )
+    app.backend.store_retries(
+        {run.delivery.job_id: _shown(run.outcome.error) for run in runs if run.is_retried}
+    )
+    seconds = time.monotonic() - started
+    settlements = [_settlement(app, run, stored, seconds) for run in runs]
+    _send_after(runs)
     outages = [str(run.outcome.error) for run in runs if _is_outage(run.outcome.error)]
     if any(run.is_missing_in(stored) for run in runs):
         outages.append("results cannot be stored")
@@ -292,12 +309,15 @@ def _settlement(app: Celery, run: _Run, stored: Collection[str], seconds: float)
     except MemoryError:
         raise
     except Exception as error:
-        job_id, retries = run.delivery.job_id, run.delivery.retries
-        logger.exception("job %s: a defect after its transaction", job_id)
-        if retries < app.task_dependencies.retry_limit:
-            delay = _back_off(run.delivery, app.task_dependencies)
-            return Settlement(Disposition(Action.RETRY, delay=delay), ())
-        return Settlement(_dead_letter(run, f"A defect: {type(error).__name__}"), ())
+        logger.exception("job %s: a defect after its transaction", run.delivery.job_id)
+        return _settlement_of_defect(app, run, error)
+
+
+def _settlement_of_defect(app: Celery, run: _Run, error: Exception) -> Settlement:
+    if run.delivery.retries < app.task_dependencies.retry_limit:
+        delay = _back_off(run.delivery, app.task_dependencies)
+        return Settlement(Disposition(Action.RETRY, delay=delay), ())
+    return Settlement(_dead_letter(run, f"A defect: {type(error).__name__}"), ())
 
 
 def _finished(app: Celery, run: _Run, stored: Collection[str], seconds: float) -> Settlement:
@@ -399,8 +419,7 @@ def _send_before(runs: Sequence[_Run]) -> None:
 
 def _send_after(runs: Sequence[_Run]) -> None:
     """The signals of how each job ended; in reverse, so that what listeners opened is nested."""
-    kinds = (signals.task_success, signals.task_failure, signals.task_retry, signals.task_postrun)
-    if any(kind.receivers for kind in kinds):
+    if any(one.receivers for one in _ENDED):
         for run in reversed(runs):
             with _as_current(run):
                 _send_ended(run)
@@ -419,6 +438,15 @@ def _send_ended(run: _Run) -> None:
         signals.task_success.send(sender=run.task, result=result)
     else:
         state, value = "FAILURE", result
+        if isinstance(result, JobCancelledException | JobExpiredException):
+            is_expired = isinstance(result, JobExpiredException)
+            signals.task_revoked.send(
+                sender=run.task,
+                request=run.request,
+                terminated=False,
+                signum=None,
+                expired=is_expired,
+            )
         signals.task_failure.send(
             sender=run.task, task_id=job_id, exception=result, traceback=None, einfo=None, **call
         )
@@ -439,6 +467,8 @@ def _send_following(app: Celery, run: _Run) -> None:
     if not isinstance(result, dict):
         errbacks, request.errbacks = request.errbacks or [], []
         app.backend.mark_as_failure(job_id, result, request=request, store_result=False)
+        for task_id in _chained(request.chain):
+            app.backend.store_chain_failure(task_id, result)
         for one in errbacks:
             Signature.from_dict(one, app=app).apply_async((job_id,), **options)
         return
@@ -448,6 +478,16 @@ def _send_following(app: Celery, run: _Run) -> None:
         *chain, following = request.chain
         Signature.from_dict(following, app=app).apply_async((result,), chain=chain, **options)
     app.backend.mark_as_done(job_id, result, request, store_result=False)
+
+
+def _chained(signatures: Iterable[Any] | None) -> Iterator[str]:
+    """The IDs of a chain's tasks, as far as pollers can have them."""
+    for one in signatures or ():
+        task_id = one["options"].get("task_id")
+        if is_job_id(task_id):
+            yield task_id
+        if one.get("subtask_type") == "chord":
+            yield from _chained([one["kwargs"]["body"]])
 
 
 class _CallbackRefusedError(Exception):

@@ -287,9 +287,9 @@ class Lease:
                 logger.warning("settlements delayed, Redis is away: %s", error)
 
     def _send_settled(self) -> None:
-        settled = {
+        settled = {  # the oldest last: what is requeued is claimed next
             tag: one.disposition
-            for tag, one in self._deliveries.items()
+            for tag, one in reversed(self._deliveries.items())
             if one.state is State.SETTLED and one.disposition
         }
         if settled:

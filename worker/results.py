@@ -36,6 +36,9 @@ _LOOKS = 10
 _UNSETTLED, _NOT_DONE, _GIVEN_UP, _ANSWERED = range(4)
 """How final a result is. A less final one never takes a more final one's place."""
 
+_OF_CHAIN = "is_of_chain"
+"""Field of a failure that is another task's, before it in a chain."""
+
 _RANKS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.__name__: _GIVEN_UP}
 
 
@@ -110,6 +113,17 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         except (BackendStoreError, RedisError, OSError) as error:
             logger.warning("results delayed: jobs=%d error=%s", len(results) - len(stored), error)
         return frozenset(stored)
+
+    def store_chain_failure(self, task_id: str, error: InterviewAccessError) -> None:
+        """Store a job's failure for a task behind it in a chain, which is never sent.
+
+        A result of the task's own takes its place.
+
+        Raises:
+            BackendStoreError, redis.RedisError: if it cannot be stored.
+        """
+        encoded = {**self.encode_result(error, states.FAILURE), _OF_CHAIN: True}
+        self._store_result(task_id, encoded, states.FAILURE, request=Context())
 
     def store_retries(self, failures: Mapping[str, Exception]) -> None:
         """Store that jobs wait for a retry, with what went wrong, if Redis is reachable."""
@@ -214,6 +228,8 @@ def _rank(state: str, result: Any) -> int:
         return _UNSETTLED
     if not isinstance(result, dict) or result.get("exc_module") != errors.__name__:
         return _NOT_DONE  # Celery's own, as of a chord whose part failed
+    if result.get(_OF_CHAIN):
+        return _NOT_DONE
     return _RANKS.get(str(result.get("exc_type")), _ANSWERED)
 
 

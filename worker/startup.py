@@ -7,6 +7,7 @@ that refuses the worker, or on which the promises do not hold, does, with one se
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from celery import bootsteps
@@ -88,6 +89,15 @@ class StartupError(Exception):
 class StartupChecks(bootsteps.Step):  # type: ignore[misc] # Celery ships no types
     """Ends a worker that must not start, before its pool is forked, with status 1."""
 
+    def __init__(self, worker: Any, **options: Any) -> None:
+        """Take the time limit over, before the pool is created.
+
+        The dispatcher enforces it; the pool would keep a timer of each batch until its end.
+        """
+        super().__init__(worker, **options)
+        worker.app.limits = replace(worker.app.limits, seconds=worker.time_limit)
+        worker.time_limit = None
+
     def create(self, worker: Any) -> None:
         """Verify options and servers.
 
@@ -117,6 +127,14 @@ def check_options(worker: Any) -> None:
     for name, expected in _POLICY.items():
         if conf[name] != expected:
             raise StartupError(f"got {name} = {conf[name]!r}, expected {expected!r}.")
+    for value, option, expected in (
+        (worker.soft_time_limit, "--soft-time-limit", "a hard limit alone (--time-limit)"),
+        (worker.autoscale, "--autoscale", "a number of processes (-c, --concurrency)"),
+    ):
+        if value:
+            raise StartupError(f"got {option}, expected {expected}.")
+    if not worker.app.limits.seconds:
+        raise StartupError("got no time limit, expected task_time_limit in seconds.")
     known = {queue.name for queue in conf.task_queues}
     consumed = set(worker.app.amqp.queues.consume_from)
     if not consumed or not consumed <= known:
