@@ -145,11 +145,12 @@ def events(here: Site) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
-    """A worker of two children that takes jobs."""
+    """A worker of two pool processes that takes jobs; ``APP`` names its module."""
+    app = str(settings.pop("APP", "worker"))
     service = Service(
         "worker",
         [
-            *(sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "2", "-l", "INFO"),
+            *(sys.executable, "-m", "celery", "-A", app, "worker", "-c", "2", "-l", "INFO"),
             "--without-mingle",  # a second at each start, for the ids that others have revoked
         ],
         log=log,

@@ -51,17 +51,26 @@ CREATE TRIGGER slow BEFORE INSERT ON interview_userinterviewaccess
 
 _PLACES = """
 local messages = 0
-for _, queue in ipairs(ARGV) do messages = messages + redis.call('LLEN', queue) end
+for index = 2, #ARGV do messages = messages + redis.call('LLEN', ARGV[index]) end
 for _, held in ipairs(redis.call('KEYS', 'interview-access:held:*')) do
     messages = messages + redis.call('HLEN', held)
 end
-return messages + redis.call('HLEN', 'interview-access:deferred')
+if ARGV[1] == '' then return messages + redis.call('HLEN', 'interview-access:deferred') end
+local until_ms = (redis.call('TIME')[1] + ARGV[1]) * 1000
+return messages + redis.call('ZCOUNT', 'interview-access:due', '-inf', until_ms)
 """
 
 
-def messages_on_their_way(here: Site) -> int:
-    """Count the messages that are neither settled nor dead letters, at one moment."""
-    count: Any = here.redis.eval(_PLACES, 0, *QUEUES, ISOLATED)
+def messages_on_their_way(here: Site, due_within: int | None = None) -> int:
+    """Count the messages that are neither settled nor dead letters, at one moment.
+
+    Args:
+        here: The site.
+        due_within: Of the delayed messages only those that are due within so many seconds.
+    """
+    count: Any = here.redis.eval(
+        _PLACES, 0, "" if due_within is None else due_within, *QUEUES, ISOLATED
+    )
     return int(count)
 
 

@@ -114,7 +114,7 @@ class Run:
 
     def _verify(self, wave: Sequence[Message]) -> None:
         try:
-            until(lambda: self._done(wave) or not self._alive(), within=WAVE_SECONDS)
+            until(lambda: self._done() or not self._alive(), within=WAVE_SECONDS)
         except AssertionError:
             self.problems.append(f"not done within {WAVE_SECONDS:.0f} s: {self._unfinished(wave)}")
         self._verify_workers()
@@ -188,19 +188,9 @@ class Run:
             letters[_digest(raw)].append(letter)
         return letters
 
-    def _done(self, wave: Sequence[Message]) -> bool:
-        """Whether nothing is on its way but what is not due."""
-        delayed = sum(message.delayed for message in wave)
-        is_claimed = any(self.here.redis.hlen(key) for key in session_keys(self.here))
-        is_done = messages_on_their_way(self.here) <= delayed and not self._due()
-        return is_done and not is_claimed
-
-    def _due(self) -> int:
-        """How many messages wait for the next seconds only."""
-        seconds: Any = self.here.redis.time()
-        now = seconds[0] * 1000
-        count: Any = self.here.redis.zcount(f"{PREFIX}due", "-inf", now + 60_000)
-        return int(count)
+    def _done(self) -> bool:
+        """Whether nothing is on its way but what is not due soon."""
+        return messages_on_their_way(self.here, due_within=60) == 0
 
     def _unfinished(self, wave: Sequence[Message]) -> str:
         """Names the messages that are neither settled nor delayed, and where they are."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.faults.books import balance
@@ -30,6 +31,18 @@ def test_worker_killed(here: Site, tmp_path: Path, ids: list[str], point: str) -
             os.kill(service.pid, signal.SIGKILL)
         with another(here, tmp_path):
             assert balance(here, [job_id])[job_id] == created(10)
+
+
+def test_frozen_pool_process(here: Site, tmp_path: Path, ids: list[str]) -> None:
+    """A pool process that accepts nothing is replaced, and its jobs count once."""
+    with another(here, tmp_path) as service:
+        children = psutil.Process(service.pid).children()
+        for child in children:
+            child.suspend()
+        sent = [here.send(f"user-{number}", ids) for number in range(6)]
+        until(lambda: not any(child.is_running() for child in children), within=60)
+        results = balance(here, sent)
+    assert set(map(str, results.values())) == {str(created(10))}
 
 
 @pytest.mark.parametrize("asked_to_stop", [False, True])
