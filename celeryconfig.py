@@ -1,7 +1,9 @@
-"""Celery's policy: each setting that is not Celery's default, and what breaks without it.
+"""Celery's policy: what each setting is for, or what breaks without it.
 
-Addresses and sizes come from the environment (worker/settings.py). Those who need another policy
-set it in a copy, and lose the promises that hang on it.
+Holds the settings that differ from Celery's defaults, and those whose default the worker relies on.
+Addresses and sizes come from the environment (worker/settings.py). A copy with another policy gives
+up the guarantees that depend on the changed settings; with another `worker_consumer` or
+`task_acks_late` the worker does not start (worker/startup.py).
 """
 
 from interview_access.contracts import QUEUE
@@ -9,38 +11,44 @@ from kombu import Exchange, Queue
 
 # --- The queue -------------------------------------------------------------------------------
 task_queues = [Queue(QUEUE, Exchange("", type="direct"), routing_key=QUEUE)]
-# Without it workers listen on Celery's own queue, `celery`.
-task_default_queue = QUEUE  # without it a retry goes to `celery`, where nobody listens
-task_create_missing_queues = True  # without it callbacks to a producer's own queue cannot be sent
+# Without it workers consume Celery's default queue, `celery`.
+task_default_queue = QUEUE
+# Without it callbacks that name no queue go to `celery`, which no worker consumes.
 
 # --- Delivery --------------------------------------------------------------------------------
 # Jobs are claimed by worker/consumer.py and stay in Redis under the worker's lease until settled.
-worker_consumer = "worker.consumer:JobConsumer"  # without it a lost connection loses running jobs
-task_acks_late = True  # what the lease does; tools that read the configuration see it
+worker_consumer = "worker.consumer:JobConsumer"  # Celery's drops running jobs on a lost connection
+task_acks_late = True
+# Jobs are acknowledged after their results in any case; `inspect conf` would say otherwise.
 worker_prefetch_multiplier = 1
+# No job is prefetched in any case; `inspect stats` would report four for each pool process.
 worker_cancel_long_running_tasks_on_connection_loss = False
-# Without it a lost connection warns of a setting that has no effect here.
-worker_enable_prefetch_count_reduction = False  # without it each reconnection logs that it has none
+# The default of Celery 5; with the True announced for Celery 6 a lost connection ends running jobs.
+worker_enable_prefetch_count_reduction = False
+# Without it a reconnection logs a reduced prefetch count, which limits nothing here.
 control_queue_expires = None  # without it kombu renews the expiry each second, blocking the loop
 worker_lost_wait = 1.0  # seconds for a dead pool process's last result; Celery's 10 delay its jobs
 broker_transport_options = {
     "socket_connect_timeout": 3.0,  # seconds; without them a frozen Redis blocks the worker, and
     "socket_timeout": 3.0,  # the lease's thread, which must fail before the lease expires
-    "health_check_interval": 5,  # seconds; with Celery's 25 a frozen Redis is noticed after 51
+    "health_check_interval": 5,  # seconds; kombu's 25 detect a dead remote-control connection late
 }
-broker_connection_retry_on_startup = True  # without it a worker started before Redis gives up
-broker_connection_max_retries = None  # without it a worker gives up on a Redis that stays away
+broker_connection_retry_on_startup = True
+# Celery 5 derives it from `broker_connection_retry`; without it Celery 6 will not.
+broker_connection_max_retries = None  # without it a worker exits after 100 attempts to reconnect
 
-# --- Bounds in time --------------------------------------------------------------------------
-# Below the hard limit stand the database's own (storage.postgres.DatabaseLimits), so that it is
-# PostgreSQL that ends a statement and the job can be tried again; the hard limit ends the rest.
+# --- Time limits -----------------------------------------------------------------------------
+# The database's limits (storage.postgres.DatabaseLimits) are lower, so that PostgreSQL ends a
+# statement and the job is retried; the hard limit ends everything else.
 task_time_limit = 600  # seconds; enforced by worker/dispatch.py for each batch
-result_expires = 86_400  # seconds that a result can be polled; the ledger keeps it for longer
+result_expires = 86_400  # seconds; Celery's default, which the contract promises to pollers
 
-# --- What operators and pollers see ----------------------------------------------------------
-worker_send_task_events = True  # without it Flower stays empty
-result_backend_always_retry = True  # without it one lost connection costs a job its result
-result_backend_max_retries = 3  # without it a worker waits for ever on a Redis that stays away
-redis_socket_connect_timeout = 5.0  # seconds; without it a frozen Redis hangs the worker
-redis_socket_timeout = 5.0  # seconds; Celery's 120 would stall pool processes for as long
-redis_backend_health_check_interval = 5  # seconds; without it a lost connection fails a command
+# --- Monitoring and results ------------------------------------------------------------------
+worker_send_task_events = True  # without it Flower shows no tasks
+result_backend_always_retry = True
+# For reads in a chord; without it a connection lost while a chord is joined fails the chord.
+result_backend_max_retries = 3  # without it such a read blocks its pool process during an outage
+redis_socket_connect_timeout = 5.0  # seconds; without it a frozen Redis blocks pool processes
+redis_socket_timeout = 5.0  # seconds; with Celery's 120 a frozen Redis blocks them for as long
+redis_backend_health_check_interval = 5
+# Seconds; without it the first command on a connection that was lost while idle fails.

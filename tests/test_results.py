@@ -35,9 +35,7 @@ def results_at(url: str) -> JobResults:
     """A worker's results there."""
     app = Celery(set_as_current=False)
     app.loader.override_backends = {"redis": "worker.results:JobResults"}
-    app.conf.update(
-        result_backend=url, result_backend_always_retry=True, result_backend_max_retries=0
-    )
+    app.conf.update(result_backend=url)
     results: JobResults = app.backend
     return results
 
