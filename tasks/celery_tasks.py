@@ -229,7 +229,8 @@ def shown(args: object, kwargs: object) -> tuple[str, str]:
 def log_outcome(job_id: str, args: Args, kwargs: Kwargs, outcome: Outcome, seconds: float) -> None:
     """Log one line for a job, with its arguments cut and its figures."""
     line = _line(args, kwargs)
-    logger.info("job %s: %s: %s in %.2f s", job_id, line, _told(outcome), seconds)
+    told = _told(outcome)
+    logger.info("job settled: job=%s seconds=%.2f outcome=%s %s", job_id, seconds, told, line)
 
 
 def _line(args: Args, kwargs: Kwargs) -> str:
@@ -248,7 +249,7 @@ def _joined(parts: list[str], at_most: int = 4) -> str:
 def _told(outcome: Outcome) -> str:
     answer = outcome.answer
     if answer is None or answer.error:
-        told = answer.error["sentence"] if answer and answer.error else "no answer"
+        told = answer.error["sentence"] if answer and answer.error else "no result"
     elif answer.figures:
         figures = answer.figures
         told = (
@@ -257,4 +258,4 @@ def _told(outcome: Outcome) -> str:
         )
     else:
         told = "done"
-    return f"{told} (answered before)" if outcome.repeated else told
+    return f"{told} (already finished)" if outcome.repeated else told

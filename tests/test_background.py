@@ -77,8 +77,11 @@ def test_an_outage_is_logged_once(app: Celery, caplog: pytest.LogCaptureFixture)
     service.stop()
     service.join()
     assert [record.getMessage() for record in caplog.records] == [
-        "Service: failed, will retry: StorageError: away\\nforged line",
-        "Service: recovered after 2 failures",
+        (
+            "background service failed, will retry: service=Service "
+            "error=StorageError: away\\nforged line"
+        ),
+        "background service recovered: service=Service failures=2",
     ]
 
 

@@ -315,7 +315,7 @@ class TestPromises:
         OutboxRelay(idle.producer, lambda: requests).run_once(idle.redis)
         assert sorted(queued(idle)) == ["first", "last"]
         (record,) = caplog.records
-        assert "job 'no\\nid': ValueError: job id: expected 1 to 255" in record.getMessage()
+        assert "job='no\\nid' error=ValueError: job id: expected 1 to 255" in record.getMessage()
 
     @pytest.mark.parametrize(("waited", "copies"), [("90 minutes", 0), ("20 minutes", 1)])
     def test_one_is_sent_again_the_later_the_longer_it_waits(

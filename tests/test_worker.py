@@ -274,8 +274,9 @@ def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
 
     until(lambda: f"[{job_id}] succeeded" in written())
     (line,) = [line for line in written().splitlines() if user in line]
-    assert f"job {job_id}: user_id='{user}', interview_ids=<a list of 20,000>" in line
-    assert "20,000 created, 0 already granted, 0 repeated" in line
+    assert f"job settled: job={job_id} seconds=" in line
+    assert "outcome=20,000 created, 0 already granted, 0 repeated" in line
+    assert f"user_id='{user}', interview_ids=<a list of 20,000>" in line
     assert not ids_in(written()) & set(ids)
 
 
@@ -629,7 +630,7 @@ def test_an_unmigrated_database_stops_the_start(here: Site, database_url: str) -
 
 
 def test_the_workers_policy(here: Site) -> None:
-    """A running worker acknowledges late, takes one job a child, listens to its queue only."""
+    """A running worker acknowledges late, prefetches nothing, consumes its own queue only."""
     inspect = here.producer.control.inspect(timeout=10, limit=1)
     (conf,) = inspect.conf().values()
     assert conf["task_acks_late"] is True

@@ -72,7 +72,7 @@ class BackgroundService(ABC):
                 failures += 1
                 if failures == 1:
                     logger.warning(
-                        "%s: failed, will retry: %s: %s",
+                        "background service failed, will retry: service=%s error=%s: %s",
                         self._thread.name,
                         type(error).__name__,
                         shortened(str(error), quoted=False, at_most=500),
@@ -82,7 +82,10 @@ class BackgroundService(ABC):
                 self.pause(_backoff(failures))
             else:
                 if failures:
-                    logger.info("%s: recovered after %d failures", self._thread.name, failures)
+                    name = self._thread.name
+                    logger.info(
+                        "background service recovered: service=%s failures=%d", name, failures
+                    )
                 failures = 0
         self._disconnect()
 

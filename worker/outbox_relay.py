@@ -78,7 +78,7 @@ def _send(redis: Redis, request: AccessRequestDTO) -> bool:
         if isinstance(error, RedisError | OSError):
             redis.ping()
         logger.warning(
-            "outbox request cannot be sent, will retry: job %s: %s: %s",
+            "outbox request cannot be sent, will retry: job=%s error=%s: %s",
             shortened(request.job_id),
             type(error).__name__,
             shortened(str(error), quoted=False, at_most=500),

@@ -31,7 +31,10 @@ return 1
 """
 
 _LOOKS = 10
-"""At what is stored, each time after another has stored something meanwhile."""
+"""Attempts of the compare-and-set while others write the same key.
+
+Only duplicate deliveries of one job and its started reporter write it at the same time, so that a
+handful suffices; a key that changes ten times in a row is being overwritten by something else."""
 
 _UNSETTLED, _NOT_DONE, _GIVEN_UP, _ANSWERED = range(4)
 """How final a result is. A less final one never takes a more final one's place."""
@@ -78,7 +81,9 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         except (BackendStoreError, RedisError, OSError) as error:
             if is_final:
                 raise
-            logger.warning("job %s: its state %s is not stored: %s", task_id, state, error)
+            logger.warning(
+                "job state is not stored: job=%s state=%s error=%s", task_id, state, error
+            )
         return result
 
     def mark_as_revoked(self, task_id: str, *_: Any, **__: Any) -> None:
@@ -194,7 +199,9 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             before = self._rank_of(stored)
             if rank < before or rank == before > _UNSETTLED:
                 return result
-        raise BackendStoreError("others store other states of it", state=state, task_id=task_id)
+        raise BackendStoreError(
+            f"the key was overwritten by others {_LOOKS} times", state=state, task_id=task_id
+        )
 
     def _stored(self, key: str) -> bytes:
         try:
