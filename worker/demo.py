@@ -1,4 +1,4 @@
-"""The demo: the main job on real servers, shown as an operator sees it, and checked."""
+"""The demo: runs the main job on real servers, as an operator would, and checks the results."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def run_demo() -> int:
     """Run the demo in a folder of its own, and remove that.
 
     Returns:
-        0 where everything that it showed was as promised, else 1.
+        0 if all checks passed, else 1.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="interview-access-demo-") as folder:
         demo = _Demo(Path(folder))
         demo.run()
-    demo.check(not Path(folder).exists(), "its folder is gone")
-    verdict = "All of it was as promised" if demo.as_promised else "Not all of it was as promised"
-    demo.say(f"\n{verdict}; {time.monotonic() - started:.0f} s in all.")
+    demo.check(not Path(folder).exists(), "its folder is removed")
+    verdict = "PASS: all checks passed" if demo.as_promised else "FAIL: not all checks passed"
+    demo.say(f"\n{verdict} ({time.monotonic() - started:.0f} s).")
     return 0 if demo.as_promised else 1
 
 
 @dataclass(frozen=True)
 class _Promise:
-    """What a command is to do.
+    """What a command is expected to do.
 
     Attributes:
-        code: How it ends.
-        answer: What the JSON that it prints holds at least.
-        says: Words that stand in what it prints.
+        code: Its exit status.
+        answer: Keys and values that the JSON object it prints has at least.
+        says: Texts that its output contains.
     """
 
     code: int = 0
@@ -66,7 +66,7 @@ class _Demo:
         self.as_promised = True
 
     def run(self) -> None:
-        """Show it all on servers of its own, and see that they have ended."""
+        """Run the commands on servers of its own, and verify that all processes end."""
         self.say("Starting PostgreSQL and Valkey out of their wheels ...")
         with LocalStack(self._folder / "data") as stack:
             migrate(stack.database_url, report=lambda sentence: self.say(f"  {sentence}"))
@@ -128,16 +128,16 @@ class _Demo:
         with storage.transaction() as transaction:
             rows = len(transaction.get_existing_user_access([_USER, _OTHER_USER]))
         storage.close()
-        self.say(f"\nRows that stand for the two users: {rows:,}")
+        self.say(f"\nRows of the two users: {rows:,}")
         expected = _MANY + len(NAMED_SAMPLES)
         self.check(rows == expected, f"{expected:,}, the sum of the counts")
 
     def _command(self, title: str, words: Sequence[str], promise: _Promise) -> None:
-        """Run one command as a user would, show what it prints, and hold it against its promise."""
+        """Run one command as a user would, show its output, and check it."""
         shown = " ".join(word.replace(str(self._folder) + os.sep, "") for word in words)
         self.say(f"\n{title}\n$ interview-access {shown}")
         started = time.monotonic()
-        # Its standard error stays the terminal's where a bar is to be seen on it.
+        # Its standard error stays the terminal's, so that the progress bar is visible.
         on_terminal = sys.stderr.isatty() and not promise.says
         done = subprocess.run(  # noqa: S603 - our own command
             [sys.executable, "-m", "worker.cli", *words],
@@ -149,22 +149,22 @@ class _Demo:
         )
         printed = (done.stderr or "") + done.stdout
         self.say(printed.strip())
-        self.say(f"  ({time.monotonic() - started:.2f} s, ended {done.returncode})")
-        self.check(done.returncode == promise.code, f"ends {promise.code}")
+        self.say(f"  ({time.monotonic() - started:.2f} s, exit status {done.returncode})")
+        self.check(done.returncode == promise.code, f"exit status {promise.code}")
         for words_said in promise.says:
-            self.check(words_said in printed, f"says {words_said}")
+            self.check(words_said in printed, f"prints {words_said}")
         if promise.answer:
             answer = json.loads(done.stdout) if done.stdout else {}
             part = {name: answer.get(name) for name in promise.answer}
-            self.check(part == promise.answer, f"answers {json.dumps(promise.answer)}")
+            self.check(part == promise.answer, f"prints {json.dumps(promise.answer)}")
 
     def check(self, holds: bool, promise: str) -> None:
-        """Say whether a promise holds, and remember where one does not."""
+        """Print whether a check passed, and record a failure."""
         self.as_promised &= holds
-        self.say(f"  {'as promised' if holds else 'NOT AS PROMISED'}: {promise}")
+        self.say(f"  {'PASS' if holds else 'FAIL'}: {promise}")
 
     def say(self, text: str) -> None:
-        """Print a line as it is."""
+        """Print a line without markup."""
         self._console.print(text, markup=False)
 
 
