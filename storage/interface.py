@@ -93,7 +93,7 @@ class InterviewTransactionInterface(ABC):
 
     @abstractmethod
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
-        """Keep other transactions that lock their jobs away from these until the end of this one.
+        """Lock these jobs until the transaction ends.
 
         Without ``wait``, must return the ids whose lock is free, and must never wait. With
         ``wait``, must return all of the ids, or raise :class:`JobBusyError` where a live
@@ -227,7 +227,7 @@ class InterviewStorageInterface(ABC):
 
     @abstractmethod
     def make_requests_due(self) -> None:
-        """Have every request looked at now."""
+        """Make every outbox request due now."""
 
     @abstractmethod
     def is_cancelled(self, job_id: str) -> bool:

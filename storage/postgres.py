@@ -157,8 +157,8 @@ _SETTINGS = (
     " set_config('DateStyle', 'ISO, MDY', true),"
     " set_config('IntervalStyle', 'postgres', true),"
     " set_config('TimeZone', 'UTC', true),"
-    # Each statement finds its rows by an index, also by a plan made while a table was small. Where
-    # there is none, PostgreSQL before 18 takes the plan for so expensive that it compiles it.
+    # Every plan uses an index, also a plan cached while the table was small. Where no index fits,
+    # before PostgreSQL 18 the inflated cost estimate triggers JIT compilation.
     " set_config('enable_seqscan', 'off', true),"
     " set_config('jit', 'off', true)"
 )
@@ -198,7 +198,7 @@ _END_UNRESPONSIVE_HOLDERS = _OF_JOBS.format(
 )
 _NOT_PERMITTED = "42501"
 
-# Rows come as JSON: psycopg looks at each array, eight of them, for longer than a short row takes.
+# Rows are passed as JSON: psycopg would inspect and adapt eight arrays.
 _OPEN_JOBS = """
     INSERT INTO grant_access_job (job_id, task, state, user_id, request_digest)
     SELECT job_id, task, 'open', user_id, request_digest
@@ -294,7 +294,7 @@ _MISSING_OF_MIXTURE = """wanted WHERE NOT EXISTS (
         SELECT FROM interview_userinterviewaccess AS standing
         WHERE standing.user_id = wanted.user_id AND standing.interview_id = wanted.interview_id
     )"""
-# Counted inside the database: a client that stalls while it receives rows is deaf to every timeout.
+# Counted in the database: no timeout ends a backend that blocks on sending rows to its client.
 _BY_USER = """, created AS ({insert} RETURNING user_id)
     SELECT user_id, count(*) FROM created GROUP BY user_id
 """
@@ -820,7 +820,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         self._execute(_LOOK_AGAIN_AT_REQUESTS, {"job_ids": list(job_ids), "sent": sent})
 
     def make_requests_due(self) -> None:
-        """Have every request looked at now."""
+        """Make every outbox request due now."""
         now = func.clock_timestamp()
         self._execute(
             update(GrantAccessRequest).where(GrantAccessRequest.look_at > now).values(look_at=now)
@@ -887,7 +887,7 @@ class _Mixture:
     def parameters(self) -> dict[str, Any]:
         return {
             "user_ids": self.user_ids,
-            # A literal: of a list psycopg looks at each number, as long as all else here takes.
+            # A literal: psycopg would inspect each element of a list.
             "owners": "{" + ",".join(map(str, self.owners)) + "}",
             "interview_ids": _UuidArray.of(self.interview_ids),
         }

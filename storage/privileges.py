@@ -100,7 +100,11 @@ _HIDDEN = text("""
 
 
 def missing_privileges(connection: Connection, needed: Needed) -> str | None:
-    """Which of the privileges on these tables the role lacks, and what to run; None: none."""
+    """Find the privileges on these tables that the role lacks.
+
+    Returns:
+        The missing privileges and the GRANT statements to run, or None if none is missing.
+    """
     wanted = [
         (table, privilege, ",".join(columns))
         for table, privileges in needed.items()
@@ -118,7 +122,11 @@ def missing_privileges(connection: Connection, needed: Needed) -> str | None:
 
 
 def missing_usage(connection: Connection, table: str) -> str | None:
-    """Whether a table is there, in a schema that the role may not look into; and what to run."""
+    """Detect that a table exists in a schema on which the role lacks USAGE.
+
+    Returns:
+        The missing privilege and the GRANT statement to run, or None if none is missing.
+    """
     return _told([("SCHEMA", *row) for row in connection.execute(_HIDDEN, {"table": table})])
 
 

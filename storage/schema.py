@@ -76,7 +76,7 @@ _RUN_MIGRATE = "run `interview-access migrate`"
 
 
 class DatabaseUnreachableError(StorageError):
-    """No PostgreSQL answered, or it hung up."""
+    """PostgreSQL cannot be reached, or the connection to it was lost."""
 
 
 class SchemaMismatchError(StorageError):
@@ -148,11 +148,14 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
 
 
 def check_schema(database_url: str) -> str | None:
-    """What is wrong with the database and what to do about it; None where it is right.
+    """Verify the server, the schema's revision and the role's privileges.
+
+    Returns:
+        What is wrong and what to do about it, or None if nothing is.
 
     Raises:
-        DatabaseUnreachableError: No connection, or it was lost.
-        StorageError: PostgreSQL refused to be looked into.
+        DatabaseUnreachableError: if PostgreSQL cannot be reached, or the connection was lost.
+        StorageError: if PostgreSQL refused a query.
     """
     with (
         _engine(database_url) as engine,

@@ -14,7 +14,7 @@ Keys, beside the queues that kombu's producers write:
 - ``tries``: hash, digest of a message to its attempts, those that ended its pool process or worker
 - ``deferrals``: hash, digest of a message to its retries, those that its job asked for
 - ``dead``: stream of the dead letters
-- ``clock``: hash, the time (ms) when delayed messages were last looked at, and the sum of the steps
+- ``clock``: hash, the time (ms) when delayed messages were last checked, and the sum of the steps
   by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
 
@@ -62,7 +62,7 @@ local tries, deferrals = prefix .. 'tries', prefix .. 'deferrals'
 local isolated = prefix .. 'isolated'
 local bytes_left, ends = {_BYTES_PER_SCRIPT}, {_ENDS_BYTES}
 
--- Milliseconds of the server's clock, and of what it was set back since.
+-- Return the server's time in ms, corrected for steps backwards.
 local function now()
     local time = redis.call('TIME')
     return time[1] * 1000 + math.floor(time[2] / 1000)
@@ -311,7 +311,8 @@ for _, tag in ipairs(redis.call('HKEYS', held(session))) do
     if bytes_left <= 0 then return 1 end
     requeue(session, tag, true)
 end
-redis.call('DEL', prefix .. 'started:' .. session)  -- of a session of release 0.1
+-- Rolling upgrade: nothing else deletes this key of an older worker.
+redis.call('DEL', prefix .. 'started:' .. session)
 redis.call('ZREM', leases, session)
 return 0
 """
@@ -416,8 +417,8 @@ class Disposition:
         job_id: Of its job, where it has one.
         task: Name of its task, for a dead letter.
         reason: Why it is a dead letter.
-        in_ledger: For a dead letter, whether the ledger holds its job's final result; None where
-            nobody has asked.
+        in_ledger: For a dead letter, whether the ledger holds its job's final result; None if the
+            ledger was not queried.
         attempts: For a dead letter, how often its job was executed.
     """
 
@@ -516,7 +517,7 @@ class Claims:
             large_room: Large messages at most. Where there is no room, those met are moved to the
                 low-priority lane, so that small ones pass them; with room, that lane comes first.
             lanes: Number of queues: the last list of each is its low-priority lane.
-            look_aside: Whether to look at these lanes at all.
+            look_aside: Whether to claim from these lanes at all.
             isolated_room: Poison candidates at most. One counts as large, whatever its size.
             max_bytes: Bytes of a message above which only its two ends are returned.
 
