@@ -35,10 +35,10 @@ CALLS: dict[str, Callable[[Client], object]] = {
 }
 SAYS = {
     "enqueue": "Expected a Redis that can be reached and written to.*same id is safe",
-    "enqueue by id": "Job chosen may not be queued.*same id is safe",
-    "wait": "result of job chosen cannot be read.*poll it again|Asking again is safe",
-    "status": "Expected a Redis that can be reached and written to. Asking again is safe",
-    "cancel": "Expected a Redis that can be reached and written to. Asking again is safe",
+    "enqueue by id": "Job chosen might not have been queued.*same id is safe",
+    "wait": "result of job chosen cannot be read.*poll it again|Sending it again is safe",
+    "status": "Expected a Redis that can be reached and written to. Sending it again is safe",
+    "cancel": "Expected a Redis that can be reached and written to. Sending it again is safe",
 }
 
 

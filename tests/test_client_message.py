@@ -354,7 +354,7 @@ def test_a_question_that_nobody_answers_is_taken_back(
 ) -> None:
     """Without a worker the question ends at its deadline, and nothing of it stays in Redis."""
     before = datetime.now(UTC)
-    with pytest.raises(NoAnswerInTimeError, match=r"answered about job one within 0\.3 s"):
+    with pytest.raises(NoAnswerInTimeError, match=r"replied about job one within 0\.3 s"):
         getattr(client, question)("one", timeout=0.3)
     assert timedelta(seconds=0.3) <= datetime.now(UTC) - before < timedelta(seconds=3)
     assert idle.redis.keys() == []

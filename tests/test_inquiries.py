@@ -197,7 +197,7 @@ class TestStatus:
         """Where no worker answers by the deadline that is the error, and no question stays."""
         client = InterviewAccessClient(idle.broker)
         for ask in client.status, client.cancel:
-            with pytest.raises(NoAnswerInTimeError, match=r"No worker answered .* within 0\.2 s"):
+            with pytest.raises(NoAnswerInTimeError, match=r"No worker replied .* within 0\.2 s"):
                 ask("nobodys", timeout=0.2)
         assert idle.redis.keys("*") == []
 

@@ -277,10 +277,10 @@ def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
         with app.connection_for_write() as connection:
             yield JobStatusService(storage, app.backend), connection.default_channel.client
     except StorageError as error:
-        _end(_FAILED, _one_line(f"The job's state is not known: PostgreSQL says: {error}"))
+        _end(_FAILED, _one_line(f"The job's state cannot be read: {error}"))
     except (CeleryError, OperationalError, RedisError, OSError) as error:
         reason = error.__cause__ or error
-        _end(_FAILED, _one_line(f"The job's state is not known: Redis says: {reason}"))
+        _end(_FAILED, _one_line(f"The job's state cannot be read: {reason}"))
 
 
 def _print_status(known: JobStatus, *, as_json: bool) -> None:
@@ -364,7 +364,7 @@ def _letters() -> Iterator[DeadLetters]:
             yield DeadLetters(connection.default_channel.client)
     except (OperationalError, RedisError, OSError) as error:
         reason = error.__cause__ or error
-        _end(_FAILED, _one_line(f"The dead letters cannot be read: Redis says: {reason}"))
+        _end(_FAILED, _one_line(f"The dead letters cannot be read: {reason}"))
 
 
 def _read(kind: type[S]) -> S:

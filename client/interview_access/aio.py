@@ -1,4 +1,4 @@
-"""The client for services on asyncio: says the same as the blocking one, and blocks no loop."""
+"""The asyncio client: sends the same commands as the blocking one without blocking the loop."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ _WRITTEN_AT_ONCE = 100  # jobs: of 20 ids, in 8 ms
 
 
 class AsyncInterviewAccessClient:
-    """:class:`~interview_access.producer.InterviewAccessClient`, to be awaited.
+    """:class:`~interview_access.producer.InterviewAccessClient` for asyncio.
 
-    One for each event loop: connections belong to the loop that opened them.
+    Create one for each event loop: connections belong to the loop that opened them.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
@@ -73,7 +73,7 @@ class AsyncInterviewAccessClient:
         expires: float | datetime | None = None,
     ) -> str:
         """See the blocking client."""
-        # The loop goes on while 100,000 ids are written down.
+        # In a thread, because encoding 100,000 IDs would block the loop.
         message = await asyncio.to_thread(
             GrantMessage.of,
             user_id,
@@ -105,11 +105,10 @@ class AsyncInterviewAccessClient:
         return await self._hold(protocol.enqueue(message))
 
     async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
-        """See the blocking client; the jobs are gone through in other threads."""
+        """See the blocking client; the jobs are encoded in other threads."""
         messages: list[GrantMessage] = []
         writing = grant_messages(jobs)
-        # A part at a time: a thread that keeps asking the system for random numbers gives way and
-        # is back before the loop has noticed.
+        # In slices: a thread that generates many UUIDs in a row hardly yields the GIL to the loop.
         while part := await asyncio.to_thread(list, islice(writing, _WRITTEN_AT_ONCE)):
             messages += part
         return await self._hold(protocol.enqueue_many(messages))
@@ -150,7 +149,7 @@ class AsyncInterviewAccessClient:
                     await asyncio.sleep(step.seconds)
                     continue
                 try:
-                    async with self._turns:  # a wait for others is no failure of Redis
+                    async with self._turns:  # waiting for a connection is not an outage
                         replies = await self._execute(step)
                 except (RedisError, OSError) as error:
                     failed = error
@@ -177,7 +176,7 @@ class AsyncInterviewAccessClient:
 
 
 def _cancellations() -> int:
-    """How often the current task was asked to stop."""
+    """Count the cancellation requests of the current task."""
     task = asyncio.current_task()
     return task.cancelling() if task else 0
 

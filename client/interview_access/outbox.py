@@ -1,8 +1,8 @@
-"""Ask for a job inside a database transaction of one's own, for services that share the database.
+"""Transactional outbox: requests a job inside a transaction of a service that shares the database.
 
-The row is kept with whatever else the transaction writes, or not at all. After its COMMIT a worker
-puts the job on the queue, and again until it has taken effect, once; a Redis that is away or is
-emptied meanwhile loses nothing. The row goes when the job has its answer.
+The request is committed or rolled back with the transaction. After COMMIT a worker enqueues the
+job, and enqueues it again until it is in the ledger, so that an outage or a loss of Redis loses no
+request. The row is deleted when the job has a result.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from uuid import UUID, uuid4
 
 from interview_access.contracts import GrantAccessRequest, as_texts, describe
 
-if TYPE_CHECKING:  # none of this is needed by whoever does not use it
+if TYPE_CHECKING:  # an optional dependency
     from sqlalchemy import Connection
 
 INSERT = """
     INSERT INTO grant_access_request (job_id, user_id, interview_ids)
     VALUES (%(job_id)s, %(user_id)s, %(interview_ids)s)
 """
-"""What to run; ``job_id`` may be left out, and is then a new UUID. Parameters are psycopg's."""
+"""The INSERT, with psycopg's parameters; without ``job_id`` the database makes a UUID."""
 
 _JOB_ID = re.compile("[ -~]{1,255}")
 
@@ -34,22 +34,22 @@ def enqueue_in_django(
     job_id: str | None = None,
     using: str | None = None,
 ) -> str:
-    """Ask for one user's access to interviews in the current transaction of Django.
+    """Request a grant-access job in the current transaction of Django.
 
     Args:
         user_id: 1 to 36 characters.
         interview_ids: UUIDs.
-        job_id: 1 to 255 printable ASCII characters, one for each request; a random UUID without.
-        using: The name of the database; Django's default without one.
+        job_id: 1 to 255 printable ASCII characters, unique to the request; by default a UUID.
+        using: The name of the database; by default Django's default.
 
     Returns:
         The job's id, to poll it by when the transaction is committed.
 
     Raises:
-        ValueError: the job id is none.
-        InvalidGrantRequestException: the user or the interviews are of another type; how many
-            interviews one job may hold, the worker says.
-        django.db.IntegrityError: the job id stands for a request already.
+        ValueError: if `job_id` is invalid.
+        InvalidGrantRequestException: if an argument has another type. The number of interviews
+            is checked by the worker.
+        django.db.IntegrityError: if another request has the job ID.
     """
     from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
 
@@ -66,7 +66,7 @@ def enqueue_in_sqlalchemy(
     *,
     job_id: str | None = None,
 ) -> str:
-    """Ask for one user's access to interviews in a transaction of SQLAlchemy, with psycopg.
+    """Request a grant-access job in a transaction of SQLAlchemy, with psycopg.
 
     Args:
         connection: The transaction's; of a session, ``session.connection()``.
@@ -78,10 +78,10 @@ def enqueue_in_sqlalchemy(
         The job's id, to poll it by when the transaction is committed.
 
     Raises:
-        ValueError: the job id is none.
-        InvalidGrantRequestException: the user or the interviews are of another type; how many
-            interviews one job may hold, the worker says.
-        sqlalchemy.exc.IntegrityError: the job id stands for a request already.
+        ValueError: if `job_id` is invalid.
+        InvalidGrantRequestException: if an argument has another type. The number of interviews
+            is checked by the worker.
+        sqlalchemy.exc.IntegrityError: if another request has the job ID.
     """
     row = _row(user_id, interview_ids, job_id)
     connection.exec_driver_sql(INSERT, row)

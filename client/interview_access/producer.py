@@ -1,7 +1,7 @@
-"""The client for services that block: threads, processes, web servers of the ordinary kind.
+"""The blocking client, for services that use threads or processes.
 
-Owns the connections to Redis and their bounds in time; what is said on them is
-:mod:`interview_access.protocol`'s. Ids go to the worker unchecked: the worker is the judge.
+Owns the connections to Redis and their timeouts; :mod:`interview_access.protocol` decides which
+commands are sent. IDs are sent unchecked: only the worker validates them.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from interview_access.redis_address import RedisAddress, masked
 T = TypeVar("T")
 
 ANSWER_SECONDS = 10.0
-"""For how long workers are waited for that were asked about a job."""
+"""Seconds to wait for a worker's reply to a control request."""
 
 CONNECT_SECONDS, SOCKET_SECONDS = 2.0, 3.0
-# What the protocol tries twice ends with 10 s by these.
+# Seconds. With these a command that the protocol sends twice fails within 10 s.
 MOST_CONNECTIONS = 100_000
-"""Of threads: each has one while it speaks. redis-py's own limit would fail the 101st."""
+"""One for each thread that executes a command; redis-py's own limit is 100 connections."""
 
 CLIENT_NAME = "interview-access-client"
 """The name of a producer's connections in ``CLIENT LIST``."""
@@ -53,33 +53,33 @@ KEEPALIVE: dict[str, Any] = {
             "TCP_KEEPIDLE": 5,
             "TCP_KEEPINTVL": 2,
             "TCP_KEEPCNT": 3,
-            "TCP_USER_TIMEOUT": 10_000,  # milliseconds, for what was sent without an answer
+            "TCP_USER_TIMEOUT": 10_000,  # milliseconds, for data without a TCP acknowledgement
         }.items()
         if hasattr(socket, name)
     },
 }
-"""Options of redis-py's TCP connections: a host that vanished is noticed within 11 s."""
+"""Options of redis-py's TCP connections: a host that is gone is detected within 11 s."""
 
 
 class InterviewAccessClient:
-    """Enqueues grant-access jobs, tells what became of them, and cancels them.
+    """Enqueues grant-access jobs, reports their state, and cancels them.
 
-    One for a whole process: safe in threads, and in processes forked off later. Every call ends
-    within 10 s when Redis is away, but for those with a timeout of their own: that is a deadline,
-    kept to the 3 s for which a Redis that says nothing is listened to.
+    One instance serves a whole process: it is safe for threads, and after a fork. While Redis is
+    unreachable every call fails within 10 s, or within its own `timeout`, which a Redis that does
+    not reply can exceed by the socket timeout of 3 s.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
-        """Connects at the first call.
+        """Connect at the first call.
 
         Args:
             broker_url: ``redis://``, ``rediss://``, ``redis+socket://`` or ``sentinel://``;
-                ``CELERY_BROKER_URL`` of the environment without one. The password of Sentinels
+                by default ``CELERY_BROKER_URL`` of the environment. The password of Sentinels
                 comes from ``REDIS_SENTINEL_PASSWORD``.
-            result_backend: Likewise, from ``CELERY_RESULT_BACKEND``; the broker's without one.
+            result_backend: Likewise, from ``CELERY_RESULT_BACKEND``; by default the broker's.
 
         Raises:
-            ValueError: if no broker is given, or a URL names no Redis.
+            ValueError: if no broker is given, or a URL is invalid.
         """
         queue, results = redis_addresses(broker_url, result_backend)
         self._queue = connect(queue, client_name=CLIENT_NAME)
@@ -96,24 +96,24 @@ class InterviewAccessClient:
         countdown: float | None = None,
         expires: float | datetime | None = None,
     ) -> str:
-        """Ask for one user's access to interviews.
+        """Enqueue a job that grants one user access to interviews.
 
         Args:
             user_id: 1 to 36 characters.
             interview_ids: UUIDs.
-            job_id: 1 to 255 printable characters, one for each request; a random UUID without one.
-                Sending one request twice under one id is safe: it takes effect once.
-            countdown: Seconds before which no worker begins it.
-            expires: Seconds, or a datetime (UTC where it has no zone), after which none does.
+            job_id: 1 to 255 printable characters, unique to the request; by default a random UUID.
+                Sending one request twice under one ID is safe: it takes effect once.
+            countdown: Seconds before which no worker starts the job.
+            expires: Seconds, or a datetime (UTC if naive), after which no worker starts the job.
 
         Returns:
-            The job's id, to poll it by.
+            The job's ID, to poll it by.
 
         Raises:
-            ValueError: the job id, the countdown or the expiry is none.
-            InvalidGrantRequestException: an argument cannot be sent at all.
-            JobIdReusedException: the id is known of another request; nothing was sent.
-            QueueUnavailableError: Redis did not take the job in time.
+            ValueError: if `job_id`, `countdown` or `expires` is invalid.
+            InvalidGrantRequestException: if an argument cannot be encoded as JSON.
+            JobIdReusedException: if another request has the ID; nothing was sent.
+            QueueUnavailableError: if Redis did not accept the job in time.
         """
         message = GrantMessage.of(
             user_id, interview_ids, job_id=job_id, countdown=countdown, expires=expires
@@ -129,10 +129,10 @@ class InterviewAccessClient:
         countdown: float | None = None,
         expires: float | datetime | None = None,
     ) -> str:
-        """Ask for every one of these users' access to every one of these interviews: one job.
+        """Enqueue one job that grants each of the users access to each of the interviews.
 
-        All or nothing, with one count; :meth:`status` tells the count of each user. The arguments,
-        what is returned and what is raised are as of :meth:`enqueue`.
+        The job is atomic and has one count; :meth:`status` reports the count of each user.
+        Arguments, return value and exceptions are those of :meth:`enqueue`.
 
         Args:
             user_ids: Each of 1 to 36 characters.
@@ -147,27 +147,27 @@ class InterviewAccessClient:
         return self._hold(protocol.enqueue(message))
 
     def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
-        """Ask for many users' access: thousands of jobs in a few round trips.
+        """Enqueue thousands of jobs in a few round trips.
 
-        They are sent in their order, up to 500 at a time, of which Redis takes all or none. Before
-        the first is sent, all are written down (a job of 20 ids takes about 3 KB of memory) and
-        their ids looked up. A job that is given twice is sent once.
+        The jobs are sent in order, up to 500 in one MULTI. Before the first is sent, all are
+        encoded (a job of 20 IDs takes about 3 KB of memory) and their IDs are looked up. A job that
+        is given twice is sent once.
 
         Args:
-            jobs: What :meth:`enqueue` takes, with an id for each.
+            jobs: The arguments of :meth:`enqueue` for each job.
 
         Returns:
-            The jobs' ids, in step with them.
+            The jobs' IDs, in the order of `jobs`.
 
         Raises:
             ValueError: as from :meth:`enqueue`, with the job's position; nothing was sent.
-            InvalidGrantRequestException: likewise; or two requests here have one id.
-            JobIdReusedException: ids are known of other requests; nothing was sent, unless another
-                took one meanwhile.
-            QueueUnavailableError: Redis did not take all of them in time.
+            InvalidGrantRequestException: likewise; or if two of these requests have one ID.
+            JobIdReusedException: if other requests have some of the IDs; nothing was sent, unless
+                another client used an ID during the call.
+            QueueUnavailableError: if Redis did not accept all of them in time.
 
-        The details of the last two name every id once, in order: those ``sent``, those
-        ``perhaps_sent`` (when an answer did not come) and those ``not_sent``.
+        The details of the last two list every ID once, in order, under ``sent``, ``perhaps_sent``
+        (the reply was lost) or ``not_sent``.
         """
         return self._hold(protocol.enqueue_many(list(grant_messages(jobs))))
 
@@ -178,54 +178,54 @@ class InterviewAccessClient:
         timeout: float,
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
-        """The job's result, as soon as it stands.
+        """Wait for the job's result.
 
         Args:
-            job_id: The job's id.
+            job_id: The job's ID.
             timeout: Seconds to wait at most.
-            on_progress: Called with each progress that was seen.
+            on_progress: Called with each progress that was read.
 
         Returns:
-            The result as the contract has it.
+            The result as the contract defines it.
 
         Raises:
-            InterviewAccessError: the job's own failure, in the class that its worker stored;
-                :class:`JobFailedError` where that class is none of ours.
-            NoAnswerInTimeError: when the time is over.
-            QueueUnavailableError: when the results cannot be read.
+            InterviewAccessError: if the job failed, in the class that its worker stored, or
+                :class:`JobFailedError` if this package does not define that class.
+            NoAnswerInTimeError: if the job has no result by the timeout.
+            QueueUnavailableError: if the results cannot be read.
         """
         return self._hold(protocol.result(job_id, timeout=timeout, on_progress=on_progress))
 
     def status(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
-        """What is known of a job, whoever sent it and however long ago.
+        """Report a job's state, whoever sent it and however long ago.
 
         Args:
-            job_id: The job's id.
-            timeout: Seconds to wait for a worker's answer.
+            job_id: The job's ID.
+            timeout: Seconds to wait for a worker's reply.
 
         Raises:
-            NoAnswerInTimeError: no worker answered.
-            StorageUnavailableException: one did, but cannot reach the ledger now.
-            QueueUnavailableError: Redis is away.
+            NoAnswerInTimeError: if no worker replied.
+            StorageUnavailableException: if a worker replied that it cannot read the ledger now.
+            QueueUnavailableError: if Redis is unavailable.
         """
         return self._hold(protocol.status(job_id, timeout=timeout))
 
     def cancel(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
-        """Have a job cancelled: not begun, it never will be; running, it stops at its next chunk.
+        """Cancel a job: it does not start, or stops after its current chunk.
 
         Args:
-            job_id: The job's id.
-            timeout: Seconds to wait for a worker's answer, and for a running job to stop.
+            job_id: The job's ID.
+            timeout: Seconds to wait for a worker's reply, and for a running job to stop.
 
         Returns:
-            What is known of the job then: ``cancelled``, or as it had ended before. Still
-            ``running`` when the time is over, or ``unknown`` where nobody has announced such a job:
-            ``cancel_requested`` tells that it stops as soon as it can, or will not begin.
+            The job's state afterwards: ``cancelled``, or the final state that it already had. If it
+            is ``running`` (the timeout passed) or ``unknown`` (the job was never announced),
+            ``cancel_requested`` is true: the job will stop, or will not start.
 
         Raises:
-            NoAnswerInTimeError: no worker answered, and the job may not be cancelled.
-            StorageUnavailableException: one did, but cannot reach the ledger now.
-            QueueUnavailableError: Redis is away.
+            NoAnswerInTimeError: if no worker replied; the job might not have been cancelled.
+            StorageUnavailableException: if a worker replied that it cannot reach the ledger now.
+            QueueUnavailableError: if Redis is unavailable.
         """
         return self._hold(protocol.cancel(job_id, timeout=timeout))
 
@@ -235,7 +235,7 @@ class InterviewAccessClient:
         self._results.close()
 
     def _hold(self, conversation: Conversation[T]) -> T:
-        """Do what the conversation asks for until it returns."""
+        """Execute the commands that the conversation yields until it returns."""
         replies: Any = None
         failed: Exception | None = None
         try:
@@ -270,10 +270,10 @@ class InterviewAccessClient:
 def redis_addresses(
     broker_url: str | None, result_backend: str | None
 ) -> tuple[RedisAddress, RedisAddress]:
-    """The servers of queue and results, from the arguments or else from the environment.
+    """Parse the addresses of queue and results, from the arguments or else the environment.
 
     Raises:
-        ValueError: if no broker is given, or a URL names no Redis. No part of a password is shown.
+        ValueError: if no broker is given, or a URL is invalid; passwords are masked.
     """
     broker = _address(broker_url, "broker_url", "CELERY_BROKER_URL")
     results = _address(result_backend, "result_backend", "CELERY_RESULT_BACKEND")

@@ -1,7 +1,7 @@
-"""What a client says to Redis, in which order, and how it reads what comes back.
+"""The Redis commands of the clients, their order, and the parsing of replies.
 
-Knows no connection: each conversation is a generator that yields commands or pauses, and is sent
-the replies, so that the blocking client and the asyncio one say the very same. The envelope is
+Does no I/O: each conversation is a generator that yields commands or pauses, and is sent the
+replies, so that the blocking client and the asyncio one send the same commands. The envelope is
 Celery's message protocol 2, as kombu's Redis transport reads it
 (https://docs.celeryq.dev/en/stable/internals/protocol.html).
 """
@@ -60,26 +60,26 @@ from interview_access.errors import (
 T = TypeVar("T")
 
 ANNOUNCED_DAYS = 30
-"""For how long an id is known of a job that no worker begins."""
+"""Retention of the announcement of a job that no worker starts."""
 
-_LOST = LostConnectionError, SilenceError, OSError  # whether Redis did as it was told is not known
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two looks at a result
-_PAUSE_GROWTH = 1.1  # so that a look comes late by a tenth of the time waited, at most
-_ASK_SECONDS = 5.0  # between two questions to the workers while nothing is stored
-_LAST_ASK_SECONDS = 1.0  # before the end of a wait in which they were not asked yet
-_CANCEL_PAUSE = 0.2  # seconds between two looks at a job that is to stop
-_TRY_AGAIN_WITHIN = 4.0  # seconds: a try that begins later could end after the 10 s that we promise
-_JOBS_AT_ONCE, _BYTES_AT_ONCE = 500, 4_000_000  # in one MULTI: others wait for Redis meanwhile
+_LOST = LostConnectionError, SilenceError, OSError  # Redis might have executed the commands
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.25  # seconds between two polls of a result
+_PAUSE_GROWTH = 1.1  # adds at most a tenth to the time waited
+_ASK_SECONDS = 5.0  # between two control requests while no result is stored
+_LAST_ASK_SECONDS = 1.0  # before the deadline, if none was sent before
+_CANCEL_PAUSE = 0.2  # seconds between two polls of a job that is being cancelled
+_TRY_AGAIN_WITHIN = 4.0  # seconds: a later retry could exceed the client's limit of 10 s
+_JOBS_AT_ONCE, _BYTES_AT_ONCE = 500, 4_000_000  # in one MULTI, which blocks Redis for others
 
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """Redis commands of one round trip, in one MULTI where there are several.
+    """Redis commands of one round trip; several are sent in one MULTI.
 
     Attributes:
-        results: Whether for the server of the results, and not that of the queue.
-        provided: Keys, and the value (None: no value) that each must have until they are done;
-            they are not done, and WatchError is thrown, where one has another.
+        results: Whether they go to the results' server instead of the queue's.
+        provided: Keys and their expected values (None: the key must not exist), watched until EXEC;
+            if one differs, nothing is executed and WatchError is thrown.
     """
 
     commands: tuple[tuple[Any, ...], ...]
@@ -89,15 +89,15 @@ class Commands:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Seconds to let pass."""
+    """A pause between two polls."""
 
     seconds: float
 
 
 Conversation = Generator[Commands | Pause, Any, T]
-"""Yields what is to be done, is sent the list of replies, and returns what came of it.
+"""Yields commands and pauses, is sent the list of replies, and returns the result of the call.
 
-What Redis raises is thrown into it; it leaves as an error of this package.
+Exceptions of redis-py are thrown into it; it translates them into errors of this package.
 """
 
 
@@ -106,9 +106,9 @@ class GrantMessage:
     """A grant-access job, ready to be sent.
 
     Attributes:
-        is_new: Whether its id was made for it, so that no other request can have it.
-        envelope: The bytes that a worker takes off the queue.
-        announcement: What makes its id known.
+        is_new: Whether its ID was generated, so that no other request can have it.
+        envelope: The bytes on the queue.
+        announcement: The value of its announcement key.
     """
 
     job_id: str
@@ -126,18 +126,18 @@ class GrantMessage:
         countdown: float | None = None,
         expires: float | datetime | None = None,
     ) -> GrantMessage:
-        """The message that asks for one user's access to interviews, not judged.
+        """Build the message of a job for one user; the worker validates it.
 
         Args:
             user_id: 1 to 36 characters.
             interview_ids: UUIDs.
-            job_id: 1 to 255 printable characters; a random UUID without one.
-            countdown: Seconds before which it is not begun.
-            expires: Seconds, or a datetime (UTC where it has no zone), after which it is not begun.
+            job_id: 1 to 255 printable characters; by default a random UUID.
+            countdown: Seconds before which it is not started.
+            expires: Seconds, or a datetime (UTC if naive), after which it is not started.
 
         Raises:
-            ValueError: the job id, the countdown or the expiry is none.
-            InvalidGrantRequestException: an argument cannot be written as JSON.
+            ValueError: if `job_id`, `countdown` or `expires` is invalid.
+            InvalidGrantRequestException: if an argument cannot be encoded as JSON.
         """
         asked = {"user_id": as_text(user_id), "interview_ids": as_texts(interview_ids)}
         return cls._asking(GRANT_ACCESS, asked, job_id, countdown, expires)
@@ -152,7 +152,7 @@ class GrantMessage:
         countdown: float | None = None,
         expires: float | datetime | None = None,
     ) -> GrantMessage:
-        """The message that asks for many users' access to each of many interviews, likewise."""
+        """Build the message of a cohort job; see :meth:`of`."""
         asked = {"user_ids": as_texts(user_ids), "interview_ids": as_texts(interview_ids)}
         return cls._asking(GRANT_COHORT_ACCESS, asked, job_id, countdown, expires)
 
@@ -177,7 +177,7 @@ class GrantMessage:
             digest = unreadable_request_digest(task, (), kwargs)
         except (TypeError, ValueError, RecursionError):
             request = GrantAccessRequest if task == GRANT_ACCESS else GrantCohortAccessRequest
-            request.read((), kwargs)  # names what JSON has no word for
+            request.read((), kwargs)  # raises with the argument that JSON cannot encode
             raise
         return cls(
             job_id,
@@ -194,12 +194,12 @@ class GrantMessage:
 
     @property
     def key(self) -> str:
-        """Where it is announced."""
+        """Key of its announcement."""
         return announcement_key(self.job_id)
 
     @property
     def commands(self) -> tuple[tuple[Any, ...], ...]:
-        """Announce the job, unless its id is known, and enqueue it: for one MULTI."""
+        """The commands of one MULTI: announce the job, unless it is announced, and enqueue it."""
         known = self.announcement
         delay = known.eta - known.sent_at if known.eta else timedelta()
         kept = max(delay, timedelta()) + timedelta(days=ANNOUNCED_DAYS)
@@ -211,11 +211,12 @@ class GrantMessage:
 
 
 def grant_messages(jobs: Iterable[object]) -> Iterator[GrantMessage]:
-    """The messages of many jobs, in step with them; one job given twice has one message.
+    """Build the messages of many jobs, in their order; a job given twice has one message.
 
     Raises:
-        ValueError: as GrantMessage.of, naming the job by its position.
-        InvalidGrantRequestException: likewise; or it is no GrantJob, or has another request's id.
+        ValueError: as from GrantMessage.of, naming the job by its position.
+        InvalidGrantRequestException: likewise; or if a job is not a GrantJob, or has the ID of
+            another request among them.
     """
     first_of: dict[str, GrantMessage] = {}
     for position, job in enumerate(jobs):
@@ -243,12 +244,12 @@ def grant_messages(jobs: Iterable[object]) -> Iterator[GrantMessage]:
 
 
 def announcement_key(job_id: str) -> str:
-    """Where in Redis a job is announced; beside its queue."""
+    """Name the key of a job's announcement, on the server of the queue."""
     return f"interview-access:job:{job_id}"
 
 
 def result_key(job_id: str) -> str:
-    """Where in Redis Celery stores a job's state and result."""
+    """Name the key of a job's state and result, as Celery does."""
     return f"celery-task-meta-{job_id}"
 
 
@@ -266,12 +267,12 @@ def _check_job_id(job_id: object) -> None:
 
 
 def enqueue(message: GrantMessage) -> Conversation[str]:
-    """Send the job, but not under an id that is known of another request."""
+    """Send the job, unless another request has its ID."""
     try:
         yield from _send([message], {} if message.is_new else {message.key: None})
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
-            f"Job {message.job_id} may not be queued: Redis did not take it ({_reason(error)}). "
+            f"Job {message.job_id} might not have been queued: {_reason(error)}. "
             "Expected a Redis that can be reached and written to. "
             "Sending the job again under the same id is safe.",
             {"job_id": message.job_id},
@@ -280,9 +281,9 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
 
 
 def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
-    """Send jobs, none of them where an id is known of another request.
+    """Send jobs; none is sent if another request has one of their IDs.
 
-    What fails on the way, also an id that another takes meanwhile, tells which were sent.
+    An error on the way, also an ID that is used meanwhile, lists which jobs were sent.
     """
     each_once = {message.job_id: message for message in messages}
     job_ids = list(each_once)
@@ -302,7 +303,7 @@ def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
         raise error.with_account(job_ids, sent=sent) from None
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
-            f"Not all jobs are queued: Redis did not take them ({_reason(error)}). "
+            f"Not all jobs have been queued: {_reason(error)}. "
             "Expected a Redis that can be reached and written to."
         ).with_account(
             job_ids, sent=sent, perhaps_sent=0 if isinstance(error, ResponseError) else under_way
@@ -311,7 +312,7 @@ def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
 
 
 def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
-    """As many as are sent at once; a message that is larger than that by itself goes alone."""
+    """Partition messages by number and bytes; a message over the limit is a batch of its own."""
     batch: list[GrantMessage] = []
     size = 0
     for message in messages:
@@ -327,11 +328,11 @@ def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
 def _send(
     messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]
 ) -> Conversation[None]:
-    """Send jobs, all or none, where no other request has an id of theirs, whoever else tries.
+    """Send jobs atomically, unless another request has one of their IDs, also under races.
 
     Args:
         messages: Of different jobs.
-        known: Of each whose id others may have, by its key: the announcement that seems to stand.
+        known: The announcements read before, by key, of the jobs whose IDs others may have.
     """
     give_up = time.monotonic() + _TRY_AGAIN_WITHIN
     try:
@@ -339,7 +340,7 @@ def _send(
     except _LOST as lost:
         if time.monotonic() > give_up:
             raise
-        # By what is announced the second try sees whether the first came through.
+        # The announcements show whether the first attempt was executed.
         known = {**dict.fromkeys(message.key for message in messages), **known}
         try:
             yield from _send_where_free(messages, known, give_up)
@@ -357,13 +358,13 @@ def _send_where_free(
             yield Commands(commands, provided=known)
         except WatchError as error:
             if isinstance(error.__context__, _LOST):
-                raise error.__context__ from None  # redis-py has this word for it while it watches
+                raise error.__context__ from None  # redis-py wraps lost connections
             if time.monotonic() > give_up:
                 raise
             (texts,) = yield Commands((("MGET", *known),))
             known = dict(zip(known, texts, strict=True))
             if known == ours:
-                return  # a try before came through, and only its answer was lost
+                return  # an attempt before was executed, and its reply was lost
             _refuse_other_requests(messages, known)
             yield from _forget_undone([one for one in messages if known.get(one.key)])
         else:
@@ -371,19 +372,19 @@ def _send_where_free(
 
 
 def _forget_undone(messages: Sequence[GrantMessage]) -> Conversation[None]:
-    """Forget that a job was given up, which is no answer: it is sent again, to be done."""
+    """Delete stored `StorageUnavailableException` results, which are not final, before a resend."""
     keys = [result_key(message.job_id) for message in messages]
     if not keys:
         return
     (results,) = yield Commands((("MGET", *keys),), results=True)
     for key, stored in zip(keys, results, strict=True):
         if stored and StorageUnavailableException.__name__.encode() in stored:
-            with suppress(WatchError):  # another state stands there by now
+            with suppress(WatchError):  # another state was stored meanwhile
                 yield Commands((("DEL", key),), results=True, provided={key: stored})
 
 
 def _announced(messages: Sequence[GrantMessage]) -> Conversation[dict[str, bytes | None]]:
-    """What is known of the ids, by their keys."""
+    """Read the announcements of jobs, by key."""
     keys = [message.key for message in messages]
     (texts,) = yield from _replies(Commands((("MGET", *keys),)))
     return dict(zip(keys, texts, strict=True))
@@ -392,10 +393,10 @@ def _announced(messages: Sequence[GrantMessage]) -> Conversation[dict[str, bytes
 def result(
     job_id: str, *, timeout: float, on_progress: Callable[[JobProgress], None] | None
 ) -> Conversation[dict[str, Any]]:
-    """Poll a job's result until it stands, or the time is over.
+    """Poll a job's result until it is final, or until the deadline.
 
-    Where nothing is stored of the job the workers are asked, at once if it was not even announced:
-    a result that Redis has dropped is in the ledger.
+    If nothing is stored, a control request is sent, at once if the job is not announced either: a
+    result that has expired in Redis is in the ledger.
     """
     _check_job_id(job_id)
     deadline = time.monotonic() + timeout
@@ -406,7 +407,7 @@ def result(
         if stored and state in {"SUCCESS", "FAILURE", "REVOKED"}:
             return _answer(stored)
         if stored and state == PROGRESS and on_progress:
-            with suppress(ValidationError):  # of a task that is none of ours
+            with suppress(ValidationError):  # of another application's task
                 on_progress(JobProgress.model_validate(stored["result"]))
         left = deadline - time.monotonic()
         if announced and not ask_at:
@@ -421,8 +422,8 @@ def result(
             unheard_of = "it is queued" if announced else "nothing is stored of it"
             so_far = f"its state is {state}" if stored else unheard_of
             raise NoAnswerInTimeError(
-                f"Job {job_id} had no answer within {timeout:g} s ({so_far}). "
-                "It may still run: poll it again by its id.",
+                f"Job {job_id} had no result within {timeout:g} s ({so_far}). "
+                "It might still run: poll it again by its ID.",
                 {"job_id": job_id, "state": state},
             )
         yield Pause(min(pause, left))
@@ -430,13 +431,13 @@ def result(
 
 
 def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
-    """Ask the workers what is known of a job."""
+    """Request a job's status from the workers."""
     _check_job_id(job_id)
     return (yield from _ask(JOB_STATUS, job_id, timeout))
 
 
 def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
-    """Have a job cancelled, and wait until it has stopped, or finished before it could be."""
+    """Cancel a job, and wait until it has stopped or finished."""
     _check_job_id(job_id)
     deadline = time.monotonic() + timeout
     known = yield from _ask(CANCEL_JOB, job_id, timeout)
@@ -445,20 +446,20 @@ def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
         try:
             known = yield from _ask(CANCEL_JOB, job_id, max(deadline - time.monotonic(), 0))
         except NoAnswerInTimeError:
-            break  # it was asked to stop all the same
+            break  # the cancellation is recorded all the same
     return known
 
 
 def _known(job_id: str, *, timeout: float) -> Conversation[JobStatus | None]:
-    """What the workers know of a job, where one answers."""
+    """Request a job's status; None if no worker replies."""
     try:
         return (yield from _ask(JOB_STATUS, job_id, timeout))
     except QueueUnavailableError as error:
         if not isinstance(error.__cause__, ResponseError):
-            raise  # to look once more would take as long again
+            raise  # another attempt would take as long again
     except InterviewAccessError:
         pass
-    return None  # a Redis that takes no questions, being full, may still get results
+    return None  # a full Redis refuses control requests, but still stores results
 
 
 def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
@@ -490,19 +491,19 @@ def _ask(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
         yield from _replies(Commands((("LREM", CONTROL_QUEUE, 0, envelope),)), by=deadline)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
-            f"The workers cannot be asked about job {job_id}: Redis says: {_reason(error)}. "
-            "Expected a Redis that can be reached and written to. Asking again is safe.",
+            f"The control request for job {job_id} failed: {_reason(error)}. "
+            "Expected a Redis that can be reached and written to. Sending it again is safe.",
             {"job_id": job_id},
         ) from error
     raise NoAnswerInTimeError(
-        f"No worker answered about job {job_id} within {timeout:g} s. Expected a worker that runs "
-        "on this Redis: only a worker can report a job's state. Ask again.",
+        f"No worker replied about job {job_id} within {timeout:g} s. Expected a worker that runs "
+        "on this Redis: only a worker can report a job's state. Send the request again.",
         {"job_id": job_id},
     )
 
 
 def _look(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None, bool]]:
-    """What is stored of a job's result, and whether the job is announced."""
+    """Read a job's stored result, and whether the job is announced."""
     result, announcement = ("GET", result_key(job_id)), ("EXISTS", announcement_key(job_id))
     try:
         (stored,) = yield from _replies(Commands((result,), results=True), by=by)
@@ -514,16 +515,16 @@ def _look(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"The result of job {job_id} cannot be read from Redis ({_reason(error)}). "
-            "The job itself is not touched by this: poll it again.",
+            "The job itself is not affected: poll it again.",
             {"job_id": job_id},
         ) from error
     return None, bool(announced)
 
 
 def _replies(step: Commands, *, by: float = inf) -> Conversation[list[Any]]:
-    """The replies, after a second try where the first lost its connection and there is time ``by``.
+    """Send commands, a second time if the connection was lost and the deadline ``by`` permits it.
 
-    What was done twice takes effect once: by the job's id, or by what it asks.
+    All commands sent this way are idempotent, or sent under a job ID.
     """
     give_up = min(time.monotonic() + _TRY_AGAIN_WITHIN, by)
     try:
@@ -534,7 +535,7 @@ def _replies(step: Commands, *, by: float = inf) -> Conversation[list[Any]]:
     return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
 
 
-# --- What stands in Redis -------------------------------------------------------------------------
+# --- Values in Redis ------------------------------------------------------------------------------
 
 
 def _envelope(
@@ -548,17 +549,17 @@ def _envelope(
     expires_at: datetime | None,
     reply_to: str | None = None,
 ) -> bytes:
-    """A message of Celery's, version 2, with its body in plain JSON.
+    """Encode a message of Celery's protocol 2, with its body in plain JSON.
 
     Args:
         task: The task's name.
-        job_id: What its result is stored under.
-        queue: Where it is put.
+        job_id: The ID of its result.
+        queue: Its queue.
         kwargs: The task's arguments.
-        told: The arguments for people: Celery's own would carry the first thousand characters of
-            ids into every event and log.
-        eta: Not before.
-        expires_at: Not after.
+        told: ``kwargsrepr``; Celery's own would put the first thousand characters of the IDs into
+            every event and log line.
+        eta: Time before which it is not started.
+        expires_at: Time after which it is not started.
         reply_to: The key of the reply to a control request.
     """
     embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -595,7 +596,7 @@ def _envelope(
 
 
 def _answer(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The result that Celery stored, or its error, raised."""
+    """Return the stored result, or raise the stored error."""
     if stored["status"] == "SUCCESS":
         return dict(stored["result"])
     error: Any = stored["result"] if isinstance(stored["result"], dict) else {}
@@ -613,24 +614,24 @@ def _answer(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer_of(known: JobStatus) -> dict[str, Any]:
-    """The result that the ledger holds, or its error, raised."""
+    """Return the result in a status, or raise its error."""
     if known.error:
         raise error_class(known.error.type)(known.error.sentence, known.error.details)
     return known.result or {}
 
 
 def _digest_in(announcement: bytes | None) -> str | None:
-    """The digest of an announced request, where it is told."""
+    """Read the digest in an announcement, if it has one."""
     try:
         return Announcement.model_validate_json(announcement).digest if announcement else None
     except ValidationError:
-        return None  # a foreign producer's, and none of the contract's
+        return None  # of a producer that does not follow the contract
 
 
 def _refuse_other_requests(
     messages: Iterable[GrantMessage], known: Mapping[str, bytes | None]
 ) -> None:
-    """Raise where ids are known of other requests."""
+    """Raise JobIdReusedException if other requests have some of the IDs."""
     refused: list[tuple[GrantMessage, str]] = []
     for message in messages:
         first = _digest_in(known.get(message.key))
