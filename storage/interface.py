@@ -30,11 +30,12 @@ MAX_REQUEST_BYTES = 32_000_000
 _JOB_CLASSES = frozenset({"21", "22", "23", "40", "44", "54", "P0", "XX"})
 # The statement's own values and rows: cardinality, data, constraints, serialization and deadlocks,
 # CHECK OPTION, limits of size, errors that a trigger raises, one corrupt page or tuple.
-_JOB_CODES = frozenset(
+_STALE_STATEMENT = frozenset({"26000", "42P05", "0A000"})
+# A prepared statement is missing, exists already, or returns other columns than it did.
+_JOB_CODES = _STALE_STATEMENT | frozenset(
     {
         *("55P03", "57014"),  # a lock not obtained in time; a statement that took too long
         *("25P02", "25P03", "25P04"),  # a transaction that failed before, stalled, took too long
-        *("26000", "42P05"),  # a lost prepared statement; a new connection serves
     }
 )
 
@@ -67,6 +68,16 @@ class StorageError(Exception):
         """
         code = self.sqlstate or ""
         return code[:2] not in _JOB_CLASSES and code not in _JOB_CODES
+
+    @property
+    def needs_new_connection(self) -> bool:
+        """Whether a retry on the same connection may fail for the connection's own state."""
+        return self.is_outage or self.sqlstate in _STALE_STATEMENT
+
+
+def is_outage(error: Exception | None) -> bool:
+    """Whether an error, of the storage or not, is an outage of it."""
+    return isinstance(error, StorageError) and error.is_outage
 
 
 class JobBusyError(StorageError):

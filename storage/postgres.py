@@ -71,8 +71,6 @@ from storage.models import (
 
 _LOCK_NOT_HAD = "55P03"
 _NOT_UNIQUE = "23505"
-_STALE_STATEMENT = {"26000", "42P05", "0A000"}
-"""A prepared statement is missing, exists already, or returns other columns than it did."""
 
 _UUID_OID = psycopg.adapters.types["uuid"].oid
 
@@ -418,7 +416,7 @@ class PostgresStorage(InterviewStorageInterface):
             with driver_errors_translated():
                 connection.commit()
         except StorageError as error:
-            if error.is_outage or error.sqlstate in _STALE_STATEMENT:
+            if error.needs_new_connection:
                 with driver_errors_translated():
                     connection.invalidate()
             raise

@@ -7,6 +7,7 @@ it does not know.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -26,6 +27,7 @@ from storage.interface import (
     JobBusyError,
     LedgerError,
     StorageError,
+    is_outage,
 )
 
 
@@ -45,6 +47,9 @@ class Job(Protocol):
 
 
 J = TypeVar("J", bound=Job)
+
+ALONE_SECONDS = 60.0
+"""Seconds in which a batch settles its jobs one by one, far less than a task's time limit."""
 
 Work = Callable[[InterviewTransactionInterface, Sequence[J]], Mapping[str, AnswerDTO]]
 """Does the work of new jobs within a transaction and answers each, by its ID."""
@@ -75,16 +80,25 @@ class Outcome:
     error: Exception | None = None
 
 
-def settle(storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]) -> list[Outcome]:
+def settle(
+    storage: InterviewStorageInterface,
+    jobs: Sequence[J],
+    work: Work[J],
+    *,
+    alone_seconds: float = ALONE_SECONDS,
+) -> list[Outcome]:
     """Give every job its one answer: all of them in one transaction if possible.
 
     If the transaction fails, and for jobs whose lock another transaction holds, they are settled
-    one by one, so that no job delays or fails another.
+    one by one, so that no job fails another. Once one of them has failed, the others do not block
+    on locks.
 
     Args:
         storage: Where the ledger is.
         jobs: In order: of equal IDs the first is done, the others get its answer.
         work: What is done for the jobs that are new and valid.
+        alone_seconds: Time in which jobs are settled one by one. The jobs that are left then are
+            not attempted; their error is an outage.
 
     Returns:
         The outcome of each job, in step.
@@ -94,7 +108,7 @@ def settle(storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J])
     """
     first = {job.entry.job_id: job for job in reversed(jobs)}
     firsts = [job for job in jobs if job is first[job.entry.job_id]]
-    settled = _settle_distinct(storage, firsts, work)
+    settled = _settle_distinct(storage, firsts, work, alone_seconds)
     return [_outcome_of(job, settled[job.entry.job_id], first[job.entry.job_id]) for job in jobs]
 
 
@@ -112,45 +126,55 @@ class _Settled:
 
 
 def _settle_distinct(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], alone_seconds: float
 ) -> dict[str, _Settled | Exception]:
+    if len(jobs) == 1:
+        return {jobs[0].entry.job_id: _settle_alone(storage, jobs[0], work, wait=True)}
     settled: dict[str, _Settled | Exception] = {}
-    error: Exception = JobBusyError("another transaction holds the job's lock")
+    outage: Exception | None = None
     try:
-        settled.update(_settle_together(storage, jobs, work))
+        settled.update(_settle_together(storage, jobs, work, wait=False))
     except MemoryError:
         raise
-    except _CancelledMidwayError as cancelled:
-        if len(jobs) == 1:
-            return _settle_distinct(storage, jobs, work)
-        error = cancelled
-    except Exception as failed:  # noqa: BLE001 - one job's defect must not fail the others
-        error = failed
-    left = [job for job in jobs if job.entry.job_id not in settled]
-    if len(jobs) > 1:
-        is_hopeless = _is_outage(error)
-        while left and not is_hopeless:
-            job = left.pop(0)
-            alone = _settle_distinct(storage, [job], work)
-            settled.update(alone)
-            if isinstance(failed_alone := alone[job.entry.job_id], Exception):
-                # A lock is waited for: many jobs that are busy elsewhere would delay the others.
-                error = failed_alone
-                is_hopeless = _is_outage(error) or isinstance(error, JobBusyError)
-    settled.update((job.entry.job_id, error) for job in left)
+    except Exception as error:  # noqa: BLE001 - one job's defect must not fail the others
+        outage = error if is_outage(error) else None
+    wait, deadline = True, time.monotonic() + alone_seconds
+    for job in jobs:
+        if job.entry.job_id in settled:
+            continue
+        if time.monotonic() >= deadline:
+            outage = outage or StorageError(
+                f"not attempted: the batch's other jobs took {alone_seconds:.0f} s one by one"
+            )
+        result = outage or _settle_alone(storage, job, work, wait=wait)
+        settled[job.entry.job_id] = result
+        if isinstance(result, Exception):
+            wait = False  # each wait for a lock would delay the jobs that are left
+            outage = result if is_outage(result) else None
     return settled
 
 
-def _is_outage(error: Exception) -> bool:
-    return isinstance(error, StorageError) and error.is_outage
+def _settle_alone(
+    storage: InterviewStorageInterface, job: J, work: Work[J], *, wait: bool
+) -> _Settled | Exception:
+    try:
+        settled = _settle_together(storage, [job], work, wait=wait)
+    except MemoryError:
+        raise
+    except _CancelledMidwayError:
+        return _settle_alone(storage, job, work, wait=wait)
+    except Exception as error:  # noqa: BLE001 - likewise
+        return error
+    busy = JobBusyError("another transaction holds the job's lock")
+    return settled.get(job.entry.job_id, busy)
 
 
 def _settle_together(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J]
+    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], *, wait: bool
 ) -> dict[str, _Settled]:
-    """Settle the jobs whose locks are free. Block on the lock only for a single job."""
+    """Settle the jobs whose locks are free; block on the locks if ``wait``."""
     with storage.transaction() as transaction:
-        locked = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=len(jobs) == 1)
+        locked = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=wait)
         jobs = [job for job in jobs if job.entry.job_id in locked]
         known = transaction.open_jobs([job.entry for job in jobs])
         new = [job for job in jobs if job.entry.job_id not in known]

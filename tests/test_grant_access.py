@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import UUID, uuid4
 
 import pytest
@@ -10,11 +13,14 @@ from interview_access.errors import (
     InvalidGrantRequestException,
     InvalidInterviewIdException,
 )
+from sqlalchemy import text
 
-from storage.dtos import FiguresDTO
-from storage.interface import StorageError
+from storage.dtos import FiguresDTO, JobDTO
+from storage.interface import JobBusyError, StorageError, is_outage
+from storage.postgres import DatabaseLimits
 from tasks.grant_access import GrantAccessInteractor
-from tasks.ledger import Outcome, result_of
+from tasks.ledger import Outcome, RejectedJob, result_of, settle
+from tests.database import connected
 from tests.stores import (
     CHUNK_SIZE,
     Background,
@@ -289,6 +295,14 @@ class TestManyJobs:
         assert store.grant() == []
 
 
+@contextmanager
+def locked(postgres: PostgresStore, table: str) -> Iterator[None]:
+    """Lock a table away from every other session, as VACUUM FULL does."""
+    with connected(postgres.database_url) as connection:
+        connection.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
+        yield
+
+
 class TestPostgres:
     """What only a database can do to jobs."""
 
@@ -336,6 +350,51 @@ class TestPostgres:
             assert not batch.over
             assert postgres.rows() == 2
         assert [created(outcome) for outcome in batch.result()] == [2, 2]
+
+    def test_a_busy_job_does_not_fail_the_jobs_after_it(self, postgres: PostgresStore) -> None:
+        """Where the whole fails, every job whose own lock is free is done, wherever it comes."""
+        ids = postgres.add_interviews(2)
+        postgres.raise_for_grants("NEW.user_id = 'bad'", "23503")
+        users = ["busy", "before", "bad", "busy-too", "after"]
+        with postgres.another() as elsewhere, elsewhere.transaction() as holder:
+            holder.lock_jobs(["busy", "busy-too"], wait=True)
+            with statements_counted() as statements:
+                outcomes = postgres.grant(*(a_job(user, user, ids) for user in users))
+        busy, before, bad, busy_too, after = outcomes
+        assert isinstance(busy.error, JobBusyError)
+        assert isinstance(busy_too.error, JobBusyError)
+        assert isinstance(bad.error, StorageError)
+        assert bad.error.sqlstate == "23503"
+        assert created(before) == created(after) == 2
+        assert sum("pg_advisory_xact_lock(key)" in statement for statement in statements) == 1
+
+    def test_one_job_of_a_batch_waits_for_a_locked_table(self, postgres: PostgresStore) -> None:
+        """After one wait for a lock as long as a lone job's, the other jobs wait briefly."""
+        ids = postgres.add_interviews(1)
+        limits = DatabaseLimits(lock=2, several=0.05)
+        jobs = [a_job(f"job-{number}", "ann", ids) for number in range(10)]
+        with locked(postgres, "grant_access_job"), postgres.another(limits=limits) as storage:
+            began = time.monotonic()
+            outcomes = GrantAccessInteractor(storage).grant_access(jobs)
+            assert time.monotonic() - began < 3 * limits.lock
+        assert {getattr(outcome.error, "sqlstate", None) for outcome in outcomes} == {"55P03"}
+
+    def test_jobs_beyond_the_time_of_a_batch_are_not_attempted(
+        self, postgres: PostgresStore
+    ) -> None:
+        """Settling one by one ends after its time; the jobs that are left fail by an outage."""
+        fault = InvalidGrantRequestException("wrong", {})
+        entries = [JobDTO(job_id, "task", "ann", "0" * 64) for job_id in "abc"]
+        jobs = [RejectedJob(entry, fault) for entry in entries]
+        limits = DatabaseLimits(lock=0.5, several=0.05)
+        with locked(postgres, "grant_access_job"), postgres.another(limits=limits) as storage:
+            outcomes = settle(storage, jobs, lambda _, __: {}, alone_seconds=0.3)
+        first, *others = [outcome.error for outcome in outcomes]
+        assert isinstance(first, StorageError)
+        assert first.sqlstate == "55P03"
+        for error in others:
+            assert is_outage(error)
+            assert "not attempted" in str(error)
 
     def test_statements_do_not_grow_with_jobs(self, postgres: PostgresStore) -> None:
         """Fifty jobs take no more statements than one."""

@@ -43,7 +43,7 @@ from kombu.utils.json import loads
 from redis.exceptions import RedisError
 
 from storage.dtos import JobDTO
-from storage.interface import JobBusyError, StorageError
+from storage.interface import JobBusyError, StorageError, is_outage
 from tasks.celery_tasks import JobTask, TaskDependencies, log_outcome, shown
 from tasks.ledger import Outcome, RejectedJob, result_of, settle_rejected
 from tasks.started_reporter import StartedReporter
@@ -187,7 +187,7 @@ def _executed(app: Celery, runs: Sequence[_Run], hostname: str) -> BatchReport:
     seconds = time.monotonic() - started
     settlements = [_settlement(app, run, stored, seconds) for run in runs]
     _send_after(runs)
-    outages = [str(run.outcome.error) for run in runs if _is_outage(run.outcome.error)]
+    outages = [str(run.outcome.error) for run in runs if is_outage(run.outcome.error)]
     if any(run.is_missing_in(stored) for run in runs):
         outages.append("results cannot be stored")
     return BatchReport(
@@ -195,10 +195,6 @@ def _executed(app: Celery, runs: Sequence[_Run], hostname: str) -> BatchReport:
         outages[0] if outages else None,
         any(run.outcome.answer for run in runs),
     )
-
-
-def _is_outage(error: Exception | None) -> bool:
-    return isinstance(error, StorageError) and error.is_outage
 
 
 # --- From message to job ------------------------------------------------------------------------
