@@ -783,7 +783,7 @@ class PostgresTransaction(InterviewTransactionInterface):
             rows = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
             if rows:
                 put = upsert(table)
-                columns = {name: put.excluded[name] for name in rows[0]}
+                columns = {name: put.excluded[name] for name in rows[0] if name != "job_id"}
                 put = put.on_conflict_do_update(index_elements=["job_id"], set_=columns)
                 self._execute(put, rows)
         self.open.difference_update(job.job.job_id for job in jobs)

@@ -46,6 +46,7 @@ from storage.models import (
     UserInterviewAccess,
 )
 from storage.postgres import PostgresStorage
+from storage.privileges import NEEDED
 from storage.schema import (
     DatabaseUnreachableError,
     Difference,
@@ -908,11 +909,22 @@ WORKER = [
 """What a worker's role needs, and no more."""
 
 
-def test_a_role_with_these_privileges_serves(database: Database) -> None:
+COLUMNS_OF_WORKER = [
+    f"{privilege} ON {table}"
+    if privilege == "DELETE"
+    else f"{privilege} ({', '.join(columns or ('id',))}) ON {table}"
+    for table, privileges in NEEDED.items()
+    for privilege, columns in privileges.items()
+] + ["SELECT (version_num) ON grant_access_alembic_version"]
+"""The same by columns, as far as PostgreSQL grants privileges on columns."""
+
+
+@pytest.mark.parametrize("grants", [WORKER, COLUMNS_OF_WORKER], ids=["tables", "columns"])
+def test_a_role_with_these_privileges_serves(database: Database, grants: list[str]) -> None:
     """A role with the privileges that are asked for does everything that a worker does."""
     migrated(database.url)
     (interview,) = add_interviews(database, 1)
-    with role(database.url, *WORKER) as url:
+    with role(database.url, *grants) as url:
         assert check_schema(url) is None
         storage = PostgresStorage(url)
         database.execute(
