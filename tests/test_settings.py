@@ -272,6 +272,13 @@ class TestEnvironment:
         """Compose passes on variables that nobody has set as empty ones."""
         assert "CELERY_BROKER_URL: not set" in refusal(CELERY_BROKER_URL="")
 
+    def test_a_list_that_names_no_queue_is_refused(self) -> None:
+        """A list without a name is a mistake, and does not permit every queue."""
+        said = refusal(CELERY_BROKER_URL="redis://h", GRANT_CALLBACK_QUEUES=" , ")
+        assert said == (
+            "GRANT_CALLBACK_QUEUES: got ' , ', expected at least one name, or an empty value"
+        )
+
     @pytest.mark.parametrize("name", ["CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"])
     def test_what_celery_reads_unchecked_is_refused(self, name: str) -> None:
         """Celery would take these from the environment before any setting."""

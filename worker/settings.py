@@ -26,12 +26,13 @@ def _redis(url: str) -> str:
 
 
 def _names(listed: object) -> object:
-    """The names in a list that is separated by commas."""
-    return (
-        [name.strip() for name in listed.split(",") if name.strip()]
-        if isinstance(listed, str)
-        else listed
-    )
+    """Split a list of names that are separated by commas."""
+    if not isinstance(listed, str):
+        return listed
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if not names:
+        raise ValueError("at least one name, or an empty value")
+    return names
 
 
 class SettingsError(Exception):
@@ -82,7 +83,7 @@ class Settings(DatabaseSettings):
         grant_attempt_limit: Attempts of a job that ends its worker's process each time.
         grant_stop_grace: Seconds that running jobs have to finish when the worker stops.
         grant_callback_queues: Queues, separated by commas, to which the worker may publish the
-            callbacks, chains and chords of a message; any queue unless given.
+            callbacks, chains and chords of a message; None: to any queue.
     """
 
     celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
@@ -98,7 +99,7 @@ class Settings(DatabaseSettings):
     grant_lease_seconds: float = Field(default=8.0, ge=1, le=3_600)
     grant_attempt_limit: int = Field(default=5, ge=1, le=100)
     grant_stop_grace: float = Field(default=25.0, ge=0, le=3_600)
-    grant_callback_queues: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    grant_callback_queues: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
 
     @model_validator(mode="after")
     def _results_beside_the_queue(self) -> Self:

@@ -44,14 +44,14 @@ class QueueRefusedError(Exception):
     """A message's callback is not to be published to its queue."""
 
 
-def restrict_publishing(queues: Collection[str]) -> None:
+def restrict_publishing(queues: Collection[str] | None) -> None:
     """Let this process publish to queues only, as a pool process does on a message's behalf.
 
     Args:
-        queues: To which it may publish; empty for any that is not reserved.
+        queues: To which it may publish; None: to any that is not reserved.
     """
     _TolerantChannel.callbacks_only = True
-    _TolerantChannel.callback_queues = frozenset(queues)
+    _TolerantChannel.callback_queues = None if queues is None else frozenset(queues)
 
 
 class _QoS(kombu_redis.QoS):  # type: ignore[misc] # kombu ships no types
@@ -66,12 +66,14 @@ class _TolerantChannel:
 
     QoS = _QoS
     callbacks_only: ClassVar[bool] = False
-    callback_queues: ClassVar[frozenset[str]] = frozenset()
+    callback_queues: ClassVar[frozenset[str] | None] = None
 
     def _put(self: Any, queue: str, message: Any, **kwargs: Any) -> None:
         allowed = self.callback_queues
-        if queue.startswith(_RESERVED) or (allowed and queue not in allowed):
-            expected = "one of GRANT_CALLBACK_QUEUES" if allowed else "one that is not reserved"
+        if queue.startswith(_RESERVED) or (allowed is not None and queue not in allowed):
+            expected = (
+                "one that is not reserved" if allowed is None else "one of GRANT_CALLBACK_QUEUES"
+            )
             raise QueueRefusedError(f"queue: expected {expected}, got {shortened(queue)}")
         super()._put(queue, message, **kwargs)  # type: ignore[misc] # kombu's
 
