@@ -6,6 +6,7 @@ executes the tasks in batches (``worker/execution.py``), not through Celery's ow
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -195,7 +196,10 @@ def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewA
 
 
 class _Progress:
-    """Reports a running job's progress as its state, at most twice a second."""
+    """Reports a running job's progress as its state, at most twice a second.
+
+    A store that fails is the last: each may block the open transaction for a timeout of Redis.
+    """
 
     def __init__(self, task: JobTask, job_id: str) -> None:
         self._task = task
@@ -208,7 +212,8 @@ class _Progress:
             return
         self._next = now + _PROGRESS_SECONDS
         meta = JobProgress(done=done, total=total).model_dump()
-        self._task.update_state(self._job_id, PROGRESS, meta)
+        if not self._task.backend.store_progress(self._job_id, PROGRESS, meta):
+            self._next = math.inf
 
 
 def _unreadable(job_id: str, task: str, args: Args, kwargs: Kwargs) -> JobDTO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from interview_access.errors import (
 from redis import Redis
 
 from storage.interface import StorageError
+from tasks.celery_tasks import GrantAccessTask, TaskDependencies
 from tests.faults.gates import Relay
-from tests.stores import Background
+from tests.stores import CHUNK_SIZE, Background, PostgresStore, a_job, created
 from worker.local_stack import LocalStack
 from worker.results import JobResults
 
@@ -31,11 +33,11 @@ MALFORMED = InvalidInterviewIdException("No id.", {"total": 1})
 GIVEN_UP = JobFailedError("It ended its worker.", {})
 
 
-def results_at(url: str) -> JobResults:
+def results_at(url: str, **settings: object) -> JobResults:
     """A worker's results there."""
     app = Celery(set_as_current=False)
     app.loader.override_backends = {"redis": "worker.results:JobResults"}
-    app.conf.update(result_backend=url)
+    app.conf.update(result_backend=url, **settings)
     results: JobResults = app.backend
     return results
 
@@ -64,6 +66,22 @@ def store(results: JobResults, job_id: str, answer: object) -> None:
     """Store a job's result."""
     assert isinstance(answer, dict | InterviewAccessError)
     assert results.store_results({job_id: answer}) == {job_id}
+
+
+def test_progress_is_reported_until_a_report_fails(
+    postgres: PostgresStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Redis that does not reply delays a running job once, not after each chunk."""
+    ids = postgres.add_interviews(5 * CHUNK_SIZE)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never replies
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        timeout = 0.6  # longer than the time between two reports
+        app = results_at(url, redis_socket_timeout=timeout).app
+        task = GrantAccessTask(TaskDependencies(lambda: postgres.storage, 1_000, 1, 1))
+        app.register_task(task)
+        (outcome,) = task.settle([a_job("a", "ann", ids)])
+    assert created(outcome) == len(ids)
+    assert caplog.text.count("its state PROGRESS is not stored") == 1
 
 
 def test_late_failure_does_not_replace_a_success(

@@ -65,26 +65,34 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     ) -> Any:
         """Store a state that Celery or a running job reports.
 
-        Progress is stored if Redis is reachable. Of final states only those of Celery's own canvas
-        are stored here, for tasks that never run because another one failed: the results of jobs
-        are :meth:`store_results`'s.
+        Of final states only those of Celery's own canvas are stored here, for tasks that never run
+        because another one failed: the results of jobs are :meth:`store_results`'s.
 
         Raises:
             Exception: the result itself, if it is final and not one of those.
         """
-        is_final = state in states.READY_STATES
-        if is_final and not isinstance(result, ChordError):
+        if state not in states.READY_STATES:
+            self.store_progress(task_id, state, result)
+        elif isinstance(result, ChordError):
+            self._store_result(task_id, self.encode_result(result, state), state, None, request)
+        else:
             raise result
-        try:
-            encoded = self.encode_result(result, state)
-            self._store_result(task_id, encoded, state, None, request)
-        except (BackendStoreError, RedisError, OSError) as error:
-            if is_final:
-                raise
-            logger.warning(
-                "job state is not stored: job=%s state=%s error=%s", task_id, state, error
-            )
         return result
+
+    def store_progress(self, job_id: str, state: str, progress: object) -> bool:
+        """Store a state of a running job, if Redis is reachable.
+
+        Returns:
+            Whether it was.
+        """
+        try:
+            self._store_result(job_id, self.encode_result(progress, state), state)
+        except (BackendStoreError, RedisError, OSError) as error:
+            logger.warning(
+                "job state is not stored: job=%s state=%s error=%s", job_id, state, error
+            )
+            return False
+        return True
 
     def mark_as_revoked(self, task_id: str, *_: Any, **__: Any) -> None:
         """Store nothing: a revoked job is settled through the ledger when it is delivered."""
