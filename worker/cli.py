@@ -247,7 +247,7 @@ def show(letter_id: str, raw: bool) -> None:
 @click.argument("letter_ids", metavar="ID...", nargs=-1, required=True, callback=_letter_id)
 def requeue(letter_ids: tuple[str, ...]) -> None:
     """Send dead letters back to their queues; their attempts are counted from 0 again."""
-    _for_each(letter_ids, "requeued")
+    _for_each(letter_ids, lambda letters, one: letters.requeue(one), "requeued", note=_result_of)
 
 
 @dead_letters.command()
@@ -257,7 +257,7 @@ def drop(letter_ids: tuple[str, ...], yes: bool) -> None:
     """Delete dead letters for good, after asking."""
     if not yes:
         click.confirm(f"Delete {len(letter_ids)} messages for good?", abort=True, err=True)
-    _for_each(letter_ids, "dropped")
+    _for_each(letter_ids, lambda letters, one: letters.drop(one), "dropped")
 
 
 @contextmanager
@@ -305,20 +305,26 @@ def _one_line(value: object, at_most: int = _FIELD) -> str:
     return shortened(str(value), quoted=False, at_most=at_most)
 
 
-def _for_each(letter_ids: tuple[str, ...], done: str) -> None:
+def _for_each(
+    letter_ids: tuple[str, ...],
+    operation: Callable[[DeadLetters, DeadLetter], bool],
+    done: str,
+    *,
+    note: Callable[[DeadLetter], str | None] = lambda _: None,
+) -> None:
+    """Apply an operation to dead letters, and print a line and the note, if any, for each."""
     missing = False
     with _letters() as letters:
         for letter_id in letter_ids:
             letter = letters.get(letter_id)
-            act = letters.requeue if done == "requeued" else letters.drop
-            if letter is None or not act(letter):
+            if letter is None or not operation(letters, letter):
                 missing = True
                 click.echo(_unknown_letter(letter_id), err=True)
                 continue
             job_id = _one_line(letter.job_id, 255) or "unknown"
             click.echo(f"{letter_id}: {done} (job {job_id})")
-            if done == "requeued" and (note := _result_of(letter)):
-                click.echo(f"{letter_id}: {note}", err=True)
+            if noted := note(letter):
+                click.echo(f"{letter_id}: {noted}", err=True)
     if missing:
         sys.exit(_FAILED)
 

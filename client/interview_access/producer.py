@@ -363,7 +363,7 @@ def sentinel_options(address: RedisAddress, timeout: float) -> dict[str, Any]:
     """
     each = timeout / len(address.hosts)
     return {
-        **address.sentinel_options,
+        **address.sentinel_credentials,
         **KEEPALIVE,
         "socket_connect_timeout": each,
         "socket_timeout": each,

@@ -161,8 +161,8 @@ class RedisAddress:
         return {**options, **self._tls_options}
 
     @property
-    def sentinel_options(self) -> dict[str, Any]:
-        """Arguments of redis-py's clients of the Sentinels, likewise."""
+    def sentinel_credentials(self) -> dict[str, Any]:
+        """The password and TLS options of redis-py's clients of the Sentinels."""
         return {"password": self.sentinel_password, **self._tls_options}
 
     @property
