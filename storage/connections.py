@@ -35,8 +35,8 @@ from storage.interface import StorageError
 _CONNECT_SECONDS = 5
 _SILENCE_SECONDS = 10
 LOOK_SECONDS = 5.0
-_UNKNOWN_SECONDS = 10.0
-_UNREACHABLE_SECONDS = 15.0
+_UNKNOWN_LOOKS = 2
+_UNREACHABLE_LOOKS = 3
 
 _DEFAULTS: dict[str, object] = {  # the URL may have its own
     "connect_timeout": _CONNECT_SECONDS,
@@ -54,6 +54,7 @@ _IS_LOST = """
             OR state_change > clock_timestamp() - CAST(%s AS interval), true)
     )
 """
+_REPLY = b"\tB\t"  # of the backend, in libpq's trace
 # Authentication, an unknown role or database, no right to connect to it.
 _REFUSED = re.compile(rb'ErrorResponse.* C "(28...|3D000|42501)"')
 _DATA_EXCEPTION = "22000"
@@ -193,6 +194,11 @@ def is_refused(url: URL, error: DBAPIError) -> bool:
     conninfo = make_conninfo(**{**_DEFAULTS, **parameters}).encode()
     if PGconn.ping(conninfo) == Ping.NO_ATTEMPT:
         return True
+    return _REFUSED.search(_traced_attempt(conninfo)) is not None
+
+
+def _traced_attempt(conninfo: bytes) -> bytes:
+    """Attempt to connect; libpq's trace of the messages."""
     with suppress(psycopg.Error), TemporaryFile() as trace:
         attempt = PGconn.connect_start(conninfo)
         attempt.trace(trace.fileno())
@@ -208,17 +214,18 @@ def is_refused(url: URL, error: DBAPIError) -> bool:
         attempt.untrace()
         attempt.finish()
         trace.seek(0)
-        return _REFUSED.search(trace.read()) is not None
-    return False
+        return trace.read()
+    return b""
 
 
 class ServerConnection(psycopg.Connection[Any]):
     """A connection that notices when the server has stopped replying.
 
     While a reply is missing, the server is asked over a second connection whether it is working on
-    the statement. Where it is not, or accepts no other connection for :data:`_UNREACHABLE_SECONDS`,
-    the connection is closed: as lost, with an OperationalError. A statement that runs is not cut
-    off, however long it takes.
+    the statement. Where it is not, or does not reply there either for :data:`_UNREACHABLE_LOOKS`,
+    the connection is closed: as lost, with an OperationalError. So it is after
+    :data:`_UNKNOWN_LOOKS` if the session that serves it is not known. A statement that runs is not
+    cut off, however long it takes: a server that refuses the second connection replies.
 
     Attributes:
         parameters: What it was opened with.
@@ -226,6 +233,7 @@ class ServerConnection(psycopg.Connection[Any]):
         reply_seconds: The longest wait for any reply; None: as long as the statement runs.
         is_pooled: Whether a pooler may give each transaction another session.
         server_pid: The process of the session that serves it; None where it is not known (yet).
+        unknown_looks: Looks after which a reply of a session that is not known counts as lost.
     """
 
     parameters: dict[str, Any]
@@ -233,6 +241,7 @@ class ServerConnection(psycopg.Connection[Any]):
     reply_seconds: float | None = None
     is_pooled = False
     server_pid: int | None = None
+    unknown_looks: float = _UNKNOWN_LOOKS
 
     def wait(self, gen: Waiting, *args: Any, **options: Any) -> Any:
         """Wait for what a generator of psycopg's waits for."""
@@ -249,15 +258,29 @@ class ServerConnection(psycopg.Connection[Any]):
         if self.reply_seconds is not None and waited > self.reply_seconds:
             return True
         if self.server_pid is None:
-            return self.reply_seconds is not None and waited > _UNKNOWN_SECONDS
-        if _unacknowledged_bytes(self.pgconn.socket):
-            return False  # tcp_user_timeout decides
+            return waited > self.unknown_looks * self.look_seconds
+        if self.info.hostaddr and _unacknowledged_bytes(self.pgconn.socket):
+            return False  # tcp_user_timeout decides; a Unix socket has none
         try:
             with _Probe.connect(**self._same_server(), autocommit=True) as probe:
+                probe.look_seconds = self.look_seconds
                 rows = probe.execute(_IS_LOST, (self.server_pid, f"{self.look_seconds}s"))
                 return bool(rows.fetchall()[0][0])
-        except psycopg.Error:  # it accepts no connection either
-            return self.reply_seconds is not None and waited > _UNREACHABLE_SECONDS
+        except psycopg.Error as error:
+            is_unreachable = waited > _UNREACHABLE_LOOKS * self.look_seconds
+            return is_unreachable and not self._replies(error)
+
+    def _replies(self, error: psycopg.Error) -> bool:
+        """Whether the server may be working, although a second connection failed."""
+        if isinstance(error, _NoReplyError):
+            return self.is_pooled  # whose servers may all be in use
+        if isinstance(error, psycopg.errors.ConnectionTimeout):
+            return False
+        # Of a connection that was refused, the driver has no SQLSTATE.
+        parameters = {**self._same_server(), "context": None}
+        return error.sqlstate is not None or _REPLY in _traced_attempt(
+            make_conninfo(**parameters).encode()
+        )
 
     def _same_server(self) -> dict[str, Any]:
         """Build the parameters of a connection to this one's server, whatever hosts the URL has."""
@@ -271,8 +294,10 @@ class ServerConnection(psycopg.Connection[Any]):
 class _Probe(psycopg.Connection[Any]):
     """A connection on which no reply is waited for longer than a look."""
 
+    look_seconds = LOOK_SECONDS
+
     def wait(self, gen: Waiting, *args: Any, **options: Any) -> Any:
-        return super().wait(_watched(gen, LOOK_SECONDS, lambda _: True), *args, **options)
+        return super().wait(_watched(gen, self.look_seconds, lambda _: True), *args, **options)
 
 
 class _NoReplyError(psycopg.OperationalError):

@@ -39,7 +39,7 @@ from storage.models import Base, GrantAccessJob, InterviewAttempt, UserInterview
 from storage.privileges import NEEDED, missing_privileges, missing_usage
 
 __all__ = [
-    "DatabaseUnreachableError",
+    "DatabaseUnavailableError",
     "Difference",
     "DuplicateGrantsError",
     "SchemaMismatchError",
@@ -72,11 +72,14 @@ _ENCODING = "UTF8"
 _TURN_SECONDS = 3600  # an index on a very large table takes its time
 _TURN_PAUSE_SECONDS = 0.2
 _TURN_KEY = 5_704_311_926_800_214_177  # of the advisory lock: any number that nobody else uses
+_CHECK_REPLY_SECONDS = 30.0  # the statements of a check are short
+_REFUSALS = ("28", "3D", "42")  # authentication; no such database; privileges and names
+_UNREACHABLE = ("08", "53", "57P")
 _RUN_MIGRATE = "run `interview-access migrate`"
 
 
-class DatabaseUnreachableError(StorageError):
-    """PostgreSQL cannot be reached, or the connection to it was lost."""
+class DatabaseUnavailableError(StorageError):
+    """PostgreSQL cannot be reached, or failed in a way that a later attempt may not."""
 
 
 class SchemaMismatchError(StorageError):
@@ -127,7 +130,7 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
     Raises:
         SchemaMismatchError: A table that stands does not fit; nothing was changed.
         DuplicateGrantsError: Duplicate grants stand that could not be removed.
-        DatabaseUnreachableError: No connection, or it was lost.
+        DatabaseUnavailableError: No connection, it was lost, or PostgreSQL failed.
         StorageError: PostgreSQL refused something else.
     """
     with (
@@ -154,11 +157,11 @@ def check_schema(database_url: str) -> str | None:
         What is wrong and what to do about it, or None if nothing is.
 
     Raises:
-        DatabaseUnreachableError: if PostgreSQL cannot be reached, or the connection was lost.
+        DatabaseUnavailableError: if PostgreSQL cannot be reached, or failed.
         StorageError: if PostgreSQL refused a query.
     """
     with (
-        _engine(database_url) as engine,
+        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
         _connected(engine, read_only=True) as connection,
     ):
         if problem := _server_problem(connection) or missing_usage(connection, _VERSION_TABLE):
@@ -221,24 +224,30 @@ def _upgrade(connection: Connection, report: Report) -> None:
 
 
 @contextmanager
-def _engine(database_url: str) -> Iterator[Engine]:
+def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterator[Engine]:
     """Open the database; what the driver says leaves it as one of our errors."""
     url = parsed(database_url)
-    engine = open_engine(url, application_name="interview-access migrate", poolclass=NullPool)
+    engine = open_engine(
+        url,
+        application_name="interview-access migrate",
+        reply_seconds=reply_seconds,
+        poolclass=NullPool,
+    )
     event.listen(engine, "begin", set_up_transaction)
     try:
         yield engine
     except DBAPIError as error:
         reason, code = " ".join(str(error.orig).split()), sqlstate(error)
         place = place_of(url)
-        may_come_back = code is None or code.startswith(("08", "53", "57P"))
-        if may_come_back and not is_refused(url, error):
-            raise DatabaseUnreachableError(
-                f"no PostgreSQL answers at {place}: {reason}; see that it runs and that "
+        if is_refused(url, error) or (code or "").startswith(_REFUSALS):
+            raise StorageError(f"PostgreSQL at {place} refused: {reason}", code) from error
+        if code is None or code.startswith(_UNREACHABLE):
+            raise DatabaseUnavailableError(
+                f"PostgreSQL at {place} cannot be reached: {reason}; see that it runs and that "
                 "DATABASE_URL names it",
                 code,
             ) from error
-        raise StorageError(f"PostgreSQL at {place} refused: {reason}", code) from error
+        raise DatabaseUnavailableError(f"PostgreSQL at {place} failed: {reason}", code) from error
     finally:
         engine.dispose()
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import NullPool, make_url
+from sqlalchemy.exc import OperationalError
 
+from storage.connections import open_engine, parsed
 from storage.dtos import AccessOrderDTO, AccessRequestDTO, FinishedJobDTO, InterviewAttemptDTO
 from storage.interface import (
     InterviewStorageInterface,
@@ -21,10 +28,11 @@ from storage.interface import (
     LedgerError,
     StorageError,
 )
+from storage.migrations import locks
 from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
 from tests.database import role
 from tests.relay import Pair, SocketRelay
-from tests.stores import Background, PostgresStore, an_interview, until
+from tests.stores import PATIENCE_SECONDS, Background, PostgresStore, an_interview, until
 from tests.test_storage_conformance import ends_with, finish, finished, ledger_entry
 
 NOON = datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=UTC)
@@ -278,6 +286,47 @@ class Relay(SocketRelay):
             self.disconnect(pair)
 
 
+class Pooler(SocketRelay):
+    """As PgBouncer: it gives a session another process's number, and may have no server free."""
+
+    def __init__(self, server: str) -> None:
+        self.is_saturated = False
+        """Whether it accepts connections, and passes no statement on that comes over new ones."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
+        super().__init__(Path(server), listener)
+
+    def pumps(self, pair: Pair) -> tuple[Callable[[], object], Callable[[], object]]:
+        """See the base class."""
+        (client, server), waits, is_ready = pair, self.is_saturated, Event()
+
+        def requests() -> None:
+            with contextlib.suppress(OSError):
+                while data := client.recv(65_536):
+                    if not (waits and is_ready.is_set()):
+                        server.sendall(data)
+            self.disconnect(pair)
+
+        def replies() -> None:
+            with contextlib.suppress(OSError):
+                while data := server.recv(65_536):
+                    if _READY in data:
+                        is_ready.set()
+                    client.sendall(_SESSION.sub(lambda found: found[1] + _ANOTHER, data))
+            self.disconnect(pair)
+
+        return requests, replies
+
+
+_SESSION = re.compile(rb"(K\0\0\0\x0c)....", re.DOTALL)
+"""PostgreSQL's message of the number of a session's process."""
+
+_ANOTHER = (1).to_bytes(4)
+
+_READY = b"Z\0\0\0\x05I"
+"""The end of a reply, outside of a transaction."""
+
+
 @dataclass
 class Network:
     """A store behind a relay."""
@@ -292,7 +341,7 @@ def network(postgres: PostgresStore) -> Iterator[Network]:
     url = make_url(postgres.database_url)
     relay = Relay(f"{url.query['host']}/.s.PGSQL.5432")
     through = url.set(host="127.0.0.1", port=relay.port, query={})
-    limits = DatabaseLimits(look=0.3)
+    limits = DatabaseLimits(look=0.5)
     storage = PostgresStorage(through.render_as_string(hide_password=False), limits=limits)
     yield Network(relay, storage)
     storage.close()
@@ -371,6 +420,91 @@ class TestLostConnection:
             )
             holder.finish_jobs([finished("a")])
         assert waiting.result() == {"a"}
+
+    def test_a_server_that_refuses_another_connection_is_waited_for(
+        self, postgres: PostgresStore
+    ) -> None:
+        """A refusal, as at a role's limit of connections, is a reply: the statement goes on."""
+        with role(postgres.database_url) as url:
+            postgres.execute(f"ALTER ROLE {make_url(url).username} CONNECTION LIMIT 1")
+            storage = PostgresStorage(url, limits=DatabaseLimits(look=LOOK))
+            with storage.transaction() as transaction:
+                assert transaction._value(SLEEP, {"seconds": 8 * LOOK}) == 7
+            storage.close()
+
+    def test_a_frozen_session_on_a_unix_socket_is_lost(self, postgres: PostgresStore) -> None:
+        """A session that reads nothing is noticed where no kernel's timeout is."""
+        storage = PostgresStorage(postgres.database_url, limits=DatabaseLimits(look=LOOK))
+        with ends_with(StorageError, storage) as transaction:
+            assert isinstance(transaction, PostgresTransaction)
+            pid = transaction._value("SELECT pg_backend_pid()", None)
+            os.kill(pid, signal.SIGSTOP)
+            began = time.monotonic()
+            try:
+                with pytest.raises(StorageError, match="no reply") as caught:
+                    transaction.find_cancelled_jobs(["a"])
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            assert time.monotonic() - began < PATIENCE_SECONDS
+            raise caught.value
+        storage.close()
+
+
+LOOK = 0.3
+"""Seconds for which a reply may be missing, where a test waits for several times as many."""
+
+SLEEP = "SELECT 7 FROM pg_sleep(%(seconds)s)"
+
+
+@pytest.fixture
+def pooler(postgres: PostgresStore) -> Iterator[Pooler]:
+    """A pooler before the database."""
+    pooler = Pooler(f"{make_url(postgres.database_url).query['host']}/.s.PGSQL.5432")
+    yield pooler
+    pooler.close()
+
+
+@pytest.fixture
+def pooled_url(postgres: PostgresStore, pooler: Pooler) -> str:
+    """The database's URL through the pooler."""
+    url = make_url(postgres.database_url).set(host="127.0.0.1", port=pooler.port, query={})
+    return url.render_as_string(hide_password=False)
+
+
+class TestPooler:
+    """A pooler may accept a connection for which it has no server."""
+
+    def test_a_statement_is_waited_for_while_no_other_server_is_free(
+        self, pooler: Pooler, pooled_url: str
+    ) -> None:
+        """That the second connection has no reply does not mean that the first one is lost."""
+        storage = PostgresStorage(pooled_url, limits=DatabaseLimits(look=LOOK))
+        with storage.transaction() as transaction:
+            transaction.find_cancelled_jobs(["a"])
+            pooler.is_saturated = True
+            assert transaction._value(SLEEP, {"seconds": 8 * LOOK}) == 7
+        storage.close()
+
+    def test_a_connection_without_a_reply_is_lost(self, pooler: Pooler, pooled_url: str) -> None:
+        """A paused pooler delays neither a worker's start nor a migration for ever."""
+        pooler.is_saturated = True
+        engine = open_engine(parsed(pooled_url), application_name="test", look_seconds=LOOK)
+        with pytest.raises(OperationalError, match="no reply"):
+            engine.connect()
+
+    def test_a_migration_is_waited_for(self, pooled_url: str) -> None:
+        """A statement of any length is not cut off, in a transaction or beside one."""
+        engine = open_engine(
+            parsed(pooled_url),
+            application_name="test",
+            look_seconds=LOOK,
+            poolclass=NullPool,
+            execution_options={"isolation_level": "AUTOCOMMIT"},
+        )
+        with engine.connect() as connection:
+            with locks.transaction(connection):
+                connection.exec_driver_sql(f"SELECT pg_sleep({4 * LOOK})")
+            locks.run_concurrently(connection, f"SELECT pg_sleep({4 * LOOK})", "index")
 
 
 def opened(storage: PostgresStorage, job_id: str) -> dict[str, FinishedJobDTO]:

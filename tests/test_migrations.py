@@ -25,7 +25,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg import sql
 from psycopg.rows import dict_row
-from sqlalchemy import NullPool, create_engine, make_url, select
+from sqlalchemy import NullPool, create_engine, make_url, select, text
 from sqlalchemy.orm import Session
 
 from storage.dtos import (
@@ -48,7 +48,7 @@ from storage.models import (
 from storage.postgres import PostgresStorage
 from storage.privileges import NEEDED
 from storage.schema import (
-    DatabaseUnreachableError,
+    DatabaseUnavailableError,
     Difference,
     DuplicateGrantsError,
     SchemaMismatchError,
@@ -57,8 +57,8 @@ from storage.schema import (
     expected_revision,
     migrate,
 )
+from tests.database import connected, role
 from tests.database import database as temporary_database
-from tests.database import role
 from worker.local_stack import LocalStack
 
 CHECKOUT = Path(__file__).parent.parent
@@ -617,7 +617,7 @@ def test_lost_connection_is_told_as_one(database: Database) -> None:
     with old_snapshot(database):
         cutting = threading.Thread(target=cut)
         cutting.start()
-        with pytest.raises(DatabaseUnreachableError, match="terminating connection"):
+        with pytest.raises(DatabaseUnavailableError, match="terminating connection"):
             migrated(database.url)
         cutting.join(PATIENCE_SECONDS)
     assert f"added the unique key {KEY}" in migrated(database.url)
@@ -860,7 +860,7 @@ def test_refused_connection_is_told_without_its_password(
     url = make_url(database.url).set(password="geheim", **wrong)  # noqa: S106 - made up
     with pytest.raises(StorageError) as caught:
         check_schema(url.render_as_string(hide_password=False))
-    assert not isinstance(caught.value, DatabaseUnreachableError)
+    assert not isinstance(caught.value, DatabaseUnavailableError)
     assert reason in str(caught.value)
     assert "geheim" not in str(caught.value)
 
@@ -878,7 +878,7 @@ def test_unreachable_server_is_told_without_its_password(
 ) -> None:
     """No server: an error of its own, which names the place."""
     url = make_url(database.url).set(password="geheim", **wrong)  # noqa: S106 - made up
-    with pytest.raises(DatabaseUnreachableError) as caught:
+    with pytest.raises(DatabaseUnavailableError) as caught:
         check_schema(url.render_as_string(hide_password=False))
     assert str(url.query.get("host", url.host)) in str(caught.value)
     assert "geheim" not in str(caught.value)
@@ -890,8 +890,20 @@ def test_full_server_is_one_that_cannot_be_reached(database: Database) -> None:
     name = make_url(database.url).database
     with role(database.url) as url:
         database.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
-        with pytest.raises(DatabaseUnreachableError, match="too many connections"):
+        with pytest.raises(DatabaseUnavailableError, match="too many connections"):
             check_schema(url)
+
+
+def test_locked_table_is_an_error_that_passes(database: Database) -> None:
+    """A check that meets VACUUM FULL of a table says nothing about the database."""
+    migrated(database.url)
+    with connected(database.url) as connection:
+        connection.execute(text("LOCK TABLE grant_access_alembic_version"))
+        with pytest.raises(
+            DatabaseUnavailableError, match="failed: canceling statement due to lock timeout"
+        ):
+            check_schema(database.url)
+    assert check_schema(database.url) is None
 
 
 WORKER = [

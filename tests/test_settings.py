@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import make_url
 
 from storage.database_url import parse_database_url
-from storage.schema import DatabaseUnreachableError, check_schema
+from storage.schema import DatabaseUnavailableError, check_schema
 from tests.workers import ROOT
 from worker.connections import BrokerConnection, celery_settings
 from worker.settings import Settings, SettingsError
@@ -119,7 +119,7 @@ class TestPasswords:
     def test_in_errors_of_postgresql(self) -> None:
         """A database that is away is named without the secrets among its options."""
         url = "postgresql://me@127.0.0.1:1/x?password=hunter2&sslpassword=hunter2"
-        with pytest.raises(DatabaseUnreachableError) as refused:
+        with pytest.raises(DatabaseUnavailableError) as refused:
             check_schema(parse_database_url(url))
         assert "127.0.0.1:1/x" in str(refused.value)
         assert "hunter2" not in str(refused.value)

@@ -233,7 +233,7 @@ class TestServers:
             check(here.store.database_url, f"redis+socket://{tmp_path}/none")
             check("postgresql://me@127.0.0.1:1/x", here.broker)
         assert "CELERY_BROKER_URL: Redis cannot be reached" in caplog.text
-        assert "PostgreSQL cannot be reached" in caplog.text
+        assert "PostgreSQL is not available" in caplog.text
 
 
 @contextmanager

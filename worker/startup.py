@@ -22,7 +22,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from storage.interface import StorageError
-from storage.schema import DatabaseUnreachableError, check_schema
+from storage.schema import DatabaseUnavailableError, check_schema
 from worker.claims import DEAD, PREFIX
 from worker.connections import CLIENT_NAME
 from worker.settings import Settings
@@ -161,8 +161,8 @@ def check_servers(settings: Settings) -> None:
 def _check_database(database_url: str) -> None:
     try:
         problem = check_schema(database_url)
-    except DatabaseUnreachableError as error:
-        logger.warning("PostgreSQL cannot be reached; jobs wait for it: %s", error)
+    except DatabaseUnavailableError as error:
+        logger.warning("PostgreSQL is not available; jobs wait for it: %s", error)
         return
     except StorageError as error:
         problem = str(error)

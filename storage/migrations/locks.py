@@ -10,6 +10,7 @@ kind of statement cannot run in a transaction, the concurrent build of an index:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,8 @@ OLD_TRANSACTIONS_SECONDS = 600
 """How long a concurrent build waits for transactions that began before it; nobody waits for it."""
 
 _SETTINGS = """
-    SELECT set_config('lock_timeout', %(lock)s, %(local)s),
+    SELECT pg_backend_pid(),
+           set_config('lock_timeout', %(lock)s, %(local)s),
            set_config('statement_timeout', '0', %(local)s),
            set_config('idle_in_transaction_session_timeout', %(idle)s, %(local)s),
            CASE WHEN current_setting('transaction_timeout', true) <> '0'
@@ -51,7 +53,9 @@ def is_lock_timeout(error: DBAPIError) -> bool:
 def set_up_transaction(connection: Connection) -> None:
     """Set, until the open transaction ends, what a migration's transaction needs."""
     values = {"lock": _LOCK_TIMEOUT, "idle": _IDLE_TIMEOUT, "local": True}
-    connection.exec_driver_sql(_SETTINGS, values)
+    (pid, *_) = connection.exec_driver_sql(_SETTINGS, values).one()
+    driver: Any = connection.connection.driver_connection
+    driver.server_pid = pid
 
 
 @contextmanager
@@ -119,7 +123,9 @@ def run_concurrently(
         StorageError: One of them stayed open for too long.
     """
     driver: Any = connection.connection.driver_connection
-    if not driver.is_pooled:
+    if driver.is_pooled:
+        driver.unknown_looks = math.inf  # no transaction, so the session is not known
+    else:
         values = {"lock": f"{seconds}s", "idle": _IDLE_TIMEOUT, "local": False}
         connection.exec_driver_sql(_SETTINGS, values)
     try:
