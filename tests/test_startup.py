@@ -106,11 +106,14 @@ class TestServers:
         check(here.store.database_url, here.broker)
         assert caplog.text == ""
 
+    @pytest.mark.parametrize("database", [0, 1])
     @pytest.mark.parametrize("which", ["queue", "results"])
-    def test_cluster_mode_is_refused(self, here: Site, tmp_path: Path, which: str) -> None:
-        """A Redis in cluster mode is refused as the queue's server and as the results'."""
+    def test_cluster_mode_is_refused(
+        self, here: Site, tmp_path: Path, which: str, database: int
+    ) -> None:
+        """A Redis in cluster mode is refused as either server, also if its database cannot be."""
         with redis_of(tmp_path, "--cluster-enabled", "yes") as port:
-            url = f"redis://127.0.0.1:{port}/0"
+            url = f"redis://127.0.0.1:{port}/{database}"
             urls = (url, here.broker) if which == "queue" else (here.broker, url)
             assert "got a Redis in cluster mode" in refusal(here.store.database_url, *urls)
 
@@ -206,6 +209,9 @@ class TestServers:
             "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
             "LOADING Redis is loading the dataset in memory",
             "BUSY Redis is busy running a script.",
+            "TRYAGAIN Multiple keys request during rehashing of slot",
+            "MISCONF Redis is configured to save RDB snapshots, but it is unable to",
+            "OOM command not allowed when used memory > 'maxmemory'.",
         ],
     )
     def test_a_passing_error_is_a_warning(
@@ -215,6 +221,26 @@ class TestServers:
         with resp_server(f"-{error}\r\n") as port, caplog.at_level(logging.WARNING):
             check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
         assert error.partition(" ")[2] in caplog.text
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            "DENIED Redis is running in protected mode",
+            "ERR unknown command 'info'",
+        ],
+    )
+    def test_any_other_error_is_refused(self, here: Site, error: str) -> None:
+        """A server that replies by an error which does not pass is named with its words."""
+        with resp_server(f"-{error}\r\n") as port:
+            sentence = refusal(here.store.database_url, f"redis://127.0.0.1:{port}/0")
+        assert error.partition(" ")[2] in sentence
+
+    def test_a_redis_is_no_sentinel(self, here: Site, tmp_path: Path) -> None:
+        """A sentinel:// URL of a Redis is refused."""
+        with redis_of(tmp_path) as port:
+            url = f"sentinel://127.0.0.1:{port}/0?master_name=jobs"
+            sentence = refusal(here.store.database_url, url)
+        assert f"the Sentinel at 127.0.0.1:{port} refuses the worker: unknown command" in sentence
 
     def test_a_server_that_hides_its_settings_passes(
         self, here: Site, caplog: pytest.LogCaptureFixture

@@ -19,7 +19,15 @@ from interview_access.producer import connect
 from interview_access.protocol import announcement_key, reply_key
 from interview_access.redis_address import RedisAddress
 from redis import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
 from storage.interface import StorageError
 from storage.schema import DatabaseUnavailableError, check_schema
@@ -31,6 +39,10 @@ logger = get_logger(__name__)
 
 _OLDEST_REDIS = 7
 _SECONDS = 5.0  # to connect, and for each reply
+
+_PASSING = (ClusterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
+_PASSING_CODES = ("BUSY ", "MISCONF ", "NOREPLICAS ")
+"""Error codes for which redis-py has no class; it leaves them in the error's text."""
 
 _POLICY = {"task_acks_late": True, "worker_consumer": "worker.consumer:JobConsumer"}
 """Celery's settings without which the promises do not hold, and their only values."""
@@ -181,9 +193,15 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
         _check_sentinels(address, variable)
     try:
         with connect(
-            address, client_name=CLIENT_NAME, connect_timeout=_SECONDS, timeout=_SECONDS
+            # A server in cluster mode refuses another database before it reports its mode.
+            replace(address, database=0),
+            client_name=CLIENT_NAME,
+            connect_timeout=_SECONDS,
+            timeout=_SECONDS,
         ) as redis:
             _check_server(redis, variable)
+            if address.database:
+                redis.execute_command("SELECT", address.database)
             denied: Any = redis.register_script(_DENIED)(args=commands)
     except (RedisError, OSError) as error:
         if _is_refusal(error):
@@ -202,11 +220,11 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether no later try can succeed, unlike one after Redis loaded its data, for example."""
-    return (
-        isinstance(error, AuthenticationError | NoPermissionError)
-        or str(error) == "DB index is out of range"
-    )
+    """Whether the server replied by an error, and not by one that passes."""
+    if isinstance(error, ResponseError):
+        is_passing = isinstance(error, _PASSING) or str(error).startswith(_PASSING_CODES)
+        return not is_passing
+    return isinstance(error, AuthenticationError)
 
 
 def _check_server(redis: Redis, variable: str) -> None:
