@@ -193,8 +193,8 @@ class TestServers:
         options = ("--maxmemory-policy", "allkeys-lru", "--appendonly", "no")
         with redis_of(tmp_path, *options) as port, caplog.at_level(logging.WARNING):
             check(here.store.database_url, here.broker, f"redis://127.0.0.1:{port}/0")
-        assert "CELERY_RESULT_BACKEND: Redis may evict" in caplog.text
-        assert "CELERY_RESULT_BACKEND: Redis loses" in caplog.text
+        assert "Redis may evict jobs: variable=CELERY_RESULT_BACKEND" in caplog.text
+        assert "Redis loses jobs when it restarts: variable=CELERY_RESULT_BACKEND" in caplog.text
         assert "CELERY_BROKER_URL" not in caplog.text
 
     def test_a_full_server_passes(self, here: Site, tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ class TestServers:
         with caplog.at_level(logging.WARNING):
             check(here.store.database_url, f"redis+socket://{tmp_path}/none")
             check("postgresql://me@127.0.0.1:1/x", here.broker)
-        assert "CELERY_BROKER_URL: Redis cannot be reached" in caplog.text
-        assert "PostgreSQL is not available" in caplog.text
+        assert "Redis unreachable, the worker waits: variable=CELERY_BROKER_URL" in caplog.text
+        assert "PostgreSQL unavailable" in caplog.text
 
 
 @contextmanager

@@ -246,7 +246,7 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     assert letter["reason"].startswith("JobIdReusedException: Job id")
     assert letter["attempts"] == "1"
     assert other in letter["message"]
-    assert f"job {job_id}: refused: Job id" in log.read_text(encoding="utf-8")
+    assert f"job refused: job={job_id} reason=Job id" in log.read_text(encoding="utf-8")
     assert here.meta(job_id)["result"] == first["result"]
     assert here.store.granted(other) == []
 

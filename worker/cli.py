@@ -356,21 +356,18 @@ def _unknown_letter(letter_id: str) -> str:
 
 @contextmanager
 def _letters() -> Iterator[DeadLetters]:
-    from worker.settings import Settings
-
-    _read(Settings)
-    from kombu.exceptions import OperationalError
+    from interview_access.producer import CLIENT_NAME, connect
     from redis.exceptions import RedisError
 
-    from worker.celery import app
     from worker.dead_letters import DeadLetters
+    from worker.settings import Settings
 
+    broker = _read(Settings).broker
     try:
-        with app.connection_for_write() as connection:
-            yield DeadLetters(connection.default_channel.client)
-    except (OperationalError, RedisError, OSError) as error:
-        reason = error.__cause__ or error
-        _end(_FAILED, _one_line(f"The dead letters cannot be read: {reason}"))
+        with connect(broker, client_name=CLIENT_NAME) as redis:
+            yield DeadLetters(redis)
+    except (RedisError, OSError) as error:
+        _end(_FAILED, _one_line(f"The dead letters cannot be read: {error}"))
 
 
 def _read(kind: type[S]) -> S:

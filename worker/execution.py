@@ -305,7 +305,7 @@ def _settlement(app: Celery, run: _Run, stored: Collection[str], seconds: float)
     except MemoryError:
         raise
     except Exception as error:
-        logger.exception("job %s: a defect after its transaction", run.delivery.job_id)
+        logger.exception("defect after the transaction of a job: job=%s", run.delivery.job_id)
         return _settlement_of_defect(app, run, error)
 
 
@@ -327,7 +327,7 @@ def _finished(app: Celery, run: _Run, stored: Collection[str], seconds: float) -
             log_outcome(job_id, run.call.args, run.call.kwargs, outcome, seconds)
             _log_as_celery(run, seconds)
     if outcome.refusal and run.delivery.body is not None:
-        logger.warning("job %s: refused: %s", job_id, outcome.refusal)
+        logger.warning("job refused: job=%s reason=%s", job_id, outcome.refusal)
         return Settlement(
             _dead_letter(run, f"{type(outcome.refusal).__name__}: {outcome.refusal}"),
             [("job-refused", {"reason": outcome.refusal.sentence}), ("task-rejected", {})],
@@ -349,7 +349,7 @@ def _followed(app: Celery, run: _Run) -> Disposition:
             _send_following(app, run)
     except Exception as error:  # noqa: BLE001 - a producer's signatures can raise anything
         reason = shortened(f"{type(error).__name__}: {error}", quoted=False, at_most=300)
-        logger.warning("job %s: its callbacks cannot be sent: %s", delivery.job_id, reason)
+        logger.warning("callbacks cannot be sent: job=%s error=%s", delivery.job_id, reason)
         is_outage = isinstance(error, OperationalError | RedisError | OSError)
         if is_outage and delivery.retries < dependencies.retry_limit:
             return Disposition(Action.RETRY, delay=_back_off(delivery, dependencies))
@@ -372,7 +372,7 @@ def _retried(run: _Run, dependencies: TaskDependencies) -> Settlement:
     error, retries = run.outcome.error, run.delivery.retries
     delay = _back_off(run.delivery, dependencies)
     logger.warning(
-        "job %s: attempt %d failed, retried in %d s: %s",
+        "job retried: job=%s attempt=%d delay_seconds=%d error=%s",
         *(run.delivery.job_id, retries + 1, delay, error),
         exc_info=None if isinstance(error, StorageError) else error,
     )

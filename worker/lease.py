@@ -88,7 +88,7 @@ class CircuitBreaker:
         self._opened_at = self._clock()
         self._open_until = self._opened_at + back_off
         self._failures += 1
-        logger.warning("circuit open, no job is claimed for %.0f s: %s", back_off, reason)
+        logger.warning("circuit open, no job is claimed: seconds=%.0f error=%s", back_off, reason)
 
     def record_success(self) -> None:
         """Close the circuit."""
@@ -186,7 +186,9 @@ class Lease:
                 # neither the claim nor the message. A duplicate does no harm.
                 self._claims.put(claim.queue, claim.message)
         if lost:
-            logger.warning("lease lost: deliveries=%d are redelivered elsewhere", len(lost))
+            logger.warning(
+                "lease lost, its jobs are redelivered elsewhere: deliveries=%d", len(lost)
+            )
         self._server = server
         self._requeue_claimed()
 
@@ -333,7 +335,9 @@ class Lease:
 
     def _end(self) -> None:
         """Requeue what did not finish within the grace and end the pool, and so the worker."""
-        logger.warning("grace over: deliveries=%d are requeued", len(self._deliveries))
+        logger.warning(
+            "grace over, running jobs are requeued: deliveries=%d", len(self._deliveries)
+        )
         self.close()
         for process in active_children():
             with suppress(ProcessLookupError):
@@ -444,4 +448,4 @@ class Lease:
             while (more := self._claims.take_over(name, counter)) > 0 and self._clock() < by:
                 pass
             if more == 0:
-                logger.warning("lease expired: session=%s, its jobs are requeued", name)
+                logger.warning("lease expired, its jobs are requeued: session=%s", name)

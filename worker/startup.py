@@ -174,7 +174,7 @@ def _check_database(database_url: str) -> None:
     try:
         problem = check_schema(database_url)
     except DatabaseUnavailableError as error:
-        logger.warning("PostgreSQL is not available; jobs wait for it: %s", error)
+        logger.warning("PostgreSQL unavailable, jobs wait for it: %s", error)
         return
     except StorageError as error:
         problem = str(error)
@@ -208,7 +208,7 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
             raise StartupError(
                 f"{variable}: Redis at {address} refuses the worker: {error}."
             ) from None
-        logger.warning("%s: Redis cannot be reached; the worker waits: %s", variable, error)
+        logger.warning("Redis unreachable, the worker waits: variable=%s error=%s", variable, error)
         return
     if denied:
         names = ", ".join(sorted(command.decode() for command in denied))
@@ -246,17 +246,19 @@ def _check_server(redis: Redis, variable: str) -> None:
         )
     # Managed servers and proxies hide some of these.
     if info.get("role", "master") != "master":
-        logger.warning("%s: got a replica; the worker waits until it is promoted", variable)
+        logger.warning(
+            "Redis is a replica, the worker waits until it is promoted: variable=%s", variable
+        )
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         logger.warning(
-            "%s: Redis may evict jobs and results: got maxmemory-policy %s, expected noeviction",
+            "Redis may evict jobs: variable=%s got maxmemory-policy %s, expected noeviction",
             variable,
             policy,
         )
     if not info.get("aof_enabled", True):
         logger.warning(
-            "%s: Redis loses jobs and results when it restarts: got appendonly no, expected yes",
+            "Redis loses jobs when it restarts: variable=%s got appendonly no, expected yes",
             variable,
         )
 
@@ -278,7 +280,7 @@ def _check_sentinels(address: RedisAddress, variable: str) -> None:
                 raise StartupError(
                     f"{variable}: the Sentinel at {sentinel} refuses the worker: {error}."
                 ) from None
-            logger.warning("%s: a Sentinel cannot be reached: %s", variable, error)
+            logger.warning("Sentinel unreachable: variable=%s error=%s", variable, error)
     if names and address.master_name not in names:
         raise StartupError(
             f"{variable}: got the master_name {address.master_name!r}, "
