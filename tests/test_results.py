@@ -81,7 +81,7 @@ def test_progress_is_reported_until_a_report_fails(
         app.register_task(task)
         (outcome,) = task.settle([a_job("a", "ann", ids)])
     assert created(outcome) == len(ids)
-    assert caplog.text.count("its state PROGRESS is not stored") == 1
+    assert caplog.text.count("job state is not stored") == 1
 
 
 def test_late_failure_does_not_replace_a_success(

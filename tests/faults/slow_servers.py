@@ -94,7 +94,7 @@ def test_ledger_missing_for_a_while(books: Books, tmp_path: Path) -> None:
         with ledger_missing(books.here):
             watch.restart()
             books.order(40)
-            until(lambda: "no job is claimed for 4 s" in watch.said())
+            until(lambda: "no job is claimed: seconds=4" in watch.said())
             watch.assert_calm()
             assert books.waiting() >= 35
         books.until_balanced()

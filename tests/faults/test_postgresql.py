@@ -17,7 +17,7 @@ def test_postgresql_stopped_for_a_while(servers: LocalStack, books: Books, tmp_p
         books.order(40)
         watch.restart()
         servers.postgres.stop()
-        until(lambda: "no job is claimed for 4 s" in watch.said())
+        until(lambda: "no job is claimed: seconds=4" in watch.said())
         watch.assert_calm()
         assert books.waiting() >= 35
         servers.postgres.start()

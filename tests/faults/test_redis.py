@@ -71,7 +71,7 @@ def test_the_results_server_is_away_when_a_job_ends(
         watch.restart()
         crash(results.valkey)
         books.release()
-        until(lambda: "no job is claimed for 2 s" in watch.said())
+        until(lambda: "no job is claimed: seconds=2" in watch.said())
         watch.assert_calm()
         assert books.waiting() >= 35
         told = status(books.here, job_id, **settings)
