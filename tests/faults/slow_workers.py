@@ -82,7 +82,7 @@ def test_rolling_restart(here: Site, tmp_path: Path, ids: list[str]) -> None:
         results = balance(here, sent)
     assert all(result["success"] for result in results.values())
     logs = [log.read_text(encoding="utf-8") for log in tmp_path.glob("*.log")]
-    assert not [line for log in logs for line in log.splitlines() if " try " in line]
+    assert not [line for log in logs for line in log.splitlines() if "job retried: " in line]
 
 
 def test_poison_in_a_batch(here: Site, tmp_path: Path, ids: list[str]) -> None:
