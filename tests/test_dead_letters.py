@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tests.database import database
 from tests.stores import a_job, until
 from tests.workers import QUEUE, ROOT, Site, ledger_missing, site, worker
+from worker.cli import main
 from worker.local_stack import LocalStack
 
 UNREADABLE = b"\xff\x00 no message"
@@ -62,15 +64,16 @@ def dead_letter(here: Site, message: bytes, **fields: str | int) -> str:
 def command(
     here: Site, *arguments: str, given: str = "", **settings: object
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run `interview-access dead-letters`."""
-    return subprocess.run(
-        [sys.executable, "-m", "worker.cli", "dead-letters", *arguments],
+    """Run `interview-access dead-letters` in this process."""
+    ended = CliRunner().invoke(
+        main,
+        ["dead-letters", *arguments],
+        input=given,
         env=here.environment(**settings),
-        cwd=ROOT,
-        input=given.encode(),
-        capture_output=True,
-        timeout=30,
-        check=False,
+        catch_exceptions=False,
+    )
+    return subprocess.CompletedProcess(
+        arguments, ended.exit_code, ended.stdout_bytes, ended.stderr_bytes
     )
 
 

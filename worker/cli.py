@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn, TypeVar
 
@@ -334,12 +334,14 @@ def _result_of(letter: DeadLetter) -> str | None:
     from interview_access.contracts import is_job_id
 
     from storage.interface import StorageError
-    from worker.celery import storage
+    from storage.postgres import PostgresStorage
+    from worker.settings import DatabaseSettings
 
     in_ledger = letter.in_ledger
     try:
         if in_ledger is None and is_job_id(letter.job_id):  # by an earlier release
-            in_ledger = storage().get_finished_job(letter.job_id) is not None
+            with closing(PostgresStorage(_read(DatabaseSettings).database_url)) as ledger:
+                in_ledger = ledger.get_finished_job(letter.job_id) is not None
     except StorageError as error:
         return _one_line(f"it is not known whether the ledger has a result of its job: {error}")
     if not in_ledger:

@@ -80,12 +80,13 @@ class Batch:
         """End the pool process if it is over the time limit, or has not accepted the batch."""
         if now < self._deadline or self._is_terminated:
             return
+        reason = "time limit exceeded" if self._pid else "not accepted by a pool process"
+        seconds = self._time_limit if self._pid else _ACCEPT_SECONDS
         self.terminate()
         ids = ", ".join(shortened(one.id) for one in self.deliveries[:5])
         logger.error(
-            "time limit exceeded: seconds=%s pid=%s jobs=%d (%s)",
-            *(self._time_limit if self._pid else _ACCEPT_SECONDS, self._pid),
-            *(len(self.deliveries), ids),
+            "batch overdue: reason=%s seconds=%s pid=%s jobs=%d (%s)",
+            *(reason, seconds, self._pid, len(self.deliveries), ids),
         )
         self._deadline = now + _ACCEPT_SECONDS
 
