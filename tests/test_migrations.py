@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -906,19 +907,12 @@ def test_locked_table_is_an_error_that_passes(database: Database) -> None:
     assert check_schema(database.url) is None
 
 
-WORKER = [
-    "SELECT, UPDATE ON interview_interview",
-    "SELECT ON interview_interviewconfig",
-    "INSERT ON interview_interviewattempt",
-    "SELECT, INSERT ON interview_userinterviewaccess",
-    "SELECT, INSERT, UPDATE ON grant_access_job",
-    "SELECT, UPDATE, DELETE ON grant_access_request",
-    "SELECT, INSERT ON grant_access_cancellation",
-    "SELECT, INSERT, UPDATE ON grant_access_rejection",
-    "SELECT, INSERT, UPDATE ON grant_access_cohort",
-    "SELECT ON grant_access_alembic_version",
-]
-"""What a worker's role needs, and no more."""
+WORKER = re.findall(
+    r"^GRANT (.*) TO worker;$",
+    (Path(__file__).parent.parent / "docs" / "running.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+"""What a worker's role needs, and no more, as documented."""
 
 
 COLUMNS_OF_WORKER = [
