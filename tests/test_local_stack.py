@@ -280,6 +280,7 @@ def test_an_unfinished_first_start_is_done_again(tmp_path: Path) -> None:
     unfinished = data / "postgres.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "PG_VERSION").write_text("18\n", encoding="ascii")
+    (data / "lock").touch()
     with LocalStack(data, durable=False) as stack:
         connect(stack.database_url).close()
     assert not unfinished.exists()
@@ -403,3 +404,11 @@ def test_root_without_user_namespaces_runs_them_as_an_ordinary_user(tmp_path: Pa
     assert not psutil.wait_procs(left, GONE_WITHIN)[1]
     with LocalStack(data, durable=False) as stack:
         assert_remembered(stack.database_url, stack.broker_url)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    """Nothing is written among somebody's files, as into the current folder by ``--data ''``."""
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(LocalStackError, match="got a folder with other files in it"):
+        LocalStack(tmp_path, durable=False).start()
+    assert [one.name for one in tmp_path.iterdir()] == ["letter.txt"]

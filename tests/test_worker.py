@@ -16,7 +16,17 @@ from celery import chain, chord
 
 from tests.database import database
 from tests.stores import until
-from tests.workers import QUEUE, ROOT, Site, events, held_grant, ledger_missing, site, worker
+from tests.workers import (
+    GRANT_ACCESS,
+    QUEUE,
+    ROOT,
+    Site,
+    events,
+    held_grant,
+    ledger_missing,
+    site,
+    worker,
+)
 from worker.claims import DEAD
 from worker.local_stack import LocalStack
 
@@ -246,7 +256,9 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     assert letter["reason"].startswith("JobIdReusedException: Job id")
     assert letter["attempts"] == "1"
     assert other in letter["message"]
-    assert f"job refused: job={job_id} reason=Job id" in log.read_text(encoding="utf-8")
+    assert f"dead letter: job={job_id} task={GRANT_ACCESS} reason=JobIdReused" in log.read_text(
+        encoding="utf-8"
+    )
     assert here.meta(job_id)["result"] == first["result"]
     assert here.store.granted(other) == []
 

@@ -125,7 +125,10 @@ def grant(
 @click.argument("job_id", callback=_job_id)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def status(job_id: str, as_json: bool) -> None:
-    """Report a job's state and result, from the ledger, the result backend and its announcement."""
+    """Report a job's state and result, from the ledger, the result backend and its announcement.
+
+    Ends 0 whatever the state is; 3 if Redis or PostgreSQL is away.
+    """
     with _job_status() as (jobs, redis):
         known = jobs.status(redis, job_id)
     _print_status(known, as_json=as_json)
@@ -138,7 +141,7 @@ def cancel(job_id: str, as_json: bool) -> None:
     """Cancel a job: if it has not begun, it never will; if it runs, it stops at its next chunk.
 
     Reports the job's state then. Ends 0 if the job is cancelled, or will be unless it is about to
-    finish; 1 if it had ended before.
+    finish; 1 if it had ended before; 3 if Redis or PostgreSQL is away: cancel it again then.
     """
     with _job_status() as (jobs, redis):
         known = jobs.cancel(redis, job_id)
@@ -277,10 +280,10 @@ def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
         with app.connection_for_write() as connection:
             yield JobStatusService(storage, app.backend), connection.default_channel.client
     except StorageError as error:
-        _end(_FAILED, _one_line(f"The job's state cannot be read: {error}"))
+        _end(_NO_ANSWER, _one_line(f"The job's state cannot be read: {error}"))
     except (CeleryError, OperationalError, RedisError, OSError) as error:
         reason = error.__cause__ or error
-        _end(_FAILED, _one_line(f"The job's state cannot be read: {reason}"))
+        _end(_NO_ANSWER, _one_line(f"The job's state cannot be read: {reason}"))
 
 
 def _print_status(known: JobStatus, *, as_json: bool) -> None:
@@ -369,7 +372,7 @@ def _letters() -> Iterator[DeadLetters]:
         with connect(broker, client_name=CLIENT_NAME) as redis:
             yield DeadLetters(redis)
     except (RedisError, OSError) as error:
-        _end(_FAILED, _one_line(f"The dead letters cannot be read: {error}"))
+        _end(_NO_ANSWER, _one_line(f"The dead letters cannot be read: {error}"))
 
 
 def _read(kind: type[S]) -> S:

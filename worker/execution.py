@@ -327,7 +327,6 @@ def _finished(app: Celery, run: _Run, stored: Collection[str], seconds: float) -
             log_outcome(job_id, run.call.args, run.call.kwargs, outcome, seconds)
             _log_as_celery(run, seconds)
     if outcome.refusal and run.delivery.body is not None:
-        logger.warning("job refused: job=%s reason=%s", job_id, outcome.refusal)
         return Settlement(
             _dead_letter(run, f"{type(outcome.refusal).__name__}: {outcome.refusal}"),
             [("job-refused", {"reason": outcome.refusal.sentence}), ("task-rejected", {})],
@@ -349,22 +348,24 @@ def _followed(app: Celery, run: _Run) -> Disposition:
             _send_following(app, run)
     except Exception as error:  # noqa: BLE001 - a producer's signatures can raise anything
         reason = shortened(f"{type(error).__name__}: {error}", quoted=False, at_most=300)
-        logger.warning("callbacks cannot be sent: job=%s error=%s", delivery.job_id, reason)
         is_outage = isinstance(error, OperationalError | RedisError | OSError)
         if is_outage and delivery.retries < dependencies.retry_limit:
+            logger.warning("callbacks delayed: job=%s error=%s", delivery.job_id, reason)
             return Disposition(Action.RETRY, delay=_back_off(delivery, dependencies))
         return _dead_letter(run, f"Its callbacks cannot be sent: {reason}")
     return Disposition(Action.ACKNOWLEDGE, job_id=delivery.job_id)
 
 
 def _dead_letter(run: _Run, reason: str) -> Disposition:
+    delivery, reason = run.delivery, shortened(reason, quoted=False, at_most=500)
+    logger.error("dead letter: job=%s task=%s reason=%s", delivery.job_id, delivery.task, reason)
     return Disposition(
         Action.DEAD_LETTER,
-        job_id=run.delivery.job_id,
-        task=run.delivery.task,
-        reason=shortened(reason, quoted=False, at_most=500),
+        job_id=delivery.job_id,
+        task=delivery.task,
+        reason=reason,
         in_ledger=run.outcome.answer is not None,
-        attempts=run.delivery.attempts + run.delivery.retries + (run.delivery.failure is None),
+        attempts=delivery.attempts + delivery.retries + (delivery.failure is None),
     )
 
 

@@ -263,12 +263,17 @@ class _Premises:
         identity: Who the servers run as.
 
     Raises:
-        LocalStackError: Another stack uses the folder.
+        LocalStackError: Another stack uses the folder, or it holds files of somebody else's.
         OSError: The folder cannot be used.
     """
 
     def __init__(self, data: Path, patience: float) -> None:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(data.iterdir()) and not (data / "lock").exists():
+            raise LocalStackError(
+                f"{data.absolute()}: got a folder with other files in it, expected an empty folder "
+                "or one of an earlier run"
+            )
         self.data = data
         self.lock = self._take_lock(patience)
         try:
