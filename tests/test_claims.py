@@ -269,6 +269,7 @@ class Walk:
             size=self._random.choice([1, 20, 1_000]),
             small=self._random.choice([4, 1_000]),
             large_room=self._random.choice([0, 1]),
+            large_size=self._random.choice([0, 1_000]),
             look_aside=self._random.random() < 0.8,
             isolated_room=self._random.choice([0, 1]),
         )
@@ -952,6 +953,16 @@ def test_the_lane_is_not_read_without_need(redis: Redis, protocol: Claims) -> No
     got = take_small(protocol, 1, large_room=0, look_aside=False)
     assert got == ([b"a", b"b"], True)
     assert redis.lrange(LANE, 0, -1) == [b"large 2", b"z", b"large 1"]
+
+
+def test_large_messages_are_claimed_together(redis: Redis, protocol: Claims) -> None:
+    """As many as fit into their bytes, of the lane and of the queue, and no small one."""
+    redis.lpush(LANE, "large 1", "large 2")
+    redis.lpush(JOBS, "large 3", "large 4", "a", "large 5")
+    got = claim(protocol, 1, small=4, large_size=21)
+    assert [claim.message for claim in got.claims] == [b"large 1", b"large 2", b"large 3"]
+    got = claim(protocol, 4, small=4, large_size=21)
+    assert [claim.message for claim in got.claims] == [b"large 4"]
 
 
 def test_a_large_message_is_the_last_of_its_claim(redis: Redis, protocol: Claims) -> None:

@@ -35,6 +35,7 @@ from tests.sessions import (
 from worker.claims import DEAD, PREFIX, Action
 from worker.delivery import Delivery, Limits, State
 from worker.dispatch import Dispatcher, partition
+from worker.lease import SMALL_BYTES
 from worker.local_stack import LocalStack
 
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
@@ -132,29 +133,53 @@ def is_idle(site: Site) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("limits", "processes", "batches"),
+    ("sizes", "processes", "batches"),
     [
         ([], 3, []),
         ([9], 3, [[9]]),
         ([9] * 3, 3, [[9], [9], [9]]),
-        ([9] * 7, 3, [[9] * 3, [9] * 3, [9]]),
+        ([9] * 7, 3, [[9] * 3, [9] * 2, [9] * 2]),
         ([9] * 2, 1, [[9] * 2]),
-        ([9, 1, 9, 9], 1, [[9] * 3, [1]]),
-        ([1, 9, 9, 9], 2, [[1], [9] * 2, [9]]),
+        ([90, 1, 1, 1], 2, [[90], [1, 1, 1]]),
+        ([1, 1, 1, 90], 2, [[1, 1, 1, 90]]),
     ],
 )
-def test_partition(limits: list[float], processes: int, batches: list[list[float]]) -> None:
-    """Free pool processes share deliveries; those of different time limits are kept apart."""
-    deliveries: Any = [SimpleNamespace(time_limit=float(limit)) for limit in limits]
-    shared = partition(deliveries, processes)
+def test_partition(sizes: list[int], processes: int, batches: list[list[int]]) -> None:
+    """Free pool processes share deliveries in their order, by bytes."""
+    shared = partition([sized(size) for size in sizes], processes)
+    assert [[one.claim.size for one in batch] for batch in shared] == batches
+
+
+@pytest.mark.parametrize(
+    ("limits", "processes", "batches"),
+    [([9, 1, 9, 9], 1, [[9] * 3, [1]]), ([1, 9, 9, 9], 2, [[1], [9], [9] * 2])],
+)
+def test_time_limits_are_kept_apart(
+    limits: list[float], processes: int, batches: list[list[float]]
+) -> None:
+    """Deliveries of different time limits are in different batches, the oldest's first."""
+    shared = partition([sized(1, limit) for limit in limits], processes)
     assert [[one.time_limit for one in batch] for batch in shared] == batches
+
+
+def sized(size: int, time_limit: float = 9.0) -> Any:
+    """A delivery of a message of so many bytes."""
+    return SimpleNamespace(time_limit=time_limit, claim=SimpleNamespace(size=size))
+
+
+def test_large_jobs_of_a_claim_have_one_pool_process(site: Site) -> None:
+    """The others are for small jobs."""
+    site.send(*"abc", filling="." * SMALL_BYTES)
+    site.pump()
+    assert [work.job_ids for work in site.pool.works] == [[*"abc"]]
+    assert site.dispatcher.free_processes == PROCESSES - 1
 
 
 def test_a_batch_keeps_the_order_of_its_messages(site: Site) -> None:
     """Jobs are shared out in the order of their claim."""
     site.send(*"abcdefg")
     site.pump()
-    assert [work.job_ids for work in site.pool.works] == [[*"abc"], [*"def"], ["g"]]
+    assert [work.job_ids for work in site.pool.works] == [[*"abc"], [*"de"], [*"fg"]]
     assert site.dispatcher.free_processes == 0
 
 

@@ -30,7 +30,7 @@ from tests.sessions import (
 from tests.stores import until
 from worker.claims import DEAD, PREFIX, Action, Claims, Disposition
 from worker.delivery import Delivery, State
-from worker.lease import SMALL_BYTES, CircuitBreaker, Lease
+from worker.lease import BATCH_BYTES, SMALL_BYTES, CircuitBreaker, Lease
 from worker.local_stack import LocalStack
 
 ACKNOWLEDGE = Disposition(Action.ACKNOWLEDGE)
@@ -561,14 +561,32 @@ def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) 
 
 def test_the_last_pool_process_is_for_small_messages(lease: SteppedLease, redis: Redis) -> None:
     """Large messages take all pool processes but one."""
-    redis.lpush(QUEUE, *[b"." * (SMALL_BYTES + 1)] * PROCESSES, b"small")
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES, b"small")
     sizes = [[one.claim.size for one in claim(lease)] for _ in range(PROCESSES + 1)]
-    assert sizes == [*[[SMALL_BYTES + 1]] * (PROCESSES - 1), [5], []]
+    assert sizes == [*[[BATCH_BYTES]] * (PROCESSES - 1), [5], []]
+
+
+def test_large_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
+    """They make one batch of at most so many bytes, which counts as one large job."""
+    size = BATCH_BYTES // 3
+    redis.lpush(QUEUE, *[b"." * size] * 4, b"small")
+    first = dispatched(lease)
+    assert [one.claim.size for one in first] == [size] * 3
+    assert [one.claim.size for one in claim(lease)] == [size]
+    assert [one.claim.size for one in claim(lease)] == [5]
+
+
+def test_small_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
+    """As many bytes as the free pool processes execute together, and one message more at most."""
+    redis.lpush(QUEUE, *[b"." * SMALL_BYTES] * 10)
+    deliveries = lease.claim(KEYS, 1, PROCESSES, free=2)
+    assert deliveries is not None
+    assert sum(one.claim.size for one in deliveries) == 2 * BATCH_BYTES
 
 
 def test_the_lane_is_read_once_a_second_without_room(lease: SteppedLease, redis: Redis) -> None:
     """Reading a message of 5 MB takes the server as long as the rest of a claim."""
-    redis.lpush(LANE, *[b"." * (SMALL_BYTES + 1)] * PROCESSES)
+    redis.lpush(LANE, *[b"." * BATCH_BYTES] * PROCESSES)
     running = [claim(lease)[0] for _ in range(PROCESSES - 1)]
     assert claim(lease) == []
     redis.rpush(LANE, "small")
@@ -576,7 +594,7 @@ def test_the_lane_is_read_once_a_second_without_room(lease: SteppedLease, redis:
     lease.clock.now += 1
     assert [one.claim.message for one in claim(lease)] == [b"small"]
     settle(lease, ACKNOWLEDGE, running[0])
-    assert [one.claim.size for one in claim(lease)] == [SMALL_BYTES + 1]
+    assert [one.claim.size for one in claim(lease)] == [BATCH_BYTES]
 
 
 def test_of_an_oversized_message_the_ends_are_claimed(

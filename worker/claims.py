@@ -177,6 +177,7 @@ local session, room, bytes = arguments[1], arguments[2], arguments[3]
 local small, large_room = arguments[4] + 0, arguments[5] + 0
 local queues, look_aside = arguments[6], arguments[7] == '1'
 local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[10] + 0
+local large_bytes, has_large = arguments[11] + 0, false
 if not redis.call('ZSCORE', leases, session) then return false end
 local claimed, done, first_aside = {0, 0}, false, #KEYS - queues + 1
 
@@ -203,7 +204,14 @@ local function take(list, queue, message, digest)
     end
     tag = string.format('%d', tag + 1)
     bytes = bytes - size
-    done = size > small or #claimed > room * 6 or bytes <= 0
+    if size > small then has_large, large_bytes = true, large_bytes - size end
+    done = #claimed > room * 6 or bytes <= 0 or (has_large and large_bytes <= 0)
+end
+
+-- Large and small messages are claimed apart; a large one, of any size, where nothing else is.
+local function fits(message)
+    if #message <= small then return not has_large end
+    return #claimed == 2 or (has_large and #message <= large_bytes)
 end
 
 if isolated_room > 0 and large_room > 0 then
@@ -218,9 +226,10 @@ if isolated_room > 0 and large_room > 0 then
     end
 end
 for index = first_aside, #KEYS do
-    local message = look_aside and not done and large_room > 0 and next_of(KEYS[index])
-    local digest = message and #message > small and digest_of(message)
-    if digest and redis.call('HEXISTS', tries, digest) == 0 then
+    while look_aside and not done and large_room > 0 do
+        local message = next_of(KEYS[index])
+        local digest = message and #message > small and fits(message) and digest_of(message)
+        if not digest or redis.call('HEXISTS', tries, digest) == 1 then break end
         take(KEYS[index], KEYS[index], message, digest)
     end
 end
@@ -234,17 +243,15 @@ for index = 2, #KEYS do
             bytes_left = bytes_left - #message
             redis.call('LPUSH', isolated, list .. '\\0' .. message)
             redis.call('LTRIM', list, 0, -2)
-        elseif #message <= small then
-            take(list, list, message, digest)
-        elseif index >= first_aside then
+        elseif #message > small and index >= first_aside then
             break
-        elseif large_room <= 0 then
+        elseif #message > small and large_room <= 0 then
             bytes_left = bytes_left - #message
             redis.call('RPOPLPUSH', list, KEYS[aside])
-        elseif #claimed > 2 then
-            done = true
-        else
+        elseif fits(message) then
             take(list, list, message, digest)
+        else
+            done = true
         end
     end
 end
@@ -498,6 +505,7 @@ class Claims:
         size: int,
         small: int = _ANY_SIZE,
         large_room: int = 1,
+        large_size: int = 0,
         lanes: int = 1,
         look_aside: bool = True,
         isolated_room: int = 1,
@@ -512,10 +520,12 @@ class Claims:
                 process.
             room: Messages at most.
             size: Bytes after which no more is claimed.
-            small: Size in bytes up to which messages are claimed together; a larger one is the last
-                of its claim.
-            large_room: Large messages at most. Where there is no room, those met are moved to the
-                low-priority lane, so that small ones pass them; with room, that lane comes first.
+            small: Size in bytes up to which a message is small; larger ones have claims of their
+                own.
+            large_room: Pool processes for large messages. Where there is none, those met are moved
+                to the low-priority lane, so that small ones pass them; else that lane comes first.
+            large_size: Bytes up to which large messages are claimed together; the first may have
+                any size.
             lanes: Number of queues: the last list of each is its low-priority lane.
             look_aside: Whether to claim from these lanes at all.
             isolated_room: Poison candidates at most. One counts as large, whatever its size.
@@ -527,7 +537,7 @@ class Claims:
         reply = self._run(
             self._claim,
             *(session, room, size, small, large_room, lanes, int(look_aside)),
-            *(isolated_room, first_tag, max_bytes),
+            *(isolated_room, first_tag, max_bytes, large_size),
             queues=tuple(queues),
         )
         if reply is None:

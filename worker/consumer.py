@@ -192,7 +192,12 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         keys = [_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
         with self.lease.lock:  # or a heartbeat requeues what is claimed and not yet dispatched
             try:
-                deliveries = self.lease.claim(keys, len(queues), self._dispatcher.processes)
+                deliveries = self.lease.claim(
+                    keys,
+                    len(queues),
+                    self._dispatcher.processes,
+                    self._dispatcher.free_processes,
+                )
             except ResponseError as error:
                 raise RedisConnectionError(str(error)) from error
             if deliveries is None:

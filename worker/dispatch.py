@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import chain
-from math import ceil
 from typing import Any
 from weakref import ref
 
@@ -26,7 +25,7 @@ from interview_access.errors import shortened
 from worker.claims import Action, Disposition
 from worker.delivery import Delivery, Limits, State
 from worker.execution import BatchReport, execute
-from worker.lease import Lease
+from worker.lease import SMALL_BYTES, Lease
 
 logger = get_logger(__name__)
 
@@ -172,7 +171,8 @@ class Dispatcher:
         if settled:
             self._lease.settle(settled)
         free = max(self.free_processes, 1)
-        batches = list(partition(ready, free))
+        are_large = any(one.claim.size > SMALL_BYTES for one in ready)
+        batches = partition(ready, 1 if are_large else free)
         for batch in batches[:free]:
             for delivery in batch:
                 self._announce(delivery)
@@ -302,16 +302,16 @@ def _logged(callback: Callable[..., object]) -> Callable[..., object]:
     return logged
 
 
-def partition(deliveries: Sequence[Delivery], processes: int) -> Iterator[Sequence[Delivery]]:
-    """Share deliveries out among free pool processes.
+def partition(deliveries: Sequence[Delivery], processes: int) -> list[Sequence[Delivery]]:
+    """Share deliveries out among free pool processes, about as many bytes to each.
 
     Deliveries of different time limits are in different batches, for a limit ends a whole batch; so
-    there may be more batches than processes. The first ones hold the oldest delivery.
+    there may be more batches than processes. The first ones hold the oldest deliveries.
     """
-    groups: dict[float, list[Delivery]] = {}
+    batches: dict[tuple[float, int], list[Delivery]] = {}
+    total, before = sum(one.claim.size for one in deliveries), 0
     for delivery in deliveries:
-        groups.setdefault(delivery.time_limit, []).append(delivery)
-    size = ceil(len(deliveries) / processes)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
+        process = before * processes // total
+        batches.setdefault((delivery.time_limit, process), []).append(delivery)
+        before += delivery.claim.size
+    return list(batches.values())

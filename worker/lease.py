@@ -43,12 +43,13 @@ _SILENT_LOOP_SECONDS = 120.0
 _EXIT_SECONDS = 2.0
 """How long the main process may take to end by itself after its pool processes were killed."""
 
-_CLAIM_BYTES = 16 * 1024 * 1024
-"""Bytes after which one claim ends; a message of 100,000 IDs has 4 MB."""
+BATCH_BYTES = 256 * 1024
+"""Bytes of the messages that one pool process executes together: some 6,500 IDs. A larger message
+is a batch by itself."""
 
-SMALL_BYTES = 16 * 1024
-"""Bytes of a small message: one of 250 IDs, say. Others are large, and all pool processes but one
-may execute such a job: the last process is for the small ones."""
+SMALL_BYTES = 64 * 1024
+"""Bytes of a small message: one of 1,600 IDs, say. Others are large, and all pool processes but one
+may execute such jobs: the last process is for the small ones."""
 
 _LOOK_ASIDE_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
 
@@ -192,13 +193,16 @@ class Lease:
         self._server = server
         self._requeue_claimed()
 
-    def claim(self, queues: Sequence[str], lanes: int, processes: int) -> list[Delivery] | None:
-        """Claim what one free pool process can execute: one message, or some small ones.
+    def claim(
+        self, queues: Sequence[str], lanes: int, processes: int, free: int = 1
+    ) -> list[Delivery] | None:
+        """Claim what free pool processes can execute: small messages, or large ones for one.
 
         Args:
             queues: See :meth:`worker.claims.Claims.claim`, as for ``lanes``.
             lanes: Likewise.
             processes: Pool processes, busy ones too.
+            free: Pool processes that are free.
 
         Returns:
             The deliveries, or None if the lease is lost.
@@ -217,9 +221,10 @@ class Lease:
                 queues,
                 first_tag=first,
                 room=room,
-                size=_CLAIM_BYTES,
+                size=BATCH_BYTES * free,
                 small=SMALL_BYTES,
                 large_room=self._large_room(processes),
+                large_size=BATCH_BYTES,
                 lanes=lanes,
                 look_aside=self._is_time_to_look_aside(processes),
                 isolated_room=self._isolated_room,
@@ -237,7 +242,8 @@ class Lease:
         return list(self._deliveries.values())  # in one step: the lease's thread removes some
 
     def _large_room(self, processes: int) -> int:
-        taken = [one for one in self._all() if one.claim.attempts or one.claim.size > SMALL_BYTES]
+        large = [one for one in self._all() if one.claim.attempts or one.claim.size > SMALL_BYTES]
+        taken = {one.batch or one for one in large}
         return max(processes - 1, 1) - len(taken)
 
     @property
