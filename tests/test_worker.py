@@ -407,17 +407,17 @@ def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
 
 def test_a_large_job_leaves_a_child_to_small_ones(here: Site) -> None:
     """While one child has a large job the next one stands aside, and small ones pass it."""
-    user, ids = a_user(), many(CHUNK)
+    user, ids = a_user(), many(2 * CHUNK)
     with held_grant(here, user, ids[-1]):
         large = here.send(user, ids)
-        here.until_state(large, "STARTED")
+        here.until_state(large, "STARTED", "PROGRESS")
         next_large = here.send(a_user(), ids)
         small = [here.send(a_user(), ids[:2]) for _ in range(3)]
         for job_id in small:
             assert here.answer(job_id)["result"] == success(2)
         assert here.meta(next_large)["status"] == "PENDING"
-    assert here.answer(large)["result"] == success(CHUNK)
-    assert here.answer(next_large)["result"] == success(CHUNK)
+    assert here.answer(large)["result"] == success(2 * CHUNK)
+    assert here.answer(next_large)["result"] == success(2 * CHUNK)
 
 
 def test_a_callback_to_another_queue_than_allowed_is_not_sent(here: Site) -> None:

@@ -174,7 +174,7 @@ class TestFromOutside:
         """A large job among small ones is done by itself."""
         (large,) = some(1)
         users = [*some(MANY), large, *some(MANY)]
-        sent = order(here, users, ids, **{large: ids * 100})
+        sent = order(here, users, ids, **{large: ids * 200})
         balance(here, sent)
         others = [job_id for job_id, user in zip(sent, users, strict=True) if user != large]
         assert transactions(here, others) < transactions(here, sent)
