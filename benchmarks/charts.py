@@ -106,6 +106,7 @@ def rate_by_size(report: Report) -> Figure | None:
     """Rows a second against job size, beside COPY."""
     ours = [*report.curve("sizes", "ours, # id"), *report.curve("sizes", "ours, # ids")]
     copy = report.curve("sizes", "COPY, # ids")
+    bare = report.curve("sizes", "bare Celery task, # ids")
     if not ours:
         return None
     figure, axes = _card(
@@ -117,6 +118,7 @@ def rate_by_size(report: Report) -> Figure | None:
     )
     axes.set(xscale="log", yscale="log", xlabel="interviews in a job")
     _line(axes, copy, _OTHER)
+    _line(axes, bare, _BARE)
     _line(axes, ours, _OURS)
     limits = {at: one.median for at, one in copy}
     for at, one in ours[:-1]:
@@ -125,7 +127,7 @@ def rate_by_size(report: Report) -> Figure | None:
         else:
             place = {"offset": (5, -7), "ha": "left", "va": "top"}
         _note(axes, at, one.median, _short(one.median), _OURS, **place)
-    least = min(one.low for _, one in ours)
+    least = min(one.low for _, one in [*ours, *bare])
     most = max(one.high for _, one in [*ours, *copy])
     axes.set_ylim(least / 2.5, most * 2)
     axes.set_xlim(ours[0][0] / 1.5, ours[-1][0] * 1.3)
@@ -135,7 +137,11 @@ def rate_by_size(report: Report) -> Figure | None:
         axes,
         [
             (curve, f"{name}\n{_short(curve[-1][1].median)}", color)
-            for curve, name, color in ((copy, "COPY", _MUTED), (ours, "this worker", _OURS))
+            for curve, name, color in (
+                (copy, "COPY", _MUTED),
+                (bare, "bare Celery task", _BARE),
+                (ours, "this worker", _OURS),
+            )
             if curve
         ],
     )

@@ -12,14 +12,15 @@ from functools import partial
 
 from benchmarks.baselines.copy import copy_grants
 from benchmarks.large_jobs import COPY
-from benchmarks.measuring import Figure, Judge, measure, percentile_95
+from benchmarks.measuring import Bar, Figure, Judge, measure, percentile_95
 from benchmarks.site import BARE, OURS, Bench, Crew
 from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
 
-_SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
-_ROWS = 100_000  # of a sample, in as many jobs as that takes
+_SIZES = (1, 10, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 100_000, 1_000_000)
+_ROWS = 200_000  # of a sample, in as many jobs as that takes
 _MOST_JOBS = 10_000  # of a sample
-_COPIED = 1_000  # ids of the smallest jobs that are held against COPY
+_COPIED = 100  # IDs of the smallest jobs that are compared with COPY and the bare task
+_MOST_BARE = 10_000  # IDs of the largest jobs of the bare task
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of the rate at which ours empties a queue
 _BARE_SHARES = (0.75, 0.9)  # of the bare task's, which may be less than a quarter of ours
@@ -31,27 +32,29 @@ _SOON = 0.05  # seconds from all being prepared to the first tick
 def sizes(bench: Bench) -> list[Figure]:
     """Rows a second from enqueue to result, in jobs of 1 to 1,000,000 ids, the limit raised.
 
-    Small jobs all stand in the queue, so many that there are 10,000 to 100,000 rows, and both
-    children work; from 100,000 ids on it is one job, whose enqueuing counts. COPY has one
-    connection and a transaction for each job.
+    All jobs are queued before the first is executed, 10,000 of them or 200,000 rows, by two pool
+    processes; one job of 1,000,000 IDs includes its enqueuing. COPY has one connection and a
+    transaction for each job.
     """
     largest = bench.size(_SIZES[-1])
     measured = [ids for ids in _SIZES if ids <= largest]
     copied = [ids for ids in measured if ids >= _COPIED]
+    bare = [ids for ids in copied if ids <= _MOST_BARE]
     with (
         bench.database(largest) as database,
-        bench.crew(OURS, database, GRANT_MAX_INTERVIEW_IDS=largest) as crew,
+        bench.crew(OURS, database, GRANT_MAX_INTERVIEW_IDS=largest) as ours,
+        bench.crew(BARE, database) as task,
     ):
 
         def count(ids: int) -> int:
             return max(1, min(bench.size(_MOST_JOBS), bench.size(_ROWS) // ids))
 
-        def ours(ids: int) -> Mapping[str, float]:
+        def drain(crew: Crew, ids: int) -> Mapping[str, float]:
             crew.reset()
             jobs = jobs_on(database.interviews, count(ids), ids)
             seconds = crew.drain(jobs) if len(jobs) > 1 else crew.time_one(jobs[0])
             crew.settle()
-            return {_sized(OURS.name, ids): len(jobs) * ids / seconds}
+            return {_sized(crew.contender.name, ids): len(jobs) * ids / seconds}
 
         def copy(ids: int) -> Mapping[str, float]:
             database.reset()
@@ -63,14 +66,18 @@ def sizes(bench: Bench) -> list[Figure]:
             return {_sized(COPY, ids): len(jobs) * ids / seconds}
 
         trials = [
-            *(partial(ours, ids) for ids in measured),
+            *(partial(drain, ours, ids) for ids in measured),
             *(partial(copy, ids) for ids in copied),
+            *(partial(drain, task, ids) for ids in bare),
         ]
         judge = Judge(measure(trials, bench.runs), "rows/s")
     return [
         *(judge.figure(_sized(COPY, ids)) for ids in copied),
+        *(judge.figure(_sized(BARE.name, ids), _sized(COPY, ids)) for ids in bare),
         *(
-            judge.figure(_sized(OURS.name, ids), _sized(COPY, ids) if ids in copied else None)
+            judge.figure(_sized(OURS.name, ids), _sized(COPY, ids), Bar(0.9, at_least=True))
+            if ids in copied
+            else judge.figure(_sized(OURS.name, ids))
             for ids in measured
         ),
     ]
