@@ -222,10 +222,10 @@ class ServerConnection(psycopg.Connection[Any]):
     """A connection that notices when the server has stopped replying.
 
     While a reply is missing, the server is asked over a second connection whether it is working on
-    the statement. Where it is not, or does not reply there either for :data:`_UNREACHABLE_LOOKS`,
-    the connection is closed: as lost, with an OperationalError. So it is after
-    :data:`_UNKNOWN_LOOKS` if the session that serves it is not known. A statement that runs is not
-    cut off, however long it takes: a server that refuses the second connection replies.
+    the statement. The connection is closed as lost, with an OperationalError, if the server is not
+    working on it, if it does not reply there for :data:`_UNREACHABLE_LOOKS` either, or, where the
+    session is not known, after :data:`_UNKNOWN_LOOKS`. A running statement is not cut off, however
+    long it takes: a server that refuses the second connection has replied.
 
     Attributes:
         parameters: What it was opened with.

@@ -113,7 +113,7 @@ def missing_privileges(connection: Connection, needed: Needed) -> str | None:
     tables, privileges, columns = (list(part) for part in zip(*wanted, strict=True))
     of_tables = {"tables": tables, "privileges": privileges, "columns": columns}
     written = {"tables": [table for table in needed if "INSERT" in needed[table]]}
-    return _told(
+    return _report(
         [
             *(("TABLE", *row) for row in connection.execute(_MISSING, of_tables)),
             *(("SEQUENCE", *row) for row in connection.execute(_MISSING_OF_SEQUENCES, written)),
@@ -127,10 +127,10 @@ def missing_usage(connection: Connection, table: str) -> str | None:
     Returns:
         The missing privilege and the GRANT statement to run, or None if none is missing.
     """
-    return _told([("SCHEMA", *row) for row in connection.execute(_HIDDEN, {"table": table})])
+    return _report([("SCHEMA", *row) for row in connection.execute(_HIDDEN, {"table": table})])
 
 
-def _told(missing: Sequence[tuple[str, str, str, str]]) -> str | None:
+def _report(missing: Sequence[tuple[str, str, str, str]]) -> str | None:
     if not missing:
         return None
     lacks = ", ".join(f"{privilege} on {name}" for _, name, privilege, _ in missing)

@@ -234,8 +234,9 @@ def shown(args: object, kwargs: object) -> tuple[str, str]:
 def log_outcome(job_id: str, args: Args, kwargs: Kwargs, outcome: Outcome, seconds: float) -> None:
     """Log one line for a job, with its arguments cut and its figures."""
     line = _line(args, kwargs)
-    told = _told(outcome)
-    logger.info("job settled: job=%s seconds=%.2f outcome=%s %s", job_id, seconds, told, line)
+    logger.info(
+        "job settled: job=%s seconds=%.2f outcome=%s %s", job_id, seconds, _summary(outcome), line
+    )
 
 
 def _line(args: Args, kwargs: Kwargs) -> str:
@@ -251,16 +252,16 @@ def _joined(parts: list[str], at_most: int = 4) -> str:
     return ", ".join(parts[:at_most] + [f"{len(parts) - at_most} more"] * (len(parts) > at_most))
 
 
-def _told(outcome: Outcome) -> str:
+def _summary(outcome: Outcome) -> str:
     answer = outcome.answer
     if answer is None or answer.error:
-        told = answer.error["sentence"] if answer and answer.error else "no result"
+        summary = answer.error["sentence"] if answer and answer.error else "no result"
     elif answer.figures:
         figures = answer.figures
-        told = (
+        summary = (
             f"{figures.created:,} created, {figures.already_granted:,} already granted, "
             f"{figures.repeated:,} repeated"
         )
     else:
-        told = "done"
-    return f"{told} (already finished)" if outcome.repeated else told
+        summary = "done"
+    return f"{summary} (already finished)" if outcome.repeated else summary

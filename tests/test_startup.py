@@ -332,11 +332,11 @@ class TestStart:
             (["-X", QUEUE], "got no queue (-Q, --queues), expected interview-access."),
             (
                 ["--soft-time-limit", "9"],
-                "got --soft-time-limit, expected a hard limit alone (--time-limit).",
+                "got the soft time limit 9.0 (--soft-time-limit), expected only --time-limit.",
             ),
             (
                 ["--autoscale", "4,0"],
-                "got --autoscale, expected a number of processes (-c, --concurrency).",
+                "got the autoscale (4, 0) (--autoscale), expected a number of processes (-c).",
             ),
             (["task.time_limit=0"], "got no time limit, expected task_time_limit in seconds."),
             (["task.acks_late=no"], "got task_acks_late = False, expected True."),

@@ -15,6 +15,7 @@ import pytest
 from celery import chain, chord
 
 from tests.database import database
+from tests.faults.books import at_rest
 from tests.stores import until
 from tests.workers import (
     GRANT_ACCESS,
@@ -557,6 +558,21 @@ def test_a_job_behind_a_failed_one_can_still_be_executed(here: Site) -> None:
     assert here.answer(job_id)["status"] == "FAILURE"
     here.send(a_user(), [ONE], job_id=job_id)
     assert here.until_state(job_id, "SUCCESS")["result"] == success(1)
+
+
+def test_a_finished_job_behind_a_failed_one_has_not_failed(here: Site) -> None:
+    """A poller reads no failure where the ledger has a result, expired in Redis or not."""
+    job_id = here.send(a_user(), [ONE])
+    here.answer(job_id)
+    here.redis.delete(f"celery-task-meta-{job_id}")
+    following = here.producer.signature(
+        "interview_access.grant_access", (a_user(), [ONE]), queue=QUEUE, task_id=job_id
+    )
+    failing = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
+    failed = chain(failing.set(queue=QUEUE), following, app=here.producer).apply_async().parent
+    here.answer(failed.id)
+    until(lambda: at_rest(here))
+    assert here.meta(job_id)["status"] == "PENDING"
 
 
 def test_commands_without_effect_are_refused(here: Site) -> None:

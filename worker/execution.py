@@ -348,8 +348,8 @@ def _followed(app: Celery, run: _Run) -> Disposition:
             _send_following(app, run)
     except Exception as error:  # noqa: BLE001 - a producer's signatures can raise anything
         reason = shortened(f"{type(error).__name__}: {error}", quoted=False, at_most=300)
-        is_outage = isinstance(error, OperationalError | RedisError | OSError)
-        if is_outage and delivery.retries < dependencies.retry_limit:
+        is_transient = isinstance(error, OperationalError | RedisError | StorageError | OSError)
+        if is_transient and delivery.retries < dependencies.retry_limit:
             logger.warning("callbacks delayed: job=%s error=%s", delivery.job_id, reason)
             return Disposition(Action.RETRY, delay=_back_off(delivery, dependencies))
         return _dead_letter(run, f"Its callbacks cannot be sent: {reason}")
@@ -464,8 +464,11 @@ def _send_following(app: Celery, run: _Run) -> None:
     if not isinstance(result, dict):
         errbacks, request.errbacks = request.errbacks or [], []
         app.backend.mark_as_failure(job_id, result, request=request, store_result=False)
-        for task_id in _chained(request.chain):
-            app.backend.store_chain_failure(task_id, result)
+        storage = app.task_dependencies.storage()
+        for task, task_id in _chained(request.chain):
+            is_job = isinstance(app.tasks.get(task), JobTask)
+            if not (is_job and storage.get_finished_job(task_id)):
+                app.backend.store_chain_failure(task_id, result)
         for one in errbacks:
             Signature.from_dict(one, app=app).apply_async((job_id,), **options)
         return
@@ -477,12 +480,12 @@ def _send_following(app: Celery, run: _Run) -> None:
     app.backend.mark_as_done(job_id, result, request, store_result=False)
 
 
-def _chained(signatures: Iterable[Any] | None) -> Iterator[str]:
-    """The IDs of a chain's tasks, as far as pollers can have them."""
+def _chained(signatures: Iterable[Any] | None) -> Iterator[tuple[str, str]]:
+    """The names and IDs of a chain's tasks, as far as pollers can have the IDs."""
     for one in signatures or ():
         task_id = one["options"].get("task_id")
         if is_job_id(task_id):
-            yield task_id
+            yield str(one["task"]), task_id
         if one.get("subtask_type") == "chord":
             yield from _chained([one["kwargs"]["body"]])
 

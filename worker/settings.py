@@ -63,7 +63,7 @@ class DatabaseSettings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise SettingsError("\n".join(map(_told, error.errors()))) from None
+            raise SettingsError("\n".join(map(_sentence, error.errors()))) from None
 
 
 class Settings(DatabaseSettings):
@@ -131,7 +131,7 @@ class Settings(DatabaseSettings):
 _URLS = {"DATABASE_URL": FORM, "CELERY_BROKER_URL": FORMS["redis"], "CELERY_RESULT_BACKEND": ""}
 
 
-def _told(problem: Any) -> str:
+def _sentence(problem: Any) -> str:
     name = str(problem["loc"][0]).upper()
     if problem["type"] == "missing":
         return f"{name}: not set, expected {_URLS[name]}"

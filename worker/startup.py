@@ -139,12 +139,12 @@ def check_options(worker: Any) -> None:
     for name, expected in _POLICY.items():
         if conf[name] != expected:
             raise StartupError(f"got {name} = {conf[name]!r}, expected {expected!r}.")
-    for value, option, expected in (
-        (worker.soft_time_limit, "--soft-time-limit", "a hard limit alone (--time-limit)"),
-        (worker.autoscale, "--autoscale", "a number of processes (-c, --concurrency)"),
+    for name, value, option, expected in (
+        ("soft time limit", worker.soft_time_limit, "--soft-time-limit", "only --time-limit"),
+        ("autoscale", worker.autoscale, "--autoscale", "a number of processes (-c)"),
     ):
         if value:
-            raise StartupError(f"got {option}, expected {expected}.")
+            raise StartupError(f"got the {name} {value} ({option}), expected {expected}.")
     if not worker.app.limits.seconds:
         raise StartupError("got no time limit, expected task_time_limit in seconds.")
     known = {queue.name for queue in conf.task_queues}

@@ -209,8 +209,8 @@ def _check_count(ids: int, info: ValidationInfo) -> None:
         expected: LiteralString = "at most {limit} ids (GRANT_MAX_INTERVIEW_IDS)"
         if users > 1:
             expected = "at most {each} ids for {users} users (GRANT_MAX_INTERVIEW_IDS is {limit})"
-        told = {"limit": f"{limit:,}", "each": f"{limit // users:,}", "users": f"{users:,}"}
-        raise PydanticCustomError("ids", expected, told)
+        values = {"limit": f"{limit:,}", "each": f"{limit // users:,}", "users": f"{users:,}"}
+        raise PydanticCustomError("ids", expected, values)
 
 
 def _texts(values: Sequence[object]) -> tuple[str, ...] | None:

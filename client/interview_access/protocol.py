@@ -171,9 +171,11 @@ class GrantMessage:
         now = datetime.now(UTC)
         eta = None if countdown is None else _later(now, countdown, "countdown")
         expires_at = None if expires is None else _expiry(now, expires)
-        told = ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items())
+        kwargsrepr = ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items())
         try:
-            envelope = _envelope(task, job_id, QUEUE, kwargs, told, eta=eta, expires_at=expires_at)
+            envelope = _envelope(
+                task, job_id, QUEUE, kwargs, kwargsrepr, eta=eta, expires_at=expires_at
+            )
             digest = unreadable_request_digest(task, (), kwargs)
         except (TypeError, ValueError, RecursionError):
             request = GrantAccessRequest if task == GRANT_ACCESS else GrantCohortAccessRequest
@@ -543,7 +545,7 @@ def _envelope(
     job_id: str,
     queue: str,
     kwargs: Mapping[str, object],
-    told: str,
+    kwargsrepr: str,
     *,
     eta: datetime | None,
     expires_at: datetime | None,
@@ -556,8 +558,8 @@ def _envelope(
         job_id: The ID of its result.
         queue: Its queue.
         kwargs: The task's arguments.
-        told: ``kwargsrepr``; Celery's own would put the first thousand characters of the IDs into
-            every event and log line.
+        kwargsrepr: The arguments as events and log lines show them; Celery's own would have the
+            first thousand characters of the IDs.
         eta: Time before which it is not started.
         expires_at: Time after which it is not started.
         reply_to: The key of the reply to a control request.
@@ -575,7 +577,7 @@ def _envelope(
         "eta": eta and eta.isoformat(),
         "expires": expires_at and expires_at.isoformat(),
         "argsrepr": "()",
-        "kwargsrepr": told,
+        "kwargsrepr": kwargsrepr,
         "origin": "interview-access-client",
     }
     envelope = {

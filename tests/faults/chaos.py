@@ -272,11 +272,7 @@ class Chaos:
     def inject(self, kind: Callable[[Chaos, int], None], stage: str) -> bool:
         """Inject a fault at a stage. Returns whether there was a job to inject it at."""
         with self._gate(stage) as gate:
-            deadline = time.monotonic() + 5
-            while gate and not gate.reached and time.monotonic() < deadline:
-                self.tend()
-                time.sleep(0.01)  # a job comes by when it does
-            if gate and not gate.reached:
+            if gate and not self.tend_until(lambda: bool(gate.reached), within=5):
                 return False
             pid = gate.pid if gate else self.workers[self.rng.randrange(WORKERS)].pid
             try:
@@ -311,6 +307,18 @@ class Chaos:
         while len(self.workers) < WORKERS:
             self.workers.append(self._new_worker())
 
+    def tend_until(self, condition: Callable[[], bool], *, within: float) -> bool:
+        """Tend until the condition is true. Returns whether it was within so many seconds."""
+        deadline = time.monotonic() + within
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            self.tend()
+            time.sleep(
+                0.01
+            )  # between two looks at processes, logs and queues, which signal nothing
+        return True
+
     def verify_liveness(self, accepted: set[str]) -> None:
         """Wait until every accepted job has finished, with the workers that there are.
 
@@ -324,11 +332,11 @@ class Chaos:
         """
         for pid in list(self.frozen):
             self._resume(pid)
-        deadline = time.monotonic() + _STOP_SECONDS + 60
-        while self.stopping or not all(map(_is_ready, self.workers)):
-            assert time.monotonic() < deadline, "no worker starts"
-            self.tend()
-            time.sleep(0.05)  # a worker tells nobody that it is ready, but in its log
+
+        def are_ready() -> bool:
+            return not self.stopping and all(map(_is_ready, self.workers))
+
+        assert self.tend_until(are_ready, within=_STOP_SECONDS + 60), "no worker starts"
         deadline = time.monotonic() + LIVENESS_SECONDS
         left = accepted
         while time.monotonic() < deadline and (left or not at_rest(self.here)):
@@ -336,7 +344,7 @@ class Chaos:
                 self.tend()  # a fault's late effect, as of a shutdown by control; or a failure
                 deadline = time.monotonic() + LIVENESS_SECONDS
             left = unfinished(self.here, left)
-            time.sleep(0.05)  # likewise
+            time.sleep(0.05)  # between two looks at the queues, which signal nothing
         if left or not at_rest(self.here):
             raise AssertionError(self._stuck(left))
         accepted.clear()
@@ -679,11 +687,11 @@ def _run(
             _quiet_point(chaos, producers, checked, recent)
     for producer in producers:
         producer.enough.set()
-    deadline = time.monotonic() + _REST_SECONDS
-    while any(producer.is_alive() for producer in producers):
-        assert time.monotonic() < deadline, "the queue stands still: its jobs never finished"
-        chaos.tend()
-        time.sleep(0.1)  # the last jobs are sent
+
+    def are_done() -> bool:
+        return not any(producer.is_alive() for producer in producers)
+
+    assert chaos.tend_until(are_done, within=_REST_SECONDS), "not all jobs could be sent"
     _quiet_point(chaos, producers, checked, recent)
     report(_table(injected))
     accepted = {*chaos.accepted, *(one for producer in producers for one in producer.accepted)}
@@ -707,11 +715,11 @@ def _quiet_point(
     """Let all accepted jobs finish while nothing else happens."""
     for producer in producers:
         producer.running.clear()
-    deadline = time.monotonic() + LIVENESS_SECONDS
-    while not all(producer.is_idle for producer in producers):
-        assert time.monotonic() < deadline, "a producer cannot send: never came true"
-        chaos.tend()
-        time.sleep(0.01)  # it sends its last job
+
+    def are_idle() -> bool:
+        return all(producer.is_idle for producer in producers)
+
+    assert chaos.tend_until(are_idle, within=LIVENESS_SECONDS), "a producer cannot send"
     accepted = {*chaos.accepted, *(one for producer in producers for one in producer.accepted)}
     try:
         chaos.verify_liveness(accepted - checked)
