@@ -20,7 +20,7 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery, other queues and the plan, and charts; BENCH="small --runs 3" for a part (half an hour)
+bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery, other queues and the plan, and charts; BENCH="small --runs 3" for a part (most of an hour)
 	@touch .venv/bench/begun
 	@$(BIN)/python -m benchmarks $(BENCH)
 	@test ! benchmarks/results.json -nt .venv/bench/begun \
