@@ -25,11 +25,10 @@ _ROUNDS = 50  # of small transactions in a sample: enough for their statements t
 
 _NAMES = {
     "pg_try_advisory_xact_lock": "limits in time, locks of the jobs",
-    "INSERT INTO grant_access_job": "rows of the ledger, open",
-    "grant_access_cancellation": "cancellations",
+    "FULL JOIN": "finished and cancelled jobs found",
     "FOR KEY SHARE": "interviews, held",
     "INSERT INTO interview_userinterviewaccess": "grants",
-    "UPDATE grant_access_job": "rows of the ledger, finished",
+    "INSERT INTO grant_access_job": "rows of the ledger",
     "COMMIT": "COMMIT, keys to interviews checked",
 }
 _WHOLE = "all of it"

@@ -58,7 +58,7 @@ class AccessOrderDTO:
 
 @dataclass(frozen=True, slots=True)
 class JobDTO:
-    """A job as the ledger opens it.
+    """A job as the ledger identifies it.
 
     Attributes:
         user_id: None where the request has none that a table can hold.
@@ -117,12 +117,25 @@ class FinishedJobDTO:
     """A row of the ledger: a job and its answer.
 
     Attributes:
-        finished_at: Set by the store when the job is finished; aware.
+        finished_at: Set by the store when the job is recorded; aware.
     """
 
     job: JobDTO
     answer: AnswerDTO
     finished_at: datetime | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundJobsDTO:
+    """What the store holds of some jobs.
+
+    Attributes:
+        finished: Those in the ledger, by ID.
+        cancelled: IDs of those that are to be cancelled.
+    """
+
+    finished: Mapping[str, FinishedJobDTO]
+    cancelled: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,16 @@ PostgreSQL and on the reference model alike. Every error of a driver leaves a st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 
 from storage.dtos import (
     AccessOrderDTO,
     AccessRequestDTO,
     FinishedJobDTO,
+    FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
-    JobDTO,
     UserInterviewAccessDTO,
 )
 
@@ -96,6 +96,10 @@ class LedgerError(StorageError):
         return False
 
 
+class LedgerConflictError(LedgerError):
+    """The ledger has a job that this transaction was to record: another one was first."""
+
+
 class InterviewTransactionInterface(ABC):
     """One open transaction, isolated as READ COMMITTED or more strictly.
 
@@ -113,13 +117,11 @@ class InterviewTransactionInterface(ABC):
         """
 
     @abstractmethod
-    def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
-        """Enter jobs in the ledger, unless they stand there.
+    def find_jobs(self, job_ids: Collection[str]) -> FoundJobsDTO:
+        """The finished jobs among these, as first recorded, and those that are to be cancelled.
 
-        Must return the finished jobs among them by id, as first finished, whatever request they
-        come with now; must enter each of the others, open, for this transaction to finish. Must
-        wait for a transaction that has entered one of them and is not over, and heed its outcome.
-        The job ids must be distinct.
+        Must see what other transactions have committed before this call. So the jobs must be
+        locked first, or a transaction that finishes one of them may be about to commit.
         """
 
     @abstractmethod
@@ -179,10 +181,13 @@ class InterviewTransactionInterface(ABC):
         """
 
     @abstractmethod
-    def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
-        """Write the answers of jobs that this transaction opened, with all ids they rejected.
+    def record_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """Insert finished jobs in the ledger, with all IDs that they rejected.
 
-        Must raise :class:`LedgerError` where one of them is not open in this transaction.
+        Must wait for a transaction that has recorded one of them and has not ended. Must raise
+        :class:`LedgerConflictError`, recording nothing, where the ledger has one of them: this
+        decides which of two transactions has done a job that both believed to have locked. The job
+        IDs must be distinct.
         """
 
     @abstractmethod
@@ -223,9 +228,8 @@ class InterviewStorageInterface(ABC):
         """One transaction, for a with statement.
 
         At its end all of it must be kept, durably and visible to all at once; where the block
-        raises, none of it. Must raise :class:`LedgerError`, keeping nothing, where a job that it
-        opened was not finished; must raise :class:`StorageError` where it is not known
-        to be kept (a connection lost inside COMMIT, say): the ledger then knows.
+        raises, none of it. Must raise :class:`StorageError` where it is not known to be kept (a
+        connection lost inside COMMIT, say): the ledger then knows.
         """
 
     @abstractmethod

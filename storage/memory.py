@@ -7,7 +7,7 @@ that takes the store's place at their end: what PostgreSQL does by locks is here
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -16,9 +16,9 @@ from storage.dtos import (
     AccessOrderDTO,
     AccessRequestDTO,
     FinishedJobDTO,
+    FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
-    JobDTO,
     UserInterviewAccessDTO,
 )
 from storage.interface import (
@@ -26,7 +26,7 @@ from storage.interface import (
     ChunkDone,
     InterviewStorageInterface,
     InterviewTransactionInterface,
-    LedgerError,
+    LedgerConflictError,
     StorageError,
 )
 
@@ -63,8 +63,6 @@ class MemoryStorage(InterviewStorageInterface):
             tables = self._tables.copy()
             transaction = MemoryTransaction(tables, self._chunk_size)
             yield transaction
-            if transaction.open:
-                raise LedgerError(f"{len(transaction.open)} jobs were opened and never finished")
             self._tables = tables
 
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
@@ -115,7 +113,6 @@ class MemoryTransaction(InterviewTransactionInterface):
     """One transaction on a copy of the tables."""
 
     def __init__(self, tables: _Tables, chunk_size: int) -> None:
-        self.open: dict[str, JobDTO] = {}
         self._tables = tables
         self._chunk_size = chunk_size
 
@@ -123,15 +120,10 @@ class MemoryTransaction(InterviewTransactionInterface):
         """See the interface."""
         return frozenset(job_ids)
 
-    def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
+    def find_jobs(self, job_ids: Collection[str]) -> FoundJobsDTO:
         """See the interface."""
-        finished = {
-            job.job_id: self._tables.jobs[job.job_id]
-            for job in jobs
-            if job.job_id in self._tables.jobs
-        }
-        self.open.update((job.job_id, job) for job in jobs if job.job_id not in finished)
-        return finished
+        finished = {one: self._tables.jobs[one] for one in job_ids if one in self._tables.jobs}
+        return FoundJobsDTO(finished, self.find_cancelled_jobs(job_ids))
 
     def request_cancellation(self, job_id: str) -> None:
         """See the interface."""
@@ -184,11 +176,11 @@ class MemoryTransaction(InterviewTransactionInterface):
         self._must_exist(attempt.interview_id for attempt in attempts)
         self._tables.attempts.update((attempt.id, attempt) for attempt in attempts)
 
-    def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+    def record_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
         """See the interface."""
         for job in jobs:
-            if self.open.pop(job.job.job_id, None) is None:
-                raise LedgerError(f"job {job.job.job_id} is not open in this transaction")
+            if job.job.job_id in self._tables.jobs:
+                raise LedgerConflictError(f"job {job.job.job_id} was recorded before")
             self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
 
     def take_due_requests(

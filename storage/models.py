@@ -115,10 +115,7 @@ class UserInterviewAccess(Base):
 
 
 class GrantAccessJob(Base):
-    """A row of the ledger: a finished job and its answer, written in the job's own transaction.
-
-    ``open`` is the state between the two statements of that transaction; nobody else sees it.
-    """
+    """A row of the ledger: a finished job and its answer, inserted by the job's own transaction."""
 
     __tablename__ = "grant_access_job"
     __table_args__ = (Index("grant_access_job_finished_at_idx", "finished_at"),)

@@ -2,7 +2,7 @@
 
 Safety rests on two keys and nothing else: the ledger's primary key decides who does a job, the
 unique key of (user_id, interview_id) decides who made a grant. Locks are taken in one order
-everywhere (jobs, ledger rows by job id, interviews by id, grants by user and interview), so that
+everywhere (jobs, interviews by id, grants by user and interview, ledger rows by job id), so that
 racing transactions of ours wait for each other and never in a circle.
 """
 
@@ -42,6 +42,7 @@ from storage.dtos import (
     AnswerDTO,
     FiguresDTO,
     FinishedJobDTO,
+    FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
     JobDTO,
@@ -54,6 +55,7 @@ from storage.interface import (
     InterviewStorageInterface,
     InterviewTransactionInterface,
     JobBusyError,
+    LedgerConflictError,
     LedgerError,
     StorageError,
 )
@@ -137,9 +139,6 @@ _LOOK_AGAIN_AT_REQUESTS = _LOOK_AGAIN_AT_REQUESTS.format(requested_at=_REQUESTED
 _REPLY_SECONDS = 30
 """How much longer than a statement may take its reply is waited for."""
 
-_LEDGER_LOOKS = 3
-"""Looks for a ledger row that an INSERT met and a SELECT then missed, as when it was pruned."""
-
 # The first statement of each transaction. Local to it: a pooler may share the connection.
 _SETTINGS = (
     "SELECT pg_backend_pid() AS pid,"
@@ -196,30 +195,30 @@ _END_UNRESPONSIVE_HOLDERS = _OF_JOBS.format(
 )
 _NOT_PERMITTED = "42501"
 
-# Rows are passed as JSON: psycopg would inspect and adapt eight arrays.
-_OPEN_JOBS = """
-    INSERT INTO grant_access_job (job_id, task, state, user_id, request_digest)
-    SELECT job_id, task, 'open', user_id, request_digest
-    FROM json_to_recordset(CAST(%(jobs)s AS json))
-         AS jobs (job_id text, task text, user_id text, request_digest text)
-    ORDER BY job_id COLLATE "C"
-    ON CONFLICT (job_id) DO NOTHING
-    RETURNING job_id
+# Only two index conditions: no join that the planner could turn into a scan of a whole index.
+_FIND_JOBS = """
+    SELECT * FROM (
+        SELECT * FROM grant_access_job WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
+    ) AS finished FULL JOIN (
+        SELECT job_id, true AS is_cancelled FROM grant_access_cancellation
+        WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
+    ) AS cancelled USING (job_id)
 """
-
 _FIND_CANCELLED_JOBS = (
     "SELECT job_id FROM grant_access_cancellation WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))"
 )
 
-_FINISH_JOBS = """
-    UPDATE grant_access_job AS job
-    SET state = done.state, requested = done.requested, repeated = done.repeated,
-        already_granted = done.already_granted, created = done.created,
-        result = done.result, error = done.error, finished_at = clock_timestamp()
+# Rows are passed as JSON: psycopg would inspect and adapt eleven arrays.
+_RECORD_JOBS = """
+    INSERT INTO grant_access_job (
+        job_id, task, state, user_id, request_digest, requested, repeated, already_granted,
+        created, result, error, finished_at)
+    SELECT jobs.*, clock_timestamp()
     FROM json_to_recordset(CAST(%(jobs)s AS json))
-         AS done (job_id text, state text, requested int, repeated int, already_granted int,
-                  created int, result jsonb, error jsonb)
-    WHERE job.job_id = done.job_id AND job.state = 'open'
+         AS jobs (job_id text, task text, state text, user_id text, request_digest text,
+                  requested int, repeated int, already_granted int, created int,
+                  result jsonb, error jsonb)
+    ORDER BY job_id COLLATE "C"
 """
 
 # Of all that the user has, no more is looked at than can tell.
@@ -411,8 +410,6 @@ class PostgresStorage(InterviewStorageInterface):
         try:
             transaction = PostgresTransaction(connection, self._chunk_size, self._limits)
             yield transaction
-            if transaction.open:
-                raise LedgerError(f"{len(transaction.open)} jobs were opened and never finished")
             with driver_errors_translated():
                 connection.commit()
         except StorageError as error:
@@ -427,7 +424,7 @@ class PostgresStorage(InterviewStorageInterface):
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
         with self.transaction() as transaction:
-            finished = transaction.finished_jobs([job_id]).get(job_id)
+            finished = transaction.find_jobs([job_id]).finished.get(job_id)
             return finished and transaction.with_details(finished)
 
     def get_request(self, job_id: str) -> AccessRequestDTO | None:
@@ -454,7 +451,6 @@ class PostgresTransaction(InterviewTransactionInterface):
     """One transaction on one connection."""
 
     def __init__(self, connection: Connection, chunk_size: int, limits: DatabaseLimits) -> None:
-        self.open: set[str] = set()
         self._held: Collection[str] = ()
         self._granted: tuple[str, Collection[str]] = ("", ())
         self._connection = connection
@@ -567,34 +563,13 @@ class PostgresTransaction(InterviewTransactionInterface):
             return False
         return bool(ended)
 
-    def open_jobs(self, jobs: Sequence[JobDTO]) -> Mapping[str, FinishedJobDTO]:
+    def find_jobs(self, job_ids: Collection[str]) -> FoundJobsDTO:
         """See the interface."""
-        left = {job.job_id: job for job in jobs}
-        finished: dict[str, FinishedJobDTO] = {}
-        for _ in range(_LEDGER_LOOKS):
-            # Only the INSERT tells who was first: while another's COMMIT goes on, a SELECT finds
-            # nothing. So each has a statement, and a snapshot, of its own.
-            entries = json.dumps([_entry(job) for job in left.values()])
-            opened = self._query(_OPEN_JOBS, {"jobs": entries})
-            self.open.update(job_id for (job_id,) in opened)
-            left = {job_id: job for job_id, job in left.items() if job_id not in self.open}
-            found = self.finished_jobs(left)
-            finished.update(found)
-            left = {job_id: job for job_id, job in left.items() if job_id not in found}
-            if not left:
-                return finished
-        raise LedgerError(f"the ledger has rows of {len(left)} jobs that are not finished")
-
-    def finished_jobs(self, job_ids: Collection[str]) -> dict[str, FinishedJobDTO]:
-        """The finished jobs among these, by id."""
-        if not job_ids:
-            return {}
-        rows = self._query(
-            select(GrantAccessJob.__table__).where(
-                GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
-            )
+        rows = self._query(_FIND_JOBS, {"job_ids": list(job_ids)})
+        return FoundJobsDTO(
+            {row.job_id: _finished_job(row) for row in rows if row.state},
+            frozenset(row.job_id for row in rows if row.is_cancelled),
         )
-        return {row.job_id: _finished_job(row) for row in rows}
 
     def with_details(self, finished: FinishedJobDTO) -> FinishedJobDTO:
         """The same with what is not read with other jobs' answers."""
@@ -767,15 +742,19 @@ class PostgresTransaction(InterviewTransactionInterface):
         self._execute(insert(InterviewAttempt), rows)
         self._execute("SET CONSTRAINTS ALL IMMEDIATE")
 
-    def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+    def record_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
         """See the interface."""
         if not jobs:
             return
-        finished = self._execute(_FINISH_JOBS, {"jobs": json.dumps([_finish(job) for job in jobs])})
-        if finished != len(jobs):
-            raise LedgerError(
-                f"{len(jobs)} jobs to finish, but only {finished} are open in the ledger"
-            )
+        entries = json.dumps([_ledger_row(job) for job in jobs])
+        try:
+            recorded = self._execute(_RECORD_JOBS, {"jobs": entries})
+        except StorageError as error:
+            if error.sqlstate != _NOT_UNIQUE:
+                raise
+            raise LedgerConflictError("another transaction has recorded one of the jobs") from error
+        if recorded != len(jobs):
+            raise LedgerError(f"{len(jobs)} jobs to record, but the ledger took {recorded}")
         for table, details in (
             (GrantAccessRejection, {job.job.job_id: _rejected(job.answer) for job in jobs}),
             (GrantAccessCohort, {job.job.job_id: _by_user(job.answer) for job in jobs}),
@@ -786,7 +765,6 @@ class PostgresTransaction(InterviewTransactionInterface):
                 columns = {name: put.excluded[name] for name in rows[0] if name != "job_id"}
                 put = put.on_conflict_do_update(index_elements=["job_id"], set_=columns)
                 self._execute(put, rows)
-        self.open.difference_update(job.job.job_id for job in jobs)
 
     def request(self, job_id: str) -> AccessRequestDTO | None:
         """The request under this id, if there is one."""
@@ -803,9 +781,7 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        answered = select(GrantAccessJob.job_id).where(
-            GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
-        )
+        answered = select(GrantAccessJob.job_id).where(GrantAccessJob.job_id.in_(job_ids))
         forgotten = self._query(
             delete(GrantAccessRequest)
             .where(GrantAccessRequest.job_id.in_(answered))
@@ -976,20 +952,18 @@ def _teach_uuids(connection: psycopg.Connection[Any], _: object) -> None:
     connection.adapters.register_dumper(_UuidArray, _UuidArrayDumper)
 
 
-def _entry(job: JobDTO) -> dict[str, Any]:
-    return {
-        "job_id": job.job_id,
-        "task": job.task,
-        "user_id": job.user_id,
-        "request_digest": job.request_digest,
-    }
-
-
-def _finish(job: FinishedJobDTO) -> dict[str, Any]:
+def _ledger_row(job: FinishedJobDTO) -> dict[str, Any]:
     answer = job.answer
-    figures = asdict(answer.figures) if answer.figures else {}
-    told = {"state": answer.state, "result": answer.result, "error": answer.error}
-    return {"job_id": job.job.job_id, **told, **figures}
+    return {
+        "job_id": job.job.job_id,
+        "task": job.job.task,
+        "state": answer.state,
+        "user_id": job.job.user_id,
+        "request_digest": job.job.request_digest,
+        "result": answer.result,
+        "error": answer.error,
+        **(asdict(answer.figures) if answer.figures else {}),
+    }
 
 
 def _rejected(answer: AnswerDTO) -> dict[str, Any]:

@@ -9,6 +9,11 @@ from sqlalchemy import Connection, text
 Needed = Mapping[str, Mapping[str, Sequence[str]]]
 """Columns by privilege by table; no columns: any column, or the table."""
 
+_LEDGER_COLUMNS = (
+    *("job_id", "task", "state", "user_id", "request_digest", "requested", "repeated"),
+    *("already_granted", "created", "result", "error", "finished_at"),
+)
+
 NEEDED: Needed = {
     "interview_interview": {
         "SELECT": ("id", "title", "description", "duration"),
@@ -31,17 +36,7 @@ NEEDED: Needed = {
         "SELECT": ("user_id", "interview_id"),
         "INSERT": ("user_id", "interview_id"),
     },
-    "grant_access_job": {
-        "SELECT": (
-            *("job_id", "task", "state", "user_id", "request_digest", "requested", "repeated"),
-            *("already_granted", "created", "result", "error", "finished_at"),
-        ),
-        "INSERT": ("job_id", "task", "state", "user_id", "request_digest"),
-        "UPDATE": (
-            *("state", "requested", "repeated", "already_granted", "created"),
-            *("result", "error", "finished_at"),
-        ),
-    },
+    "grant_access_job": {"SELECT": _LEDGER_COLUMNS, "INSERT": _LEDGER_COLUMNS},
     "grant_access_request": {
         "SELECT": ("job_id", "user_id", "interview_ids", "requested_at", "sent_at", "look_at"),
         "UPDATE": ("sent_at", "look_at"),

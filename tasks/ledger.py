@@ -1,8 +1,8 @@
 """Every job takes effect once and always has its first answer.
 
-Owns the order of things around a job's own work: equal ids merged, the ledger asked, the work
-done for those jobs that are new, their answers written in the same transaction. What the work is,
-it does not know.
+Owns the order of things around a job's own work: equal ids merged, jobs locked, the ledger read,
+the work done for the jobs that are new, their answers recorded by the same transaction. What the
+work is, it does not know.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from storage.interface import (
     InterviewStorageInterface,
     InterviewTransactionInterface,
     JobBusyError,
+    LedgerConflictError,
     LedgerError,
     StorageError,
     is_outage,
@@ -50,6 +51,9 @@ J = TypeVar("J", bound=Job)
 
 ALONE_SECONDS = 60.0
 """Seconds in which a batch settles its jobs one by one, far less than a task's time limit."""
+
+_ATTEMPTS = 3
+"""Transactions of a job that was cancelled, or recorded by another transaction, while it ran."""
 
 Work = Callable[[InterviewTransactionInterface, Sequence[J]], Mapping[str, AnswerDTO]]
 """Does the work of new jobs within a transaction and answers each, by its ID."""
@@ -155,15 +159,20 @@ def _settle_distinct(
 
 
 def _settle_alone(
-    storage: InterviewStorageInterface, job: J, work: Work[J], *, wait: bool
+    storage: InterviewStorageInterface,
+    job: J,
+    work: Work[J],
+    *,
+    wait: bool,
+    attempts: int = _ATTEMPTS,
 ) -> _Settled | Exception:
     try:
         settled = _settle_together(storage, [job], work, wait=wait)
     except MemoryError:
         raise
-    except _CancelledMidwayError:
-        return _settle_alone(storage, job, work, wait=wait)
     except Exception as error:  # noqa: BLE001 - likewise
+        if attempts > 1 and isinstance(error, _CancelledMidwayError | LedgerConflictError):
+            return _settle_alone(storage, job, work, wait=wait, attempts=attempts - 1)
         return error
     busy = JobBusyError("another transaction holds the job's lock")
     return settled.get(job.entry.job_id, busy)
@@ -175,17 +184,17 @@ def _settle_together(
     """Settle the jobs whose locks are free; block on the locks if ``wait``."""
     with storage.transaction() as transaction:
         locked = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=wait)
-        jobs = [job for job in jobs if job.entry.job_id in locked]
-        known = transaction.open_jobs([job.entry for job in jobs])
-        new = [job for job in jobs if job.entry.job_id not in known]
+        found = transaction.find_jobs(locked)
+        new = [job for job in jobs if job.entry.job_id in locked - found.finished.keys()]
         answers = {job.entry.job_id: failure(job.fault) for job in new if job.fault}
-        for job_id in transaction.find_cancelled_jobs([job.entry.job_id for job in new]):
-            answers[job_id] = failure(JobCancelledException.of(job_id))
+        for job in new:
+            if job.entry.job_id in found.cancelled:
+                answers[job.entry.job_id] = failure(JobCancelledException.of(job.entry.job_id))
         answers.update(work(transaction, [job for job in new if job.entry.job_id not in answers]))
-        finished = [FinishedJobDTO(job.entry, answers[job.entry.job_id]) for job in new]
-        transaction.finish_jobs(finished)
-    settled = {job_id: _Settled(job, repeated=True) for job_id, job in known.items()}
-    settled.update((job.job.job_id, _Settled(job, repeated=False)) for job in finished)
+        recorded = [FinishedJobDTO(job.entry, answers[job.entry.job_id]) for job in new]
+        transaction.record_jobs(recorded)
+    settled = {job_id: _Settled(job, repeated=True) for job_id, job in found.finished.items()}
+    settled.update((job.job.job_id, _Settled(job, repeated=False)) for job in recorded)
     return settled
 
 
@@ -247,9 +256,9 @@ def cancel(storage: InterviewStorageInterface, job_id: str, entry: JobDTO | None
         transaction.request_cancellation(job_id)
         if not transaction.lock_jobs([job_id], wait=False):
             return True
-        if entry and not transaction.open_jobs([entry]):
+        if entry and not transaction.find_jobs([job_id]).finished:
             answer = failure(JobCancelledException.of(job_id))
-            transaction.finish_jobs([FinishedJobDTO(entry, answer)])
+            transaction.record_jobs([FinishedJobDTO(entry, answer)])
     return False
 
 

@@ -15,12 +15,12 @@ from interview_access.errors import (
 )
 from sqlalchemy import text
 
-from storage.dtos import FiguresDTO, JobDTO
+from storage.dtos import AccessOrderDTO, AnswerDTO, FiguresDTO, FinishedJobDTO, JobDTO
 from storage.interface import JobBusyError, StorageError, is_outage
-from storage.postgres import DatabaseLimits
+from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.grant_access import GrantAccessInteractor
 from tasks.ledger import Outcome, RejectedJob, result_of, settle
-from tests.database import connected
+from tests.database import connected, role
 from tests.stores import (
     CHUNK_SIZE,
     Background,
@@ -242,6 +242,30 @@ class TestTheSameJobAgain:
         (refused,) = store.grant(a_job("a", "bob", [one]))
         assert refused.refusal
         assert store.granted("bob") == []
+
+    def test_job_that_another_transaction_records_meanwhile(self, postgres: PostgresStore) -> None:
+        """Where no lock keeps two transactions apart, the ledger's key decides; one takes effect.
+
+        The lock is another role's, which does not stop a job.
+        """
+        one, two = postgres.add_interviews(2)
+        limits = DatabaseLimits(busy=0.05)
+        with (
+            role(postgres.database_url) as url,
+            PostgresStorage(url).transaction() as holder,
+            postgres.another(limits=limits) as storage,
+        ):
+            holder.lock_jobs(["a"], wait=True)
+            job = a_job("a", "ann", [one, two])
+            with postgres.storage.transaction() as first:
+                first.bulk_create_user_access([AccessOrderDTO("ann", (one,))])
+                first.record_jobs([FinishedJobDTO(job.entry, AnswerDTO("succeeded", {"n": 1}))])
+                second = Background(lambda: GrantAccessInteractor(storage).grant_access([job]))
+                postgres.until_waiting(second)
+        (outcome,) = second.result()
+        assert outcome.repeated
+        assert outcome.answer == AnswerDTO("succeeded", {"n": 1})
+        assert postgres.granted("ann") == [one]
 
 
 class TestManyJobs:

@@ -33,6 +33,7 @@ from storage.dtos import (
     AccessOrderDTO,
     AnswerDTO,
     FinishedJobDTO,
+    FoundJobsDTO,
     InterviewAttemptDTO,
     JobDTO,
     RejectedIdsDTO,
@@ -945,7 +946,7 @@ def test_a_role_with_these_privileges_serves(database: Database, grants: list[st
         )
         with storage.transaction() as transaction:
             transaction.lock_jobs(["a"], wait=True)
-            transaction.open_jobs([job])
+            assert transaction.find_jobs(["a"]) == FoundJobsDTO({}, frozenset())
             transaction.request_cancellation("b")
             assert transaction.find_cancelled_jobs(["b"]) == {"b"}
             assert transaction.find_unknown_interviews([str(interview)]) == frozenset()
@@ -956,7 +957,7 @@ def test_a_role_with_these_privileges_serves(database: Database, grants: list[st
             start = datetime.now(UTC)
             attempt = InterviewAttemptDTO(str(uuid4()), str(interview), "ann", start)
             transaction.create_interview_attempt([attempt])
-            transaction.finish_jobs([FinishedJobDTO(job, answer)])
+            transaction.record_jobs([FinishedJobDTO(job, answer)])
             (request,) = transaction.take_due_requests(1)
             transaction.look_again_at_requests([request.job_id], sent=True)
             assert transaction.forget_answered_requests([request.job_id]) == frozenset()

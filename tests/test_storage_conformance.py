@@ -25,6 +25,7 @@ from storage.dtos import (
     AnswerDTO,
     FiguresDTO,
     FinishedJobDTO,
+    FoundJobsDTO,
     InterviewAttemptDTO,
     JobDTO,
     RejectedIdsDTO,
@@ -34,6 +35,8 @@ from storage.interface import (
     InterviewStorageInterface,
     InterviewTransactionInterface,
     JobBusyError,
+    LedgerConflictError,
+    LedgerError,
     StorageError,
 )
 from storage.postgres import _TAKE_DUE_REQUESTS, DatabaseLimits, PostgresStorage
@@ -71,7 +74,7 @@ LETTERS = [
 
 
 def ledger_entry(job_id: str, digest: str = DIGEST) -> JobDTO:
-    """A job as the ledger opens it."""
+    """A job as the ledger identifies it."""
     return JobDTO(job_id, "interview_access.grant_access", "ann", digest)
 
 
@@ -91,10 +94,9 @@ def a_request(job_id: str) -> AccessRequestDTO:
 
 
 def finish(storage: InterviewStorageInterface, *jobs: FinishedJobDTO) -> None:
-    """Open and finish jobs in one transaction."""
+    """Record finished jobs in one transaction."""
     with storage.transaction() as transaction:
-        transaction.open_jobs([job.job for job in jobs])
-        transaction.finish_jobs(jobs)
+        transaction.record_jobs(jobs)
 
 
 def make_grants(storage: InterviewStorageInterface, user_id: str, *interview_ids: str) -> int:
@@ -189,61 +191,41 @@ class TestLockJobs:
         assert lock(store.storage, ["a"], wait=False) == {"a"}
 
 
-class TestOpenJobs:
-    """open_jobs."""
+class TestFindJobs:
+    """find_jobs."""
 
-    def test_new_jobs_are_entered_for_this_transaction_to_finish(self, store: Store) -> None:
-        """Of jobs that do not stand in the ledger none is returned, and each can be finished."""
+    def test_unknown_jobs_are_not_found(self, store: Store) -> None:
+        """Of jobs that were neither recorded nor cancelled nothing is found."""
         with store.storage.transaction() as transaction:
-            assert transaction.open_jobs([ledger_entry("b"), ledger_entry("a")]) == {}
-            transaction.finish_jobs([finished("a", 1), finished("b", 2)])
-        assert store.storage.get_finished_job("a") == finished("a", 1)
-        assert store.storage.get_finished_job("b") == finished("b", 2)
+            assert transaction.find_jobs(["a", "b"]) == FoundJobsDTO({}, frozenset())
+            assert transaction.find_jobs([]) == FoundJobsDTO({}, frozenset())
 
-    def test_finished_jobs_are_returned_as_first_finished(self, store: Store) -> None:
-        """Finished jobs are returned as first finished, whatever request they come with now."""
+    def test_finished_jobs_are_found_as_first_recorded(self, store: Store) -> None:
+        """The finished ones among the IDs are found, with their requests and answers."""
+        finish(store.storage, finished("a", 1), finished("b", 2, OTHER_DIGEST), finished("c", 3))
+        with store.storage.transaction() as transaction:
+            found = transaction.find_jobs(["a", "new", "b"])
+        assert found.finished == {"a": finished("a", 1), "b": finished("b", 2, OTHER_DIGEST)}
+
+    def test_cancelled_jobs_are_found_finished_or_not(self, store: Store) -> None:
+        """Jobs to be cancelled are found, whether they have finished or not, and no other."""
         finish(store.storage, finished("a", 1), finished("b", 2))
+        for job_id in "b", "c", "d":
+            with store.storage.transaction() as transaction:
+                transaction.request_cancellation(job_id)
         with store.storage.transaction() as transaction:
-            known = transaction.open_jobs(
-                [ledger_entry("a"), ledger_entry("new"), ledger_entry("b", OTHER_DIGEST)]
-            )
-            transaction.finish_jobs([finished("new")])
-        assert known == {"a": finished("a", 1), "b": finished("b", 2)}
-        assert store.storage.get_finished_job("b") == finished("b", 2)
+            found = transaction.find_jobs(["a", "b", "c", "C"])
+        assert found == FoundJobsDTO(
+            {"a": finished("a", 1), "b": finished("b", 2)}, frozenset({"b", "c"})
+        )
 
-    def test_open_transaction_that_commits_is_heeded(self, store: Store) -> None:
-        """A transaction that entered the job is waited for; what it finished is returned."""
-
-        def second() -> dict[str, FinishedJobDTO]:
-            with store.storage.transaction() as transaction:
-                known = transaction.open_jobs([ledger_entry("a"), ledger_entry("b")])
-                transaction.finish_jobs([finished("b", 2)])
-                return dict(known)
-
-        with store.storage.transaction() as first:
-            first.open_jobs([ledger_entry("a")])
-            other = Background(second)
-            store.until_waiting(other)
-            assert not other.over
-            first.finish_jobs([finished("a", 1)])
-        assert other.result() == {"a": finished("a", 1)}
-
-    def test_open_transaction_that_fails_is_heeded(self, store: Store) -> None:
-        """A transaction that entered the job is waited for; where it fails, the job is new."""
-
-        def second() -> None:
-            with store.storage.transaction() as transaction:
-                assert transaction.open_jobs([ledger_entry("a", OTHER_DIGEST)]) == {}
-                transaction.finish_jobs([finished("a", 2, OTHER_DIGEST)])
-
-        with ends_with(KeyError, store.storage) as first:
-            first.open_jobs([ledger_entry("a")])
-            other = Background(second)
-            store.until_waiting(other)
-            assert not other.over
-            raise KeyError
-        other.result()
-        assert store.storage.get_finished_job("a") == finished("a", 2, OTHER_DIGEST)
+    def test_what_others_committed_meanwhile_is_found(self, postgres: PostgresStore) -> None:
+        """A job that was recorded after this transaction began is found by it."""
+        with postgres.storage.transaction() as transaction:
+            assert transaction.find_jobs(["a"]) == FoundJobsDTO({}, frozenset())
+            with postgres.another() as other:
+                finish(other, finished("a", 1))
+            assert transaction.find_jobs(["a"]).finished == {"a": finished("a", 1)}
 
     def test_job_ids_are_taken_to_the_letter(self, store: Store) -> None:
         """Job ids that look like one another, or like a statement, are different jobs."""
@@ -252,13 +234,12 @@ class TestOpenJobs:
         jobs = [finished(job_id, number) for number, job_id in enumerate(job_ids)]
         finish(store.storage, *jobs)
         with store.storage.transaction() as transaction:
-            assert transaction.open_jobs([job.job for job in jobs]) == dict(
-                zip(job_ids, jobs, strict=True)
-            )
+            found = transaction.find_jobs(job_ids)
+        assert found.finished == dict(zip(job_ids, jobs, strict=True))
 
 
-class TestFinishJobs:
-    """finish_jobs and get_finished_job."""
+class TestRecordJobs:
+    """record_jobs and get_finished_job."""
 
     def test_unknown_job_has_no_row(self, store: Store) -> None:
         """A job that never finished has no row in the ledger."""
@@ -300,29 +281,65 @@ class TestFinishJobs:
         assert other
         assert other.answer.rejected is None
 
-    def test_job_that_was_never_opened_is_refused(self, store: Store) -> None:
-        """Finishing a job that is not open raises, and nothing of the transaction is kept."""
-        with ends_with(StorageError, store.storage) as transaction:
-            transaction.open_jobs([ledger_entry("a")])
-            transaction.finish_jobs([finished("a"), finished("never opened")])
-        assert store.storage.get_finished_job("a") is None
-        assert store.storage.get_finished_job("never opened") is None
-
-    def test_job_that_was_finished_before_is_refused(self, store: Store) -> None:
-        """Finishing a job that an earlier transaction finished raises; the first answer stays."""
+    def test_job_that_was_recorded_before_is_refused(self, store: Store) -> None:
+        """Where the ledger has one of the jobs, all are refused, and the first answer stays."""
         finish(store.storage, finished("a", 1))
-        with ends_with(StorageError, store.storage) as transaction:
-            transaction.open_jobs([ledger_entry("a")])
-            transaction.finish_jobs([finished("a", 2)])
+        with ends_with(LedgerConflictError, store.storage) as transaction:
+            transaction.record_jobs([finished("b"), finished("a", 2)])
         assert store.storage.get_finished_job("a") == finished("a", 1)
+        assert store.storage.get_finished_job("b") is None
 
-    def test_job_that_was_finished_in_this_transaction_is_refused(self, store: Store) -> None:
-        """Finishing a job twice in one transaction raises."""
-        with ends_with(StorageError, store.storage) as transaction:
-            transaction.open_jobs([ledger_entry("a")])
-            transaction.finish_jobs([finished("a", 1)])
-            transaction.finish_jobs([finished("a", 2)])
+    def test_job_that_was_recorded_in_this_transaction_is_refused(self, store: Store) -> None:
+        """Recording a job twice in one transaction raises, and nothing of it is kept."""
+        with ends_with(LedgerConflictError, store.storage) as transaction:
+            transaction.record_jobs([finished("a", 1)])
+            transaction.record_jobs([finished("a", 2)])
         assert store.storage.get_finished_job("a") is None
+
+    def test_open_transaction_that_commits_is_heeded(self, store: Store) -> None:
+        """A transaction that has recorded the job is waited for; where it commits, it was first."""
+
+        def second() -> None:
+            with ends_with(LedgerConflictError, store.storage) as transaction:
+                transaction.record_jobs([finished("a", 2), finished("b", 2)])
+
+        with store.storage.transaction() as first:
+            first.record_jobs([finished("a", 1)])
+            other = Background(second)
+            store.until_waiting(other)
+            assert not other.over
+        other.result()
+        assert store.storage.get_finished_job("a") == finished("a", 1)
+        assert store.storage.get_finished_job("b") is None
+
+    def test_open_transaction_that_fails_is_heeded(self, store: Store) -> None:
+        """A transaction that has recorded the job is waited for; where it fails, the job is new."""
+
+        def second() -> None:
+            finish(store.storage, finished("a", 2, OTHER_DIGEST))
+
+        with ends_with(KeyError, store.storage) as first:
+            first.record_jobs([finished("a")])
+            other = Background(second)
+            store.until_waiting(other)
+            assert not other.over
+            raise KeyError
+        other.result()
+        assert store.storage.get_finished_job("a") == finished("a", 2, OTHER_DIGEST)
+
+    def test_ledger_that_keeps_rows_out_is_an_error(self, postgres: PostgresStore) -> None:
+        """Where a trigger swallows a job's row, nothing of the transaction is kept."""
+        postgres.execute(
+            "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " RETURN CASE WHEN NEW.job_id = 'a' THEN NULL ELSE NEW END; END $$"
+        )
+        postgres.execute(
+            "CREATE TRIGGER swallow BEFORE INSERT ON grant_access_job"
+            " FOR EACH ROW EXECUTE FUNCTION swallow()"
+        )
+        with ends_with(LedgerError, postgres.storage) as transaction:
+            transaction.record_jobs([finished("a"), finished("b")])
+        assert postgres.storage.get_finished_job("b") is None
 
 
 class TestCancellation:
@@ -351,7 +368,7 @@ class TestCancellation:
         """A cancellation of a transaction that raises is none."""
         with ends_with(StorageError, store.storage) as transaction:
             transaction.request_cancellation("a")
-            transaction.open_jobs([ledger_entry("left open")])
+            raise StorageError("the block's own")
         assert not store.storage.is_cancelled("a")
 
 
@@ -912,10 +929,9 @@ class TestTransaction:
         (interview_id,) = store.add_interviews(1)
         attempt = an_attempt(interview_id)
         with store.storage.transaction() as transaction:
-            transaction.open_jobs([ledger_entry("a")])
             transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
             transaction.create_interview_attempt([attempt])
-            transaction.finish_jobs([finished("a", 1)])
+            transaction.record_jobs([finished("a", 1)])
         assert store.granted("ann") == [interview_id]
         assert list(store.attempts()) == [attempt]
         assert store.storage.get_finished_job("a") == finished("a", 1)
@@ -928,9 +944,8 @@ class TestTransaction:
             return store.granted("ann"), store.storage.get_finished_job("a")
 
         with store.storage.transaction() as transaction:
-            transaction.open_jobs([ledger_entry("a")])
             transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
-            transaction.finish_jobs([finished("a", 1)])
+            transaction.record_jobs([finished("a", 1)])
             reader = Background(seen)
             store.until_waiting(reader)
             side_by_side = reader.over
@@ -942,23 +957,12 @@ class TestTransaction:
         """What the block raises leaves it as it is, and nothing of the transaction stands."""
         (interview_id,) = store.add_interviews(1)
         with ends_with(KeyError, store.storage) as one:
-            one.open_jobs([ledger_entry("a")])
             one.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
             one.create_interview_attempt([an_attempt(interview_id)])
-            one.finish_jobs([finished("a", 1)])
+            one.record_jobs([finished("a", 1)])
             raise KeyError("the block's own")
         assert store.granted("ann") == []
         assert list(store.attempts()) == []
-        assert store.storage.get_finished_job("a") is None
-
-    def test_job_left_open_keeps_nothing(self, store: Store) -> None:
-        """A job that was opened and not finished raises at the end, and nothing is kept."""
-        (interview_id,) = store.add_interviews(1)
-        with ends_with(StorageError, store.storage) as transaction:
-            transaction.open_jobs([ledger_entry("a"), ledger_entry("b")])
-            transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
-            transaction.finish_jobs([finished("a", 1)])
-        assert store.granted("ann") == []
         assert store.storage.get_finished_job("a") is None
 
     def test_store_goes_on_after_a_failure(self, store: Store) -> None:
@@ -1011,7 +1015,7 @@ class TestPostgres:
             " INSERT INTO seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
         )
         postgres.execute(
-            "CREATE TRIGGER look AFTER UPDATE ON grant_access_job"
+            "CREATE TRIGGER look AFTER INSERT ON grant_access_job"
             " FOR EACH STATEMENT EXECUTE FUNCTION look()"
         )
         with postgres.another() as storage:
@@ -1037,8 +1041,7 @@ class TestPostgres:
         with postgres.storage.transaction() as transaction:
             if waits is not None:
                 transaction.lock_jobs(["a"], wait=waits)
-            transaction.open_jobs([ledger_entry("a")])
-            transaction.finish_jobs([finished("a")])
+            transaction.record_jobs([finished("a")])
         assert {
             name: postgres.value("SELECT setting FROM seen WHERE name = :name", name=name)
             for name in (
@@ -1087,10 +1090,9 @@ class TestPostgres:
             postgres.another(limits=DatabaseLimits(lock=0.05)) as hasty,
             postgres.storage.transaction() as holder,
         ):
-            holder.open_jobs([ledger_entry("a")])
+            holder.record_jobs([finished("a", 1)])
             with ends_with(StorageError, hasty, sqlstate="55P03") as transaction:
-                transaction.open_jobs([ledger_entry("a")])
-            holder.finish_jobs([finished("a", 1)])
+                transaction.record_jobs([finished("a", 1)])
 
     def test_duplicate_ends_an_unresponsive_holder(self, postgres: PostgresStore) -> None:
         """A duplicate ends the transaction of a worker that has stopped, and gets the lock."""
@@ -1101,7 +1103,7 @@ class TestPostgres:
             ends_with(StorageError, postgres.storage, sqlstate="57P01") as stopped,
         ):
             stopped.lock_jobs(["a"], wait=True)
-            stopped.open_jobs([ledger_entry("a")])
+            stopped.record_jobs([finished("a")])
             assert lock(duplicate, ["a", "b"], wait=True) == {"a", "b"}
             stopped.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
         assert postgres.granted("ann") == []
@@ -1114,31 +1116,29 @@ class TestPostgres:
                 holder.lock_jobs(["a"], wait=True)
                 with pytest.raises(JobBusyError):
                     lock(duplicate, ["a"], wait=True)
-                holder.open_jobs([ledger_entry("a")])
-                holder.finish_jobs([finished("a")])
+                holder.record_jobs([finished("a")])
             assert lock(duplicate, ["a"], wait=True) == {"a"}
 
     def test_duplicate_never_ends_a_running_statement(self, postgres: PostgresStore) -> None:
         """A holder whose statement is running goes on, however long it takes."""
         limits = DatabaseLimits(busy=0.05, unresponsive=0, statement=PATIENCE_SECONDS)
 
-        def hold() -> set[str]:
-            with postgres.storage.transaction() as holder:
+        def hold() -> None:
+            with ends_with(LedgerConflictError, postgres.storage) as holder:
                 holder.lock_jobs(["a"], wait=True)
-                return set(holder.open_jobs([ledger_entry("a")]))
+                holder.record_jobs([finished("a")])
 
         with (
             postgres.another(limits=limits) as duplicate,
             postgres.another() as other,
         ):
             with other.transaction() as blocking:
-                blocking.open_jobs([ledger_entry("a")])
+                blocking.record_jobs([finished("a")])
                 holder = Background(hold)
                 postgres.until_waiting(holder)
                 with pytest.raises(JobBusyError):
                     lock(duplicate, ["a"], wait=True)
-                blocking.finish_jobs([finished("a")])
-            assert holder.result() == {"a"}
+            holder.result()
 
     def test_lock_of_another_role_does_not_stop_a_job(self, postgres: PostgresStore) -> None:
         """A session that is no worker's holds the lock: the ledger's key alone decides."""
@@ -1207,13 +1207,12 @@ class TestPostgres:
             " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$"
         )
         postgres.execute(
-            "CREATE CONSTRAINT TRIGGER die AFTER UPDATE ON grant_access_job"
+            "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON grant_access_job"
             " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION die()"
         )
         reached_the_end = False
         with ends_with(StorageError, postgres.storage, sqlstate="57P01") as transaction:
-            transaction.open_jobs([ledger_entry("a")])
-            transaction.finish_jobs([finished("a")])
+            transaction.record_jobs([finished("a")])
             reached_the_end = True
         assert reached_the_end
         assert postgres.storage.get_finished_job("a") is None
@@ -1222,23 +1221,19 @@ class TestPostgres:
         """A deadlock that others cause is trouble that passes, for one of the two."""
         postgres.configure("deadlock_timeout", "20ms")
 
-        def open_and_finish(transaction: InterviewTransactionInterface, job_id: str) -> None:
-            transaction.open_jobs([ledger_entry(job_id)])
-            transaction.finish_jobs([finished(job_id)])
-
         def second() -> None:
             with storage.transaction() as transaction:
-                open_and_finish(transaction, "b")
-                open_and_finish(transaction, "a")
+                transaction.record_jobs([finished("b")])
+                transaction.record_jobs([finished("a")])
 
         with postgres.another() as storage:
             errors = []
             try:
                 with storage.transaction() as first:
-                    open_and_finish(first, "a")
+                    first.record_jobs([finished("a")])
                     other = Background(second)
                     postgres.until_waiting(other)
-                    open_and_finish(first, "b")
+                    first.record_jobs([finished("b")])
             except StorageError as error:
                 errors.append(error)
             try:
