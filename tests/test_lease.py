@@ -30,7 +30,7 @@ from tests.sessions import (
 from tests.stores import until
 from worker.claims import DEAD, PREFIX, Action, Claims, Disposition
 from worker.delivery import Delivery, State
-from worker.lease import BATCH_BYTES, SMALL_BYTES, CircuitBreaker, Lease
+from worker.lease import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, CircuitBreaker, Lease
 from worker.local_stack import LocalStack
 
 ACKNOWLEDGE = Disposition(Action.ACKNOWLEDGE)
@@ -559,11 +559,62 @@ def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) 
     assert [one.claim.message for one in claim(lease)] == [b"poison 2"]
 
 
-def test_the_last_pool_process_is_for_small_messages(lease: SteppedLease, redis: Redis) -> None:
-    """Large messages take all pool processes but one."""
-    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES, b"small")
-    sizes = [[one.claim.size for one in claim(lease)] for _ in range(PROCESSES + 1)]
-    assert sizes == [*[[BATCH_BYTES]] * (PROCESSES - 1), [5], []]
+def sizes_claimed(lease: SteppedLease, claims: int) -> list[list[int]]:
+    """The sizes of what each of so many claims takes."""
+    return [[one.claim.size for one in claim(lease)] for _ in range(claims)]
+
+
+def test_large_messages_take_all_pool_processes(lease: SteppedLease, redis: Redis) -> None:
+    """Where no small message comes, no pool process is kept for one."""
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * (PROCESSES + 1))
+    assert sizes_claimed(lease, PROCESSES + 1) == [*[[BATCH_BYTES]] * PROCESSES, []]
+
+
+def test_a_small_message_is_claimed_before_the_last_large_one(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """The last free pool process is for a small message that waits, behind large ones or not."""
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * 40, b"small")
+    sizes = sizes_claimed(lease, PROCESSES + 3)
+    assert sizes[: PROCESSES - 1] == [[BATCH_BYTES]] * (PROCESSES - 1)
+    assert [taken for taken in sizes[PROCESSES - 1 :] if taken] == [[5]]
+
+
+def test_after_a_small_message_one_pool_process_is_kept(lease: SteppedLease, redis: Redis) -> None:
+    """Large messages leave it free for two seconds."""
+    redis.lpush(QUEUE, b"small")
+    settle(lease, ACKNOWLEDGE, *claim(lease))
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
+    assert sizes_claimed(lease, PROCESSES) == [*[[BATCH_BYTES]] * (PROCESSES - 1), []]
+    lease.clock.now += 2
+    assert sizes_claimed(lease, 1) == [[BATCH_BYTES]]
+
+
+def test_the_last_pool_process_takes_nothing_huge(lease: SteppedLease, redis: Redis) -> None:
+    """A job that may take long leaves one pool process to others."""
+    huge = HUGE_BYTES + 1
+    redis.lpush(QUEUE, *[b"." * huge] * PROCESSES)
+    assert sizes_claimed(lease, PROCESSES) == [*[[huge]] * (PROCESSES - 1), []]
+
+
+def test_a_huge_message_is_not_passed_for_ever(lease: SteppedLease, redis: Redis) -> None:
+    """It needs a pool process that no huge job has, whatever the others execute."""
+    huge = HUGE_BYTES + 1
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
+    running = [claim(lease) for _ in range(PROCESSES)]
+    redis.lpush(QUEUE, b"." * huge, *[b"." * BATCH_BYTES] * PROCESSES)
+    settle(lease, ACKNOWLEDGE, *running[0])
+    assert sizes_claimed(lease, 1) == [[huge]]
+
+
+def test_the_last_pool_process_takes_no_poison_candidate(lease: SteppedLease, redis: Redis) -> None:
+    """It may take as long as a huge job."""
+    redis.lpush(QUEUE, *[b"." * (HUGE_BYTES + 1)] * (PROCESSES - 1))
+    running = [claim(lease) for _ in range(PROCESSES - 1)]
+    redis.lpush(f"{PREFIX}isolated", f"{QUEUE}\0poison")
+    assert claim(lease) == []
+    settle(lease, ACKNOWLEDGE, *running[0])
+    assert [one.claim.message for one in claim(lease)] == [b"poison"]
 
 
 def test_large_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
@@ -586,6 +637,8 @@ def test_small_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: R
 
 def test_the_lane_is_read_once_a_second_without_room(lease: SteppedLease, redis: Redis) -> None:
     """Reading a message of 5 MB takes the server as long as the rest of a claim."""
+    redis.lpush(QUEUE, "small")
+    settle(lease, ACKNOWLEDGE, *claim(lease))
     redis.lpush(LANE, *[b"." * BATCH_BYTES] * PROCESSES)
     running = [claim(lease)[0] for _ in range(PROCESSES - 1)]
     assert claim(lease) == []

@@ -42,7 +42,7 @@ DEAD = f"{PREFIX}dead"
 
 Fields: job_id, task, reason, in_ledger, time, attempts, size, queue, message."""
 
-_ANY_SIZE = 2**53
+ANY_SIZE = 2**53
 _BYTES_PER_SCRIPT = 4 * 1024 * 1024
 """Bytes of messages that one script moves, at least one message; a 100,000-ID job has 4 MB."""
 
@@ -174,12 +174,12 @@ return redis.call('HKEYS', held(arguments[1]))
 
 _CLAIM = """
 local session, room, bytes = arguments[1], arguments[2], arguments[3]
-local small, large_room = arguments[4] + 0, arguments[5] + 0
+local small, largest = arguments[4] + 0, arguments[5] + 0
 local queues, look_aside = arguments[6], arguments[7] == '1'
 local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[10] + 0
 local large_bytes, has_large = arguments[11] + 0, false
 if not redis.call('ZSCORE', leases, session) then return false end
-local claimed, done, first_aside = {0, 0}, false, #KEYS - queues + 1
+local claimed, done, first_aside = {0, 0, 0}, false, #KEYS - queues + 1
 
 local function next_of(list)
     local message = redis.pcall('LINDEX', list, -1)
@@ -208,13 +208,13 @@ local function take(list, queue, message, digest)
     done = #claimed > room * 6 or bytes <= 0 or (has_large and large_bytes <= 0)
 end
 
--- Large and small messages are claimed apart; a large one, of any size, where nothing else is.
+-- Large and small messages are claimed apart; the first large one may be as large as any.
 local function fits(message)
     if #message <= small then return not has_large end
-    return #claimed == 2 or (has_large and #message <= large_bytes)
+    return #message <= largest and (#claimed == 3 or (has_large and #message <= large_bytes))
 end
 
-if isolated_room > 0 and large_room > 0 then
+if isolated_room > 0 then
     local value = next_of(isolated)
     if value and not string.find(value, '\\0', 1, true) then
         dead_letter(isolated, value, '', '', 'It names no origin queue.', '0', '0')
@@ -226,7 +226,7 @@ if isolated_room > 0 and large_room > 0 then
     end
 end
 for index = first_aside, #KEYS do
-    while look_aside and not done and large_room > 0 do
+    while look_aside and not done and largest > small do
         local message = next_of(KEYS[index])
         local digest = message and #message > small and fits(message) and digest_of(message)
         if not digest or redis.call('HEXISTS', tries, digest) == 1 then break end
@@ -245,7 +245,7 @@ for index = 2, #KEYS do
             redis.call('LTRIM', list, 0, -2)
         elseif #message > small and index >= first_aside then
             break
-        elseif #message > small and large_room <= 0 then
+        elseif #message > small and #message > largest then
             bytes_left = bytes_left - #message
             redis.call('RPOPLPUSH', list, KEYS[aside])
         elseif fits(message) then
@@ -260,6 +260,7 @@ for index = first_aside, #KEYS do
     if type(length) == 'number' and length > 0 then claimed[1] = 1 end
 end
 claimed[2] = redis.call('LLEN', isolated)
+if bytes_left <= 0 then claimed[3] = 1 end
 return claimed
 """
 
@@ -377,11 +378,13 @@ class Claimed(NamedTuple):
         claims: The messages, now claimed by the session.
         large_wait: Whether large messages wait in the low-priority lane.
         isolated: Poison candidates that wait.
+        is_partial: Whether the queues were read in part only, for the size of what was moved.
     """
 
     claims: list[Claim]
     large_wait: bool
     isolated: int
+    is_partial: bool = False
 
 
 class Heartbeat(NamedTuple):
@@ -503,13 +506,13 @@ class Claims:
         first_tag: int,
         room: int,
         size: int,
-        small: int = _ANY_SIZE,
-        large_room: int = 1,
+        small: int = ANY_SIZE,
+        largest: int = ANY_SIZE,
         large_size: int = 0,
         lanes: int = 1,
         look_aside: bool = True,
         isolated_room: int = 1,
-        max_bytes: int = _ANY_SIZE,
+        max_bytes: int = ANY_SIZE,
     ) -> Claimed | None:
         """Move messages from queues to a session's claims.
 
@@ -522,13 +525,13 @@ class Claims:
             size: Bytes after which no more is claimed.
             small: Size in bytes up to which a message is small; larger ones have claims of their
                 own.
-            large_room: Pool processes for large messages. Where there is none, those met are moved
-                to the low-priority lane, so that small ones pass them; else that lane comes first.
-            large_size: Bytes up to which large messages are claimed together; the first may have
-                any size.
+            largest: Bytes of the largest message that is claimed. Larger ones are moved to the
+                low-priority lane, so that others pass them; the large ones of that lane come first.
+            large_size: Bytes up to which large messages are claimed together; the first may be
+                larger.
             lanes: Number of queues: the last list of each is its low-priority lane.
             look_aside: Whether to claim from these lanes at all.
-            isolated_room: Poison candidates at most. One counts as large, whatever its size.
+            isolated_room: Poison candidates at most, 0 or 1.
             max_bytes: Bytes of a message above which only its two ends are returned.
 
         Returns:
@@ -536,7 +539,7 @@ class Claims:
         """
         reply = self._run(
             self._claim,
-            *(session, room, size, small, large_room, lanes, int(look_aside)),
+            *(session, room, size, small, largest, lanes, int(look_aside)),
             *(isolated_room, first_tag, max_bytes, large_size),
             queues=tuple(queues),
         )
@@ -551,9 +554,9 @@ class Claims:
                 int(reply[at + 4]),
                 int(reply[at + 5]),
             )
-            for at in range(2, len(reply), 6)
+            for at in range(3, len(reply), 6)
         ]
-        return Claimed(claims, large_wait=bool(reply[0]), isolated=int(reply[1]))
+        return Claimed(claims, bool(reply[0]), int(reply[1]), bool(reply[2]))
 
     def settle(self, session: str, dispositions: Mapping[str, Disposition]) -> None:
         """Apply dispositions, by delivery tag. One whose delivery is not claimed has no effect."""

@@ -171,7 +171,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         self.lease.loop_turned()
         if self._may_claim() and (self._wait.seconds is None or self._lane_waits):
             if self._claim():
-                self._hub.call_soon(self._pump)
+                self._hub.call_later(0, self._pump)  # call_soon would follow after a poll
             elif self._wait.seconds is None:
                 self._start_wait(self._wait)
 
@@ -203,7 +203,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             if deliveries is None:
                 raise RedisConnectionError("the lease was lost; the worker begins another session")
             self._dispatcher.dispatch(deliveries)
-        return len(deliveries) > 0
+        return len(deliveries) > 0 or self.lease.is_partial
 
     def _start_wait(self, wait: QueueWait) -> None:
         queues = self._queues

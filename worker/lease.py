@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 from queue import Empty, SimpleQueue
 from uuid import uuid4
@@ -23,7 +24,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from worker.claims import Action, Claims, Disposition, Heartbeat
+from worker.claims import ANY_SIZE, Action, Claims, Disposition, Heartbeat
 from worker.delivery import Delivery, State
 
 logger = get_logger(__name__)
@@ -48,10 +49,21 @@ BATCH_BYTES = 256 * 1024
 is a batch by itself."""
 
 SMALL_BYTES = 64 * 1024
-"""Bytes of a small message: one of 1,600 IDs, say. Others are large, and all pool processes but one
-may execute such jobs: the last process is for the small ones."""
+"""Bytes of a small message: one of 1,600 IDs, say. Others are large."""
+
+HUGE_BYTES = 512 * 1024
+"""Bytes above which a large message is huge: one of 13,000 IDs, say, which takes some 0.2 s. All
+pool processes but one execute huge jobs, so that a small job never waits for one."""
+
+_SMALL_SECONDS = 2.0
+"""How long after a small job one pool process is kept for small jobs."""
 
 _LOOK_ASIDE_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
+
+
+def _is_large(delivery: Delivery) -> bool:
+    """Whether a delivery is no small one: for its size, or as a poison candidate."""
+    return bool(delivery.claim.attempts) or delivery.claim.size > SMALL_BYTES
 
 
 class CircuitBreaker:
@@ -137,6 +149,10 @@ class Lease:
         self._large_wait = False
         self._isolated_wait = False
         self._looked_aside = 0.0
+        self._looked_in_vain_for = 0  # bytes of the largest message that could have been claimed
+        self._small_at = -inf  # when a small job was last claimed
+        self.is_partial = False
+        """Whether the last claim left messages unread that a next one may take."""
         self.lock = threading.RLock()
         """Held while deliveries change hands."""
         self._thread: threading.Thread | None = None
@@ -198,6 +214,8 @@ class Lease:
     ) -> list[Delivery] | None:
         """Claim what free pool processes can execute: small messages, or large ones for one.
 
+        The last pool process executes a large job only where no small one waits.
+
         Args:
             queues: See :meth:`worker.claims.Claims.claim`, as for ``lanes``.
             lanes: Likewise.
@@ -211,40 +229,76 @@ class Lease:
             RedisError: if the reply did not come; more may be claimed than is known: open again.
         """
         with self.lock:
+            self.is_partial = False
             if not self.may_claim():
                 return []
             room = 1 if self.breaker.is_probing else self._batch_size
-            first, self._next_tag = self._next_tag, self._next_tag + room
-            assert self._claims is not None  # noqa: S101 - set by open()
-            claimed = self._claims.claim(
-                self._session,
-                queues,
-                first_tag=first,
-                room=room,
-                size=BATCH_BYTES * free,
-                small=SMALL_BYTES,
-                large_room=self._large_room(processes),
-                large_size=BATCH_BYTES,
-                lanes=lanes,
-                look_aside=self._is_time_to_look_aside(processes),
-                isolated_room=self._isolated_room,
-                max_bytes=self._max_bytes,
-            )
-            if claimed is None:
-                return None
-            self._large_wait = claimed.large_wait
-            self._isolated_wait = claimed.isolated > 0
-            deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
-            self._deliveries.update((one.tag, one) for one in deliveries)
-            return deliveries
+            largest = self._largest(processes)
+            claim = partial(self._claim, queues, lanes=lanes, room=room, size=BATCH_BYTES * free)
+            look_aside = self._is_time_to_look_aside(largest)
+            if largest > SMALL_BYTES and self._large_batches() == processes - 1 > 0:
+                deliveries = claim(largest=SMALL_BYTES, look_aside=look_aside)
+                if deliveries is None or deliveries or self.is_partial:
+                    return deliveries
+            return claim(largest=largest, look_aside=look_aside)
+
+    def _claim(
+        self,
+        queues: Sequence[str],
+        *,
+        lanes: int,
+        room: int,
+        size: int,
+        largest: int,
+        look_aside: bool,
+    ) -> list[Delivery] | None:
+        first, self._next_tag = self._next_tag, self._next_tag + room
+        is_any_size = largest > HUGE_BYTES
+        assert self._claims is not None  # noqa: S101 - set by open()
+        claimed = self._claims.claim(
+            self._session,
+            queues,
+            first_tag=first,
+            room=room,
+            size=size,
+            small=SMALL_BYTES,
+            largest=largest,
+            large_size=BATCH_BYTES,
+            lanes=lanes,
+            look_aside=look_aside,
+            isolated_room=self._isolated_room if is_any_size else 0,
+            max_bytes=self._max_bytes,
+        )
+        if claimed is None:
+            return None
+        self._large_wait = claimed.large_wait
+        self._isolated_wait = claimed.isolated > 0
+        self.is_partial = claimed.is_partial
+        deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
+        has_large = any(map(_is_large, deliveries))
+        if deliveries and not has_large:
+            self._small_at = self._clock()
+        if look_aside:
+            self._looked_aside = self._clock()
+            self._looked_in_vain_for = largest if claimed.large_wait and not has_large else 0
+        self._deliveries.update((one.tag, one) for one in deliveries)
+        return deliveries
 
     def _all(self) -> list[Delivery]:
         return list(self._deliveries.values())  # in one step: the lease's thread removes some
 
-    def _large_room(self, processes: int) -> int:
-        large = [one for one in self._all() if one.claim.attempts or one.claim.size > SMALL_BYTES]
-        taken = {one.batch or one for one in large}
-        return max(processes - 1, 1) - len(taken)
+    def _large_batches(self, larger_than: int = SMALL_BYTES) -> int:
+        """Count the pool processes with large jobs; poison candidates count as huge."""
+        large = [one for one in self._all() if one.claim.attempts or one.claim.size > larger_than]
+        return len({one.batch or one for one in large})
+
+    def _largest(self, processes: int) -> int:
+        """Bytes of the largest message that may be claimed now."""
+        for_huge = max(processes - 1, 1)
+        has_small = self._clock() < self._small_at + _SMALL_SECONDS
+        if self._large_batches() >= (for_huge if has_small else processes):
+            return SMALL_BYTES
+        return HUGE_BYTES if self._large_batches(HUGE_BYTES) >= for_huge else ANY_SIZE
 
     @property
     def _isolated_room(self) -> int:
@@ -252,20 +306,18 @@ class Lease:
 
     def may_claim_from_lane(self, processes: int) -> bool:
         """Whether a message may be claimed that no wait for a queue reports: it is in a lane."""
-        waits = self._large_wait or (self._isolated_wait and self._isolated_room > 0)
-        return bool(waits) and self._large_room(processes) > 0 and self.may_claim()
+        largest = self._largest(processes)
+        isolated = self._isolated_wait and self._isolated_room > 0 and largest > HUGE_BYTES
+        large = self._large_wait and largest > SMALL_BYTES
+        return (large or isolated) and self.may_claim()
 
-    def _is_time_to_look_aside(self, processes: int) -> bool:
-        """Whether to look at the low-priority lanes; not again and again while there is no room.
+    def _is_time_to_look_aside(self, largest: int) -> bool:
+        """Whether to look at the low-priority lanes; not again and again while nothing fits.
 
         Looking at one message of 5 MB takes the server as long as the rest of a claim.
         """
-        now = self._clock()
-        in_vain = self._large_wait and self._large_room(processes) <= 0
-        if in_vain and now < self._looked_aside + _LOOK_ASIDE_SECONDS:
-            return False
-        self._looked_aside = now
-        return True
+        is_recent = self._clock() < self._looked_aside + _LOOK_ASIDE_SECONDS
+        return not (is_recent and largest <= self._looked_in_vain_for)
 
     def may_claim(self) -> bool:
         """Whether this worker may claim more."""
