@@ -747,7 +747,7 @@ def test_an_isolated_message_is_claimed_alone(redis: Redis, protocol: Claims) ->
     protocol.open("ann")
     redis.lpush(JOBS, "a", "b")
     assert claim(protocol, 1) == Claimed(
-        [Claim("1", JOBS, b"poison 1", 8, 1, 0)], large_wait=False, isolated=1
+        [Claim("1", JOBS, b"poison 1", 8, 1, 0)], large_wait=False, isolated=1, has_more=True
     )
     assert [one.message for one in take(protocol, 2, isolated_room=0)] == [b"a", b"b"]
     assert [one.message for one in take(protocol, 4, by="bob")] == [b"poison 2"]
@@ -949,9 +949,9 @@ def test_a_claim_reports_what_it_left_unread(redis: Redis, protocol: Claims) -> 
     """A script that has moved its bytes ends; the messages behind are for the next one."""
     redis.lpush(JOBS, *[b"." * 1_500_000] * 4, "a")
     got = claim(protocol, 1, small=4, largest=4)
-    assert (got.claims, got.is_partial) == ([], True)
+    assert (got.claims, got.has_more) == ([], True)
     got = claim(protocol, 1, small=4, largest=4)
-    assert ([one.message for one in got.claims], got.is_partial) == ([b"a"], False)
+    assert ([one.message for one in got.claims], got.has_more) == ([b"a"], False)
 
 
 def test_small_messages_of_the_lane_come_last(redis: Redis, protocol: Claims) -> None:

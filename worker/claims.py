@@ -260,7 +260,7 @@ for index = first_aside, #KEYS do
     if type(length) == 'number' and length > 0 then claimed[1] = 1 end
 end
 claimed[2] = redis.call('LLEN', isolated)
-if bytes_left <= 0 then claimed[3] = 1 end
+if done or bytes_left <= 0 then claimed[3] = 1 end
 return claimed
 """
 
@@ -378,13 +378,13 @@ class Claimed(NamedTuple):
         claims: The messages, now claimed by the session.
         large_wait: Whether large messages wait in the low-priority lane.
         isolated: Poison candidates that wait.
-        is_partial: Whether the queues were read in part only, for the size of what was moved.
+        has_more: Whether a next claim may take more: the queues were not read to their ends.
     """
 
     claims: list[Claim]
     large_wait: bool
     isolated: int
-    is_partial: bool = False
+    has_more: bool = False
 
 
 class Heartbeat(NamedTuple):

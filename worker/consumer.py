@@ -170,8 +170,9 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         assert self._wait  # noqa: S101 - set by start()
         self.lease.loop_turned()
         if self._may_claim() and (self._wait.seconds is None or self._lane_waits):
-            if self._claim():
-                self._hub.call_later(0, self._pump)  # call_soon would follow after a poll
+            self._claim()
+            if self.lease.has_more:
+                self._hub.call_later(0, self._pump)  # in this turn; call_soon would follow a poll
             elif self._wait.seconds is None:
                 self._start_wait(self._wait)
 
@@ -186,8 +187,8 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def _queues(self) -> list[str]:
         return [queue.name for queue in self._consumer.task_consumer.queues]
 
-    def _claim(self) -> bool:
-        """Claim and dispatch. Returns whether there may be more to claim at once."""
+    def _claim(self) -> int:
+        """Claim and dispatch. Returns how many messages were claimed."""
         queues = self._queues
         keys = [_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
         with self.lease.lock:  # or a heartbeat requeues what is claimed and not yet dispatched
@@ -203,7 +204,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             if deliveries is None:
                 raise RedisConnectionError("the lease was lost; the worker begins another session")
             self._dispatcher.dispatch(deliveries)
-        return len(deliveries) > 0 or self.lease.is_partial
+        return len(deliveries)
 
     def _start_wait(self, wait: QueueWait) -> None:
         queues = self._queues
@@ -227,11 +228,15 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         if has_message is None:
             self._hub.add_reader(socket, self._on_readable, socket, wait)
             return
-        claimed = self._may_claim() and self._claim()
-        if has_message and not claimed:  # another worker was quicker
+        if not self._may_claim():
+            return  # until a pool process is free, or the next tick
+        claimed = self._claim()
+        if self.lease.has_more or self._lane_waits:
+            self._pump()
+        elif has_message and not claimed:  # another worker was quicker
             self._hub.call_later(_EMPTY_SECONDS, self._pump)
         else:
-            self._pump()
+            self._start_wait(wait)
 
 
 def _key(queue: str, priority: int) -> str:

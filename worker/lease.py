@@ -151,8 +151,8 @@ class Lease:
         self._looked_aside = 0.0
         self._looked_in_vain_for = 0  # bytes of the largest message that could have been claimed
         self._small_at = -inf  # when a small job was last claimed
-        self.is_partial = False
-        """Whether the last claim left messages unread that a next one may take."""
+        self.has_more = False
+        """Whether a next claim may take more: the last one ended before the queues did."""
         self.lock = threading.RLock()
         """Held while deliveries change hands."""
         self._thread: threading.Thread | None = None
@@ -229,7 +229,7 @@ class Lease:
             RedisError: if the reply did not come; more may be claimed than is known: open again.
         """
         with self.lock:
-            self.is_partial = False
+            self.has_more = False
             if not self.may_claim():
                 return []
             room = 1 if self.breaker.is_probing else self._batch_size
@@ -238,7 +238,7 @@ class Lease:
             look_aside = self._is_time_to_look_aside(largest)
             if largest > SMALL_BYTES and self._large_batches() == processes - 1 > 0:
                 deliveries = claim(largest=SMALL_BYTES, look_aside=look_aside)
-                if deliveries is None or deliveries or self.is_partial:
+                if deliveries is None or deliveries or self.has_more:
                     return deliveries
             return claim(largest=largest, look_aside=look_aside)
 
@@ -273,7 +273,7 @@ class Lease:
             return None
         self._large_wait = claimed.large_wait
         self._isolated_wait = claimed.isolated > 0
-        self.is_partial = claimed.is_partial
+        self.has_more = claimed.has_more
         deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
         has_large = any(map(_is_large, deliveries))
         if deliveries and not has_large:

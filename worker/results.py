@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from celery import states
@@ -118,6 +118,7 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             return frozenset()
         try:
             stored = self._store_where_nothing_is(fresh)
+            stored |= self._final_among(fresh.keys() - stored)
             for job_id in fresh.keys() - stored:
                 state, result = fresh[job_id]
                 encoded = self.encode_result(result, state)
@@ -173,6 +174,18 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
                 pipeline.command_stack = commands
                 stored = pipeline.execute(raise_on_error=False)
         return {job_id for job_id, done in zip(fresh, stored, strict=True) if done == 1}
+
+    def _final_among(self, job_ids: Collection[str]) -> set[str]:
+        """Name the jobs whose final result is stored, as of duplicate deliveries."""
+        if not job_ids:
+            return set()
+        keys = [self.get_key_for_task(job_id) for job_id in job_ids]
+        stored = self.client.mget(keys)
+        return {
+            job_id
+            for job_id, value in zip(job_ids, stored, strict=True)
+            if value and self._rank_of(value) == _ANSWERED
+        }
 
     def _seconds(self, state: str) -> int:
         """For how long a result of this state can be polled."""
