@@ -17,17 +17,24 @@ from interview_access.errors import (
     JobFailedError,
     StorageUnavailableException,
 )
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 logger = get_logger(__name__)
 
+# Sets each key whose value is the expected one to a value of its own; '' is expected of a key that
+# holds nothing, or no result.
 _COMPARE_AND_SET = """#!lua flags=allow-oom
-local stored = redis.pcall('GET', KEYS[1])
-if type(stored) ~= 'string' then stored = '' end  -- nothing, or a key that is no result
-if stored ~= ARGV[1] then return 0 end
-redis.call('SETEX', KEYS[1], ARGV[3], ARGV[2])
-redis.call('PUBLISH', KEYS[1], ARGV[2])
-return 1
+local replaced = {}
+for number, key in ipairs(KEYS) do
+    local stored, value, seconds = redis.pcall('GET', key), ARGV[2 * number], ARGV[2 * number + 1]
+    if type(stored) ~= 'string' then stored = '' end
+    replaced[number] = stored == ARGV[1] and 1 or 0
+    if replaced[number] == 1 then
+        redis.call('SETEX', key, seconds, value)
+        redis.call('PUBLISH', key, value)
+    end
+end
+return replaced
 """
 
 _LOOKS = 10
@@ -158,22 +165,24 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     def _store_where_nothing_is(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
         """Store states and their results by job, in one round trip, and name those that were."""
         common: dict[str, dict[str, Any]] = {}  # fields that are equal for all jobs of a state
-        script = self.client.register_script(_COMPARE_AND_SET).sha
-        with self.client.pipeline(transaction=False) as pipeline:
-            for job_id, (state, result) in fresh.items():
-                if state not in common:
-                    common[state] = self._get_result_meta(None, state, None, request=Context())
-                encoded = self.encode_result(result, state)
-                value = self.encode({**common[state], "result": encoded, "task_id": job_id})
-                key = self.get_key_for_task(job_id)
-                pipeline.evalsha(script, 1, key, "", value, self._seconds(state))
-            commands = pipeline.command_stack
-            stored = pipeline.execute(raise_on_error=False)
-            if any(isinstance(one, NoScriptError) for one in stored):
-                self.client.script_load(_COMPARE_AND_SET)  # the server has been started anew
-                pipeline.command_stack = commands
-                stored = pipeline.execute(raise_on_error=False)
-        return {job_id for job_id, done in zip(fresh, stored, strict=True) if done == 1}
+        arguments: list[Any] = []
+        for job_id, (state, result) in fresh.items():
+            if state not in common:
+                common[state] = self._get_result_meta(None, state, None, request=Context())
+            encoded = self.encode_result(result, state)
+            value = self.encode({**common[state], "result": encoded, "task_id": job_id})
+            arguments += value, self._seconds(state)
+        replaced = self._compare_and_set(list(fresh), "", arguments)
+        return {job_id for job_id, done in zip(fresh, replaced, strict=True) if done}
+
+    def _compare_and_set(
+        self, job_ids: Sequence[str], expected: bytes | str, arguments: Sequence[Any]
+    ) -> Sequence[int]:
+        keys = [self.get_key_for_task(job_id) for job_id in job_ids]
+        replaced: Sequence[int] = self.client.register_script(_COMPARE_AND_SET)(
+            keys, [expected, *arguments]
+        )
+        return replaced
 
     def _final_among(self, job_ids: Collection[str]) -> set[str]:
         """Name the jobs whose final result is stored, as of duplicate deliveries."""
@@ -208,11 +217,10 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         rank = _rank(state, result)
         key = self.get_key_for_task(task_id)
         expires = self._seconds(state)
-        store = self.client.register_script(_COMPARE_AND_SET)
         last, self._last_stored = self._last_stored, ("", b"")
         stored = last[1] if last[0] == task_id else b""
         for _look in range(_LOOKS):
-            if store([key], [stored, value, expires]):
+            if self._compare_and_set([task_id], stored, [value, expires])[0]:
                 if rank == _UNSETTLED:
                     self._last_stored = (task_id, value)
                 return result
