@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -15,8 +16,8 @@ from benchmarks.baselines import plain_url
 from benchmarks.measuring import Bar, Figure, Judge, measure
 from benchmarks.site import BARE, OURS, Bench, Contender, Database
 
-_SETTLE_SECONDS = 5.0  # until the last job's events, acknowledgements and statistics are written
-_WINDOW_SECONDS = 20.0  # many times the longest interval of a worker, and of PostgreSQL's statistics
+_SETTLE_SECONDS = 12.0  # idle sessions of PostgreSQL write their statistics within 10 s
+_WINDOW_SECONDS = 20.0  # many times any interval of a worker's, or of PostgreSQL's statistics
 _CPU, _REDIS, _POSTGRESQL = "CPU", "Redis commands", "PostgreSQL transactions"
 
 
@@ -64,13 +65,13 @@ def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[s
 def _cpu_seconds(processes: list[psutil.Process]) -> float:
     """CPU time of these processes, in the system's steps of 10 ms."""
     times = [process.cpu_times() for process in processes]
-    return sum(one.user + one.system for one in times)
+    return float(sum(one.user + one.system for one in times))
 
 
 def _commands(redis: Redis) -> float:
     """Commands that the server has executed, those of scripts included."""
-    statistics = redis.info("commandstats")
-    return sum(one["calls"] for one in statistics.values())  # type: ignore[union-attr] # redis-py's
+    statistics: Any = redis.info("commandstats")
+    return float(sum(one["calls"] for one in statistics.values()))
 
 
 def _transactions(server: psycopg.Connection, database: Database) -> float:
