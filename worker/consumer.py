@@ -12,8 +12,10 @@ and lanes once a second.
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import kombu
@@ -33,8 +35,10 @@ from worker.queue_wait import QueueWait, QueueWaitRefusedError
 
 logger = get_logger(__name__)
 
-_WAIT_SECONDS = 1.0  # for a message, before other queues and priorities are looked at
-_LOST_SECONDS = 6.0  # after which a wait that got no reply is a lost connection
+_TICK_SECONDS = 1.0
+_WAIT_SECONDS = 10.0  # for a message, in one command
+_LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
+_BELL_BYTES = 1_024
 _EMPTY_SECONDS = 0.05  # until the next wait, where another worker was quicker
 _EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
 """Events in one message, and seconds that they wait: 24 together take a third of the loop."""
@@ -111,9 +115,14 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             consumer.app, consumer.pool, consumer.hostname, self.lease, consumer.app.limits
         )
         self.lease.on_heartbeat = self._dispatcher.on_heartbeat
+        self.lease.on_messages = self._ring
         self._consumer = consumer
         self._hub: Any = None
         self._wait: QueueWait | None = None
+        self._has_more = False
+        self._bell, self._rope = socket.socketpair()
+        for end in self._bell, self._rope:
+            end.setblocking(False)
         self._is_refused = False
         self._refused_until = 0.0
         self._turn = itertools.count()
@@ -136,7 +145,8 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         dispatcher = self._consumer.event_dispatcher
         if dispatcher:
             dispatcher.buffer_limit = _EVENTS_TOGETHER
-        hub.call_repeatedly(_WAIT_SECONDS, self._on_tick)
+        hub.add_reader(self._bell, self._on_messages)
+        hub.call_repeatedly(_TICK_SECONDS, self._on_tick)
         hub.call_soon(self._pump)
 
     def stop(self, _: Any) -> None:
@@ -162,6 +172,22 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         elif self._wait.is_lost(_LOST_SECONDS):
             raise RedisConnectionError("no reply from Redis")
 
+    def _on_messages(self) -> None:
+        """There are messages, perhaps some that no wait reports: of another queue or priority."""
+        with suppress(BlockingIOError):
+            self._bell.recv(_BELL_BYTES)
+        self.lease.loop_turned()
+        assert self._wait  # noqa: S101 - set by start()
+        if self._wait.seconds is None:
+            self._pump()
+        elif self._may_claim() and self._claim():
+            self._hub.call_soon(self._pump)
+
+    def _ring(self) -> None:
+        """Have the loop claim; called from the lease's thread."""
+        with suppress(BlockingIOError):  # the loop has not yet turned since
+            self._rope.send(b"\0")
+
     def _pump(self) -> None:
         """Claim if there is room, or else wait for the next message.
 
@@ -169,7 +195,8 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         """
         assert self._wait  # noqa: S101 - set by start()
         self.lease.loop_turned()
-        if self._may_claim() and (self._wait.seconds is None or self._lane_waits):
+        is_free = self._wait.seconds is None or self._has_more or self._lane_waits
+        if is_free and self._may_claim():
             if self._claim():
                 self._hub.call_soon(self._pump)
             elif self._wait.seconds is None:
@@ -186,15 +213,18 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def _queues(self) -> list[str]:
         return [queue.name for queue in self._consumer.task_consumer.queues]
 
+    @property
+    def _keys(self) -> list[str]:
+        """The lists of all queues and priorities, the most urgent first."""
+        return [_key(queue, priority) for priority in PRIORITY_STEPS for queue in self._queues]
+
     def _claim(self) -> bool:
         """Claim and dispatch. Returns whether there may be more to claim at once."""
-        queues = self._queues
-        keys = [_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
         with self.lease.lock:  # or a heartbeat requeues what is claimed and not yet dispatched
             try:
                 deliveries = self.lease.claim(
-                    keys,
-                    len(queues),
+                    self._keys,
+                    len(self._queues),
                     self._dispatcher.processes,
                     self._dispatcher.free_processes,
                 )
@@ -203,19 +233,22 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             if deliveries is None:
                 raise RedisConnectionError("the lease was lost; the worker begins another session")
             self._dispatcher.dispatch(deliveries)
-        return len(deliveries) > 0
+        self._has_more = len(deliveries) > 0
+        return self._has_more
 
     def _start_wait(self, wait: QueueWait) -> None:
         queues = self._queues
         if time.monotonic() < self._refused_until or not queues:
             return  # the next tick claims
         queue = queues[next(self._turn) % len(queues)]
-        socket = wait.start(queue, _WAIT_SECONDS / len(queues))
-        self._hub.add_reader(socket, self._on_readable, socket, wait)
+        # A tick passes until each of several queues has been waited for.
+        seconds = _WAIT_SECONDS if len(queues) == 1 else _TICK_SECONDS / len(queues)
+        connection = wait.start(queue, seconds)
+        self._hub.add_reader(connection, self._on_readable, connection, wait)
 
-    def _on_readable(self, socket: Any, wait: QueueWait) -> None:
+    def _on_readable(self, connection: Any, wait: QueueWait) -> None:
         self.lease.loop_turned()
-        self._hub.remove_reader(socket)  # before a wait that reads may close it
+        self._hub.remove_reader(connection)  # before a wait that reads may close it
         try:
             has_message = wait.read()
             self._is_refused = False
@@ -223,15 +256,16 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             if not self._is_refused:
                 logger.warning("Redis refuses to wait for jobs, polling once a second: %s", error)
             has_message, self._is_refused = False, True
-            self._refused_until = time.monotonic() + _WAIT_SECONDS
+            self._refused_until = time.monotonic() + _TICK_SECONDS
         if has_message is None:
-            self._hub.add_reader(socket, self._on_readable, socket, wait)
+            self._hub.add_reader(connection, self._on_readable, connection, wait)
             return
-        claimed = self._may_claim() and self._claim()
-        if has_message and not claimed:  # another worker was quicker
-            self._hub.call_later(_EMPTY_SECONDS, self._pump)
-        else:
+        if (has_message or self._is_refused) and self._may_claim() and self._claim():
             self._pump()
+        elif has_message:  # another worker was quicker
+            self._hub.call_later(_EMPTY_SECONDS, self._pump)
+        elif self._may_claim():
+            self._start_wait(wait)
 
 
 def _key(queue: str, priority: int) -> str:

@@ -122,6 +122,8 @@ class Lease:
         self.breaker = CircuitBreaker(clock)
         self.on_heartbeat: Callable[[], object] = lambda: None
         """Called at each heartbeat from the lease's thread, whether Redis is reachable or not."""
+        self.on_messages: Callable[[], object] = lambda: None
+        """Called at a heartbeat, from the same thread, if there are messages in any queue."""
         self._deliveries: dict[str, Delivery] = {}
         self._batch_size = batch_size
         self._max_bytes = max_bytes
@@ -137,6 +139,7 @@ class Lease:
         self._large_wait = False
         self._isolated_wait = False
         self._looked_aside = 0.0
+        self._queues: Sequence[str] = ()
         self.lock = threading.RLock()
         """Held while deliveries change hands."""
         self._thread: threading.Thread | None = None
@@ -213,6 +216,7 @@ class Lease:
         with self.lock:
             if not self.may_claim():
                 return []
+            self._queues = queues
             room = 1 if self.breaker.is_probing else self._batch_size
             first, self._next_tag = self._next_tag, self._next_tag + room
             assert self._claims is not None  # noqa: S101 - set by open()
@@ -390,7 +394,7 @@ class Lease:
             silent = self._clock() - self._loop_turned
             if not self.is_draining and silent > _SILENT_LOOP_SECONDS:
                 return
-            heartbeat = [self._claims.heartbeat(name) for name in self._sessions][-1]
+            heartbeat = [self._claims.heartbeat(name, self._queues) for name in self._sessions][-1]
             if heartbeat.alive and len(self._sessions) == 1:
                 self._reconcile(heartbeat)
             else:
@@ -399,8 +403,10 @@ class Lease:
                 self._requeue_claimed()
             self._send_settled()
         by = self._clock() + self._ttl / _HEARTBEATS
-        while self._claims.wake() and self._clock() < by:
-            pass
+        if heartbeat.has_messages:
+            while self._claims.wake() and self._clock() < by:
+                pass
+            self.on_messages()
         self._take_over_expired(heartbeat.sessions, by)
 
     def _requeue_claimed(self) -> None:
