@@ -418,7 +418,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0005"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0006"]
     assert database.catalog() == before
 
 
@@ -642,7 +642,7 @@ def test_two_runs_at_once(database: Database) -> None:
     other.join(PATIENCE_SECONDS)
     assert second == [
         "waiting: another migrate is running on this database",
-        "nothing to do: the schema is at revision 0005",
+        "nothing to do: the schema is at revision 0006",
     ]
 
 
@@ -675,7 +675,7 @@ def test_an_earlier_release_is_brought_up_to_date(database: Database) -> None:
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0005"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0006"]
 
 
 @pytest.mark.usefixtures("service")
