@@ -1105,6 +1105,24 @@ def due_in(redis: Redis) -> float:
     return float((due - int(offset)) / 1_000 - seconds[0])
 
 
+def test_a_clock_is_compared_with_the_time_of_the_delay(redis: Redis, protocol: Claims) -> None:
+    """A step back after a message was delayed is noticed, however long before nothing was."""
+    redis.lpush(JOBS, "a")
+    take(protocol)
+    settle(protocol, Action.DELAY, "1", delay=60)
+    last: Any = redis.hget(CLOCK, "last")
+    seconds: Any = redis.time()
+    assert 0 <= seconds[0] - int(last) // 1_000 < 60
+
+
+@pytest.mark.parametrize("name", ["due", "isolated", "held:ann"])
+def test_a_heartbeat_reports_what_no_queue_holds(redis: Redis, protocol: Claims, name: str) -> None:
+    """Delayed and isolated messages are reported, and what the session has claimed."""
+    assert not protocol.heartbeat("ann", [JOBS]).has_messages
+    redis.hset(f"{PREFIX}{name}", "1", "only that the key exists is looked at")
+    assert protocol.heartbeat("ann", [JOBS]).has_messages
+
+
 @pytest.mark.parametrize("step", [-600, 600])
 def test_a_step_of_the_servers_clock_keeps_delays(
     redis: Redis, protocol: Claims, step: int

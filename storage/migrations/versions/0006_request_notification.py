@@ -16,14 +16,23 @@ _TABLE = "grant_access_request"
 _NAME = "grant_access_request_notify"
 """Of the trigger and its function."""
 
+_LOCK = 7_160_244_398_155_012_683
+"""Of relays that sleep, as in storage/notifications.py: any number that nobody else uses."""
+
 _SECONDS = 60
 
-# A transaction that has notified cannot be prepared: where services may do that, relays poll.
+# PostgreSQL commits transactions that notify one after another, so they do only while a relay
+# sleeps: it holds the lock then. And one that has notified cannot be prepared: where services may
+# do that, relays poll.
 _FUNCTION = """
     CREATE OR REPLACE FUNCTION {schema}.{name}() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
     BEGIN
-        IF current_setting('max_prepared_transactions') = '0' THEN
+        IF current_setting('max_prepared_transactions') <> '0' THEN
+            RETURN NULL;
+        ELSIF pg_try_advisory_lock({lock}) THEN
+            PERFORM pg_advisory_unlock({lock});
+        ELSE
             PERFORM pg_notify(TG_TABLE_NAME, '');
         END IF;
         RETURN NULL;
@@ -45,7 +54,12 @@ def upgrade() -> None:
         table = find_table(connection, _TABLE)
         if table is None:
             raise RuntimeError(f"table {_TABLE} is not there, though revision 0003 creates it")
-        names = {"name": _NAME, "schema": table.quoted_schema, "table": table.qualified_name}
+        names = {
+            "name": _NAME,
+            "lock": _LOCK,
+            "schema": table.quoted_schema,
+            "table": table.qualified_name,
+        }
         connection.execute(text(_FUNCTION.format(**names)))
         if not executed_briefly(connection, _TRIGGER.format(**names), seconds=_SECONDS):
             raise StorageError(
