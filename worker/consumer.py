@@ -5,8 +5,8 @@ kombu: a connection of our own waits for a message on the queue and leaves it th
 claims it. ``BRPOP`` has the message in its reply alone, so a worker that is killed before it reads
 the reply loses it.
 
-An idle worker waits at the default priority of one queue and looks at its other queues, priorities
-and lanes once a second.
+An idle worker waits at the default priority of one queue. Once a second the heartbeat looks at its
+other queues, priorities and lanes, and wakes the event loop if they have messages.
 """
 
 from __future__ import annotations
