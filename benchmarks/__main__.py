@@ -18,7 +18,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import curves, large_jobs, other_queues, small_jobs, starting, statements
+from benchmarks import curves, idle, large_jobs, other_queues, small_jobs, starting, statements
 from benchmarks.baselines import plain_url
 from benchmarks.measuring import Figure, three_digits
 from benchmarks.site import Bench, Servers
@@ -43,6 +43,7 @@ PARTS: Mapping[str, Part] = {
         small_jobs.hot,
         small_jobs.producer,
         starting.startup,
+        idle.idle,
         statements.statements,
         curves.sizes,
         curves.load,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from storage.dtos import (
     AccessOrderDTO,
@@ -38,6 +39,13 @@ _JOB_CODES = _STALE_STATEMENT | frozenset(
         *("25P02", "25P03", "25P04"),  # a transaction that failed before, stalled, took too long
     }
 )
+
+
+class HasFileno(Protocol):
+    """What the system can wait for: a socket, say."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
 
 
 class StorageError(Exception):
@@ -243,6 +251,30 @@ class InterviewStorageInterface(ABC):
     @abstractmethod
     def make_requests_due(self) -> None:
         """Make every outbox request due now."""
+
+    @abstractmethod
+    def has_due_requests(self) -> bool:
+        """Whether :meth:`InterviewTransactionInterface.take_due_requests` may return any now."""
+
+    @abstractmethod
+    def wait_for_requests(self, seconds: float, wakeup: HasFileno | None = None) -> bool | None:
+        """Wait until a service adds a request to the outbox.
+
+        For one thread. Must return True, at the first call at once, where a request may have been
+        added since the last call returned True; a transaction that adds one must end the wait at
+        its commit. A notification may be lost, and is then replaced by no other: the caller must
+        look at the requests now and then.
+
+        Args:
+            seconds: The longest wait.
+            wakeup: Ends the wait when it is readable.
+
+        Returns:
+            Whether a request may have been added, or None, at once, if this store cannot notify.
+
+        Raises:
+            StorageError: if the connection is lost; the next call opens another.
+        """
 
     @abstractmethod
     def is_cancelled(self, job_id: str) -> bool:

@@ -6,7 +6,9 @@ that takes the store's place at their end: what PostgreSQL does by locks is here
 
 from __future__ import annotations
 
+import select
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +26,7 @@ from storage.dtos import (
 from storage.interface import (
     MAX_REQUEST_BYTES,
     ChunkDone,
+    HasFileno,
     InterviewStorageInterface,
     InterviewTransactionInterface,
     LedgerConflictError,
@@ -32,6 +35,9 @@ from storage.interface import (
 
 _OLDEST = timedelta(days=36_525)
 """How long ago a request can have been made."""
+
+_STEP_SECONDS = 0.01
+"""Between two looks at what ends a wait."""
 
 
 @dataclass(slots=True)
@@ -54,6 +60,8 @@ class MemoryStorage(InterviewStorageInterface):
     def __init__(self, *, chunk_size: int = 10_000) -> None:
         self._tables = _Tables()
         self._one_at_a_time = threading.Lock()
+        self._may_have_requests = threading.Event()
+        self._may_have_requests.set()
         self._chunk_size = chunk_size
 
     @contextmanager
@@ -85,6 +93,22 @@ class MemoryStorage(InterviewStorageInterface):
             requested_at = max(min(request.requested_at, now), now - _OLDEST)
             self._tables.requests[request.job_id] = replace(request, requested_at=requested_at)
             self._tables.looks[request.job_id] = now
+        self._may_have_requests.set()
+
+    def has_due_requests(self) -> bool:
+        """See the interface."""
+        now = datetime.now(UTC)
+        return any(at <= now for at in self._tables.looks.values())
+
+    def wait_for_requests(self, seconds: float, wakeup: HasFileno | None = None) -> bool | None:
+        """See the interface."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not _is_readable(wakeup):
+            if self._may_have_requests.wait(_STEP_SECONDS):
+                break
+        is_added = self._may_have_requests.is_set()
+        self._may_have_requests.clear()
+        return is_added
 
     def is_cancelled(self, job_id: str) -> bool:
         """See the interface."""
@@ -227,3 +251,7 @@ class MemoryTransaction(InterviewTransactionInterface):
         missing = set(interview_ids) - self._tables.interviews.keys()
         if missing:
             raise StorageError(f"{len(missing)} interviews do not exist", "23503")
+
+
+def _is_readable(file: HasFileno | None) -> bool:
+    return file is not None and bool(select.select([file], [], [], 0)[0])

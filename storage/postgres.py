@@ -24,6 +24,7 @@ from sqlalchemy import (
     Connection,
     CursorResult,
     Executable,
+    PoolProxiedConnection,
     Row,
     delete,
     event,
@@ -52,6 +53,7 @@ from storage.dtos import (
 from storage.interface import (
     MAX_REQUEST_BYTES,
     ChunkDone,
+    HasFileno,
     InterviewStorageInterface,
     InterviewTransactionInterface,
     JobBusyError,
@@ -70,6 +72,7 @@ from storage.models import (
     InterviewConfig,
     UserInterviewAccess,
 )
+from storage.notifications import RequestNotifications
 
 _LOCK_NOT_HAD = "55P03"
 _NOT_UNIQUE = "23505"
@@ -90,6 +93,9 @@ _REQUEST = _REQUEST_COLUMNS.format(requested_at=_REQUESTED_AT, sent_at=_READABLE
 _GET_REQUEST = "SELECT {columns} FROM grant_access_request WHERE job_id = %(job_id)s"
 _GET_REQUEST = _GET_REQUEST.format(columns=_REQUEST)
 # Each of the first two has an index in its order.
+_HAS_DUE_REQUESTS = (
+    "SELECT EXISTS (SELECT FROM grant_access_request WHERE look_at <= statement_timestamp())"
+)
 _DUE_REQUESTS = """
     SELECT job_id, look_at, pg_column_size(interview_ids) AS size FROM grant_access_request
     WHERE sent_at IS {null} AND look_at <= statement_timestamp()
@@ -436,6 +442,32 @@ class PostgresStorage(InterviewStorageInterface):
         """See the interface."""
         with self.transaction() as transaction:
             transaction.make_requests_due()
+
+    def has_due_requests(self) -> bool:
+        """See the interface: one cheap statement, since an idle worker executes no other."""
+        with self._session() as connection:
+            driver: Any = connection.driver_connection
+            ((has_due,),) = driver.execute(_HAS_DUE_REQUESTS).fetchall()
+            driver.commit()
+        return bool(has_due)
+
+    def wait_for_requests(self, seconds: float, wakeup: HasFileno | None = None) -> bool | None:
+        """See the interface: a pooler has no session that notifications reach."""
+        with self._session() as connection:
+            return RequestNotifications.of(connection).wait(seconds, wakeup)
+
+    @contextmanager
+    def _session(self) -> Iterator[PoolProxiedConnection]:
+        """The driver's connection, without SQLAlchemy's transactions."""
+        with driver_errors_translated():
+            connection = self._engine.raw_connection()
+            try:
+                yield connection
+            except psycopg.Error as error:
+                connection.invalidate(error)
+                raise
+            finally:
+                connection.close()
 
     def is_cancelled(self, job_id: str) -> bool:
         """See the interface."""

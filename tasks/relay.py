@@ -67,7 +67,8 @@ def relay(
             (sent if is_sent else seen).append(request.job_id)
         transaction.look_again_at_requests(sent, sent=True)
         transaction.look_again_at_requests(seen, sent=False)
-    settle_rejected(storage, [_rejected(job_id) for job_id in too_large if job_id not in answered])
+    if rejected := [_rejected(job_id) for job_id in too_large if job_id not in answered]:
+        settle_rejected(storage, rejected)
     if failure:
         raise failure
     return len(due)

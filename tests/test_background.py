@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 
@@ -95,3 +96,27 @@ def test_a_service_stops_at_once(app: Celery, failing: bool) -> None:
     service.stop()
     service.join()
     assert time.monotonic() - before < 0.4
+
+
+def test_a_pause_ends_when_a_socket_is_readable(app: Celery) -> None:
+    """A service that sleeps is woken by what it waits for, and knows that it was."""
+    service = Service(app, [])
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not service.pause(0, ours)
+        theirs.send(b"x")
+        assert service.pause(60, ours)
+
+
+def test_a_wait_elsewhere_ends_when_the_service_stops(app: Celery) -> None:
+    """What a service waits on beside its socket is readable once it stops, and not before."""
+    service = Service(app, [])
+    service.start()
+    until(lambda: len(service.clients) == 1)
+    wakeup = service.wakeup
+    assert wakeup
+    with pytest.raises(BlockingIOError):
+        wakeup.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    service.stop()
+    service.join()
+    assert wakeup.fileno() == -1

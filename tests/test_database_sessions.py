@@ -490,6 +490,13 @@ class TestPooler:
         with pytest.raises(OperationalError, match="no reply"):
             engine.connect()
 
+    def test_no_notification_is_waited_for(self, pooled_url: str) -> None:
+        """A relay behind a pooler polls: the session that listens may be another service's next."""
+        storage = PostgresStorage(pooled_url)
+        assert storage.wait_for_requests(60) is None
+        assert not storage.has_due_requests()
+        storage.close()
+
     def test_a_migration_is_waited_for(self, pooled_url: str) -> None:
         """A statement of any length is not cut off, in a transaction or beside one."""
         engine = open_engine(

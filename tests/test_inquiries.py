@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -677,3 +677,96 @@ class TestControlService:
         request_id = control_request(idle, "job")
         self.service(idle).run_once(idle.redis)
         assert reply(idle, request_id)["result"]["state"] == "failed"
+
+
+class TestWaiting:
+    """A service without requests blocks in Redis."""
+
+    @pytest.fixture
+    def services(self, idle: Site) -> Iterator[Callable[[], ControlService]]:
+        """Starts services, which are stopped at the end."""
+        started: list[ControlService] = []
+
+        def start() -> ControlService:
+            service = ControlService(idle.producer, lambda: idle.store.storage)
+            service.start()
+            started.append(service)
+            until(lambda: len(waiting(idle)) == len(started))
+            return service
+
+        yield start
+        for service in started:
+            service.stop()
+            service._thread.join(30)
+            assert not service._thread.is_alive()
+
+    def test_a_request_ends_the_wait(
+        self, idle: Site, services: Callable[[], ControlService]
+    ) -> None:
+        """A service that waits answers, and waits again."""
+        services()
+        assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
+        until(lambda: len(waiting(idle)) == 1)
+
+    def test_a_service_that_waits_stops_at_once(
+        self, idle: Site, services: Callable[[], ControlService]
+    ) -> None:
+        """The wait ends with the service, and in Redis too."""
+        service = services()
+        service.stop()
+        service._thread.join(4)  # a wait takes 5 s
+        assert not service._thread.is_alive()
+        until(lambda: not waiting(idle))
+
+    def test_services_that_wait_share_the_requests(
+        self, idle: Site, services: Callable[[], ControlService]
+    ) -> None:
+        """Each request is answered by one service; the other looks once, and waits again."""
+        services()
+        services()
+        before = taken(idle)
+        requests = [control_request(idle, f"job-{number}") for number in range(5)]
+        for request in requests:
+            assert reply(idle, request)["result"]["state"] == "unknown"
+        until(lambda: len(waiting(idle)) == 2)
+        # At most each request wakes both, and each finds nothing once more.
+        assert taken(idle) - before <= 5 * 2 * 2
+
+    def test_a_lost_connection_is_replaced(
+        self, idle: Site, services: Callable[[], ControlService]
+    ) -> None:
+        """A service whose wait is cut answers after its back-off."""
+        services()
+        (client,) = waiting(idle)
+        idle.redis.client_kill_filter(_id=client)
+        assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
+
+    def test_a_redis_that_refuses_to_wait_is_polled(
+        self, idle: Site, services: Callable[[], ControlService], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """At its maxmemory Redis takes no wait, which is logged once; requests are still found."""
+        services()
+        idle.redis.config_set("maxmemory", 1)
+        try:
+            until(lambda: "refuses to wait for control requests" in caplog.text)
+        finally:
+            idle.redis.config_set("maxmemory", 0)
+        assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
+        assert caplog.text.count("refuses to wait") == 1
+
+
+def waiting(here: Site) -> list[str]:
+    """The clients that wait for a control request."""
+    clients: Any = here.redis.client_list(_type="normal")
+    number = str(here.redis.connection_pool.connection_kwargs["db"])
+    return [
+        one["id"]
+        for one in clients
+        if one["cmd"] == "blmove" and "b" in one["flags"] and one["db"] == number
+    ]
+
+
+def taken(here: Site) -> int:
+    """How often the queue was looked at."""
+    statistics: Any = here.redis.info("commandstats")
+    return int(statistics.get("cmdstat_rpop", {"calls": 0})["calls"])

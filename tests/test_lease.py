@@ -756,3 +756,25 @@ def test_the_thread_survives_an_outage(
     until(lambda: sessions(redis).popitem()[1] > before)
     warnings = [one for one in caplog.records if "cannot be renewed" in one.getMessage()]
     assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("queue", KEYS)
+def test_a_heartbeat_reports_messages(lease: SteppedLease, redis: Redis, queue: str) -> None:
+    """After a heartbeat a claim may take more if a list has a message, and only then."""
+    claim(lease)
+    lease.beat()
+    assert not lease.has_more
+    redis.lpush(queue, "message")
+    lease.beat()
+    assert lease.has_more
+
+
+def test_an_idle_heartbeat_is_three_commands(lease: SteppedLease, redis: Redis) -> None:
+    """Without messages a heartbeat renews the lease, reads the sessions and looks, no more."""
+    claim(lease)
+    lease.beat()
+    redis.config_resetstat()
+    lease.beat()
+    statistics: Any = redis.info("commandstats")
+    sent = {name: one["calls"] for name, one in statistics.items() if "config" not in name}
+    assert sent == {"cmdstat_zadd": 1, "cmdstat_zrange": 1, "cmdstat_exists": 1}

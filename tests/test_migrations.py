@@ -74,6 +74,7 @@ OURS = [
     "grant_access_cohort",
 ]
 UNSENT = "grant_access_request_unsent_idx"
+NOTIFIER = "grant_access_request_notify"
 KEY = "interview_userinterviewaccess_user_id_interview_id_key"
 REFUSAL = "interview_access_refuse_duplicate"
 PATIENCE_SECONDS = 30  # an end for every wait of a test; none takes it when all is well
@@ -419,7 +420,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0005"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0006"]
     assert database.catalog() == before
 
 
@@ -643,7 +644,7 @@ def test_two_runs_at_once(database: Database) -> None:
     other.join(PATIENCE_SECONDS)
     assert second == [
         "waiting: another migrate is running on this database",
-        "nothing to do: the schema is at revision 0005",
+        "nothing to do: the schema is at revision 0006",
     ]
 
 
@@ -657,7 +658,31 @@ def test_an_index_of_an_interrupted_run_is_built_anew(database: Database, is_val
         "UPDATE pg_index SET indisvalid = %s WHERE indexrelid = %s::regclass", is_valid, UNSENT
     )
     told = "adopted" if is_valid else "added"
-    assert migrated(database.url) == [f"{told} the index {UNSENT}"]
+    assert migrated(database.url) == [
+        f"{told} the index {UNSENT}",
+        f"added the trigger {NOTIFIER}",
+    ]
+    assert database.catalog() == before
+
+
+def test_the_trigger_waits_for_a_gap(database: Database) -> None:
+    """The trigger is added when no transaction writes requests, and keeps none waiting until."""
+    migrated(database.url)
+    before = database.catalog()
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0005'")
+    database.execute(f"DROP TRIGGER {NOTIFIER} ON grant_access_request")
+    insert = "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
+    with database.connect() as service, migrating(database.url) as sentences:
+        service.execute("BEGIN")
+        service.execute(insert.encode())
+        database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND query LIKE '%CREATE OR REPLACE TRIGGER%' AND datname = current_database())"
+        )
+        database.execute(insert)
+        assert not sentences
+        service.execute("COMMIT")
+    assert sentences == [f"added the trigger {NOTIFIER}"]
     assert database.catalog() == before
 
 
@@ -672,11 +697,12 @@ def test_an_earlier_release_is_brought_up_to_date(database: Database) -> None:
     assert migrated(database.url) == [
         *(f"created table {table}" for table in OURS[1:]),
         f"added the index {UNSENT}",
+        f"added the trigger {NOTIFIER}",
     ]
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0005"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0006"]
 
 
 @pytest.mark.usefixtures("service")

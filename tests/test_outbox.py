@@ -38,6 +38,11 @@ from worker.outbox_relay import OutboxRelay
 
 SECTION = "Inside a transaction of your database"
 REQUESTS = "SELECT count(*) FROM grant_access_request"
+SLEEPERS = """
+    SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+"""Relays that wait for a notification."""
 
 
 @pytest.fixture(scope="module")
@@ -358,3 +363,61 @@ class TestPromises:
         for job_id in "", "x" * 256, "Zoë":
             with pytest.raises(ValueError, match=re.escape("job id: expected 1 to 255")):
                 ask(idle, "ann", job_id=job_id)
+
+
+class TestWaiting:
+    """A relay without requests waits for a notification of PostgreSQL."""
+
+    @pytest.fixture
+    def relay(self, idle: Site) -> Iterator[OutboxRelay]:
+        """A relay that sleeps, with a storage of its own."""
+        with idle.store.another() as storage:
+            relay = OutboxRelay(idle.producer, lambda: storage)
+            relay.start()
+            until(lambda: idle.store.value(SLEEPERS) == 1)
+            yield relay
+            relay.stop()
+            relay._thread.join(30)
+            assert not relay._thread.is_alive()
+
+    @pytest.mark.usefixtures("relay")
+    def test_a_request_is_sent_at_once(self, idle: Site, user: str) -> None:
+        """A relay that sleeps sends what is requested, again and again."""
+        first = ask(idle, user)
+        until(lambda: queued(idle) == [first])
+        until(lambda: idle.store.value(SLEEPERS) == 1)
+        second = ask(idle, user)
+        until(lambda: queued(idle) == [second, first])
+
+    @pytest.mark.usefixtures("relay")
+    def test_a_request_without_a_notification_is_sent(self, idle: Site) -> None:
+        """A request of which no notification comes is found by a query."""
+        with Database(idle.store.database_url).connect() as connection:
+            connection.execute("SET session_replication_role = replica")  # no trigger is fired
+            connection.execute(
+                "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
+                " VALUES ('silent', 'ann', '{}')"
+            )
+        until(lambda: queued(idle) == ["silent"])
+
+    @pytest.mark.usefixtures("relay")
+    def test_a_redis_that_is_emptied_is_filled_again(self, idle: Site, user: str) -> None:
+        """A relay that sleeps notices that Redis has lost the messages."""
+        job_id = ask(idle, user)
+        until(lambda: queued(idle) == [job_id])
+        idle.redis.flushdb()
+        until(lambda: queued(idle) == [job_id])
+
+    @pytest.mark.usefixtures("relay")
+    def test_a_lost_session_is_replaced(self, idle: Site, user: str) -> None:
+        """A relay whose session is ended listens on another one."""
+        idle.store.execute(SLEEPERS.replace("count(*)", "pg_terminate_backend(pid)"))
+        job_id = ask(idle, user)
+        until(lambda: queued(idle) == [job_id])
+
+    def test_a_relay_that_sleeps_stops_at_once(self, idle: Site, relay: OutboxRelay) -> None:
+        """Stopping ends the wait."""
+        relay.stop()
+        relay._thread.join(1.4)  # it looks at Redis every 1.5 s
+        assert not relay._thread.is_alive()
+        assert queued(idle) == []

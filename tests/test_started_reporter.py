@@ -7,6 +7,7 @@ from queue import Empty, SimpleQueue
 import pytest
 
 from tasks.started_reporter import StartedReporter
+from tests.stores import until
 
 
 def test_long_work_is_reported_once() -> None:
@@ -39,3 +40,12 @@ def test_failed_work_is_not_reported() -> None:
     with reporter.reporting(lambda: reports.put("next")):
         assert reports.get(timeout=10) == "next"
     assert reports.empty()
+
+
+def test_work_after_an_idle_time_is_reported() -> None:
+    """Work that begins when the reporter's thread sleeps is reported as any other."""
+    reports: SimpleQueue[str] = SimpleQueue()
+    reporter = StartedReporter()
+    until(lambda: reporter._is_asleep)
+    with reporter.reporting(lambda: reports.put("late")):
+        assert reports.get(timeout=10) == "late"

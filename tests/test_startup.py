@@ -145,7 +145,7 @@ class TestServers:
             ("~* +@all resetchannels", "PUBLISH /3.celeryev/worker.heartbeat"),
             ("~* &/3.* +@all", "PSUBSCRIBE /3.celery.pidbox"),
             ("~interview-access ~interview-access:* &* +@all", "interview-access\\x06\\x169"),
-            ("~* &* +@all -zincrby", "ZINCRBY interview-access:leases"),
+            ("~* &* +@all -zrange", "ZRANGE interview-access:leases"),
             ("~* &* +@all -getrange", "GETRANGE interview-access:job:x"),
             ("~* &* +@all -client", "CLIENT SETNAME"),
             ("~* &* +@all -info", "'info' command"),

@@ -7,6 +7,7 @@ run them side by side).
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -40,7 +41,7 @@ from storage.interface import (
     StorageError,
 )
 from storage.postgres import _TAKE_DUE_REQUESTS, DatabaseLimits, PostgresStorage
-from tests.database import role
+from tests.database import connected, role
 from tests.stores import (
     CHUNK_SIZE,
     PATIENCE_SECONDS,
@@ -561,6 +562,129 @@ class TestRequests:
         """The service's own transaction hears of a job id that is none."""
         with pytest.raises(DBAPIError):
             postgres.add_request(a_request(job_id))
+
+
+class TestWaitForRequests:
+    """A relay waits for the requests that services make."""
+
+    def test_there_may_be_requests_at_first(self, store: Store) -> None:
+        """The first wait ends at once: what was added before was reported to nobody."""
+        assert store.storage.wait_for_requests(60) is True
+
+    def test_a_wait_without_requests_ends_in_time(self, store: Store) -> None:
+        """Where nothing is added, waits report nothing."""
+        fall_asleep(store.storage)
+        assert store.storage.wait_for_requests(0.01) is False
+
+    def test_a_request_ends_a_wait(self, store: Store) -> None:
+        """A wait ends when a request is added."""
+        fall_asleep(store.storage)
+        waiting = Background(lambda: store.storage.wait_for_requests(60))
+        store.add_request(a_request("a"))
+        assert waiting.result() is True
+        assert store.storage.has_due_requests()
+
+    def test_a_request_between_two_waits_is_reported(self, store: Store) -> None:
+        """A request is reported to the next wait if there is none now, also after a query."""
+        fall_asleep(store.storage)
+        store.add_request(a_request("a"))
+        assert store.storage.has_due_requests()
+        assert store.storage.wait_for_requests(60) is True
+
+    def test_another_event_ends_a_wait(self, store: Store) -> None:
+        """A wait ends when the file that it is given is readable."""
+        fall_asleep(store.storage)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            waiting = Background(lambda: store.storage.wait_for_requests(60, ours))
+            theirs.send(b"x")
+            assert waiting.result() is False
+
+    def test_a_request_is_due_until_it_is_sent(self, store: Store) -> None:
+        """A request that was sent just now is not due."""
+        assert not store.storage.has_due_requests()
+        store.add_request(a_request("a"))
+        assert store.storage.has_due_requests()
+        with store.storage.transaction() as transaction:
+            transaction.take_due_requests(1)
+            transaction.look_again_at_requests(["a"], sent=True)
+        assert not store.storage.has_due_requests()
+
+    def test_all_relays_are_woken(self, postgres: PostgresStore) -> None:
+        """A request ends the waits of all workers."""
+        fall_asleep(postgres.storage)
+        with postgres.another() as other:
+            fall_asleep(other)
+            postgres.add_request(a_request("a"))
+            assert postgres.storage.wait_for_requests(60) is True
+            assert other.wait_for_requests(60) is True
+
+    def test_one_added_before_the_relay_sleeps_keeps_it_awake(
+        self, postgres: PostgresStore
+    ) -> None:
+        """No wait is long while a transaction is open that has added a request unnotified."""
+        storage = postgres.storage
+        assert storage.wait_for_requests(0) is True
+        with connected(postgres.database_url) as service:
+            service.exec_driver_sql(
+                "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
+            )
+            until(lambda: postgres.value(_SLEEPERS) == 1 or not storage.wait_for_requests(0))
+            assert [storage.wait_for_requests(60) for _ in range(2)] == [True, True]
+            assert not storage.has_due_requests()
+            service.commit()
+        assert storage.wait_for_requests(60) is True
+        assert storage.has_due_requests()
+
+    def test_one_rolled_back_is_not_reported(self, postgres: PostgresStore) -> None:
+        """A request whose transaction is rolled back ends no wait."""
+        fall_asleep(postgres.storage)
+        with connected(postgres.database_url) as service:
+            service.exec_driver_sql(
+                "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
+            )
+        assert postgres.storage.wait_for_requests(0.01) is False
+
+    def test_services_notify_only_while_a_relay_sleeps(self, postgres: PostgresStore) -> None:
+        """Commits that notify wait for each other, so those of a busy time do not."""
+        url = make_url(postgres.database_url).set(drivername="postgresql")
+        with psycopg.connect(url.render_as_string(False), autocommit=True) as listener:
+            listener.execute("LISTEN grant_access_request")
+            postgres.add_request(a_request("a"))
+            fall_asleep(postgres.storage)
+            postgres.add_request(a_request("b"))
+            assert postgres.storage.wait_for_requests(60) is True
+            postgres.add_request(a_request("c"))
+            assert len(list(listener.notifies(timeout=0))) == 1
+
+    def test_a_lost_connection_is_an_error_once(self, postgres: PostgresStore) -> None:
+        """A wait whose connection is ended raises; the next one is on another connection."""
+        fall_asleep(postgres.storage)
+        waiting = Background(lambda: postgres.storage.wait_for_requests(60))
+        postgres.execute(_SLEEPERS.replace("count(*)", "pg_terminate_backend(pid)"))
+        with pytest.raises(StorageError):
+            waiting.result()
+        assert postgres.storage.wait_for_requests(60) is True
+
+    def test_without_the_trigger_no_wait_is_possible(self, postgres: PostgresStore) -> None:
+        """Where an operator has disabled the trigger, a wait ends at once and says so."""
+        alter = "ALTER TABLE grant_access_request {} TRIGGER grant_access_request_notify"
+        postgres.execute(alter.format("DISABLE"))
+        try:
+            assert postgres.storage.wait_for_requests(60) is None
+        finally:
+            postgres.execute(alter.format("ENABLE"))
+
+
+_SLEEPERS = """
+    SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+def fall_asleep(storage: InterviewStorageInterface) -> None:
+    """Wait until a wait finds that no request can have been added."""
+    until(lambda: storage.wait_for_requests(0) is False)
 
 
 class TestFindUnknownInterviews:

@@ -220,6 +220,16 @@ def test_a_bare_redis_client_is_served(here: Site) -> None:
     assert here.answer(job_id)["result"] == success(1)
 
 
+@pytest.mark.parametrize("priority", [3, 6, 9])
+def test_an_idle_worker_finds_every_priority(here: Site, priority: int) -> None:
+    """Jobs of priorities that no wait reports are found, and then claimed until none is left."""
+    queue = f"{QUEUE}\x06\x16{priority}"
+    request = {"user_id": a_user(), "interview_ids": [ONE]}
+    jobs = [here.push(request, job_id=str(uuid4()), queue=queue) for _ in range(300)]
+    for job_id in jobs:
+        assert here.answer(job_id)["status"] == "SUCCESS"
+
+
 @pytest.mark.parametrize("job_id", ["j" * 256, "a\nb"], ids=["256", "line"])
 def test_an_invalid_job_id_is_a_dead_letter(here: Site, job_id: str) -> None:
     """A job whose ID the ledger cannot hold has no result: its message is a dead letter."""

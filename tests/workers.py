@@ -54,8 +54,8 @@ class Site:
         self.producer.send_task(task, args=args, kwargs=kwargs, task_id=job_id, queue=QUEUE)
         return job_id
 
-    def push(self, kwargs: object, *, job_id: str, embed: object = None) -> str:
-        """Send a message as a bare Redis client does."""
+    def push(self, kwargs: object, *, job_id: str, embed: object = None, queue: str = QUEUE) -> str:
+        """Send a message as a bare Redis client does, to this list."""
         nothing = {"callbacks": None, "errbacks": None, "chain": None}
         body = json.dumps([[], kwargs, nothing if embed is None else embed])
         envelope = {
@@ -70,7 +70,7 @@ class Site:
                 "delivery_info": {"exchange": "", "routing_key": QUEUE},
             },
         }
-        self.redis.lpush(QUEUE, json.dumps(envelope))
+        self.redis.lpush(queue, json.dumps(envelope))
         return job_id
 
     def meta(self, job_id: str) -> dict[str, Any]:

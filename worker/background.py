@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import select
+import socket
 import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 
 from celery import Celery
 from celery.utils.log import get_logger
@@ -37,7 +38,8 @@ class BackgroundService(ABC):
         self._connection: Connection | None = None
         self._client: Redis | None = None
         self._stopping = False
-        self._wakeup: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
+        self._alarm: socket.socket | None = None  # an Event deadlocks in nested handlers
+        self._wakeup: socket.socket | None = None  # readable once the service stops
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
 
     @abstractmethod
@@ -50,18 +52,33 @@ class BackgroundService(ABC):
 
     def start(self) -> None:
         """Start the thread."""
+        self._alarm, self._wakeup = socket.socketpair()
+        self._alarm.setblocking(False)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread after the current :meth:`run_once`. Callable from a signal handler."""
         self._stopping = True
-        self._wakeup.put(None)
+        if self._alarm:
+            with suppress(OSError):  # it was called before, and the thread has ended
+                self._alarm.send(b"\0")
 
-    def pause(self, seconds: float) -> None:
-        """Sleep, but not beyond :meth:`stop`."""
-        if not self._stopping:
-            with suppress(Empty):
-                self._wakeup.get(timeout=seconds)
+    @property
+    def wakeup(self) -> socket.socket | None:
+        """What is readable once the service stops, for a wait elsewhere; None before the start."""
+        return self._wakeup
+
+    def pause(self, seconds: float, *sockets: socket.socket) -> bool:
+        """Sleep until a socket is readable, but not beyond :meth:`stop`.
+
+        Returns:
+            Whether one of the sockets is readable.
+        """
+        poll = select.poll()
+        for one in filter(None, (self._wakeup, *sockets)):
+            poll.register(one, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(seconds * 1_000)}
+        return any(one.fileno() in ready for one in sockets)
 
     def _run(self) -> None:
         failures = 0
@@ -78,7 +95,7 @@ class BackgroundService(ABC):
                         shortened(str(error), quoted=False, at_most=500),
                         exc_info=not isinstance(error, _OUTAGES),
                     )
-                self._disconnect()
+                self.disconnect()
                 self.pause(_backoff(failures))
             else:
                 if failures:
@@ -87,7 +104,9 @@ class BackgroundService(ABC):
                         "background service recovered: service=%s failures=%d", name, failures
                     )
                 failures = 0
-        self._disconnect()
+        self.disconnect()
+        for one in filter(None, (self._alarm, self._wakeup)):
+            one.close()
 
     def _redis(self) -> Redis:
         """Connect, on a connection of this thread, to the server that kombu resolves."""
@@ -96,7 +115,8 @@ class BackgroundService(ABC):
             self._client = self._connection.channel().client
         return self._client
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """Disconnect from Redis: a call failed, or the service ends."""
         connection, self._connection, self._client = self._connection, None, None
         if connection is not None:
             with suppress(Exception):

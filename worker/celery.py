@@ -88,7 +88,10 @@ def _prepare(**_: Any) -> None:
     gc.freeze()  # pool processes share what exists: a collection in one would make its own copy
 
 
-background_services = (ControlService(app, storage), OutboxRelay(app, storage))
+background_services = (
+    ControlService(app, storage),
+    OutboxRelay(app, lru_cache(maxsize=1)(storage.__wrapped__)),  # a connection of its own
+)
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator] # Celery ships no types

@@ -14,8 +14,8 @@ Keys, beside the queues that kombu's producers write:
 - ``tries``: hash, digest of a message to its attempts, those that ended its pool process or worker
 - ``deferrals``: hash, digest of a message to its retries, those that its job asked for
 - ``dead``: stream of the dead letters
-- ``clock``: hash, the time (ms) when delayed messages were last checked, and the sum of the steps
-  by which the server's clock was set back
+- ``clock``: hash, the time (ms) when messages were last delayed or checked, and the sum of the
+  steps by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
 
 No script judges a session by a clock: observers compare heartbeat counters. Scripts that move
@@ -33,6 +33,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 PREFIX = "interview-access:"
 """Prefix of every key of this protocol."""
@@ -62,11 +63,19 @@ local tries, deferrals = prefix .. 'tries', prefix .. 'deferrals'
 local isolated = prefix .. 'isolated'
 local bytes_left, ends = {_BYTES_PER_SCRIPT}, {_ENDS_BYTES}
 
--- Return the server's time in ms, corrected for steps backwards.
+-- Return the server's time in ms. After a step of its clock, back or in a failover, delays keep the
+-- length that was meant.
 local function now()
-    local time = redis.call('TIME')
-    return time[1] * 1000 + math.floor(time[2] / 1000)
-        + (redis.call('HGET', prefix .. 'clock', 'offset') or 0)
+    local clock, parts = prefix .. 'clock', redis.call('TIME')
+    local time = parts[1] * 1000 + math.floor(parts[2] / 1000)
+        + (redis.call('HGET', clock, 'offset') or 0)
+    local last = tonumber(redis.call('HGET', clock, 'last') or 0)
+    if time < last - 1000 then
+        redis.call('HINCRBY', clock, 'offset', last - time)
+        time = last
+    end
+    redis.call('HSET', clock, 'last', time)
+    return time
 end
 
 local function held(session) return prefix .. 'held:' .. session end
@@ -161,11 +170,8 @@ for _, tag in ipairs(redis.call('HKEYS', held(session))) do kept[#kept + 1] = ta
 return kept
 """
 
-_HEARTBEAT = """
-local session = arguments[1]
-local alive = redis.call('ZSCORE', leases, session) and 1 or 0
-if alive == 1 then redis.call('ZINCRBY', leases, 1, session) end
-return {alive, redis.call('HLEN', held(session)), redis.call('ZRANGE', leases, 0, -1, 'WITHSCORES')}
+_RENEW = """
+return redis.call('ZADD', leases, 'XX', 'INCR', 1, arguments[1])
 """
 
 _CLAIMED_TAGS = """
@@ -290,14 +296,8 @@ end
 return 1
 """
 
-# After a step of the server's clock, back or in a failover, delays keep the length that was meant.
 _WAKE = """
-local time, last = now(), tonumber(redis.call('HGET', prefix .. 'clock', 'last') or 0)
-if time < last - 1000 then
-    redis.call('HINCRBY', prefix .. 'clock', 'offset', last - time)
-    time = last
-end
-redis.call('HSET', prefix .. 'clock', 'last', time)
+local time = now()
 while bytes_left > 0 do
     local name = redis.call('ZRANGEBYSCORE', due, '-inf', time, 'LIMIT', 0, 1)[1]
     if not name then return 0 end
@@ -392,11 +392,13 @@ class Heartbeat(NamedTuple):
 
     Attributes:
         alive: False if the lease was lost: what the session had claimed was requeued.
+        has_messages: Whether any are queued, delayed, isolated or claimed by the session.
         claimed: How many messages the session has claimed.
         sessions: All sessions, each with its heartbeat counter.
     """
 
     alive: bool
+    has_messages: bool
     claimed: int
     sessions: dict[str, float]
 
@@ -455,13 +457,14 @@ class Claims:
             client: Without retries: a claim that is sent twice claims twice.
             prefix: Of the keys.
         """
+        self._client = client
         self._prefix = prefix
 
         def script(body: str) -> Any:
             return client.register_script(_SCRIPT + body)
 
         self._open = script(_OPEN)
-        self._heartbeat = script(_HEARTBEAT)
+        self._renew = script(_RENEW)
         self._claimed_tags = script(_CLAIMED_TAGS)
         self._claim = script(_CLAIM)
         self._settle = script(_SETTLE)
@@ -487,12 +490,28 @@ class Claims:
             pass
         return {tag.decode() for tag in reply[1:]}
 
-    def heartbeat(self, session: str) -> Heartbeat:
-        """Renew a lease that was not taken over, late or not."""
-        alive, claimed, sessions = self._run(self._heartbeat, session)
-        names = [name.decode() for name in sessions[::2]]
-        counters = map(float, sessions[1::2])
-        return Heartbeat(bool(alive), int(claimed), dict(zip(names, counters, strict=True)))
+    def heartbeat(self, session: str, queues: Sequence[str] = ()) -> Heartbeat:
+        """Renew a lease that was not taken over, late or not, and look for messages.
+
+        Args:
+            session: The session.
+            queues: Keys of lists.
+        """
+        leases, held = f"{self._prefix}leases", f"{self._prefix}held:{session}"
+        others = f"{self._prefix}due", f"{self._prefix}isolated"
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.zadd(leases, {session: 1}, xx=True, incr=True)
+            pipeline.zrange(leases, 0, -1, withscores=True)
+            pipeline.exists(held, *others, *queues)
+            counter, sessions, found = pipeline.execute(raise_on_error=False)
+        if isinstance(counter, OutOfMemoryError):  # a script may write on a full server
+            counter = self._run(self._renew, session)
+        for reply in counter, sessions, found:
+            if isinstance(reply, Exception):
+                raise reply
+        counters = {name.decode(): float(score) for name, score in sessions}
+        claimed: Any = self._client.hlen(held) if found else 0
+        return Heartbeat(counter is not None, bool(found), claimed, counters)
 
     def claimed_tags(self, session: str) -> set[str]:
         """The tags of all that a session has claimed, as Redis knows it."""

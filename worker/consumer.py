@@ -5,8 +5,8 @@ kombu: a connection of our own waits for a message on the queue and leaves it th
 claims it. ``BRPOP`` has the message in its reply alone, so a worker that is killed before it reads
 the reply loses it.
 
-An idle worker waits at the default priority of one queue and looks at its other queues, priorities
-and lanes once a second.
+An idle worker waits at the default priority of one queue. Once a second the heartbeat looks at its
+other queues, priorities and lanes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from worker.queue_wait import QueueWait, QueueWaitRefusedError
 
 logger = get_logger(__name__)
 
-_WAIT_SECONDS = 1.0  # for a message, before other queues and priorities are looked at
-_LOST_SECONDS = 6.0  # after which a wait that got no reply is a lost connection
+_TICK_SECONDS = 1.0
+_WAIT_SECONDS = 10.0  # for a message, in one command
+_LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
 _EMPTY_SECONDS = 0.05  # until the next wait, where another worker was quicker
 _EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
 """Events in one message, and seconds that they wait: 24 together take a third of the loop."""
@@ -136,7 +137,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         dispatcher = self._consumer.event_dispatcher
         if dispatcher:
             dispatcher.buffer_limit = _EVENTS_TOGETHER
-        hub.call_repeatedly(_WAIT_SECONDS, self._on_tick)
+        hub.call_repeatedly(_TICK_SECONDS, self._on_tick)
         hub.call_soon(self._pump)
 
     def stop(self, _: Any) -> None:
@@ -157,10 +158,10 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def _on_tick(self) -> None:
         self.lease.loop_turned()
         assert self._wait  # noqa: S101 - set by start()
-        if self._wait.seconds is None:
-            self._pump()
-        elif self._wait.is_lost(_LOST_SECONDS):
+        if self._wait.is_lost(_LOST_SECONDS):
             raise RedisConnectionError("no reply from Redis")
+        if self._wait.seconds is None or self.lease.has_more:
+            self._pump()
 
     def _pump(self) -> None:
         """Claim if there is room, or else wait for the next message.
@@ -169,7 +170,9 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         """
         assert self._wait  # noqa: S101 - set by start()
         self.lease.loop_turned()
-        if self._may_claim() and (self._wait.seconds is None or self._lane_waits):
+        is_waiting = self._wait.seconds is not None
+        may_have_messages = not is_waiting or self.lease.has_more or self._lane_waits
+        if may_have_messages and self._may_claim():
             self._claim()
             if self.lease.has_more:
                 self._hub.call_later(0, self._pump)  # in this turn; call_soon would follow a poll
@@ -211,12 +214,14 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         if time.monotonic() < self._refused_until or not queues:
             return  # the next tick claims
         queue = queues[next(self._turn) % len(queues)]
-        socket = wait.start(queue, _WAIT_SECONDS / len(queues))
-        self._hub.add_reader(socket, self._on_readable, socket, wait)
+        # A tick passes until each of several queues has been waited for.
+        seconds = _WAIT_SECONDS if len(queues) == 1 else _TICK_SECONDS / len(queues)
+        connection = wait.start(queue, seconds)
+        self._hub.add_reader(connection, self._on_readable, connection, wait)
 
-    def _on_readable(self, socket: Any, wait: QueueWait) -> None:
+    def _on_readable(self, connection: Any, wait: QueueWait) -> None:
         self.lease.loop_turned()
-        self._hub.remove_reader(socket)  # before a wait that reads may close it
+        self._hub.remove_reader(connection)  # before a wait that reads may close it
         try:
             has_message = wait.read()
             self._is_refused = False
@@ -224,13 +229,13 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             if not self._is_refused:
                 logger.warning("Redis refuses to wait for jobs, polling once a second: %s", error)
             has_message, self._is_refused = False, True
-            self._refused_until = time.monotonic() + _WAIT_SECONDS
+            self._refused_until = time.monotonic() + _TICK_SECONDS
         if has_message is None:
-            self._hub.add_reader(socket, self._on_readable, socket, wait)
+            self._hub.add_reader(connection, self._on_readable, connection, wait)
             return
         if not self._may_claim():
             return  # until a pool process is free, or the next tick
-        claimed = self._claim()
+        claimed = self._claim() if has_message or self._is_refused else 0
         if self.lease.has_more or self._lane_waits:
             self._pump()
         elif has_message and not claimed:  # another worker was quicker

@@ -35,23 +35,27 @@ from interview_access.errors import (
 )
 from interview_access.protocol import reply_key, result_key
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from storage.interface import InterviewStorageInterface, StorageError
 from worker.background import BackgroundService
 from worker.claims import PREFIX
 from worker.job_status import JobStatusService
+from worker.queue_wait import QueueWait, QueueWaitRefusedError
 
 logger = get_logger(__name__)
 
-_FIRST_PAUSE, _LONGEST_PAUSE, _PAUSE_GROWTH = 0.002, 0.05, 1.1  # seconds between two polls
+_WAIT_SECONDS = 5.0  # for a request, in one command
+_LOST_SECONDS = _WAIT_SECONDS + 3.0  # after which a wait that got no reply is a lost connection
+_POLL_SECONDS = 0.5  # between two looks at the queue where Redis refuses to wait
 _REQUEST_BYTES = 65_536
 _REPLY_SECONDS = 60
 _OUTSTANDING_BYTES = 8 * 1024 * 1024  # of replies in Redis, of all workers
 _REPLIES = f"{PREFIX}replies"
 _CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_user")
 
-# A blocking pop would return a request of any size to this process.
+# A pop would return a request of any size to this process.
 _TAKE = """#!lua flags=allow-oom
 local request = redis.call('RPOP', KEYS[1])
 if request and #request > ARGV[1] + 0 then return #request end
@@ -90,7 +94,9 @@ class ControlService(BackgroundService):
     def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
         """Connect to nothing before :meth:`start`."""
         super().__init__(app)
-        self._pause = _FIRST_PAUSE
+        self._wait: QueueWait | None = None
+        self._may_have_request = True
+        self._is_refused = False
         self._jobs = JobStatusService(storage, app.backend)
         self._operations: dict[str, Callable[[Redis, str], JobStatus]] = {
             JOB_STATUS: self._jobs.status,
@@ -98,13 +104,14 @@ class ControlService(BackgroundService):
         }
 
     def run_once(self, redis: Redis) -> None:
-        """Answer the next request, or wait a moment for one."""
-        message: Any = redis.register_script(_TAKE)([CONTROL_QUEUE], [_REQUEST_BYTES])
-        if message is None:
-            self.pause(self._pause)
-            self._pause = min(self._pause * _PAUSE_GROWTH, _LONGEST_PAUSE)
+        """Answer the next request, or wait for one."""
+        if not self._may_have_request:
+            self._may_have_request = self._wait_for_request(redis)
             return
-        self._pause = _FIRST_PAUSE
+        message: Any = redis.register_script(_TAKE)([CONTROL_QUEUE], [_REQUEST_BYTES])
+        if message is None:  # or another worker took it
+            self._may_have_request = False
+            return
         try:
             request = _Request.read(message)
         except Exception as error:  # noqa: BLE001 - any bytes may be on the queue
@@ -120,6 +127,38 @@ class ControlService(BackgroundService):
             logger.warning("control request not answered: %s: %s", request.id, _brief(error))
         except Exception:
             logger.exception("control request failed: %s", request.id)
+
+    def _wait_for_request(self, redis: Redis) -> bool:
+        """Wait until the queue may have a request. Returns whether it may.
+
+        Raises:
+            RedisConnectionError: if the connection is lost.
+        """
+        if self._wait is None:
+            self._wait = QueueWait(redis.connection_pool)
+        reply = self._wait.start(CONTROL_QUEUE, _WAIT_SECONDS)
+        while self.pause(_LOST_SECONDS, reply):
+            try:
+                has_request = self._wait.read()
+            except QueueWaitRefusedError as error:
+                if not self._is_refused:
+                    logger.warning("Redis refuses to wait for control requests, polling: %s", error)
+                self._is_refused = True
+                self.pause(_POLL_SECONDS)
+                return True
+            if has_request is not None:
+                self._is_refused = False
+                return has_request
+        if self._stopping:
+            return False
+        raise RedisConnectionError("no reply from Redis")
+
+    def disconnect(self) -> None:
+        """Disconnect, and end the wait."""
+        wait, self._wait = self._wait, None
+        if wait:
+            wait.close()
+        super().disconnect()
 
     def _answer(self, redis: Redis, request: _Request) -> None:
         if request.has_reply_key:

@@ -151,8 +151,10 @@ class Lease:
         self._looked_aside = 0.0
         self._looked_in_vain_for = 0  # bytes of the largest message that could have been claimed
         self._small_at = -inf  # when a small job was last claimed
+        self._queues: Sequence[str] = ()
         self.has_more = False
-        """Whether a next claim may take more: the last one ended before the queues did."""
+        """Whether a claim may take messages: the last one ended before the queues did, or a
+        heartbeat has found some since."""
         self.lock = threading.RLock()
         """Held while deliveries change hands."""
         self._thread: threading.Thread | None = None
@@ -232,6 +234,7 @@ class Lease:
             self.has_more = False
             if not self.may_claim():
                 return []
+            self._queues = queues
             room = 1 if self.breaker.is_probing else self._batch_size
             largest = self._largest(processes)
             claim = partial(self._claim, queues, lanes=lanes, room=room, size=BATCH_BYTES * free)
@@ -442,7 +445,7 @@ class Lease:
             silent = self._clock() - self._loop_turned
             if not self.is_draining and silent > _SILENT_LOOP_SECONDS:
                 return
-            heartbeat = [self._claims.heartbeat(name) for name in self._sessions][-1]
+            heartbeat = [self._claims.heartbeat(name, self._queues) for name in self._sessions][-1]
             if heartbeat.alive and len(self._sessions) == 1:
                 self._reconcile(heartbeat)
             else:
@@ -451,8 +454,10 @@ class Lease:
                 self._requeue_claimed()
             self._send_settled()
         by = self._clock() + self._ttl / _HEARTBEATS
-        while self._claims.wake() and self._clock() < by:
-            pass
+        if heartbeat.has_messages:
+            self.has_more = True
+            while self._claims.wake() and self._clock() < by:
+                pass
         self._take_over_expired(heartbeat.sessions, by)
 
     def _requeue_claimed(self) -> None:

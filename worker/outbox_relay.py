@@ -1,10 +1,13 @@
 """The outbox relay: a background service that enqueues the jobs requested in the database.
 
-The relays of all workers share the requests: each takes rows that no other has locked.
+The relays of all workers share the requests: each takes rows that no other has locked. PostgreSQL
+notifies them of new ones; a look at the table now and then finds those of which no notification
+came, and those to be sent again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -23,7 +26,9 @@ from worker.claims import PREFIX
 
 logger = get_logger(__name__)
 
-_PAUSE_SECONDS = 0.5
+_LOOK_SECONDS = 4.0  # between two looks at the requests without a notification
+_PAUSE_SECONDS = 0.5  # the same where PostgreSQL cannot notify, as through a pooler
+_SEEN_SECONDS = 1.5  # between two looks at Redis
 _SEEN = f"{PREFIX}relay"  # missing where Redis was emptied or is another server
 _TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
 
@@ -32,18 +37,33 @@ class OutboxRelay(BackgroundService):
     """Enqueues requests from the outbox table."""
 
     def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
-        """Connect to nothing before :meth:`start`."""
+        """Connect to nothing before :meth:`start`.
+
+        Args:
+            app: Connects to the queue.
+            storage: Of this service alone, which waits on its connection.
+        """
         super().__init__(app)
         self._storage = storage
+        self._look_at = 0.0
 
     def run_once(self, redis: Redis) -> None:
-        """Enqueue one page of requests."""
+        """Enqueue one page of requests, or wait for one."""
         storage = self._storage()
         if not redis.exists(_SEEN):
             storage.make_requests_due()
             redis.set(_SEEN, 1)
-        if not relay(storage, partial(_announced, redis), partial(_send, redis)):
+            self._look_at = 0.0
+        if time.monotonic() >= self._look_at:
+            if storage.has_due_requests():
+                relay(storage, partial(_announced, redis), partial(_send, redis))
+                return
+            self._look_at = time.monotonic() + _LOOK_SECONDS
+        is_added = storage.wait_for_requests(_SEEN_SECONDS, self.wakeup)
+        if is_added is None:
             self.pause(_PAUSE_SECONDS)
+        if is_added is not False:
+            self._look_at = 0.0
 
 
 def message_of(request: AccessRequestDTO) -> GrantMessage:

@@ -1,0 +1,136 @@
+"""Notifications of new requests in the outbox: LISTEN, and a wait that another event can end.
+
+PostgreSQL commits transactions that notify one after another. So services notify only while a relay
+sleeps, which it does with an advisory lock held. A relay that is awake polls; it falls asleep when
+no transaction is left that may have added a request without a notification.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import Any, Self
+
+import psycopg
+from sqlalchemy import PoolProxiedConnection
+
+from storage.interface import HasFileno
+from storage.models import GrantAccessRequest
+
+_CHANNEL = GrantAccessRequest.__tablename__
+_LOCK = 7_160_244_398_155_012_683  # as in migration 0006
+_AWAKE_SECONDS = 1.0  # after the last notification
+_POLL_SECONDS = 0.5
+
+_LISTEN = f"LISTEN {_CHANNEL}"
+# The trigger of migration 0006. It does not notify where transactions may be prepared.
+_IS_NOTIFIED = """
+    SELECT current_setting('max_prepared_transactions') = '0' AND EXISTS (
+        SELECT FROM pg_trigger
+        WHERE tgrelid = to_regclass(%s) AND tgname = 'grant_access_request_notify'
+            AND tgenabled IN ('O', 'A'))
+"""
+_WAKE = "SELECT pg_advisory_unlock_shared(%s)"
+_SLEEP = "SELECT pg_advisory_lock_shared(%s)"
+_NEXT_TRANSACTION = "SELECT pg_current_xact_id()::text::bigint"  # no snapshot has it
+_OLDEST_TRANSACTION = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+
+
+class RequestNotifications:
+    """The notifications that reach one session, from its first use on."""
+
+    def __init__(self, connection: Any) -> None:
+        """Listen, unless nothing would be received.
+
+        Args:
+            connection: psycopg's, as :func:`storage.connections.open_engine` opens it.
+
+        Raises:
+            psycopg.Error: if the connection is lost.
+        """
+        self._connection = connection
+        self._may_have_requests = True
+        self._is_asleep = False
+        self._awake_until = 0.0
+        self._asleep_after: int | None = None
+        """The first transaction that certainly notifies."""
+        self._can_wait = not connection.is_pooled and self._listen()
+        # Receives those that come with the reply to a statement.
+        connection.add_notify_handler(lambda _: self._receive())
+
+    @classmethod
+    def of(cls, connection: PoolProxiedConnection) -> Self:
+        """Return those of a pool's connection, which keeps them until it is closed."""
+        if cls not in connection.info:
+            connection.info[cls] = cls(connection.driver_connection)
+        notifications: Self = connection.info[cls]
+        return notifications
+
+    def wait(self, seconds: float, wakeup: HasFileno | None) -> bool | None:
+        """See :meth:`storage.interface.InterviewStorageInterface.wait_for_requests`.
+
+        Raises:
+            psycopg.Error: if the connection is lost.
+        """
+        if not self._can_wait:
+            return None
+        if not self._may_have_requests:
+            if self._falls_asleep():
+                return True  # the last of them may have added a request just now
+            self._receive_for(seconds if self._is_asleep else _POLL_SECONDS, wakeup)
+        if self._may_have_requests:
+            self._wake_up()
+        is_added = self._may_have_requests or not self._is_asleep
+        self._may_have_requests = False
+        return is_added
+
+    def _falls_asleep(self) -> bool:
+        """Have services notify, and sleep once no transaction is left that may not have."""
+        if self._is_asleep or time.monotonic() < self._awake_until:
+            return False
+        if self._asleep_after is None:
+            self._query(_SLEEP, _LOCK)
+            self._asleep_after = self._query(_NEXT_TRANSACTION)
+        self._is_asleep = self._query(_OLDEST_TRANSACTION) >= self._asleep_after
+        return self._is_asleep
+
+    def _wake_up(self) -> None:
+        if self._asleep_after is not None:
+            self._query(_WAKE, _LOCK)
+        self._is_asleep, self._asleep_after = False, None
+        self._awake_until = time.monotonic() + _AWAKE_SECONDS
+
+    def _receive_for(self, seconds: float, wakeup: HasFileno | None) -> None:
+        poll = select.poll()
+        for file in filter(None, (self._connection, wakeup)):
+            poll.register(file, select.POLLIN)
+        deadline = time.monotonic() + seconds
+        while not self._may_have_requests:
+            left = max(deadline - time.monotonic(), 0)
+            ready = {descriptor for descriptor, _ in poll.poll(left * 1_000)}
+            if self._connection.fileno() not in ready:
+                break
+            self._connection.pgconn.consume_input()
+            while self._connection.pgconn.notifies():
+                self._receive()
+
+    def _listen(self) -> bool:
+        """Returns whether the server notifies. One that refuses to listen does not."""
+        try:
+            self._connection.execute(_LISTEN)
+            is_notified = self._query(_IS_NOTIFIED, _CHANNEL)
+        except psycopg.Error:
+            if self._connection.closed:
+                raise
+            self._connection.rollback()
+            return False
+        return bool(is_notified)
+
+    def _query(self, statement: str, *parameters: object) -> Any:
+        """The one value that a statement returns, in a transaction of its own."""
+        ((value,),) = self._connection.execute(statement, parameters).fetchall()
+        self._connection.commit()
+        return value
+
+    def _receive(self) -> None:
+        self._may_have_requests = True
