@@ -148,6 +148,7 @@ class TestServers:
             ("~* &* +@all -zincrby", "ZINCRBY interview-access:leases"),
             ("~* &* +@all -getrange", "GETRANGE interview-access:job:x"),
             ("~* &* +@all -client", "CLIENT SETNAME"),
+            ("~* &* +@all -client|reply", "CLIENT REPLY SKIP"),
             ("~* &* +@all -info", "'info' command"),
             ("~* &* +@all -evalsha", "'evalsha' command"),
         ],
