@@ -950,25 +950,25 @@ class _UuidArray:
     src/backend/utils/adt/arrayfuncs.c.
     """
 
-    content: bytes
+    content: bytearray
 
     @classmethod
     def of(cls, interview_ids: Sequence[str]) -> _UuidArray:
         dimensions, nulls, first = 1, 0, 1
         head = struct.pack("!iiIii", dimensions, nulls, _UUID_OID, len(interview_ids), first)
         length = f"{16:08x}"  # in bytes, before each of them
-        slices = (
-            length.join(["", *interview_ids[at : at + _TOGETHER]]).replace("-", "")
-            for at in range(0, len(interview_ids), _TOGETHER)
-        )
-        return cls(b"".join([head, *map(bytes.fromhex, slices)]))
+        content = bytearray(head)
+        for at in range(0, len(interview_ids), _TOGETHER):
+            some = length.join(["", *interview_ids[at : at + _TOGETHER]])
+            content += bytes.fromhex(some.replace("-", ""))
+        return cls(content)
 
 
 class _UuidArrayDumper(Dumper):
     format = Format.BINARY
     oid = psycopg.adapters.types["uuid"].array_oid
 
-    def dump(self, obj: _UuidArray) -> bytes:
+    def dump(self, obj: _UuidArray) -> bytearray:
         return obj.content
 
 
