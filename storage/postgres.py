@@ -35,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 
+from storage import models
 from storage.connections import LOOK_SECONDS, driver_errors_translated, open_engine, parsed
 from storage.dtos import (
     AccessOrderDTO,
@@ -56,17 +57,6 @@ from storage.interface import (
     JobBusyError,
     LedgerError,
     StorageError,
-)
-from storage.models import (
-    GrantAccessCancellation,
-    GrantAccessCohort,
-    GrantAccessJob,
-    GrantAccessRejection,
-    GrantAccessRequest,
-    Interview,
-    InterviewAttempt,
-    InterviewConfig,
-    UserInterviewAccess,
 )
 
 _LOCK_NOT_HAD = "55P03"
@@ -590,8 +580,8 @@ class PostgresTransaction(InterviewTransactionInterface):
         if not job_ids:
             return {}
         rows = self._query(
-            select(GrantAccessJob.__table__).where(
-                GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
+            select(models.jobs).where(
+                models.jobs.c.job_id.in_(job_ids), models.jobs.c.state != "open"
             )
         )
         return {row.job_id: _finished_job(row) for row in rows}
@@ -600,13 +590,13 @@ class PostgresTransaction(InterviewTransactionInterface):
         """The same with what is not read with other jobs' answers."""
         rejected = self._query(
             select(
-                GrantAccessRejection.unknown_interview_ids,
-                GrantAccessRejection.malformed_interview_ids,
-            ).where(GrantAccessRejection.job_id == finished.job.job_id)
+                models.rejections.c.unknown_interview_ids,
+                models.rejections.c.malformed_interview_ids,
+            ).where(models.rejections.c.job_id == finished.job.job_id)
         )
         by_user = self._query(
-            select(GrantAccessCohort.created_by_user).where(
-                GrantAccessCohort.job_id == finished.job.job_id
+            select(models.cohorts.c.created_by_user).where(
+                models.cohorts.c.job_id == finished.job.job_id
             )
         )
         answer = replace(
@@ -618,9 +608,7 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def request_cancellation(self, job_id: str) -> None:
         """See the interface."""
-        self._execute(
-            upsert(GrantAccessCancellation).values(job_id=job_id).on_conflict_do_nothing()
-        )
+        self._execute(upsert(models.cancellations).values(job_id=job_id).on_conflict_do_nothing())
 
     def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
@@ -671,19 +659,20 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
         """See the interface."""
+        interview, config = models.interviews.c, models.interview_configs.c
         rows = self._query(
             select(
-                Interview.id,
-                Interview.title,
-                Interview.description,
-                Interview.duration,
-                InterviewConfig.is_default_access_allowed,
-                InterviewConfig.should_end_interview_after_duration,
+                interview.id,
+                interview.title,
+                interview.description,
+                interview.duration,
+                config.is_default_access_allowed,
+                config.should_end_interview_after_duration,
             )
-            .outerjoin(InterviewConfig, InterviewConfig.interview_id == Interview.id)
-            .where(Interview.id.in_(interview_ids))
-            .order_by(Interview.id)
-            .with_for_update(read=True, key_share=True, of=Interview)
+            .outerjoin(models.interview_configs, config.interview_id == interview.id)
+            .where(interview.id.in_(interview_ids))
+            .order_by(interview.id)
+            .with_for_update(read=True, key_share=True, of=models.interviews)
         )
         return [_interview(row) for row in rows]
 
@@ -692,8 +681,8 @@ class PostgresTransaction(InterviewTransactionInterface):
     ) -> Sequence[UserInterviewAccessDTO]:
         """See the interface."""
         rows = self._query(
-            select(UserInterviewAccess.user_id, UserInterviewAccess.interview_id).where(
-                UserInterviewAccess.user_id.in_(user_ids)
+            select(models.grants.c.user_id, models.grants.c.interview_id).where(
+                models.grants.c.user_id.in_(user_ids)
             )
         )
         return [UserInterviewAccessDTO(row.user_id, str(row.interview_id)) for row in rows]
@@ -764,7 +753,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         if not attempts:
             return
         rows = [asdict(attempt) for attempt in attempts]
-        self._execute(insert(InterviewAttempt), rows)
+        self._execute(insert(models.interview_attempts), rows)
         self._execute("SET CONSTRAINTS ALL IMMEDIATE")
 
     def finish_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
@@ -777,8 +766,8 @@ class PostgresTransaction(InterviewTransactionInterface):
                 f"{len(jobs)} jobs to finish, but only {finished} are open in the ledger"
             )
         for table, details in (
-            (GrantAccessRejection, {job.job.job_id: _rejected(job.answer) for job in jobs}),
-            (GrantAccessCohort, {job.job.job_id: _by_user(job.answer) for job in jobs}),
+            (models.rejections, {job.job.job_id: _rejected(job.answer) for job in jobs}),
+            (models.cohorts, {job.job.job_id: _by_user(job.answer) for job in jobs}),
         ):
             rows = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
             if rows:
@@ -803,13 +792,13 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        answered = select(GrantAccessJob.job_id).where(
-            GrantAccessJob.job_id.in_(job_ids), GrantAccessJob.state != "open"
+        answered = select(models.jobs.c.job_id).where(
+            models.jobs.c.job_id.in_(job_ids), models.jobs.c.state != "open"
         )
         forgotten = self._query(
-            delete(GrantAccessRequest)
-            .where(GrantAccessRequest.job_id.in_(answered))
-            .returning(GrantAccessRequest.job_id)
+            delete(models.requests)
+            .where(models.requests.c.job_id.in_(answered))
+            .returning(models.requests.c.job_id)
         )
         return frozenset(job_id for (job_id,) in forgotten)
 
@@ -821,7 +810,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         """Make every outbox request due now."""
         now = func.clock_timestamp()
         self._execute(
-            update(GrantAccessRequest).where(GrantAccessRequest.look_at > now).values(look_at=now)
+            update(models.requests).where(models.requests.c.look_at > now).values(look_at=now)
         )
 
 
