@@ -182,7 +182,7 @@ def million(bench: Bench) -> list[Figure]:
     return [
         seconds.figure(one),
         seconds.figure(ten, one, Bar(12)),
-        memory.figure(child, bar=Bar(350)),
+        memory.figure(child, bar=Bar(300)),
         memory.figure(message),
         memory.figure(redis, message, Bar(3)),
     ]

@@ -14,10 +14,10 @@ from typing import Any, Self
 import psycopg
 from sqlalchemy import PoolProxiedConnection
 
+from storage import models
 from storage.interface import HasFileno
-from storage.models import GrantAccessRequest
 
-_CHANNEL = GrantAccessRequest.__tablename__
+_CHANNEL = models.requests.name
 _LOCK = 7_160_244_398_155_012_683  # as in migration 0006
 _AWAKE_SECONDS = 1.0  # after the last notification
 _POLL_SECONDS = 0.5

@@ -36,6 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 
+from storage import models
 from storage.connections import LOOK_SECONDS, driver_errors_translated, open_engine, parsed
 from storage.dtos import (
     AccessOrderDTO,
@@ -60,17 +61,6 @@ from storage.interface import (
     LedgerConflictError,
     LedgerError,
     StorageError,
-)
-from storage.models import (
-    GrantAccessCancellation,
-    GrantAccessCohort,
-    GrantAccessJob,
-    GrantAccessRejection,
-    GrantAccessRequest,
-    Interview,
-    InterviewAttempt,
-    InterviewConfig,
-    UserInterviewAccess,
 )
 from storage.notifications import RequestNotifications
 
@@ -607,13 +597,13 @@ class PostgresTransaction(InterviewTransactionInterface):
         """The same with what is not read with other jobs' answers."""
         rejected = self._query(
             select(
-                GrantAccessRejection.unknown_interview_ids,
-                GrantAccessRejection.malformed_interview_ids,
-            ).where(GrantAccessRejection.job_id == finished.job.job_id)
+                models.rejections.c.unknown_interview_ids,
+                models.rejections.c.malformed_interview_ids,
+            ).where(models.rejections.c.job_id == finished.job.job_id)
         )
         by_user = self._query(
-            select(GrantAccessCohort.created_by_user).where(
-                GrantAccessCohort.job_id == finished.job.job_id
+            select(models.cohorts.c.created_by_user).where(
+                models.cohorts.c.job_id == finished.job.job_id
             )
         )
         answer = replace(
@@ -625,9 +615,7 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def request_cancellation(self, job_id: str) -> None:
         """See the interface."""
-        self._execute(
-            upsert(GrantAccessCancellation).values(job_id=job_id).on_conflict_do_nothing()
-        )
+        self._execute(upsert(models.cancellations).values(job_id=job_id).on_conflict_do_nothing())
 
     def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
@@ -678,19 +666,20 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
         """See the interface."""
+        interview, config = models.interviews.c, models.interview_configs.c
         rows = self._query(
             select(
-                Interview.id,
-                Interview.title,
-                Interview.description,
-                Interview.duration,
-                InterviewConfig.is_default_access_allowed,
-                InterviewConfig.should_end_interview_after_duration,
+                interview.id,
+                interview.title,
+                interview.description,
+                interview.duration,
+                config.is_default_access_allowed,
+                config.should_end_interview_after_duration,
             )
-            .outerjoin(InterviewConfig, InterviewConfig.interview_id == Interview.id)
-            .where(Interview.id.in_(interview_ids))
-            .order_by(Interview.id)
-            .with_for_update(read=True, key_share=True, of=Interview)
+            .outerjoin(models.interview_configs, config.interview_id == interview.id)
+            .where(interview.id.in_(interview_ids))
+            .order_by(interview.id)
+            .with_for_update(read=True, key_share=True, of=models.interviews)
         )
         return [_interview(row) for row in rows]
 
@@ -699,8 +688,8 @@ class PostgresTransaction(InterviewTransactionInterface):
     ) -> Sequence[UserInterviewAccessDTO]:
         """See the interface."""
         rows = self._query(
-            select(UserInterviewAccess.user_id, UserInterviewAccess.interview_id).where(
-                UserInterviewAccess.user_id.in_(user_ids)
+            select(models.grants.c.user_id, models.grants.c.interview_id).where(
+                models.grants.c.user_id.in_(user_ids)
             )
         )
         return [UserInterviewAccessDTO(row.user_id, str(row.interview_id)) for row in rows]
@@ -771,7 +760,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         if not attempts:
             return
         rows = [asdict(attempt) for attempt in attempts]
-        self._execute(insert(InterviewAttempt), rows)
+        self._execute(insert(models.interview_attempts), rows)
         self._execute("SET CONSTRAINTS ALL IMMEDIATE")
 
     def record_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
@@ -788,8 +777,8 @@ class PostgresTransaction(InterviewTransactionInterface):
         if recorded != len(jobs):
             raise LedgerError(f"{len(jobs)} jobs to record, but the ledger took {recorded}")
         for table, details in (
-            (GrantAccessRejection, {job.job.job_id: _rejected(job.answer) for job in jobs}),
-            (GrantAccessCohort, {job.job.job_id: _by_user(job.answer) for job in jobs}),
+            (models.rejections, {job.job.job_id: _rejected(job.answer) for job in jobs}),
+            (models.cohorts, {job.job.job_id: _by_user(job.answer) for job in jobs}),
         ):
             rows = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
             if rows:
@@ -813,11 +802,11 @@ class PostgresTransaction(InterviewTransactionInterface):
 
     def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        answered = select(GrantAccessJob.job_id).where(GrantAccessJob.job_id.in_(job_ids))
+        answered = select(models.jobs.c.job_id).where(models.jobs.c.job_id.in_(job_ids))
         forgotten = self._query(
-            delete(GrantAccessRequest)
-            .where(GrantAccessRequest.job_id.in_(answered))
-            .returning(GrantAccessRequest.job_id)
+            delete(models.requests)
+            .where(models.requests.c.job_id.in_(answered))
+            .returning(models.requests.c.job_id)
         )
         return frozenset(job_id for (job_id,) in forgotten)
 
@@ -829,7 +818,7 @@ class PostgresTransaction(InterviewTransactionInterface):
         """Make every outbox request due now."""
         now = func.clock_timestamp()
         self._execute(
-            update(GrantAccessRequest).where(GrantAccessRequest.look_at > now).values(look_at=now)
+            update(models.requests).where(models.requests.c.look_at > now).values(look_at=now)
         )
 
 
@@ -958,25 +947,25 @@ class _UuidArray:
     src/backend/utils/adt/arrayfuncs.c.
     """
 
-    content: bytes
+    content: bytearray
 
     @classmethod
     def of(cls, interview_ids: Sequence[str]) -> _UuidArray:
         dimensions, nulls, first = 1, 0, 1
         head = struct.pack("!iiIii", dimensions, nulls, _UUID_OID, len(interview_ids), first)
         length = f"{16:08x}"  # in bytes, before each of them
-        slices = (
-            length.join(["", *interview_ids[at : at + _TOGETHER]]).replace("-", "")
-            for at in range(0, len(interview_ids), _TOGETHER)
-        )
-        return cls(b"".join([head, *map(bytes.fromhex, slices)]))
+        content = bytearray(head)
+        for at in range(0, len(interview_ids), _TOGETHER):
+            some = length.join(["", *interview_ids[at : at + _TOGETHER]])
+            content += bytes.fromhex(some.replace("-", ""))
+        return cls(content)
 
 
 class _UuidArrayDumper(Dumper):
     format = Format.BINARY
     oid = psycopg.adapters.types["uuid"].array_oid
 
-    def dump(self, obj: _UuidArray) -> bytes:
+    def dump(self, obj: _UuidArray) -> bytearray:
         return obj.content
 
 

@@ -29,13 +29,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.schema import UniqueConstraint
 
+from storage import models
 from storage.connections import is_refused, open_engine, parsed, place_of
 from storage.interface import StorageError
 from storage.migrations import grant_key
 from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
 from storage.migrations.grant_key import DuplicateGrantsError
 from storage.migrations.locks import set_up_transaction, sqlstate
-from storage.models import Base, GrantAccessJob, InterviewAttempt, UserInterviewAccess
 from storage.privileges import NEEDED, missing_privileges, missing_usage
 
 __all__ = [
@@ -58,7 +58,7 @@ _REVISIONS = sorted(
 )
 """By the names of their files: a worker that starts is not to wait for Alembic."""
 _WRITTEN = frozenset(
-    model.__tablename__ for model in (UserInterviewAccess, InterviewAttempt, GrantAccessJob)
+    table.name for table in (models.grants, models.interview_attempts, models.jobs)
 )
 _POSTGRESQL = URL.create("postgresql+psycopg").get_dialect()()
 _KINDS = {
@@ -297,8 +297,8 @@ def _turn(engine: Engine, report: Report) -> Iterator[None]:
 
 def _foretell(connection: Connection, report: Report) -> None:
     """Say what an upgrade would do."""
-    tables = find_tables(connection, Base.metadata.tables)
-    for name in Base.metadata.tables:
+    tables = find_tables(connection, models.METADATA.tables)
+    for name in models.METADATA.tables:
         report(f"would adopt table {name}" if name in tables else f"would create table {name}")
     grants = tables.get(grant_key.TABLE)
     key = grants and grant_key.find_key(grants)
@@ -320,8 +320,8 @@ def _refuse_what_does_not_fit(connection: Connection, revision: str | None) -> N
         )
     is_complete = revision == expected_revision()
     differences: list[Difference] = []
-    tables = find_tables(connection, Base.metadata.tables)
-    for expected in Base.metadata.sorted_tables:
+    tables = find_tables(connection, models.METADATA.tables)
+    for expected in models.METADATA.sorted_tables:
         if expected.name in tables:
             differences += _differences(tables, expected, is_complete=is_complete)
         elif is_complete:

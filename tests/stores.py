@@ -19,11 +19,10 @@ from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
 from sqlalchemy import Connection, Engine, event, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
-from storage import memory
+from storage import memory, models
 from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, InterviewDTO
 from storage.interface import InterviewStorageInterface, StorageError
 from storage.memory import MemoryStorage
-from storage.models import GrantAccessRequest, Interview, InterviewAttempt, InterviewConfig
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
@@ -198,7 +197,7 @@ class PostgresStore(Store):
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
         """See the store."""
         self._platform.execute(
-            insert(Interview).values(
+            insert(models.interviews).values(
                 id=UUID(interview.id),
                 title=interview.title,
                 description=interview.description,
@@ -207,7 +206,7 @@ class PostgresStore(Store):
         )
         if configured:
             self._platform.execute(
-                insert(InterviewConfig).values(
+                insert(models.interview_configs).values(
                     interview_id=UUID(interview.id),
                     is_default_access_allowed=interview.is_default_access_allowed,
                     should_end_interview_after_duration=interview.should_end_interview_after_duration,
@@ -227,7 +226,7 @@ class PostgresStore(Store):
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
         """See the store."""
-        rows = self._platform.execute(select(InterviewAttempt.__table__)).mappings()
+        rows = self._platform.execute(select(models.interview_attempts)).mappings()
         return [
             InterviewAttemptDTO(
                 **{**row, "id": str(row["id"]), "interview_id": str(row["interview_id"])}
@@ -238,7 +237,7 @@ class PostgresStore(Store):
     def add_request(self, request: AccessRequestDTO) -> None:
         """See the store."""
         self._platform.execute(
-            insert(GrantAccessRequest).values(
+            insert(models.requests).values(
                 job_id=request.job_id,
                 user_id=request.user_id,
                 interview_ids=list(request.interview_ids),

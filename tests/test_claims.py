@@ -33,6 +33,7 @@ LEASES, DUE, DEFERRED = f"{PREFIX}leases", f"{PREFIX}due", f"{PREFIX}deferred"
 ISOLATED, TRIES, DEFERRALS = f"{PREFIX}isolated", f"{PREFIX}tries", f"{PREFIX}deferrals"
 CLOCK = f"{PREFIX}clock"
 BYTES_PER_SCRIPT = "local bytes_left, ends = 4194304"
+FETCHED_BYTES = "local fetched_bytes, has_garbage = 1048576"
 LATER = 3_600
 
 State = dict[str, Any]
@@ -437,21 +438,30 @@ def few_bytes(bytes_left: int) -> dict[str, str]:
     return {BYTES_PER_SCRIPT: f"local bytes_left, ends = {bytes_left}"}
 
 
+def all_fetched() -> dict[str, str]:
+    """The edit after which a claim's reply omits every message."""
+    return {FETCHED_BYTES: "local fetched_bytes, has_garbage = 0"}
+
+
 def walk(redis: Redis, path: str, seed: int, edits: Mapping[str, str]) -> None:
     """Walk on an empty database, with edited scripts."""
     redis.flushdb()
     with EditedRedis(edits, unix_socket_path=path, db=DATABASE) as client:
         walk = Walk(redis, client, seed)
-        if client.edited != edits.keys():
-            raise LookupError(f"no script has {edits.keys() - client.edited}")
+        if stale := edits.keys() - client.edited:
+            pytest.fail(f"no script has {stale}")
         walk.go(STEPS)
 
 
-@pytest.mark.parametrize("bytes_left", [10, 4_000_000])
+@pytest.mark.parametrize(
+    "edits", [few_bytes(10) | all_fetched(), few_bytes(4_000_000)], ids=["few bytes", "many bytes"]
+)
 @pytest.mark.parametrize("seed", range(SEEDS // 2))
-def test_each_message_is_in_one_place(redis: Redis, path: str, seed: int, bytes_left: int) -> None:
+def test_each_message_is_in_one_place(
+    redis: Redis, path: str, seed: int, edits: Mapping[str, str]
+) -> None:
     """Freezes, deaths, lost replies, late commands: no message is lost or duplicated."""
-    walk(redis, path, seed, few_bytes(bytes_left))
+    walk(redis, path, seed, edits)
 
 
 BREAKS = {
@@ -493,17 +503,21 @@ BREAKS = {
         "",
     ),
     "a claim replaces another": (
-        "redis.call('HSETNX', held(session), tag, value) == 0",
-        "redis.call('HSET', held(session), tag, value) < 0",
+        "redis.pcall('HSETNX', held(session), tag, value)",
+        "redis.call('HSET', held(session), tag, value) and 1",
     ),
-    "a claim removes before it writes": (
-        "    local value = queue .. '\0' .. message\n    if",
-        "    local value = queue .. '\0' .. message\n    redis.call('RPOP', list)\n    if",
+    "a message that cannot be claimed is lost": (
+        "redis.call('RPUSH', list, list == isolated and value or message)",
+        "",
+    ),
+    "a poison candidate that cannot be claimed loses its queue": (
+        "list == isolated and value or message",
+        "message",
     ),
     "a claim leaves the message": ("    redis.call('LTRIM', list, 0, -2)  -- RPOP", "    -- RPOP"),
     "a claim records the wrong queue": (
-        "    local value = queue .. '\0' .. message\n    if",
-        "    local value = list .. '\0' .. message\n    if",
+        "local value = queue .. '\0' .. message",
+        "local value = list .. '\0' .. message",
     ),
     "a claim exceeds its room": ("#claimed > room * 6", "#claimed > room * 12"),
     "a poison candidate is claimed with others": (
@@ -1190,6 +1204,51 @@ def test_a_full_server_drains(redis: Redis, protocol: Claims) -> None:
     finally:
         redis.config_set("maxmemory", 0)
     assert messages(look(redis)) == Counter({bytes([letter]): 1 for letter in b"acdefh"})
+
+
+def test_a_large_message_is_claimed_whole(redis: Redis, protocol: Claims) -> None:
+    """A message that the claim's reply omits is returned like any other."""
+    message = bytes(range(256)) * 8_192
+    redis.lpush(JOBS, message, "a")
+    large, small = take(protocol, size=4_000_000)
+    assert (large.message, large.size) == (message, len(message))
+    assert small.message == b"a"
+
+
+def test_a_lease_lost_before_the_message_is_read_claims_nothing(
+    redis: Redis, protocol: Claims, path: str
+) -> None:
+    """A session that is taken over while it reads a large message learns that its lease is lost."""
+    message = b"a" * 2_000_000
+
+    class FrozenRedis(Redis):
+        """A client that freezes before it reads, for long enough to lose its lease."""
+
+        def hget(self, *arguments: Any) -> Any:
+            take_over(protocol)
+            return super().hget(*arguments)
+
+    redis.lpush(JOBS, message)
+    with FrozenRedis(unix_socket_path=path, db=DATABASE) as client:
+        claims = Claims(client)
+        assert claims.claim("ann", QUEUES, first_tag=1, room=1, size=1) is None
+    assert redis.lrange(ISOLATED, 0, -1) == [f"{JOBS}\0".encode() + message]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [(JOBS, [b"b", b"a"]), (ISOLATED, [b"jobs\0b", b"jobs\0a"])],
+    ids=["queue", "isolated"],
+)
+def test_a_message_that_cannot_be_claimed_stays(
+    redis: Redis, protocol: Claims, key: str, values: list[bytes]
+) -> None:
+    """Where the key of a session's claims is of another type, its messages stay in their order."""
+    redis.rpush(key, *values)
+    redis.set(f"{PREFIX}held:ann", "not a hash")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        take(protocol)
+    assert redis.lrange(key, 0, -1) == values
 
 
 @pytest.mark.parametrize("comes_back", RETURNS.values(), ids=RETURNS)

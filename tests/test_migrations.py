@@ -26,9 +26,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg import sql
 from psycopg.rows import dict_row
-from sqlalchemy import NullPool, create_engine, make_url, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import NullPool, create_engine, insert, make_url, select, text
 
+from storage import models
 from storage.dtos import (
     AccessOrderDTO,
     AnswerDTO,
@@ -39,14 +39,6 @@ from storage.dtos import (
     RejectedIdsDTO,
 )
 from storage.interface import StorageError
-from storage.models import (
-    Base,
-    GrantAccessJob,
-    Interview,
-    InterviewAttempt,
-    InterviewConfig,
-    UserInterviewAccess,
-)
 from storage.postgres import PostgresStorage
 from storage.privileges import NEEDED
 from storage.schema import (
@@ -313,10 +305,10 @@ def test_empty_database_gets_what_the_models_say(database: Database) -> None:
     with engine.connect() as connection:
         options = {
             "compare_type": True,
-            "include_name": lambda name, kind, _: kind != "table" or name in Base.metadata.tables,
+            "include_name": lambda name, kind, _: kind != "table" or name in models.METADATA.tables,
         }
         context = MigrationContext.configure(connection, opts=options)
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, models.METADATA) == []
     assert [sentence for sentence in sentences if "created" in sentence] == [
         f"created table {table}"
         for table in (
@@ -374,17 +366,19 @@ def test_django_takes_over_a_database_that_we_made(database: Database) -> None:
     interview_id = UUID(written.strip())
     start = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
     engine = create_engine(database.url, poolclass=NullPool)
-    with Session(engine) as session:
-        interview = session.scalars(select(Interview)).one()
+    with engine.begin() as connection:
+        interview = connection.execute(select(models.interviews)).one()
         assert (interview.id, interview.title) == (interview_id, "Björk")
         assert (interview.description, interview.duration) == (None, timedelta(minutes=90))
-        config = session.scalars(select(InterviewConfig)).one()
+        config = connection.execute(select(models.interview_configs)).one()
         assert config.should_end_interview_after_duration is True
         assert config.is_default_access_allowed is False
-        assert session.scalars(select(InterviewAttempt.start_datetime)).one() == start
-        session.add(UserInterviewAccess(interview_id=interview_id, user_id="worker"))
-        session.add(
-            InterviewAttempt(
+        assert connection.scalar(select(models.interview_attempts.c.start_datetime)) == start
+        connection.execute(
+            insert(models.grants).values(interview_id=interview_id, user_id="worker")
+        )
+        connection.execute(
+            insert(models.interview_attempts).values(
                 id=uuid4(),
                 interview_id=interview_id,
                 user_id="worker",
@@ -392,7 +386,6 @@ def test_django_takes_over_a_database_that_we_made(database: Database) -> None:
                 scheduled_end_datetime=start + timedelta(minutes=90),
             )
         )
-        session.commit()
     read = service.run_python(
         "users = UserInterviewAccess.objects.order_by('id').values_list('user_id', flat=True)\n"
         "print(list(users))\n"
@@ -852,14 +845,12 @@ def test_ledger_orders_job_ids_by_their_bytes(database: Database) -> None:
     """Job ids have one order whatever the database's language, since locks are taken in it."""
     migrated(database.url)
     engine = create_engine(database.url, poolclass=NullPool)
-    with Session(engine) as session:
+    with engine.begin() as connection:
         for job_id in ("b", "A", "a", "É"):
-            session.add(
-                GrantAccessJob(job_id=job_id, task="t", state="success", request_digest="0" * 64)
-            )
-        session.commit()
-        ordered = select(GrantAccessJob.job_id).order_by(GrantAccessJob.job_id)
-        assert session.scalars(ordered).all() == ["A", "a", "b", "É"]
+            job = {"task": "t", "state": "success", "request_digest": "0" * 64}
+            connection.execute(insert(models.jobs).values(job_id=job_id, **job))
+        ordered = select(models.jobs.c.job_id).order_by(models.jobs.c.job_id)
+        assert connection.scalars(ordered).all() == ["A", "a", "b", "É"]
 
 
 @pytest.mark.parametrize(

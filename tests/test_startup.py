@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -148,6 +149,7 @@ class TestServers:
             ("~* &* +@all -zrange", "ZRANGE interview-access:leases"),
             ("~* &* +@all -getrange", "GETRANGE interview-access:job:x"),
             ("~* &* +@all -client", "CLIENT SETNAME"),
+            ("~* &* +@all -client|reply", "CLIENT REPLY SKIP"),
             ("~* &* +@all -info", "'info' command"),
             ("~* &* +@all -evalsha", "'evalsha' command"),
         ],
@@ -504,3 +506,22 @@ def _run(
         timeout=60,
         check=True,
     )
+
+
+def after_import(expression: str) -> str:
+    """What an expression is in a process that has imported the worker."""
+    code = f"import gc, sys, worker.celery; print({expression})"
+    urls = {"DATABASE_URL": "postgresql://db/platform", "CELERY_BROKER_URL": "redis://redis:6379/0"}
+    command = [sys.executable, "-c", code]
+    output = subprocess.check_output(command, cwd=ROOT, env=os.environ | urls, text=True)
+    return output.strip()
+
+
+def test_the_worker_imports_no_orm_and_no_alembic() -> None:
+    """Each would lengthen every start, and no statement of a worker needs it."""
+    assert after_import("{'alembic', 'sqlalchemy.orm'} & sys.modules.keys()") == "set()"
+
+
+def test_garbage_is_collected_once_the_worker_is_imported() -> None:
+    """The collector stands still only while modules are imported."""
+    assert after_import("gc.isenabled()") == "True"

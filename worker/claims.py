@@ -50,6 +50,10 @@ _BYTES_PER_SCRIPT = 4 * 1024 * 1024
 _ENDS_BYTES = 64 * 1024
 """Bytes of each end that are returned of a message over the limit: its job ID is in one of them."""
 
+_FETCHED_BYTES = 1024 * 1024
+"""Bytes of a message above which a claim's reply omits it, and it is read by a separate command:
+Redis keeps the arguments of a script's commands until it ends, one copy beside the reply's."""
+
 _ANNOUNCEMENT_SECONDS = 86_400
 """How long a job's announcement outlives the job: as long as its result."""
 
@@ -62,6 +66,7 @@ local leases, due, deferred = prefix .. 'leases', prefix .. 'due', prefix .. 'de
 local tries, deferrals = prefix .. 'tries', prefix .. 'deferrals'
 local isolated = prefix .. 'isolated'
 local bytes_left, ends = {_BYTES_PER_SCRIPT}, {_ENDS_BYTES}
+local fetched_bytes, has_garbage = {_FETCHED_BYTES}, false
 
 -- Return the server's time in ms. After a step of its clock, back or in a failover, delays keep the
 -- length that was meant.
@@ -81,8 +86,14 @@ end
 local function held(session) return prefix .. 'held:' .. session end
 
 local function parts(value)
+    has_garbage = has_garbage or #value > fetched_bytes
     local stop = string.find(value, '\\0', 1, true)
     return string.sub(value, 1, stop - 1), string.sub(value, stop + 1)
+end
+
+-- Free what Lua has of large messages: it collects little at a time, long after the script.
+local function collect()
+    if has_garbage then collectgarbage() end
 end
 
 -- Identifies a message in tries and deferrals. The ends of a long one suffice, for they hold its
@@ -192,19 +203,27 @@ local function next_of(list)
     return type(message) == 'string' and message
 end
 
+-- The message leaves its list first, so that Redis does not hold it twice. It returns to it if it
+-- cannot be claimed: the tag is in use, the key is not a hash, an ACL denies the command.
 local function take(list, queue, message, digest)
     local value = queue .. '\\0' .. message
-    if redis.call('HSETNX', held(session), tag, value) == 0 then
+    redis.call('LTRIM', list, 0, -2)  -- RPOP would return the message once more
+    local stored = redis.pcall('HSETNX', held(session), tag, value)
+    if stored ~= 1 then
+        redis.call('RPUSH', list, list == isolated and value or message)
+        if stored ~= 0 then error(stored) end
         done = true
         return
     end
-    redis.call('LTRIM', list, 0, -2)  -- RPOP would return the message once more
     local attempts = redis.call('HGET', tries, digest) or 0
     local retries = redis.call('HGET', deferrals, digest) or 0
     local size = #message
     if size > max_bytes then
         message = string.sub(message, 1, ends) .. string.sub(message, -ends)
+    elseif size > fetched_bytes then
+        message = ''
     end
+    has_garbage = has_garbage or size > fetched_bytes
     for _, field in ipairs({tag, queue, message, size, attempts, retries}) do
         claimed[#claimed + 1] = field
     end
@@ -267,6 +286,7 @@ for index = first_aside, #KEYS do
 end
 claimed[2] = redis.call('LLEN', isolated)
 if done or bytes_left <= 0 then claimed[3] = 1 end
+collect()
 return claimed
 """
 
@@ -293,6 +313,7 @@ for index = 3, #arguments, 8 do
         redis.call('HDEL', held(session), tag)
     end
 end
+collect()
 return 1
 """
 
@@ -564,18 +585,22 @@ class Claims:
         )
         if reply is None:
             return None
-        claims = [
-            Claim(
-                reply[at].decode(),
-                reply[at + 1].decode(),
-                reply[at + 2],
-                int(reply[at + 3]),
-                int(reply[at + 4]),
-                int(reply[at + 5]),
+        claims = []
+        for at in range(3, len(reply), 6):
+            tag, queue, message, size, attempts, retries = reply[at : at + 6]
+            if size and not message:
+                message = self._fetch(session, tag.decode())
+            if message is None:
+                return None
+            claims.append(
+                Claim(tag.decode(), queue.decode(), message, size, int(attempts), int(retries))
             )
-            for at in range(3, len(reply), 6)
-        ]
         return Claimed(claims, bool(reply[0]), int(reply[1]), bool(reply[2]))
+
+    def _fetch(self, session: str, tag: str) -> bytes | None:
+        """Read a claimed message that a claim's reply omits; None if the lease is lost."""
+        value: Any = self._client.hget(self._prefix + f"held:{session}", tag)
+        return None if value is None else bytes(value.partition(b"\0")[2])
 
     def settle(self, session: str, dispositions: Mapping[str, Disposition]) -> None:
         """Apply dispositions, by delivery tag. One whose delivery is not claimed has no effect."""

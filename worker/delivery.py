@@ -85,13 +85,13 @@ class Limits:
         """Size of a message in bytes."""
         return _ENVELOPE_BYTES + _BYTES_PER_ID * self.interview_ids
 
-    def check(self, text: bytes) -> None:
+    def check(self, text: str) -> None:
         """Refuse JSON that takes too much memory to be decoded.
 
         Raises:
             UnreadableMessageError: if it has too many values.
         """
-        if any(text.count(one) > self.values for one in (b",", b"[", b"{")):
+        if any(text.count(one) > self.values for one in (",", "[", "{")):
             raise UnreadableMessageError(f"expected at most {self.values:,} values")
 
     @property
@@ -195,8 +195,9 @@ class Delivery:
         if self.claim.size > limits.message_bytes:
             expected, got = f"at most {limits.message_bytes:,} bytes", f"{self.claim.size:,}"
             raise InvalidGrantRequestException.of([("message", expected, got)])
-        limits.check(message)
-        envelope = json.loads(message.decode())
+        text = message.decode()
+        limits.check(text)
+        envelope = json.loads(text)
         if not isinstance(envelope, dict):
             raise UnreadableMessageError(f"expected a JSON object, got {describe(envelope)}")
         return envelope

@@ -143,11 +143,12 @@ class _Run:
         )
 
 
-def execute(deliveries: Sequence[Dispatched], hostname: str) -> BatchReport:
+def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
     """Execute a batch in this pool process.
 
     Args:
-        deliveries: In the order of their claim; their job IDs may repeat.
+        deliveries: In the order of their claim; their job IDs may repeat. The list is emptied: the
+            pool keeps it, and with it a large job's body, until the job has ended.
         hostname: The worker's name, for pollers of jobs that do not end at once.
 
     Returns:
@@ -156,7 +157,7 @@ def execute(deliveries: Sequence[Dispatched], hostname: str) -> BatchReport:
     """
     app = current_app
     with _uninterrupted():
-        runs = [_prepared(app, delivery) for delivery in deliveries]
+        runs = [_prepared(app, deliveries.pop(0)) for _ in range(len(deliveries))]
         try:
             return _executed(app, runs, hostname)
         except MemoryError:
@@ -207,6 +208,7 @@ def _prepared(app: Celery, delivery: Dispatched) -> _Run:
     if task and delivery.body is not None:
         try:
             call = _decoded(delivery.body, delivery.encoding, app.limits)
+            delivery = delivery._replace(body="")  # a large one takes as much memory as its IDs
             job = task.read(delivery.job_id, call.args, call.kwargs, delivery.failure)
             return _Run(delivery, task, call, job)
         except (_UndecodableError, RecursionError) as error:
@@ -228,12 +230,10 @@ class _UndecodableError(Exception):
 
 def _decoded(body: str, encoding: str, limits: Limits) -> _Call:
     try:
-        text = base64.b64decode(body, validate=True) if encoding else body.encode()
-        if encoding == "gzip":
-            text = zlib.decompressobj().decompress(text, limits.message_bytes)
+        text = _text(body, encoding, limits)
         limits.check(text)
         # kombu's own looks at each object whether it represents a value of another type.
-        decoded = loads(text.decode()) if b"__type__" in text else json.loads(text.decode())
+        decoded = loads(text) if "__type__" in text else json.loads(text)
     except MemoryError:
         raise
     except Exception as error:
@@ -242,6 +242,16 @@ def _decoded(body: str, encoding: str, limits: Limits) -> _Call:
         case [list(args), dict(kwargs), dict() | None as embedded]:
             return _Call(args, kwargs, embedded or {})
     raise _UndecodableError(f"expected [args, kwargs, embedded], got {describe(decoded)}")
+
+
+def _text(body: str, encoding: str, limits: Limits) -> str:
+    if not encoding:
+        body.encode()  # raises for lone surrogates
+        return body
+    content = base64.b64decode(body, validate=True)
+    if encoding == "gzip":
+        content = zlib.decompressobj().decompress(content, limits.message_bytes)
+    return content.decode()
 
 
 def _undecodable(error: Exception) -> tuple[str, dict[str, Any]]:

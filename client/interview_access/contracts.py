@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
+from operator import eq
 from typing import Annotated, Any, Literal, LiteralString, NewType, Self
 from uuid import UUID, uuid4
 
@@ -411,7 +413,10 @@ class RequestedInterviews:
         malformed: dict[str, None] = {}
         if len(canonical) < len(texts):
             malformed = dict.fromkeys(text for text in texts if not _UUID.fullmatch(text))
-        return cls(tuple(sorted(set(canonical))), tuple(malformed), tuple(texts))
+        wanted = sorted(canonical)
+        if any(map(eq, wanted, islice(wanted, 1, None))):  # a set of a million takes 50 MB
+            wanted = sorted(set(wanted))
+        return cls(tuple(wanted), tuple(malformed), tuple(texts))
 
     @property
     def repeated(self) -> int:
