@@ -283,7 +283,8 @@ class Lease:
             self._small_at = self._clock()
         if look_aside:
             self._looked_aside = self._clock()
-            self._looked_in_vain_for = largest if claimed.large_wait and not has_large else 0
+            is_in_vain = claimed.large_wait and not has_large and not is_any_size
+            self._looked_in_vain_for = largest if is_in_vain else 0
         self._deliveries.update((one.tag, one) for one in deliveries)
         return deliveries
 
