@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from uuid import UUID, uuid4
 
 import pytest
@@ -252,7 +252,8 @@ class TestTheSameJobAgain:
         limits = DatabaseLimits(busy=0.05)
         with (
             role(postgres.database_url) as url,
-            PostgresStorage(url).transaction() as holder,
+            closing(PostgresStorage(url)) as other,
+            other.transaction() as holder,
             postgres.another(limits=limits) as storage,
         ):
             holder.lock_jobs(["a"], wait=True)
