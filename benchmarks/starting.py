@@ -31,7 +31,7 @@ def startup(bench: Bench) -> list[Figure]:
     judge = Judge(samples, "s")
     return [
         judge.figure(BARE.name),
-        judge.figure(OURS.name, BARE.name, Bar(1.5)),
+        judge.figure(OURS.name, BARE.name, Bar(1.4)),
         judge.figure(imported),
         judge.figure(helped, imported, Bar(3)),
     ]
