@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    ablations,
     curves,
     large_jobs,
     other_queues,
@@ -54,6 +55,8 @@ PARTS: Mapping[str, Part] = {
         snapshot.snapshot,
         starting.startup,
         statements.statements,
+        ablations.ablations,
+        ablations.worker_ablations,
         curves.sizes,
         curves.load,
         other_queues.queues,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import QUICK
+from benchmarks.ablations import ABLATIONS, IN_WORKERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +36,14 @@ def test_the_quick_form_measures_its_parts_without_the_plan(tmp_path: Path) -> N
     variants = {figure["variant"] for figures in report["parts"].values() for figure in figures}
     assert {"COPY, 250 ids", "ours, 250 ids", "bare Celery task, 250 ids"} <= variants
     assert not any("plan" in variant for variant in variants)
+
+
+def test_ablations_turn_each_optimization_off(tmp_path: Path) -> None:
+    """Each ablation finds what it turns off, and its jobs create the same rows."""
+    _, report = _measured(tmp_path, "ablations", "worker_ablations", "--scale", "0.01")
+    variants = [figure["variant"] for figures in report["parts"].values() for figure in figures]
+    for name in (*(one.name for one in ABLATIONS), *IN_WORKERS):
+        assert any(variant.endswith(f": {name}") for variant in variants), name
 
 
 def test_make_help_lists_both_forms() -> None:
