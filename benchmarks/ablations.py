@@ -233,12 +233,15 @@ class _Transactions:
         ids: In each job.
         count: Of transactions of each variant in a sample.
         granted: The share of the grants that exist before.
+        is_alone: Whether the tables are empty before each transaction: the rows of a large one
+            would slow down the next.
     """
 
     jobs: int
     ids: int
     count: int
     granted: float = 0
+    is_alone: bool = False
 
     @property
     def title(self) -> str:
@@ -261,8 +264,11 @@ class _Transactions:
         for turn in range(self.count):
             first = turn % len(variants)
             for one in (*variants[first:], *variants[:first]):
+                if self.is_alone:
+                    database.reset()
                 taken[one.name].append(self._seconds(database.interviews, one))
-        database.expect(len(variants) * self.count * self.jobs * self.ids)
+        transactions = 1 if self.is_alone else self.count * len(variants)
+        database.expect(transactions * self.jobs * self.ids)
         return {
             f"{self.title}: {name}": 1_000 * statistics.median(seconds)
             for name, seconds in taken.items()
@@ -301,7 +307,7 @@ def ablations(bench: Bench) -> list[Figure]:
         _Transactions(1, IDS, 50),
         _Transactions(100, IDS, 15),
         *(
-            _Transactions(1, bench.size(ids), count, granted)
+            _Transactions(1, bench.size(ids), count, granted, is_alone=ids == _LARGE)
             for ids, count in ((1_000, 15), (5_000, 7), (_LARGE, 2))
             for granted in (0, 0.5, 1)
         ),
