@@ -6,10 +6,10 @@ LOCKS := requirements.lock requirements-dev.lock
 PYTEST_WORKERS ?= 6
 BENCH ?=
 
-.PHONY: help demo up test bench chaos fuzz soak check format contract lock clean
+.PHONY: help demo up test bench bench-full chaos fuzz soak check format contract lock clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 17
 
 demo: .venv/ready ## the main job on real servers, shown and checked, in under two minutes
 	@$(BIN)/interview-access demo
@@ -20,7 +20,10 @@ up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
 test: .venv/ready .venv/node/ready ## the tests, on real servers
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: .venv/ready .venv/bench/ready ## figures beside COPY, bare Celery, other queues and the plan, and charts; BENCH="small --runs 3" for a part (most of an hour)
+bench: .venv/ready ## the figures that matter most, beside COPY and bare Celery, in five minutes; BENCH="small --runs 5" for a part
+	@$(BIN)/python -m benchmarks $(or $(BENCH),--quick)
+
+bench-full: .venv/ready .venv/bench/ready ## all figures, also beside other queues and the plan, the charts and the results page (about two hours); BENCH= likewise
 	@touch .venv/bench/begun
 	@$(BIN)/python -m benchmarks $(BENCH)
 	@test ! benchmarks/results.json -nt .venv/bench/begun \

@@ -18,7 +18,17 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import curves, idle, large_jobs, other_queues, small_jobs, starting, statements
+from benchmarks import (
+    ablations,
+    curves,
+    idle,
+    large_jobs,
+    other_queues,
+    small_jobs,
+    snapshot,
+    starting,
+    statements,
+)
 from benchmarks.baselines import plain_url
 from benchmarks.measuring import Figure, three_digits
 from benchmarks.site import Bench, Servers
@@ -33,6 +43,7 @@ PARTS: Mapping[str, Part] = {
     part.__name__: part
     for part in (
         small_jobs.small,
+        small_jobs.outcomes,
         small_jobs.latency,
         large_jobs.large,
         large_jobs.again,
@@ -42,24 +53,42 @@ PARTS: Mapping[str, Part] = {
         large_jobs.growth,
         small_jobs.hot,
         small_jobs.producer,
+        snapshot.snapshot,
         starting.startup,
         idle.idle,
         statements.statements,
+        ablations.ablations,
+        ablations.worker_ablations,
         curves.sizes,
         curves.load,
         other_queues.queues,
     )
 }
 
+QUICK = ("small", "sizes", "large", "latency", "startup")
+"""The parts of the quick form."""
+
+_RUNS, _QUICK_RUNS = 5, 3
+
 
 @click.command()
 @click.argument("parts", nargs=-1, metavar="[PART]...", type=click.Choice(list(PARTS)))
-@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--runs",
+    type=click.IntRange(1),
+    help=f"Samples of each variant: {_RUNS}, or {_QUICK_RUNS} with --quick.",
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help=f"The quick form, five minutes: of the parts only {', '.join(QUICK)}, unless others are"
+    " given; of `sizes` only the middle ones, of `large` without Django.",
+)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Takes the figures, with all samples: benchmarks/results.json, where all parts are run,"
-    " and benchmarks/parts.json where some are.",
+    help="Takes the figures, with all samples: benchmarks/results.json, where all parts are run"
+    " in full, and benchmarks/parts.json otherwise.",
 )
 @click.option(
     "--scale",
@@ -68,7 +97,9 @@ PARTS: Mapping[str, Part] = {
     type=click.FloatRange(0, min_open=True),
     help="A factor on all sizes, for a quick look: the bars are meant for 1.",
 )
-def main(parts: Sequence[str], runs: int, out: Path | None, scale: float) -> None:
+def main(
+    parts: Sequence[str], runs: int | None, quick: bool, out: Path | None, scale: float
+) -> None:
     """Measure the parts, or all of them, on servers of their own, or on those of the environment.
 
     The latter are named by DATABASE_URL, whose user must be a superuser (databases are made, and
@@ -76,7 +107,9 @@ def main(parts: Sequence[str], runs: int, out: Path | None, scale: float) -> Non
 
     It ends 0 where every row and every result was as it must be, whatever bars were missed.
     """
-    out = out or Path("benchmarks") / ("parts.json" if parts else "results.json")
+    out = out or Path("benchmarks") / ("parts.json" if parts or quick else "results.json")
+    parts = parts or (QUICK if quick else list(PARTS))
+    runs = runs or (_QUICK_RUNS if quick else _RUNS)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _FILE_WIDTH
@@ -84,15 +117,16 @@ def main(parts: Sequence[str], runs: int, out: Path | None, scale: float) -> Non
         tempfile.TemporaryDirectory(prefix="interview-access-bench-") as folder,
         servers(Path(folder)) as stand,
     ):
-        bench = Bench(stand, Path(folder), runs=runs, scale=scale)
+        bench = Bench(stand, Path(folder), runs=runs, scale=scale, quick=quick)
         report: dict[str, Any] = {
             "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "runs": runs,
             "scale": scale,
+            "quick": quick,
             "machine": machine(bench),
             "parts": {},
         }
-        for name in parts or PARTS:
+        for name in parts:
             figures = PARTS[name](bench)
             console.print(table(name, figures))
             report["parts"][name] = [figure.as_json() for figure in figures]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 
 from benchmarks.baselines.copy import copy_grants
 from benchmarks.large_jobs import COPY
@@ -17,13 +18,16 @@ from benchmarks.site import BARE, OURS, Bench, Crew
 from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
 
 _SIZES = (1, 10, 100, 250, 500, 1_000, 2_000, 5_000, 10_000, 100_000, 1_000_000)
+_QUICK_SIZES = (250, 1_000, 5_000)  # of the quick form
 _ROWS = 200_000  # of a sample, in as many jobs as that takes
+_QUICK_ROWS = 100_000  # likewise, of the quick form
 _MOST_JOBS = 10_000  # of a sample
 _COPIED = 100  # IDs of the smallest jobs that are compared with COPY and the bare task
 _MOST_BARE = 10_000  # IDs of the largest jobs of the bare task
+_MOST_TOGETHER = 100_000  # IDs of the largest jobs of which several are queued
 
-_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of the rate at which ours empties a queue
-_BARE_SHARES = (0.75, 0.9)  # of the bare task's, which may be less than a quarter of ours
+_SHARES = (0.25, 0.5, 0.75, 0.9)  # of the rate at which ours empties a queue
+_BARE_SHARES = (0.25, 0.5, 0.9)  # of the bare task's, which is less than a quarter of ours
 _SECONDS = 4.0  # of sending at one rate
 _TICK = 0.002  # seconds: what falls due in one is sent together, at its beginning
 _SOON = 0.05  # seconds from all being prepared to the first tick
@@ -34,20 +38,21 @@ def sizes(bench: Bench) -> list[Figure]:
 
     All jobs are queued before the first is executed, 10,000 of them or 200,000 rows, by two pool
     processes; one job of 1,000,000 IDs includes its enqueuing. COPY has one connection and a
-    transaction for each job.
+    transaction for each job. The quick form has three sizes between, and 100,000 rows.
     """
-    largest = bench.size(_SIZES[-1])
-    measured = [ids for ids in _SIZES if ids <= largest]
+    rows = bench.size(_QUICK_ROWS if bench.quick else _ROWS)
+    interviews = rows if bench.quick else bench.size(_SIZES[-1])
+    measured = [ids for ids in (_QUICK_SIZES if bench.quick else _SIZES) if ids <= interviews]
     copied = [ids for ids in measured if ids >= _COPIED]
     bare = [ids for ids in copied if ids <= _MOST_BARE]
     with (
-        bench.database(largest) as database,
-        bench.crew(OURS, database, GRANT_MAX_INTERVIEW_IDS=largest) as ours,
+        bench.database(interviews) as database,
+        bench.crew(OURS, database, GRANT_MAX_INTERVIEW_IDS=interviews) as ours,
         bench.crew(BARE, database) as task,
     ):
 
         def count(ids: int) -> int:
-            return max(1, min(bench.size(_MOST_JOBS), bench.size(_ROWS) // ids))
+            return max(1, min(bench.size(_MOST_JOBS), rows // ids))
 
         def drain(crew: Crew, ids: int) -> Mapping[str, float]:
             crew.reset()
@@ -80,7 +85,27 @@ def sizes(bench: Bench) -> list[Figure]:
             else judge.figure(_sized(OURS.name, ids))
             for ids in measured
         ),
+        *(
+            judge.named(
+                f"{_sized(OURS.name, ids)}, beside {fewer:,} ids",
+                _sized(OURS.name, ids),
+                _sized(OURS.name, fewer),
+                Bar(0.9, at_least=True),
+            )
+            for fewer, ids in pairwise(measured)
+            if _COPIED <= ids <= _MOST_TOGETHER
+        ),
+        *(_beside_bare(judge, ids) for ids in bare),
     ]
+
+
+def _beside_bare(judge: Judge, ids: int) -> Figure:
+    """Twice the bare task's pace is required until COPY's is reached, which is the limit."""
+    ours, bare = _sized(OURS.name, ids), _sized(BARE.name, ids)
+    ratio = judge.figure(ours, _sized(COPY, ids)).ratio
+    is_at_limit = ratio is not None and ratio >= 1
+    name = f"{ours}, {'at' if is_at_limit else 'below'} COPY's pace"
+    return judge.named(name, ours, bare, None if is_at_limit else Bar(2, at_least=True))
 
 
 def load(bench: Bench) -> list[Figure]:
@@ -109,29 +134,24 @@ def load(bench: Bench) -> list[Figure]:
             names = _loaded(crew.contender.name, rate)
             return dict(zip(names, (statistics.median(taken), percentile_95(taken)), strict=True))
 
-        shares = [
-            *(share * limits[OURS.name] for share in _SHARES),
-            *(share * limits[BARE.name] for share in _BARE_SHARES),
-        ]
-        rates = sorted({max(1, round(rate)) for rate in shares})
+        low = [max(1, round(share * limits[BARE.name])) for share in _BARE_SHARES]
+        high = [max(1, round(share * limits[OURS.name])) for share in _SHARES]
+        high = [rate for rate in high if rate > low[-1]]
         trials = [
-            partial(sample, crew, rate)
-            for rate in rates
-            for crew in (bare, ours)
-            if crew is ours or rate < limits[BARE.name]
+            *(partial(sample, crew, rate) for rate in low for crew in (bare, ours)),
+            *(partial(sample, ours, rate) for rate in high),
         ]
         judge = Judge(measure(trials, bench.runs), "ms")
     figures = [
         Figure(f"{name}: above this its queue only grows", "jobs/s", (limit,))
         for name, limit in limits.items()
     ]
-    for rate in rates:
-        for ours_name, bare_name in zip(
-            _loaded(OURS.name, rate), _loaded(BARE.name, rate), strict=True
+    for rate in low:
+        for bare_name, ours_name in zip(
+            _loaded(BARE.name, rate), _loaded(OURS.name, rate), strict=True
         ):
-            beside = bare_name in judge.samples
-            figures += [judge.figure(bare_name)] if beside else []
-            figures.append(judge.figure(ours_name, bare_name if beside else None))
+            figures += [judge.figure(bare_name), judge.figure(ours_name, bare_name, Bar(1.1))]
+    figures += [judge.figure(name) for rate in high for name in _loaded(OURS.name, rate)]
     return figures
 
 

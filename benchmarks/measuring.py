@@ -132,6 +132,6 @@ class Judge:
         baseline = None if against is None else (against, self.samples[against])
         return Figure(variant, self.unit, self.samples[variant], baseline, bar)
 
-    def named(self, name: str, variant: str, against: str, bar: Bar) -> Figure:
+    def named(self, name: str, variant: str, against: str, bar: Bar | None) -> Figure:
         """The same samples once more, under another name, held against another variant."""
         return Figure(name, self.unit, self.samples[variant], (against, self.samples[against]), bar)

@@ -57,7 +57,8 @@ def queues(bench: Bench) -> list[Figure]:
     """
     if not _PYTHON.exists():
         raise click.ClickException(
-            ".venv/bench, where the other queues are, is missing: `make bench` installs it"
+            ".venv/bench, where the other queues are, is missing: `make bench-full BENCH=queues`"
+            " installs it"
         )
     jobs = bench.size(JOBS)
     with ExitStack() as opened:
@@ -77,7 +78,7 @@ def queues(bench: Bench) -> list[Figure]:
     return [
         judge.figure(BARE.name),
         *(judge.figure(rival.name, BARE.name) for rival in rivals),
-        judge.figure(OURS.name, best, Bar(2, at_least=True)),
+        judge.figure(OURS.name, best, Bar(2.4, at_least=True)),
     ]
 
 

@@ -26,10 +26,10 @@ def page(report: Report) -> str:
         f"PostgreSQL {machine['postgresql']}, Valkey {machine['valkey']}"
     )
     lines = [
-        "# What `make bench` measured",
+        "# What `make bench-full` measured",
         "",
         f"Medians of {runs} interleaved runs, with the least and the greatest, on {told}.",
-        "Written by `make bench`; [performance.md](../performance.md) says what it means.",
+        "Written by `make bench-full`; [performance.md](../performance.md) says what it means.",
     ]
     if report["scale"] != 1:
         lines += ["", f"A quick look, at {report['scale']:g} of the sizes: no bar is meant for it."]

@@ -23,6 +23,7 @@ from uuid import uuid4
 import psycopg
 from celery import Celery
 from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
+from interview_access.errors import InvalidInterviewIdException
 from interview_access.producer import InterviewAccessClient
 from psycopg import sql
 from redis import Redis
@@ -41,6 +42,7 @@ _LOOK_EVERY = 0.002  # seconds between two looks at what is about to happen
 _WINDOW = 200  # results looked at in one round trip
 _WARM_UP_JOBS = 8  # enough that each of two children has had one, and its connection stands
 _HELD_BACK = "benchmark-held-back"  # a list that no worker looks at
+_COPIES = "benchmark-copies"  # likewise
 _GRANTS_EACH = 100  # of a user that only fills the table
 _RESULT_EXPIRES = 86_400  # seconds: ours, and Celery's default
 _PREFIX = "celery-task-meta-"  # Celery's own, of a result's key
@@ -65,6 +67,11 @@ class Contender:
     app: str
     queue: str = "celery"
     task: str = "grant"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether jobs are enqueued by our client."""
+        return self.task == GRANT_ACCESS
 
     def command(self, children: int, log_level: str = "WARNING") -> list[str]:
         """What starts its worker: prefork, with the events that Flower shows."""
@@ -201,14 +208,18 @@ class Crew:
 
     def enqueue(self, job: GrantJob) -> None:
         """Enqueue one job as its users would."""
-        if self.contender is OURS:
+        if self.contender.is_ours:
             self._client.enqueue(job.user_id, job.interview_ids, job_id=job.job_id)
         else:
             send(self._celery, self.contender, job)
 
+    def enqueue_many(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue many of our jobs."""
+        self._client.enqueue_many(jobs)
+
     def put_by(self, jobs: Sequence[GrantJob]) -> None:
         """Enqueue jobs where no worker sees them, by the fastest way that its users have."""
-        if self.contender is OURS:
+        if self.contender.is_ours:
             client = InterviewAccessClient(self.waiting_room)
             client.enqueue_many(jobs)
             client.close()
@@ -241,12 +252,40 @@ class Crew:
                 pipeline.lmove(_HELD_BACK, self.contender.queue, "RIGHT", "LEFT")
             pipeline.execute()
 
-    def drain(self, jobs: Sequence[GrantJob]) -> float:
-        """Seconds from the moment that all of the jobs stand in the queue to the last result."""
+    def drain(self, jobs: Sequence[GrantJob], *, failed: bool = False) -> float:
+        """Seconds from the moment that all of the jobs stand in the queue to the last result.
+
+        Args:
+            jobs: What is enqueued.
+            failed: Whether all of them must fail for an unknown ID, instead of succeeding.
+        """
         self.put_by(jobs)
+        return self._drain([job.job_id for job in jobs], failed=failed)
+
+    def drain_twice(self, jobs: Sequence[GrantJob]) -> tuple[float, float]:
+        """Measure as `drain` does, and once more with copies of the same messages.
+
+        The results are deleted in between, so that the second ones can be awaited.
+
+        Raises:
+            BenchmarkError: if the jobs count other rows the second time.
+        """
+        job_ids = [job.job_id for job in jobs]
+        self.put_by(jobs)
+        self.waiting_redis.copy(self.contender.queue, _COPIES)
+        first = self._drain(job_ids)
+        created, self.created = self.created, 0
+        self.delete_results(job_ids)
+        self.waiting_redis.rename(_COPIES, self.contender.queue)
+        second = self._drain(job_ids)
+        if self.created != created:
+            raise BenchmarkError(f"expected {created:,} rows once more, got {self.created:,}")
+        return first, second
+
+    def _drain(self, job_ids: Sequence[str], *, failed: bool = False) -> float:
         started = time.perf_counter()
         self.release()
-        self.collect([job.job_id for job in jobs])
+        self.collect(job_ids, failed=failed)
         return time.perf_counter() - started
 
     def time_one(self, job: GrantJob) -> float:
@@ -272,16 +311,17 @@ class Crew:
         self.created += answer
         return seconds
 
-    def collect(self, job_ids: Sequence[str]) -> None:
-        """Wait for the results of all of the jobs."""
+    def collect(self, job_ids: Sequence[str], *, failed: bool = False) -> None:
+        """Wait for the results of all of the jobs; see `drain`."""
         left = deque(job_ids)
+        read = _zero_of_failed if failed else _count
 
         def looked() -> bool:
             self._see_that_it_runs()
             while left:
                 window = [left.popleft() for _ in range(min(_WINDOW, len(left)))]
                 stored: Any = self.redis.mget([f"{_PREFIX}{job_id}" for job_id in window])
-                counts = [_count(raw) for raw in stored]
+                counts = [read(raw) for raw in stored]
                 self.created += sum(count for count in counts if count is not None)
                 late = [one for one, count in zip(window, counts, strict=True) if count is None]
                 left.extendleft(reversed(late))
@@ -290,6 +330,10 @@ class Crew:
             return True
 
         until(looked, f"{len(job_ids)} results of {self.contender.name}")
+
+    def delete_results(self, job_ids: Sequence[str]) -> None:
+        """Delete the stored results of the jobs."""
+        self.redis.unlink(*(f"{_PREFIX}{job_id}" for job_id in job_ids))
 
     def stored_at(self, job_ids: Sequence[str]) -> list[float]:
         """When Redis took each result, in seconds since 1970, to half a millisecond."""
@@ -374,6 +418,21 @@ def _count(raw: bytes | None) -> int | None:
     return None
 
 
+def _zero_of_failed(raw: bytes | None) -> int | None:
+    """0 if a stored result is the failure of a job with an unknown ID; None while there is none."""
+    if raw is None:
+        return None
+    stored = json.loads(raw)
+    if stored["status"] == "SUCCESS":
+        raise BenchmarkError(f"expected a failure, got {stored['result']}")
+    if stored["status"] != "FAILURE":
+        return None
+    expected = InvalidInterviewIdException.__name__
+    if stored["result"]["exc_type"] != expected:
+        raise BenchmarkError(f"expected {expected}, got {stored['result']}")
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Servers:
     """Servers that stand already.
@@ -395,12 +454,20 @@ class Bench:
         folder: Takes the workers' logs.
         runs: Samples of each variant.
         scale: A factor on all sizes.
+        quick: Whether parts leave out variants that take long or need more than our own venv.
     """
 
     def __init__(
-        self, servers: LocalStack | Servers, folder: Path, *, runs: int, scale: float
+        self,
+        servers: LocalStack | Servers,
+        folder: Path,
+        *,
+        runs: int,
+        scale: float,
+        quick: bool = False,
     ) -> None:
         self.runs = runs
+        self.quick = quick
         self.servers = servers
         self._folder = folder
         self.scale = scale

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from threading import Event, Thread
 from uuid import uuid4
 
@@ -26,8 +27,8 @@ JOBS = 3_000
 _ONE_BY_ONE = 200
 _AT_ONCE = 16
 _HOT_INTERVIEWS = 1_000
-_LARGE_JOB = 100_000
-_LARGE_JOBS = 20  # of a stream: enough for a small job's time to meet all of their stages
+# Of large jobs, by their size: enough jobs for a small one's time to meet all of their stages.
+_STREAMS = {100_000: 20, 5_000: 200}
 _OUTSTANDING = 4  # large jobs that stand in queue or run: two for each child
 _PAUSE = 0.02  # seconds between small jobs beside the stream
 _SENT = 20_000
@@ -65,9 +66,36 @@ def small(bench: Bench) -> list[Figure]:
         judge = Judge(measure([_of(rate, crew) for crew in crews], bench.runs), "jobs/s")
     return [
         judge.figure(BARE.name),
-        judge.figure(OURS.name, BARE.name, Bar(5, at_least=True)),
+        judge.figure(OURS.name, BARE.name, Bar(6, at_least=True)),
         judge.figure(NOOP.name, BARE.name),
     ]
+
+
+def outcomes(bench: Bench) -> list[Figure]:
+    """Queued jobs of 20 ids: new ones, the same messages once more, and jobs with an unknown id."""
+    jobs = bench.size(JOBS)
+    new, repeated, failed = "new", "all repeated", "all failed"
+    with bench.database(INTERVIEWS) as database, bench.crew(OURS, database) as crew:
+
+        def twice() -> Mapping[str, float]:
+            crew.reset()
+            first, second = crew.drain_twice(jobs_on(database.interviews, jobs, IDS))
+            crew.settle()
+            return {new: jobs / first, repeated: jobs / second}
+
+        def with_unknown() -> Mapping[str, float]:
+            crew.reset()
+            valid = jobs_on(database.interviews, jobs, IDS - 1)
+            seconds = crew.drain(
+                [GrantJob(one.user_id, [*one.interview_ids, str(uuid4())]) for one in valid],
+                failed=True,
+            )
+            crew.settle()
+            return {failed: jobs / seconds}
+
+        judge = Judge(measure([twice, with_unknown], bench.runs), "jobs/s")
+    bar = Bar(1, at_least=True)
+    return [judge.figure(new), judge.figure(repeated, new, bar), judge.figure(failed, new, bar)]
 
 
 def latency(bench: Bench) -> list[Figure]:
@@ -84,7 +112,7 @@ def latency(bench: Bench) -> list[Figure]:
 
         crews = [open_crews.enter_context(bench.crew(one, database)) for one in (OURS, BARE)]
         judge = Judge(measure([_of(median, crew) for crew in crews], bench.runs), "ms")
-    return [judge.figure(BARE.name), judge.figure(OURS.name, BARE.name, Bar(1.25))]
+    return [judge.figure(BARE.name), judge.figure(OURS.name, BARE.name, Bar(1.05))]
 
 
 def hot(bench: Bench) -> list[Figure]:
@@ -114,9 +142,9 @@ def hot(bench: Bench) -> list[Figure]:
 
 def mixed(bench: Bench) -> list[Figure]:
     """A job of 20 ids beside a stream of large ones: the 95th percentile from enqueue to result."""
-    large, most = bench.size(_LARGE_JOB), bench.size(_ONE_BY_ONE)
-    alone, beside = "alone", f"beside jobs of {large:,} ids"
-    with bench.database(large) as database, bench.crew(OURS, database) as crew:
+    most, alone = bench.size(_ONE_BY_ONE), "alone"
+    streams = {bench.size(ids): count for ids, count in _STREAMS.items()}
+    with bench.database(max(streams)) as database, bench.crew(OURS, database) as crew:
 
         def sample(variant: str, times: Iterator[float]) -> Mapping[str, float]:
             taken = [seconds for _, seconds in zip(range(most), times, strict=False)]
@@ -133,16 +161,21 @@ def mixed(bench: Bench) -> list[Figure]:
             crew.settle()
             return figures
 
-        def in_company() -> Mapping[str, float]:
+        def in_company(ids: int) -> Mapping[str, float]:
             crew.reset()
-            stream = _Stream(crew, jobs_on(database.interviews, _LARGE_JOBS, large))
-            figures = sample(beside, stream.accompany(times()))
+            stream = _Stream(crew, jobs_on(database.interviews, streams[ids], ids))
+            figures = sample(_beside(ids), stream.accompany(times()))
             stream.end()
             crew.settle()
             return figures
 
-        judge = Judge(measure([by_itself, in_company], bench.runs), "ms")
-    return [judge.figure(alone), judge.figure(beside, alone, Bar(3))]
+        trials: list[Trial] = [by_itself, *(partial(in_company, ids) for ids in streams)]
+        judge = Judge(measure(trials, bench.runs), "ms")
+    return [judge.figure(alone), *(judge.figure(_beside(ids), alone, Bar(3)) for ids in streams)]
+
+
+def _beside(ids: int) -> str:
+    return f"beside jobs of {ids:,} ids"
 
 
 class _Stream:
@@ -192,7 +225,7 @@ def producer(bench: Bench) -> list[Figure]:
     """Jobs of 20 ids sent by one process, no worker: jobs a second."""
     jobs = bench.size(_SENT)
     interviews = [str(uuid4()) for _ in range(INTERVIEWS)]
-    loop, many = "Celery's .delay() in a loop", "enqueue_many"
+    delay, loop, many = "Celery's .delay() in a loop", "enqueue in a loop", "enqueue_many"
     with bench.queue() as (number, _), bench.redis(number) as redis:
         client = InterviewAccessClient(bench.broker(number))
         app = Celery(broker=bench.broker(number), backend=bench.broker(number))
@@ -217,14 +250,23 @@ def producer(bench: Bench) -> list[Figure]:
             for job in sent:
                 grant.delay(job.user_id, job.interview_ids)
 
+        def enqueue_each(sent: Sequence[GrantJob]) -> None:
+            for job in sent:
+                client.enqueue(job.user_id, job.interview_ids, job_id=job.job_id)
+
         trials: list[Trial] = [
-            lambda: rate(loop, delay_each),
+            lambda: rate(delay, delay_each),
+            lambda: rate(loop, enqueue_each),
             lambda: rate(many, client.enqueue_many),
         ]
         judge = Judge(measure(trials, bench.runs), "jobs/s")
         client.close()
         app.close()
-    return [judge.figure(loop), judge.figure(many, loop, Bar(5, at_least=True))]
+    return [
+        judge.figure(delay),
+        judge.figure(loop, delay, Bar(2, at_least=True)),
+        judge.figure(many, delay, Bar(10, at_least=True)),
+    ]
 
 
 def _of(sample: Callable[[Crew], Mapping[str, float]], crew: Crew) -> Trial:

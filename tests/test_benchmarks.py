@@ -6,32 +6,73 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import QUICK
+from benchmarks.ablations import ABLATIONS, IN_WORKERS
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_part_runs_by_itself_and_writes_its_samples(tmp_path: Path) -> None:
     """One part ends 0, prints its table, and writes each variant's samples and the machine."""
-    out = tmp_path / "results.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks", "producer"),
-            *("--runs", "1", "--scale", "0.001", "--out", str(out)),
-        ],
+    printed, report = _measured(tmp_path, "producer", "--scale", "0.001")
+    assert "enqueue_many" in printed
+
+    assert set(report["parts"]) == {"producer"}
+    delay, loop, many = report["parts"]["producer"]
+    assert [len(figure["samples"]) for figure in (delay, loop, many)] == [1, 1, 1]
+    assert many["ratio"] == many["median"] / delay["median"]
+    assert many["bar"] == "≥ 10"
+    assert report["machine"]["cores"] >= 1
+    assert report["machine"]["postgresql"]
+
+
+def test_the_quick_form_measures_its_parts_without_the_plan(tmp_path: Path) -> None:
+    """`--quick` measures the quick form's parts only, beside COPY and the bare task only."""
+    _, report = _measured(tmp_path, "--quick", "--scale", "0.005")
+    assert tuple(report["parts"]) == QUICK
+    assert report["quick"]
+    variants = {figure["variant"] for figures in report["parts"].values() for figure in figures}
+    assert {"COPY, 250 ids", "ours, 250 ids", "bare Celery task, 250 ids"} <= variants
+    assert not any("plan" in variant for variant in variants)
+
+
+def test_ablations_turn_each_optimization_off(tmp_path: Path) -> None:
+    """Each ablation finds what it turns off, and its jobs create the same rows."""
+    _, report = _measured(tmp_path, "ablations", "worker_ablations", "--scale", "0.01")
+    variants = [figure["variant"] for figures in report["parts"].values() for figure in figures]
+    for name in (*(one.name for one in ABLATIONS), *IN_WORKERS):
+        assert any(variant.endswith(f": {name}") for variant in variants), name
+
+
+def test_make_help_lists_both_forms() -> None:
+    """`make help` lists the quick and the full form, whose target has a hyphen."""
+    listed = subprocess.run(
+        ["make", "help"],  # noqa: S607 - found as people find it
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
+        check=True,
+    ).stdout
+    assert "make bench " in listed
+    assert "make bench-full " in listed
+
+
+def _measured(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """What one run of the command printed, and the report that it wrote."""
+    out = folder / "results.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks", *arguments),
+            *("--runs", "1", "--out", str(out)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "enqueue_many" in done.stdout
-
-    report = json.loads(out.read_text(encoding="utf-8"))
-    assert set(report["parts"]) == {"producer"}
-    loop, many = report["parts"]["producer"]
-    assert [len(figure["samples"]) for figure in (loop, many)] == [1, 1]
-    assert many["ratio"] == many["median"] / loop["median"]
-    assert many["bar"] == "≥ 5"
-    assert report["machine"]["cores"] >= 1
-    assert report["machine"]["postgresql"]
+    return done.stdout, json.loads(out.read_text(encoding="utf-8"))

@@ -263,7 +263,7 @@ class TestTheSameJobAgain:
                 first.record_jobs([FinishedJobDTO(job.entry, AnswerDTO("succeeded", {"n": 1}))])
                 second = Background(lambda: GrantAccessInteractor(storage).grant_access([job]))
                 postgres.until_waiting(second)
-        (outcome,) = second.result()
+            (outcome,) = second.result()
         assert outcome.repeated
         assert outcome.answer == AnswerDTO("succeeded", {"n": 1})
         assert postgres.granted("ann") == [one]

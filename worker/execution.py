@@ -8,7 +8,6 @@ followed by, and returns one disposition for each delivery.
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import os
 import signal
@@ -232,8 +231,7 @@ def _decoded(body: str, encoding: str, limits: Limits) -> _Call:
     try:
         text = _text(body, encoding, limits)
         limits.check(text)
-        # kombu's own looks at each object whether it represents a value of another type.
-        decoded = loads(text) if "__type__" in text else json.loads(text)
+        decoded = loads(text)
     except MemoryError:
         raise
     except Exception as error:

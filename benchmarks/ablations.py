@@ -1,0 +1,390 @@
+"""The part about our own optimizations: each is turned off, beside the code as it is.
+
+They are replaced from outside, in the benchmark's process or in a worker of its own
+(`benchmarks/ablated_worker.py`): production code has no option for this.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+from uuid import uuid4
+
+import psutil
+from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
+from sqlalchemy import Connection, TextClause, text
+
+from benchmarks.measuring import Figure, Judge, measure
+from benchmarks.site import OURS, Bench, BenchmarkError, Contender, Crew, Database
+from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
+from storage import postgres
+from storage.postgres import (
+    _CREATE_ALL,
+    _CREATE_IN_A_RACE,
+    _CREATE_MISSING,
+    _SETTINGS,
+    _TRY_LOCK_JOBS,
+    PostgresStorage,
+    PostgresTransaction,
+    _CreateAccess,
+    _UuidArray,
+)
+from tasks.celery_tasks import grant_access_job
+from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
+
+_AS_IT_IS = "as it is"
+_LARGE = 100_000
+_MANY = 1_000  # grants, below which some constructs are not used
+_MEGABYTE = 1_000_000
+_PLANNER_SETTINGS = re.compile(r", set_config\('(?:enable_seqscan|jit)', 'off', true\)")
+_JSON_ROWS = re.compile(
+    r"json_to_recordset\(CAST\(%\(jobs\)s AS json\)\)\s+AS (?P<alias>\w+) \((?P<columns>[^)]*)\)"
+)
+
+Change = Callable[[], AbstractContextManager[object]]
+"""Turns a construct off within a block."""
+
+Execute = Callable[..., Any]
+"""SQLAlchemy's `Connection.exec_driver_sql`."""
+
+
+# --- What is turned off --------------------------------------------------------------------------
+
+
+def _ids_as(convert: Callable[[Sequence[str]], object]) -> Change:
+    return lambda: patch.object(_UuidArray, "of", staticmethod(convert))
+
+
+def _text_literal(interview_ids: Sequence[str]) -> str:
+    return "{" + ",".join(interview_ids) + "}"
+
+
+def _strategies(replaced: Mapping[_CreateAccess, _CreateAccess]) -> Change:
+    choose = PostgresTransaction._fastest_way  # noqa: SLF001 - from outside
+
+    def choose_other(*arguments: Any) -> _CreateAccess | None:
+        chosen = choose(*arguments)
+        return chosen and replaced.get(chosen, chosen)
+
+    return lambda: patch.object(PostgresTransaction, "_fastest_way", choose_other)
+
+
+def _no_shortcut() -> AbstractContextManager[object]:
+    return patch.object(PostgresTransaction, "_all_stand", lambda *_: False)
+
+
+def _no_planner_settings() -> AbstractContextManager[object]:
+    changed = [_PLANNER_SETTINGS.subn("", one) for one in (_SETTINGS, _TRY_LOCK_JOBS)]
+    if any(count != 2 for _, count in changed):  # noqa: PLR2004 - both of them
+        raise BenchmarkError("the planner's settings are not where they were expected")
+    settings, lock_jobs = (statement for statement, _ in changed)
+    return patch.multiple(postgres, _SETTINGS=settings, _TRY_LOCK_JOBS=lock_jobs)
+
+
+def _no_own_plans() -> AbstractContextManager[object]:
+    return patch.object(PostgresTransaction, "_planned_for", lambda *_: nullcontext())
+
+
+def _compiled_statements() -> AbstractContextManager[object]:
+    def execute(connection: Connection, statement: str, parameters: Any = None) -> Any:
+        return connection.execute(_text(statement), parameters)
+
+    return patch.object(Connection, "exec_driver_sql", execute)
+
+
+@lru_cache
+def _text(statement: str) -> TextClause:
+    return text(re.sub(r"%\((\w+)\)s", r":\1", statement).replace("%%", "%"))
+
+
+Rows = Sequence[Mapping[str, Any]]
+Columns = Sequence[tuple[str, str]]
+"""Names and types."""
+
+
+@contextmanager
+def _ledger_rows_as(
+    source: Callable[[Rows, Columns], tuple[str, dict[str, Any]]],
+) -> Iterator[None]:
+    """Pass the ledger's rows in another way than as one JSON text.
+
+    Args:
+        source: Makes an SQL expression with its parameters.
+    """
+    execute: Execute = Connection.exec_driver_sql
+
+    def execute_with_rows(connection: Connection, statement: str, parameters: Any = None) -> Any:
+        found = _JSON_ROWS.search(statement)
+        if not found:
+            return execute(connection, statement, parameters)
+        columns = [(one.split()[0], one.split()[1]) for one in found["columns"].split(",")]
+        expression, values = source(parameters["jobs"], columns)
+        names = ", ".join(name for name, _ in columns)
+        rows = f"{expression} AS {found['alias']} ({names})"
+        statement = statement.replace(found[0], rows)
+        return execute(connection, statement, values)
+
+    with (
+        patch.object(Connection, "exec_driver_sql", execute_with_rows),
+        patch.object(postgres, "json", SimpleNamespace(dumps=lambda rows: rows)),
+    ):
+        yield
+
+
+def _arrays(rows: Rows, columns: Columns) -> tuple[str, dict[str, Any]]:
+    arrays = ", ".join(f"CAST(%({name})s AS {kind}[])" for name, kind in columns)
+    return f"unnest({arrays})", {name: [_value(row, name) for row in rows] for name, _ in columns}
+
+
+def _values(rows: Rows, columns: Columns) -> tuple[str, dict[str, Any]]:
+    """As Core's `insert().values([…])` has them."""
+    lines = [
+        ", ".join(f"CAST(%({name}_{at})s AS {kind})" for name, kind in columns)
+        for at in range(len(rows))
+    ]
+    return f"(VALUES ({'), ('.join(lines)}))", {
+        f"{name}_{at}": _value(row, name) for at, row in enumerate(rows) for name, _ in columns
+    }
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    value = row.get(name)
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True, slots=True)
+class _Ablation:
+    """A construct of the storage that is turned off.
+
+    Attributes:
+        name: Of its figures.
+        change: How.
+        least: Grants of a transaction from which on the construct is used.
+        is_about_granted: Whether it also concerns grants that exist.
+    """
+
+    name: str
+    change: Change
+    least: int = 0
+    is_about_granted: bool = False
+
+
+ABLATIONS = [
+    _Ablation("IDs as a list of strings", _ids_as(list)),
+    _Ablation("IDs as a text literal", _ids_as(_text_literal)),
+    _Ablation(
+        "always ON CONFLICT",
+        _strategies(dict.fromkeys((_CREATE_ALL, _CREATE_MISSING), _CREATE_IN_A_RACE)),
+        *(_MANY, True),
+    ),
+    _Ablation(
+        "missing grants looked up for new users too",
+        _strategies({_CREATE_ALL: _CREATE_MISSING}),
+        *(_MANY, True),
+    ),
+    _Ablation(
+        "missing grants never looked up",
+        _strategies({_CREATE_MISSING: _CREATE_IN_A_RACE}),
+        *(_MANY, True),
+    ),
+    _Ablation("no look for all granted", _no_shortcut, _MANY, is_about_granted=True),
+    _Ablation("plans not for these arrays", _no_own_plans, _MANY, is_about_granted=True),
+    _Ablation("enable_seqscan and jit not set", _no_planner_settings, is_about_granted=True),
+    _Ablation("statements compiled by text()", _compiled_statements),
+    _Ablation("rows of the ledger as arrays", partial(_ledger_rows_as, _arrays)),
+    _Ablation("rows of the ledger as VALUES", partial(_ledger_rows_as, _values)),
+]
+
+
+# --- In the storage ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """The storage with a construct turned off, or as it is.
+
+    Attributes:
+        name: Of its figures.
+        change: Turns the construct off.
+        storage: Its own, with prepared statements of its own.
+    """
+
+    name: str
+    change: Change
+    storage: PostgresStorage
+
+
+@dataclass(frozen=True, slots=True)
+class _Transactions:
+    """Alike transactions of all variants, of which a sample takes the medians.
+
+    Attributes:
+        jobs: In each of them.
+        ids: In each job.
+        count: Of transactions of each variant in a sample.
+        granted: The share of the grants that exist before.
+        is_alone: Whether the tables are empty before each transaction: the rows of a large one
+            would slow down the next.
+    """
+
+    jobs: int
+    ids: int
+    count: int
+    granted: float = 0
+    is_alone: bool = False
+
+    @property
+    def title(self) -> str:
+        jobs = f"{self.jobs} {'job' if self.jobs == 1 else 'jobs'} of {self.ids:,} ids"
+        return f"{jobs}, {self.granted:.0%} granted"
+
+    @property
+    def ablations(self) -> Sequence[_Ablation]:
+        """What concerns them."""
+        return [
+            one
+            for one in ABLATIONS
+            if self.jobs * self.ids >= one.least and (one.is_about_granted or not self.granted)
+        ]
+
+    def sample(self, database: Database, variants: Sequence[_Variant]) -> Mapping[str, float]:
+        """Milliseconds of one transaction of each variant, which take turns."""
+        database.reset()
+        taken: dict[str, list[float]] = {one.name: [] for one in variants}
+        for turn in range(self.count):
+            first = turn % len(variants)
+            for one in (*variants[first:], *variants[:first]):
+                if self.is_alone:
+                    database.reset()
+                taken[one.name].append(self._seconds(database.interviews, one))
+        transactions = 1 if self.is_alone else self.count * len(variants)
+        database.expect(transactions * self.jobs * self.ids)
+        return {
+            f"{self.title}: {name}": 1_000 * statistics.median(seconds)
+            for name, seconds in taken.items()
+        }
+
+    def _seconds(self, interviews: Sequence[str], variant: _Variant) -> float:
+        jobs = jobs_on(interviews, self.jobs, self.ids)
+        granted = round(self.granted * self.ids)
+        if granted:
+            _grant(variant.storage, [_read(job, granted) for job in jobs])
+        read = [_read(job, self.ids) for job in jobs]
+        with variant.change():
+            return _grant(variant.storage, read)
+
+
+def _read(job: GrantJob, ids: int) -> GrantAccessJob:
+    """A job on the first of the IDs, under a job ID of its own."""
+    kwargs = {"user_id": job.user_id, "interview_ids": list(job.interview_ids)[:ids]}
+    return grant_access_job(str(uuid4()), (), kwargs, max_interview_ids=_LARGE)
+
+
+def _grant(storage: PostgresStorage, jobs: Sequence[GrantAccessJob]) -> float:
+    """Seconds of a transaction."""
+    started = time.perf_counter()
+    outcomes = GrantAccessInteractor(storage).grant_access(jobs)
+    seconds = time.perf_counter() - started
+    for outcome in outcomes:
+        if outcome.answer is None or outcome.answer.error:
+            raise BenchmarkError(f"a job failed: {outcome}") from outcome.error
+    return seconds
+
+
+def ablations(bench: Bench) -> list[Figure]:
+    """Optimizations of the storage, each turned off: the time of a transaction."""
+    transactions = [
+        _Transactions(1, IDS, 50),
+        _Transactions(100, IDS, 15),
+        *(
+            _Transactions(1, bench.size(ids), count, granted, is_alone=ids == _LARGE)
+            for ids, count in ((1_000, 15), (5_000, 7), (_LARGE, 2))
+            for granted in (0, 0.5, 1)
+        ),
+    ]
+    with bench.database(max(bench.size(_LARGE), INTERVIEWS)) as database:
+        figures = [_figures(database, one, bench.runs) for one in transactions]
+    return [*chain.from_iterable(figures)]
+
+
+def _figures(database: Database, transactions: _Transactions, runs: int) -> list[Figure]:
+    changes = {one.name: one.change for one in transactions.ablations}
+    with ExitStack() as opened:
+        variants = []
+        for name, change in {_AS_IT_IS: nullcontext, **changes}.items():
+            storage = PostgresStorage(database.url)
+            opened.callback(storage.close)
+            variants.append(_Variant(name, change, storage))
+        sample = partial(transactions.sample, database, variants)
+        sample()  # connects, and has the statements prepared
+        judge = Judge(measure([sample], runs), "ms")
+    return _beside_as_it_is(judge, transactions.title, changes)
+
+
+def _beside_as_it_is(judge: Judge, title: str, names: Iterable[str]) -> list[Figure]:
+    as_it_is = f"{title}: {_AS_IT_IS}"
+    return [
+        judge.figure(as_it_is),
+        *(judge.figure(f"{title}: {name}", as_it_is) for name in names),
+    ]
+
+
+# --- In a worker ---------------------------------------------------------------------------------
+
+
+IN_WORKERS = ("no StartedReporter", "kombu's loads", "no gc.freeze")
+"""What `benchmarks/ablated_worker.py` turns off."""
+
+
+def worker_ablations(bench: Bench) -> list[Figure]:
+    """Optimizations of a pool process, each turned off: jobs a second, memory, time of a job."""
+    large = bench.size(_LARGE)
+    variants = {
+        _AS_IT_IS: OURS,
+        **{
+            name: Contender(name, "benchmarks.ablated_worker", QUEUE, GRANT_ACCESS)
+            for name in IN_WORKERS
+        },
+    }
+    rate = f"{JOBS:,} queued jobs of {IDS} ids"
+    memory = "memory of its pool processes alone, after that"
+    times = {
+        f"one job of {ids:,} ids": (ids, count)
+        for ids, count in ((IDS, 100), (bench.size(5_000), 5), (large, 1))
+    }
+
+    def sample(name: str, crew: Crew) -> Mapping[str, float]:
+        taken = {rate: drain_rate(crew, bench.size(JOBS))}
+        children = psutil.Process(crew.service.pid).children()
+        used = sum(child.memory_full_info().uss for child in children)
+        taken[memory] = used / _MEGABYTE
+        for title, (ids, count) in times.items():
+            crew.reset()
+            jobs = [GrantJob(uuid4().hex, crew.database.interviews[:ids]) for _ in range(count)]
+            taken[title] = 1_000 * statistics.median(crew.time_one(job) for job in jobs)
+            crew.settle()
+        return {f"{title}: {name}": value for title, value in taken.items()}
+
+    with ExitStack() as opened:
+        database = opened.enter_context(bench.database(max(large, INTERVIEWS)))
+        crews = {
+            name: opened.enter_context(bench.crew(contender, database, ABLATED=name))
+            for name, contender in variants.items()
+        }
+        samples = measure([partial(sample, *one) for one in crews.items()], bench.runs)
+    units = {rate: "jobs/s", memory: "MB", **dict.fromkeys(times, "ms")}
+    return [
+        figure
+        for title, unit in units.items()
+        for figure in _beside_as_it_is(Judge(samples, unit), title, IN_WORKERS)
+    ]
