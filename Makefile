@@ -37,8 +37,8 @@ chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow
 fuzz: .venv/ready ## 200,000 messages of every kind; FUZZ_SEED=2 is another run (half an hour)
 	@$(BIN)/python -m pytest -q -s tests/faults/slow_fuzz.py
 
-soak: .venv/ready ## 100,000 jobs out of one process: speed, memory and connections (minutes)
-	@$(BIN)/python -m pytest -q -s tests/slow_client.py
+soak: .venv/ready ## 100,000 jobs out of one process: speed, memory and connections; the quick benchmarks (minutes)
+	@$(BIN)/python -m pytest -q -s tests/slow_client.py tests/slow_benchmarks.py
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

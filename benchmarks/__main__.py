@@ -58,7 +58,6 @@ PARTS: Mapping[str, Part] = {
         idle.idle,
         statements.statements,
         ablations.ablations,
-        ablations.worker_ablations,
         curves.sizes,
         curves.load,
         other_queues.queues,

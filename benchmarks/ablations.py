@@ -1,32 +1,28 @@
 """The part about our own optimizations: each is turned off, beside the code as it is.
 
-They are replaced from outside, in the benchmark's process or in a worker of its own
-(`benchmarks/ablated_worker.py`): production code has no option for this.
+They are replaced from outside, in the benchmark's process: production code has no option for this.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
 
-import psutil
-from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
+from interview_access.contracts import GrantJob
 from sqlalchemy import Connection, TextClause, text
 
 from benchmarks.measuring import Figure, Judge, measure
-from benchmarks.site import OURS, Bench, BenchmarkError, Contender, Crew, Database
-from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
+from benchmarks.site import Bench, BenchmarkError, Database
+from benchmarks.small_jobs import IDS, INTERVIEWS, jobs_on
 from storage import postgres
 from storage.postgres import (
     _CREATE_ALL,
@@ -47,9 +43,6 @@ _LARGE = 100_000
 _MANY = 1_000  # grants, below which some constructs are not used
 _MEGABYTE = 1_000_000
 _PLANNER_SETTINGS = re.compile(r", set_config\('(?:enable_seqscan|jit)', 'off', true\)")
-_JSON_ROWS = re.compile(
-    r"json_to_recordset\(CAST\(%\(jobs\)s AS json\)\)\s+AS (?P<alias>\w+) \((?P<columns>[^)]*)\)"
-)
 
 Change = Callable[[], AbstractContextManager[object]]
 """Turns a construct off within a block."""
@@ -107,61 +100,6 @@ def _text(statement: str) -> TextClause:
     return text(re.sub(r"%\((\w+)\)s", r":\1", statement).replace("%%", "%"))
 
 
-Rows = Sequence[Mapping[str, Any]]
-Columns = Sequence[tuple[str, str]]
-"""Names and types."""
-
-
-@contextmanager
-def _ledger_rows_as(
-    source: Callable[[Rows, Columns], tuple[str, dict[str, Any]]],
-) -> Iterator[None]:
-    """Pass the ledger's rows in another way than as one JSON text.
-
-    Args:
-        source: Makes an SQL expression with its parameters.
-    """
-    execute: Execute = Connection.exec_driver_sql
-
-    def execute_with_rows(connection: Connection, statement: str, parameters: Any = None) -> Any:
-        found = _JSON_ROWS.search(statement)
-        if not found:
-            return execute(connection, statement, parameters)
-        columns = [(one.split()[0], one.split()[1]) for one in found["columns"].split(",")]
-        expression, values = source(parameters["jobs"], columns)
-        names = ", ".join(name for name, _ in columns)
-        rows = f"{expression} AS {found['alias']} ({names})"
-        statement = statement.replace(found[0], rows)
-        return execute(connection, statement, values)
-
-    with (
-        patch.object(Connection, "exec_driver_sql", execute_with_rows),
-        patch.object(postgres, "json", SimpleNamespace(dumps=lambda rows: rows)),
-    ):
-        yield
-
-
-def _arrays(rows: Rows, columns: Columns) -> tuple[str, dict[str, Any]]:
-    arrays = ", ".join(f"CAST(%({name})s AS {kind}[])" for name, kind in columns)
-    return f"unnest({arrays})", {name: [_value(row, name) for row in rows] for name, _ in columns}
-
-
-def _values(rows: Rows, columns: Columns) -> tuple[str, dict[str, Any]]:
-    """As Core's `insert().values([…])` has them."""
-    lines = [
-        ", ".join(f"CAST(%({name}_{at})s AS {kind})" for name, kind in columns)
-        for at in range(len(rows))
-    ]
-    return f"(VALUES ({'), ('.join(lines)}))", {
-        f"{name}_{at}": _value(row, name) for at, row in enumerate(rows) for name, _ in columns
-    }
-
-
-def _value(row: Mapping[str, Any], name: str) -> Any:
-    value = row.get(name)
-    return json.dumps(value) if isinstance(value, dict) else value
-
-
 @dataclass(frozen=True, slots=True)
 class _Ablation:
     """A construct of the storage that is turned off.
@@ -201,8 +139,6 @@ ABLATIONS = [
     _Ablation("plans not for these arrays", _no_own_plans, _MANY, is_about_granted=True),
     _Ablation("enable_seqscan and jit not set", _no_planner_settings, is_about_granted=True),
     _Ablation("statements compiled by text()", _compiled_statements),
-    _Ablation("rows of the ledger as arrays", partial(_ledger_rows_as, _arrays)),
-    _Ablation("rows of the ledger as VALUES", partial(_ledger_rows_as, _values)),
 ]
 
 
@@ -304,10 +240,10 @@ def _grant(storage: PostgresStorage, jobs: Sequence[GrantAccessJob]) -> float:
 def ablations(bench: Bench) -> list[Figure]:
     """Optimizations of the storage, each turned off: the time of a transaction."""
     transactions = [
-        _Transactions(1, IDS, 50),
-        _Transactions(100, IDS, 15),
+        _Transactions(1, IDS, bench.size(50)),
+        _Transactions(100, IDS, bench.size(15)),
         *(
-            _Transactions(1, bench.size(ids), count, granted, is_alone=ids == _LARGE)
+            _Transactions(1, bench.size(ids), bench.size(count), granted, is_alone=ids == _LARGE)
             for ids, count in ((1_000, 15), (5_000, 7), (_LARGE, 2))
             for granted in (0, 0.5, 1)
         ),
@@ -336,55 +272,4 @@ def _beside_as_it_is(judge: Judge, title: str, names: Iterable[str]) -> list[Fig
     return [
         judge.figure(as_it_is),
         *(judge.figure(f"{title}: {name}", as_it_is) for name in names),
-    ]
-
-
-# --- In a worker ---------------------------------------------------------------------------------
-
-
-IN_WORKERS = ("no StartedReporter", "kombu's loads", "no gc.freeze")
-"""What `benchmarks/ablated_worker.py` turns off."""
-
-
-def worker_ablations(bench: Bench) -> list[Figure]:
-    """Optimizations of a pool process, each turned off: jobs a second, memory, time of a job."""
-    large = bench.size(_LARGE)
-    variants = {
-        _AS_IT_IS: OURS,
-        **{
-            name: Contender(name, "benchmarks.ablated_worker", QUEUE, GRANT_ACCESS)
-            for name in IN_WORKERS
-        },
-    }
-    rate = f"{JOBS:,} queued jobs of {IDS} ids"
-    memory = "memory of its pool processes alone, after that"
-    times = {
-        f"one job of {ids:,} ids": (ids, count)
-        for ids, count in ((IDS, 100), (bench.size(5_000), 5), (large, 1))
-    }
-
-    def sample(name: str, crew: Crew) -> Mapping[str, float]:
-        taken = {rate: drain_rate(crew, bench.size(JOBS))}
-        children = psutil.Process(crew.service.pid).children()
-        used = sum(child.memory_full_info().uss for child in children)
-        taken[memory] = used / _MEGABYTE
-        for title, (ids, count) in times.items():
-            crew.reset()
-            jobs = [GrantJob(uuid4().hex, crew.database.interviews[:ids]) for _ in range(count)]
-            taken[title] = 1_000 * statistics.median(crew.time_one(job) for job in jobs)
-            crew.settle()
-        return {f"{title}: {name}": value for title, value in taken.items()}
-
-    with ExitStack() as opened:
-        database = opened.enter_context(bench.database(max(large, INTERVIEWS)))
-        crews = {
-            name: opened.enter_context(bench.crew(contender, database, ABLATED=name))
-            for name, contender in variants.items()
-        }
-        samples = measure([partial(sample, *one) for one in crews.items()], bench.runs)
-    units = {rate: "jobs/s", memory: "MB", **dict.fromkeys(times, "ms")}
-    return [
-        figure
-        for title, unit in units.items()
-        for figure in _beside_as_it_is(Judge(samples, unit), title, IN_WORKERS)
     ]

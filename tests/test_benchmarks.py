@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import QUICK
-from benchmarks.ablations import ABLATIONS, IN_WORKERS
+from benchmarks.ablations import ABLATIONS
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_part_runs_by_itself_and_writes_its_samples(tmp_path: Path) -> None:
     """One part ends 0, prints its table, and writes each variant's samples and the machine."""
-    printed, report = _measured(tmp_path, "producer", "--scale", "0.001")
+    printed, report = measured(tmp_path, "producer", "--scale", "0.001")
     assert "enqueue_many" in printed
 
     assert set(report["parts"]) == {"producer"}
@@ -28,22 +27,12 @@ def test_a_part_runs_by_itself_and_writes_its_samples(tmp_path: Path) -> None:
     assert report["machine"]["postgresql"]
 
 
-def test_the_quick_form_measures_its_parts_without_the_plan(tmp_path: Path) -> None:
-    """`--quick` measures the quick form's parts only, beside COPY and the bare task only."""
-    _, report = _measured(tmp_path, "--quick", "--scale", "0.005")
-    assert tuple(report["parts"]) == QUICK
-    assert report["quick"]
-    variants = {figure["variant"] for figures in report["parts"].values() for figure in figures}
-    assert {"COPY, 250 ids", "ours, 250 ids", "bare Celery task, 250 ids"} <= variants
-    assert not any("plan" in variant for variant in variants)
-
-
 def test_ablations_turn_each_optimization_off(tmp_path: Path) -> None:
     """Each ablation finds what it turns off, and its jobs create the same rows."""
-    _, report = _measured(tmp_path, "ablations", "worker_ablations", "--scale", "0.01")
+    _, report = measured(tmp_path, "ablations", "--scale", "0.01")
     variants = [figure["variant"] for figures in report["parts"].values() for figure in figures]
-    for name in (*(one.name for one in ABLATIONS), *IN_WORKERS):
-        assert any(variant.endswith(f": {name}") for variant in variants), name
+    for one in ABLATIONS:
+        assert any(variant.endswith(f": {one.name}") for variant in variants), one.name
 
 
 def test_make_help_lists_both_forms() -> None:
@@ -60,7 +49,7 @@ def test_make_help_lists_both_forms() -> None:
     assert "make bench-full " in listed
 
 
-def _measured(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+def measured(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     """What one run of the command printed, and the report that it wrote."""
     out = folder / "results.json"
     done = subprocess.run(

@@ -1,0 +1,18 @@
+"""The benchmarks' quick form: it starts too many workers for the other tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.__main__ import QUICK
+from tests.test_benchmarks import measured
+
+
+def test_the_quick_form_measures_its_parts_without_the_plan(tmp_path: Path) -> None:
+    """`--quick` measures the quick form's parts only, beside COPY and the bare task only."""
+    _, report = measured(tmp_path, "--quick", "--scale", "0.005")
+    assert tuple(report["parts"]) == QUICK
+    assert report["quick"]
+    variants = {figure["variant"] for figures in report["parts"].values() for figure in figures}
+    assert {"COPY, 250 ids", "ours, 250 ids", "bare Celery task, 250 ids"} <= variants
+    assert not any("plan" in variant for variant in variants)
