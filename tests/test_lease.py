@@ -581,12 +581,12 @@ def test_a_small_message_is_claimed_before_the_last_large_one(
 
 
 def test_after_a_small_message_one_pool_process_is_kept(lease: SteppedLease, redis: Redis) -> None:
-    """Large messages leave it free for two seconds."""
+    """Large messages leave it free for a second."""
     redis.lpush(QUEUE, b"small")
     settle(lease, ACKNOWLEDGE, *claim(lease))
     redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
     assert sizes_claimed(lease, PROCESSES) == [*[[BATCH_BYTES]] * (PROCESSES - 1), []]
-    lease.clock.now += 2
+    lease.clock.now += 1
     assert sizes_claimed(lease, 1) == [[BATCH_BYTES]]
 
 

@@ -55,7 +55,7 @@ HUGE_BYTES = 512 * 1024
 """Bytes above which a large message is huge: one of 13,000 IDs, say, which takes some 0.2 s. All
 pool processes but one execute huge jobs, so that a small job never waits for one."""
 
-_SMALL_SECONDS = 2.0
+_SMALL_SECONDS = 1.0
 """How long after a small job one pool process is kept for small jobs."""
 
 _LOOK_ASIDE_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
