@@ -963,7 +963,24 @@ def test_a_claim_reports_what_it_left_unread(redis: Redis, protocol: Claims) -> 
     got = claim(protocol, 1, small=4, largest=4)
     assert (got.claims, got.has_more) == ([], True)
     got = claim(protocol, 1, small=4, largest=4)
-    assert ([one.message for one in got.claims], got.has_more) == ([b"a"], False)
+    assert [one.message for one in got.claims] == [b"a"]
+    assert not claim(protocol, 2, small=4, largest=4).has_more
+
+
+def test_a_claim_reports_large_messages_that_it_left(redis: Redis, protocol: Claims) -> None:
+    """Those that do not fit into this claim's bytes are for another pool process."""
+    redis.lpush(LANE, "large 1", "large 2")
+    got = claim(protocol, 1, small=4, large_size=7)
+    assert ([one.message for one in got.claims], got.has_more) == ([b"large 1"], True)
+    got = claim(protocol, 2, small=4, large_size=8)
+    assert ([one.message for one in got.claims], got.has_more) == ([b"large 2"], False)
+
+
+def test_a_claim_reports_that_it_moved_messages_aside(redis: Redis, protocol: Claims) -> None:
+    """A message may have come meanwhile: nothing else announces it."""
+    redis.lpush(JOBS, "large")
+    assert claim(protocol, 1, small=4, largest=4).has_more
+    assert not claim(protocol, 1, small=4, largest=4).has_more
 
 
 def test_small_messages_of_the_lane_come_last(redis: Redis, protocol: Claims) -> None:

@@ -195,6 +195,7 @@ local small, largest = arguments[4] + 0, arguments[5] + 0
 local queues, look_aside = arguments[6], arguments[7] == '1'
 local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[10] + 0
 local large_bytes, has_large = arguments[11] + 0, false
+local bytes_before = bytes_left
 if not redis.call('ZSCORE', leases, session) then return false end
 local claimed, done, first_aside = {0, 0, 0}, false, #KEYS - queues + 1
 
@@ -253,7 +254,9 @@ end
 for index = first_aside, #KEYS do
     while look_aside and not done and largest > small do
         local message = next_of(KEYS[index])
-        local digest = message and #message > small and fits(message) and digest_of(message)
+        local is_wanted = message and #message > small and #message <= largest
+        done = is_wanted and not fits(message)
+        local digest = is_wanted and not done and digest_of(message)
         if not digest or redis.call('HEXISTS', tries, digest) == 1 then break end
         take(KEYS[index], KEYS[index], message, digest)
     end
@@ -285,7 +288,7 @@ for index = first_aside, #KEYS do
     if type(length) == 'number' and length > 0 then claimed[1] = 1 end
 end
 claimed[2] = redis.call('LLEN', isolated)
-if done or bytes_left <= 0 then claimed[3] = 1 end
+if done or bytes_left < bytes_before then claimed[3] = 1 end
 collect()
 return claimed
 """
@@ -399,7 +402,8 @@ class Claimed(NamedTuple):
         claims: The messages, now claimed by the session.
         large_wait: Whether large messages wait in the low-priority lane.
         isolated: Poison candidates that wait.
-        has_more: Whether a next claim may take more: the queues were not read to their ends.
+        has_more: Whether a next claim may take more: the queues were not read to their ends, or
+            messages were moved aside.
     """
 
     claims: list[Claim]

@@ -46,7 +46,7 @@ from worker.queue_wait import QueueWait, QueueWaitRefusedError
 
 logger = get_logger(__name__)
 
-_WAIT_SECONDS = 5.0  # for a request, in one command
+_WAIT_SECONDS = 10.0  # for a request, in one command
 _LOST_SECONDS = _WAIT_SECONDS + 3.0  # after which a wait that got no reply is a lost connection
 _POLL_SECONDS = 0.5  # between two looks at the queue where Redis refuses to wait
 _REQUEST_BYTES = 65_536
