@@ -36,7 +36,7 @@ logger = get_logger(__name__)
 _TICK_SECONDS = 1.0
 _WAIT_SECONDS = 10.0  # for a message, in one command
 _LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
-_EMPTY_SECONDS = 0.05  # until the next wait, where another worker was quicker
+_EMPTY_SECONDS = 0.005  # until the next wait, where the message was claimed meanwhile
 _EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
 """Events in one message, and seconds that they wait: 24 together take a third of the loop."""
 _RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 5}
@@ -238,7 +238,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         claimed = self._claim() if has_message or self._is_refused else 0
         if self.lease.has_more or self._lane_waits:
             self._pump()
-        elif has_message and not claimed:  # another worker was quicker
+        elif has_message and not claimed:  # it was claimed meanwhile
             self._hub.call_later(_EMPTY_SECONDS, self._pump)
         else:
             self._start_wait(wait)
