@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def rate_by_size(report: Report) -> Figure | None:
     _line(axes, ours, _OURS)
     limits = {at: one.median for at, one in copy}
     for at, one in ours[:-1]:
+        if not log10(at).is_integer():
+            continue  # the points between powers of ten are too close for a note each
         if limits.get(at, one.median) < one.median:
             place: dict[str, Any] = {}  # above, where COPY's line is below
         else:
@@ -133,15 +136,16 @@ def rate_by_size(report: Report) -> Figure | None:
     axes.set_xlim(ours[0][0] / 1.5, ours[-1][0] * 1.3)
     _decades(axes.xaxis, ours[0][0], ours[-1][0])
     _decades(axes.yaxis, least / 2.5, most * 2)
+    if bare:
+        at, one = bare[-1]
+        text = f"bare Celery task: {_short(one.median)}"
+        _note(axes, at, one.median, text, _BARE, offset=(0, -14), ha="left", va="top")
+    named = ((copy, "COPY", _MUTED), (ours, "this worker", _OURS))
     _ends(
         axes,
         [
             (curve, f"{name}\n{_short(curve[-1][1].median)}", color)
-            for curve, name, color in (
-                (copy, "COPY", _MUTED),
-                (bare, "bare Celery task", _BARE),
-                (ours, "this worker", _OURS),
-            )
+            for curve, name, color in named
             if curve
         ],
     )
