@@ -31,7 +31,7 @@ _IS_NOTIFIED = """
             AND tgenabled IN ('O', 'A'))
 """
 _WAKE = "SELECT pg_advisory_unlock_shared(%s)"
-_SLEEP = "SELECT pg_advisory_lock_shared(%s)"
+_SLEEP = "SELECT pg_try_advisory_lock_shared(%s)"
 _NEXT_TRANSACTION = "SELECT pg_current_xact_id()::text::bigint"  # no snapshot has it
 _OLDEST_TRANSACTION = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 
@@ -89,7 +89,8 @@ class RequestNotifications:
         if self._is_asleep or time.monotonic() < self._awake_until:
             return False
         if self._asleep_after is None:
-            self._query(_SLEEP, _LOCK)
+            if not self._query(_SLEEP, _LOCK):
+                return False  # a service has the lock, for a moment or by a defect: poll
             self._asleep_after = self._query(_NEXT_TRANSACTION)
         self._is_asleep = self._query(_OLDEST_TRANSACTION) >= self._asleep_after
         return self._is_asleep

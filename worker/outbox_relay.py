@@ -56,7 +56,8 @@ class OutboxRelay(BackgroundService):
             self._look_at = 0.0
         if time.monotonic() >= self._look_at:
             if storage.has_due_requests():
-                relay(storage, partial(_announced, redis), partial(_send, redis))
+                if not relay(storage, partial(_announced, redis), partial(_send, redis)):
+                    self.pause(_PAUSE_SECONDS)  # others have locked what is due
                 return
             self._look_at = time.monotonic() + _LOOK_SECONDS
         is_added = storage.wait_for_requests(_SEEN_SECONDS, self.wakeup)
