@@ -106,10 +106,10 @@ def _start_background_services(**_: Any) -> None:
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator] # Celery ships no types
 def _drain(how: str, **_: Any) -> None:
-    if app.lease:  # first: the end of the grace ends the worker, whatever else is stuck
-        app.lease.drain(at_once=how == "Cold" or app.lease.is_draining)
     for service in background_services:
         service.stop()
+    if app.lease:
+        app.lease.drain(at_once=how == "Cold" or app.lease.is_draining)
 
 
 @worker_shutdown.connect  # type: ignore[untyped-decorator] # Celery ships no types
