@@ -42,7 +42,7 @@ _JOB_CODES = _STALE_STATEMENT | frozenset(
 
 
 class HasFileno(Protocol):
-    """What the system can wait for: a socket, say."""
+    """A socket, or another file whose readability ends a wait."""
 
     def fileno(self) -> int:
         """Its descriptor."""
@@ -194,7 +194,7 @@ class InterviewTransactionInterface(ABC):
 
         Must wait for a transaction that has recorded one of them and has not ended. Must raise
         :class:`LedgerConflictError`, recording nothing, where the ledger has one of them: this
-        decides which of two transactions has done a job that both believed to have locked. The job
+        decides between two transactions that execute one job without excluding each other. The job
         IDs must be distinct.
         """
 

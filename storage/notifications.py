@@ -30,8 +30,8 @@ _IS_NOTIFIED = """
         WHERE tgrelid = to_regclass(%s) AND tgname = 'grant_access_request_notify'
             AND tgenabled IN ('O', 'A'))
 """
-_WAKE = "SELECT pg_advisory_unlock_shared(%s)"
-_SLEEP = "SELECT pg_try_advisory_lock_shared(%s)"
+_UNLOCK = "SELECT pg_advisory_unlock_shared(%s)"
+_TRY_LOCK = "SELECT pg_try_advisory_lock_shared(%s)"
 _NEXT_TRANSACTION = "SELECT pg_current_xact_id()::text::bigint"  # no snapshot has it
 _OLDEST_TRANSACTION = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 
@@ -89,7 +89,7 @@ class RequestNotifications:
         if self._is_asleep or time.monotonic() < self._awake_until:
             return False
         if self._asleep_after is None:
-            if not self._query(_SLEEP, _LOCK):
+            if not self._query(_TRY_LOCK, _LOCK):
                 return False  # a service has the lock, for a moment or by a defect: poll
             self._asleep_after = self._query(_NEXT_TRANSACTION)
         self._is_asleep = self._query(_OLDEST_TRANSACTION) >= self._asleep_after
@@ -97,7 +97,7 @@ class RequestNotifications:
 
     def _wake_up(self) -> None:
         if self._asleep_after is not None:
-            self._query(_WAKE, _LOCK)
+            self._query(_UNLOCK, _LOCK)
         self._is_asleep, self._asleep_after = False, None
         self._awake_until = time.monotonic() + _AWAKE_SECONDS
 
@@ -116,7 +116,7 @@ class RequestNotifications:
                 self._receive()
 
     def _listen(self) -> bool:
-        """Returns whether the server notifies. One that refuses to listen does not."""
+        """Listen. Returns whether the server notifies of new requests."""
         try:
             self._connection.execute(_LISTEN)
             is_notified = self._query(_IS_NOTIFIED, _CHANNEL)

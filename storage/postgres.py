@@ -191,24 +191,28 @@ _END_UNRESPONSIVE_HOLDERS = _OF_JOBS.format(
 )
 _NOT_PERMITTED = "42501"
 
+_JOB_COLUMNS = (
+    "job_id, task, state, user_id, request_digest,"
+    " requested, repeated, already_granted, created, result, error"
+)
 # Only two index conditions: no join that the planner could turn into a scan of a whole index.
 _FIND_JOBS = """
     SELECT * FROM (
-        SELECT * FROM grant_access_job WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
+        SELECT {columns}, finished_at FROM grant_access_job
+        WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
     ) AS finished FULL JOIN (
         SELECT job_id, true AS is_cancelled FROM grant_access_cancellation
         WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
     ) AS cancelled USING (job_id)
 """
+_FIND_JOBS = _FIND_JOBS.format(columns=_JOB_COLUMNS)
 _FIND_CANCELLED_JOBS = (
     "SELECT job_id FROM grant_access_cancellation WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))"
 )
 
 # Rows are passed as JSON: psycopg would inspect and adapt eleven arrays.
 _RECORD_JOBS = """
-    INSERT INTO grant_access_job (
-        job_id, task, state, user_id, request_digest, requested, repeated, already_granted,
-        created, result, error, finished_at)
+    INSERT INTO grant_access_job ({columns}, finished_at)
     SELECT jobs.*, clock_timestamp()
     FROM json_to_recordset(CAST(%(jobs)s AS json))
          AS jobs (job_id text, task text, state text, user_id text, request_digest text,
@@ -216,6 +220,7 @@ _RECORD_JOBS = """
                   result jsonb, error jsonb)
     ORDER BY job_id COLLATE "C"
 """
+_RECORD_JOBS = _RECORD_JOBS.format(columns=_JOB_COLUMNS)
 
 # Of all that the user has, no more is looked at than can tell.
 _COUNT_ACCESS_OF_USER = """
@@ -775,7 +780,7 @@ class PostgresTransaction(InterviewTransactionInterface):
                 raise
             raise LedgerConflictError("another transaction has recorded one of the jobs") from error
         if recorded != len(jobs):
-            raise LedgerError(f"{len(jobs)} jobs to record, but the ledger took {recorded}")
+            raise LedgerError(f"{len(jobs)} jobs to record, but {recorded} rows were inserted")
         for table, details in (
             (models.rejections, {job.job.job_id: _rejected(job.answer) for job in jobs}),
             (models.cohorts, {job.job.job_id: _by_user(job.answer) for job in jobs}),

@@ -278,7 +278,7 @@ class Walk:
             small=self._random.choice([4, 1_000]),
             largest=self._random.choice([0, 1_000, ANY_SIZE]),
             large_size=self._random.choice([0, 1_000]),
-            look_aside=self._random.random() < 0.8,
+            read_lanes=self._random.random() < 0.8,
             isolated_room=self._random.choice([0, 1]),
         )
         assert (got is None) == (session not in counters(self._state))
@@ -541,7 +541,7 @@ BREAKS = {
         "'\0' .. message)\n            list = isolated",
     ),
     "a large message is thrown away": (
-        "redis.call('RPOPLPUSH', list, KEYS[aside])",
+        "redis.call('RPOPLPUSH', list, KEYS[lane])",
         "redis.call('RPOP', list)",
     ),
     "isolated messages are not reported": ("claimed[2] = redis.call('LLEN', isolated)", ""),
@@ -923,10 +923,10 @@ def test_a_dead_letter_without_queue_is_requeued_as_told(redis: Redis, protocol:
 
 
 def take_small(
-    protocol: Claims, first_tag: int, *, largest: int, look_aside: bool = True
+    protocol: Claims, first_tag: int, *, largest: int, read_lanes: bool = True
 ) -> tuple[list[bytes], bool]:
     """The messages that are claimed where more than 4 bytes are large; do large ones wait?"""
-    got = claim(protocol, first_tag, small=4, largest=largest, look_aside=look_aside)
+    got = claim(protocol, first_tag, small=4, largest=largest, read_lanes=read_lanes)
     return [claim.message for claim in got.claims], got.large_wait
 
 
@@ -976,7 +976,7 @@ def test_a_claim_reports_large_messages_that_it_left(redis: Redis, protocol: Cla
     assert ([one.message for one in got.claims], got.has_more) == ([b"large 2"], False)
 
 
-def test_a_claim_reports_that_it_moved_messages_aside(redis: Redis, protocol: Claims) -> None:
+def test_a_claim_reports_that_it_moved_messages_to_the_lane(redis: Redis, protocol: Claims) -> None:
     """A message may have come meanwhile: nothing else announces it."""
     redis.lpush(JOBS, "large")
     assert claim(protocol, 1, small=4, largest=4).has_more
@@ -994,7 +994,7 @@ def test_the_lane_is_not_read_without_need(redis: Redis, protocol: Claims) -> No
     """A claim can leave the lane out; it still reports that messages wait there."""
     redis.lpush(LANE, "large 1", "z")
     redis.lpush(JOBS, "a", "large 2", "b")
-    got = take_small(protocol, 1, largest=4, look_aside=False)
+    got = take_small(protocol, 1, largest=4, read_lanes=False)
     assert got == ([b"a", b"b"], True)
     assert redis.lrange(LANE, 0, -1) == [b"large 2", b"z", b"large 1"]
 

@@ -560,7 +560,7 @@ def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) 
 
 
 def claim_while_more(lease: SteppedLease) -> list[Delivery]:
-    """Claim as the consumer does: once more where messages were only moved aside."""
+    """Claim as the consumer does: once more where messages were only moved to the lane."""
     deliveries = claim(lease)
     while not deliveries and lease.has_more:
         deliveries = claim(lease)
@@ -764,6 +764,17 @@ def test_the_thread_survives_an_outage(
     until(lambda: sessions(redis).popitem()[1] > before)
     warnings = [one for one in caplog.records if "cannot be renewed" in one.getMessage()]
     assert len(warnings) == 1
+
+
+def test_a_demoted_server_is_a_lost_connection(running: Lease, redis: Redis) -> None:
+    """No wait for a message reports it: the heartbeat does, until Redis is a primary again."""
+    assert not running.is_lost
+    redis.replicaof("127.0.0.1", "1")
+    try:
+        until(lambda: running.is_lost)
+    finally:
+        redis.replicaof("NO", "ONE")
+    until(lambda: not running.is_lost)
 
 
 @pytest.mark.parametrize("queue", KEYS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+from sqlalchemy import text
 
 from storage.dtos import AccessRequestDTO
 from storage.interface import StorageError
@@ -414,6 +416,24 @@ class TestWaiting:
         idle.store.execute(SLEEPERS.replace("count(*)", "pg_terminate_backend(pid)"))
         job_id = ask(idle, user)
         until(lambda: queued(idle) == [job_id])
+
+    def test_requests_that_others_have_locked_are_not_queried_without_a_pause(
+        self, idle: Site, user: str
+    ) -> None:
+        """Another relay sends them, or a service changes one: this relay pauses meanwhile."""
+        pauses: list[float] = []
+
+        class Pausing(OutboxRelay):
+            def pause(self, seconds: float, *_: socket.socket) -> bool:
+                pauses.append(seconds)
+                return False
+
+        ask(idle, user)
+        with connected(idle.store.database_url) as service:
+            service.execute(text("SELECT FROM grant_access_request FOR UPDATE"))
+            Pausing(idle.producer, lambda: idle.store.storage).run_once(idle.redis)
+        assert pauses == [0.5]
+        assert queued(idle) == []
 
     def test_a_relay_that_sleeps_stops_at_once(self, idle: Site, relay: OutboxRelay) -> None:
         """Stopping ends the wait."""

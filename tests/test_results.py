@@ -224,6 +224,26 @@ def test_answers_of_several_jobs_are_stored_together(
     assert [json.loads(meta)["children"] for meta in metas] == [[], []]
 
 
+def test_results_of_duplicates_are_read_together(redis: Redis, results: JobResults) -> None:
+    """Final results that are stored already cost one command, however many they are."""
+    jobs = [str(uuid4()) for _ in range(10)]
+    results.store_results(dict.fromkeys(jobs, SUCCESS))
+    redis.config_resetstat()
+    assert results.store_results(dict.fromkeys(jobs, SUCCESS)) == set(jobs)
+    statistics: Any = redis.info("commandstats")
+    assert statistics["cmdstat_evalsha"]["calls"] == statistics["cmdstat_mget"]["calls"] == 1
+
+
+def test_a_result_that_is_not_final_is_replaced_in_a_batch(
+    redis: Redis, results: JobResults
+) -> None:
+    """A job that was given up, and has its result after all, has that one."""
+    given_up, done = str(uuid4()), str(uuid4())
+    results.store_results({given_up: StorageUnavailableException.of(3, "away"), done: SUCCESS})
+    assert results.store_results(dict.fromkeys((given_up, done), SUCCESS)) == {given_up, done}
+    assert stored(redis, given_up) == ("SUCCESS", SUCCESS)
+
+
 @pytest.mark.parametrize("forgotten", [True, False])
 def test_that_a_job_runs_is_told_where_no_more_is_known(
     redis: Redis, results: JobResults, forgotten: bool

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from storage.dtos import (
@@ -40,6 +40,7 @@ from storage.interface import (
     LedgerError,
     StorageError,
 )
+from storage.notifications import _LOCK
 from storage.postgres import _TAKE_DUE_REQUESTS, DatabaseLimits, PostgresStorage
 from tests.database import connected, role
 from tests.stores import (
@@ -635,6 +636,12 @@ class TestWaitForRequests:
             service.commit()
         assert storage.wait_for_requests(60) is True
         assert storage.has_due_requests()
+
+    def test_a_lock_that_a_service_keeps_stops_no_relay(self, postgres: PostgresStore) -> None:
+        """A session that keeps the lock of the trigger, by whatever defect, has relays poll."""
+        with connected(postgres.database_url) as service:
+            service.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": _LOCK})
+            assert [postgres.storage.wait_for_requests(60) for _ in range(5)] == [True] * 5
 
     def test_one_rolled_back_is_not_reported(self, postgres: PostgresStore) -> None:
         """A request whose transaction is rolled back ends no wait."""

@@ -74,10 +74,15 @@ app.steps["worker"].update((StartupChecks, Drain))
 app.steps["consumer"].add(JobClaims)
 
 
-@lru_cache(maxsize=1)
-def storage() -> PostgresStorage:
-    """This process's store: a pool process makes its own, connections do not survive a fork."""
+def _new_storage() -> PostgresStorage:
     return PostgresStorage(settings.database_url, chunk_size=settings.grant_chunk_size)
+
+
+storage = lru_cache(maxsize=1)(_new_storage)
+"""This process's store: a pool process makes its own, connections do not survive a fork."""
+
+relay_storage = lru_cache(maxsize=1)(_new_storage)
+"""The outbox relay's store, on whose connection it waits for notifications."""
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator] # Celery ships no types
@@ -94,7 +99,7 @@ def _prepare(**_: Any) -> None:
 
 background_services = (
     ControlService(app, storage),
-    OutboxRelay(app, lru_cache(maxsize=1)(storage.__wrapped__)),  # a connection of its own
+    OutboxRelay(app, relay_storage),
 )
 
 

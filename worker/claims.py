@@ -192,12 +192,12 @@ return redis.call('HKEYS', held(arguments[1]))
 _CLAIM = """
 local session, room, bytes = arguments[1], arguments[2], arguments[3]
 local small, largest = arguments[4] + 0, arguments[5] + 0
-local queues, look_aside = arguments[6], arguments[7] == '1'
+local queues, read_lanes = arguments[6], arguments[7] == '1'
 local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[10] + 0
 local large_bytes, has_large = arguments[11] + 0, false
 local bytes_before = bytes_left
 if not redis.call('ZSCORE', leases, session) then return false end
-local claimed, done, first_aside = {0, 0, 0}, false, #KEYS - queues + 1
+local claimed, done, first_lane = {0, 0, 0}, false, #KEYS - queues + 1
 
 local function next_of(list)
     local message = redis.pcall('LINDEX', list, -1)
@@ -251,8 +251,8 @@ if isolated_room > 0 then
         done = true
     end
 end
-for index = first_aside, #KEYS do
-    while look_aside and not done and largest > small do
+for index = first_lane, #KEYS do
+    while read_lanes and not done and largest > small do
         local message = next_of(KEYS[index])
         local is_wanted = message and #message > small and #message <= largest
         done = is_wanted and not fits(message)
@@ -262,8 +262,8 @@ for index = first_aside, #KEYS do
     end
 end
 for index = 2, #KEYS do
-    local list, aside = KEYS[index], first_aside + (index - 2) % queues
-    while not done and bytes_left > 0 and (look_aside or index < first_aside) do
+    local list, lane = KEYS[index], first_lane + (index - 2) % queues
+    while not done and bytes_left > 0 and (read_lanes or index < first_lane) do
         local message = next_of(list)
         if not message then break end
         local digest = digest_of(message)
@@ -271,11 +271,11 @@ for index = 2, #KEYS do
             bytes_left = bytes_left - #message
             redis.call('LPUSH', isolated, list .. '\\0' .. message)
             redis.call('LTRIM', list, 0, -2)
-        elseif #message > small and index >= first_aside then
+        elseif #message > small and index >= first_lane then
             break
         elseif #message > small and #message > largest then
             bytes_left = bytes_left - #message
-            redis.call('RPOPLPUSH', list, KEYS[aside])
+            redis.call('RPOPLPUSH', list, KEYS[lane])
         elseif fits(message) then
             take(list, list, message, digest)
         else
@@ -283,7 +283,7 @@ for index = 2, #KEYS do
         end
     end
 end
-for index = first_aside, #KEYS do
+for index = first_lane, #KEYS do
     local length = redis.pcall('LLEN', KEYS[index])
     if type(length) == 'number' and length > 0 then claimed[1] = 1 end
 end
@@ -403,7 +403,7 @@ class Claimed(NamedTuple):
         large_wait: Whether large messages wait in the low-priority lane.
         isolated: Poison candidates that wait.
         has_more: Whether a next claim may take more: the queues were not read to their ends, or
-            messages were moved aside.
+            messages were moved to a lane.
     """
 
     claims: list[Claim]
@@ -554,7 +554,7 @@ class Claims:
         largest: int = ANY_SIZE,
         large_size: int = 0,
         lanes: int = 1,
-        look_aside: bool = True,
+        read_lanes: bool = True,
         isolated_room: int = 1,
         max_bytes: int = ANY_SIZE,
     ) -> Claimed | None:
@@ -574,7 +574,7 @@ class Claims:
             large_size: Bytes up to which large messages are claimed together; the first may be
                 larger.
             lanes: Number of queues: the last list of each is its low-priority lane.
-            look_aside: Whether to claim from these lanes at all.
+            read_lanes: Whether to claim from these lanes at all.
             isolated_room: Poison candidates at most, 0 or 1.
             max_bytes: Bytes of a message above which only its two ends are returned.
 
@@ -583,7 +583,7 @@ class Claims:
         """
         reply = self._run(
             self._claim,
-            *(session, room, size, small, largest, lanes, int(look_aside)),
+            *(session, room, size, small, largest, lanes, int(read_lanes)),
             *(isolated_room, first_tag, max_bytes, large_size),
             queues=tuple(queues),
         )

@@ -36,6 +36,7 @@ logger = get_logger(__name__)
 _TICK_SECONDS = 1.0
 _WAIT_SECONDS = 10.0  # for a message, in one command
 _LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
+_NEXT_SECONDS = 0.001  # until the next claim, where there is more to claim
 _EMPTY_SECONDS = 0.005  # until the next wait, where the message was claimed meanwhile
 _EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
 """Events in one message, and seconds that they wait: 24 together take a third of the loop."""
@@ -158,8 +159,8 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def _on_tick(self) -> None:
         self.lease.loop_turned()
         assert self._wait  # noqa: S101 - set by start()
-        if self._wait.is_lost(_LOST_SECONDS):
-            raise RedisConnectionError("no reply from Redis")
+        if self._wait.is_lost(_LOST_SECONDS) or self.lease.is_lost:
+            raise RedisConnectionError("no reply from Redis, or none that renews the lease")
         if self._wait.seconds is None or self.lease.has_more:
             self._pump()
 
@@ -175,7 +176,8 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         if may_have_messages and self._may_claim():
             self._claim()
             if self.lease.has_more:
-                self._hub.call_later(0, self._pump)  # in this turn; call_soon would follow a poll
+                # call_soon would follow a poll; without a delay each tenth claim would, of 1 s.
+                self._hub.call_later(_NEXT_SECONDS, self._pump)
             elif self._wait.seconds is None:
                 self._start_wait(self._wait)
 

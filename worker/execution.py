@@ -207,7 +207,8 @@ def _prepared(app: Celery, delivery: Dispatched) -> _Run:
     if task and delivery.body is not None:
         try:
             call = _decoded(delivery.body, delivery.encoding, app.limits)
-            delivery = delivery._replace(body="")  # a large one takes as much memory as its IDs
+            # A large one takes as much memory as its IDs; a digest may need the beginning.
+            delivery = delivery._replace(body=delivery.body[:_UNREADABLE_DIGEST_BYTES])
             job = task.read(delivery.job_id, call.args, call.kwargs, delivery.failure)
             return _Run(delivery, task, call, job)
         except (_UndecodableError, RecursionError) as error:

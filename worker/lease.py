@@ -22,7 +22,7 @@ from billiard.process import active_children
 from celery.utils.log import get_logger
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from worker.claims import ANY_SIZE, Action, Claims, Disposition, Heartbeat
 from worker.delivery import Delivery, State
@@ -55,14 +55,16 @@ HUGE_BYTES = 512 * 1024
 """Bytes above which a large message is huge: one of 13,000 IDs, say, which takes some 0.2 s. All
 pool processes but one execute huge jobs, so that a small job never waits for one."""
 
+_NOT_RENEWED_SECONDS = 3.0  # after a heartbeat failed, whose own timeout is as long
+
 _SMALL_SECONDS = 1.0
 """How long after a small job one pool process is kept for small jobs."""
 
-_LOOK_ASIDE_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
+_LANE_READ_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
 
 
 def _is_large(delivery: Delivery) -> bool:
-    """Whether a delivery is no small one: for its size, or as a poison candidate."""
+    """Whether a delivery counts as large: for its size, or as a poison candidate."""
     return bool(delivery.claim.attempts) or delivery.claim.size > SMALL_BYTES
 
 
@@ -148,8 +150,8 @@ class Lease:
         self._next_tag = 1
         self._large_wait = False
         self._isolated_wait = False
-        self._looked_aside = 0.0
-        self._looked_in_vain_for = 0  # bytes of the largest message that could have been claimed
+        self._lanes_read_at = 0.0
+        self._largest_not_found = 0  # bytes of the largest message that could have been claimed
         self._small_at = -inf  # when a small job was last claimed
         self._queues: Sequence[str] = ()
         self.has_more = False
@@ -164,6 +166,7 @@ class Lease:
         self._loop_turned = self._clock()
         self._observed: dict[str, tuple[float, float]] = {}  # session: counter, and since when
         self._observed_at = 0.0
+        self._failure: tuple[Exception, float] | None = None  # of heartbeats: the first, and when
 
     @property
     def _session(self) -> str:
@@ -185,6 +188,7 @@ class Lease:
         with self.lock:
             self._client, self._claims = client, Claims(client)
             self._open()
+            self._failure = None
         self.loop_turned()
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -216,7 +220,7 @@ class Lease:
     ) -> list[Delivery] | None:
         """Claim what free pool processes can execute: small messages, or large ones for one.
 
-        The last pool process executes a large job only where no small one waits.
+        The last free pool process executes a large job only if no small job waits.
 
         Args:
             queues: See :meth:`worker.claims.Claims.claim`, as for ``lanes``.
@@ -238,12 +242,12 @@ class Lease:
             room = 1 if self.breaker.is_probing else self._batch_size
             largest = self._largest(processes)
             claim = partial(self._claim, queues, lanes=lanes, room=room, size=BATCH_BYTES * free)
-            look_aside = self._is_time_to_look_aside(largest)
+            read_lanes = self._reads_lanes(largest)
             if largest > SMALL_BYTES and self._large_batches() == processes - 1 > 0:
-                deliveries = claim(largest=SMALL_BYTES, look_aside=look_aside)
+                deliveries = claim(largest=SMALL_BYTES, read_lanes=read_lanes)
                 if deliveries is None or deliveries or self.has_more:
                     return deliveries
-            return claim(largest=largest, look_aside=look_aside)
+            return claim(largest=largest, read_lanes=read_lanes)
 
     def _claim(
         self,
@@ -253,7 +257,7 @@ class Lease:
         room: int,
         size: int,
         largest: int,
-        look_aside: bool,
+        read_lanes: bool,
     ) -> list[Delivery] | None:
         first, self._next_tag = self._next_tag, self._next_tag + room
         is_any_size = largest > HUGE_BYTES
@@ -268,7 +272,7 @@ class Lease:
             largest=largest,
             large_size=BATCH_BYTES,
             lanes=lanes,
-            look_aside=look_aside,
+            read_lanes=read_lanes,
             isolated_room=self._isolated_room if is_any_size else 0,
             max_bytes=self._max_bytes,
         )
@@ -281,10 +285,10 @@ class Lease:
         has_large = any(map(_is_large, deliveries))
         if deliveries and not has_large:
             self._small_at = self._clock()
-        if look_aside:
-            self._looked_aside = self._clock()
-            is_in_vain = claimed.large_wait and not has_large and not is_any_size
-            self._looked_in_vain_for = largest if is_in_vain else 0
+        if read_lanes:
+            self._lanes_read_at = self._clock()
+            has_found_none = claimed.large_wait and not has_large and not is_any_size
+            self._largest_not_found = largest if has_found_none else 0
         self._deliveries.update((one.tag, one) for one in deliveries)
         return deliveries
 
@@ -315,13 +319,13 @@ class Lease:
         large = self._large_wait and largest > SMALL_BYTES
         return (large or isolated) and self.may_claim()
 
-    def _is_time_to_look_aside(self, largest: int) -> bool:
+    def _reads_lanes(self, largest: int) -> bool:
         """Whether to look at the low-priority lanes; not again and again while nothing fits.
 
         Looking at one message of 5 MB takes the server as long as the rest of a claim.
         """
-        is_recent = self._clock() < self._looked_aside + _LOOK_ASIDE_SECONDS
-        return not (is_recent and largest <= self._looked_in_vain_for)
+        is_recent = self._clock() < self._lanes_read_at + _LANE_READ_SECONDS
+        return not (is_recent and largest <= self._largest_not_found)
 
     def may_claim(self) -> bool:
         """Whether this worker may claim more."""
@@ -331,6 +335,15 @@ class Lease:
             or self.breaker.is_open
             or any(one.claimed_at >= self.breaker.probing_since for one in self._all())
         )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether to reconnect: Redis was demoted, or heartbeats have failed for seconds."""
+        failure = self._failure
+        if failure is None or self.is_draining:
+            return False
+        error, since = failure
+        return isinstance(error, ReadOnlyError) or self._clock() > since + _NOT_RENEWED_SECONDS
 
     def loop_turned(self) -> None:
         """Record that the main loop has turned."""
@@ -418,7 +431,6 @@ class Lease:
         return pause
 
     def _keep(self) -> None:
-        failed = False
         while not self._closed:
             with suppress(Empty):
                 self._wake_up.get(timeout=self._pause())
@@ -432,12 +444,12 @@ class Lease:
             except Exception as error:  # whatever it is: without this thread every job runs twice
                 # What was observed before does not count: Redis itself may have stalled.
                 self._observed.clear()
-                if not failed:
+                if not self._failure:
                     known = isinstance(error, RedisError | OSError)
                     logger.warning("lease cannot be renewed: %s", error, exc_info=not known)
-                failed = True
+                    self._failure = error, self._clock()
             else:
-                failed = False
+                self._failure = None
 
     def _beat(self) -> None:
         with self.lock:
@@ -456,9 +468,9 @@ class Lease:
             self._send_settled()
         by = self._clock() + self._ttl / _HEARTBEATS
         if heartbeat.has_messages:
-            self.has_more = True
             while self._claims.wake() and self._clock() < by:
                 pass
+            self.has_more = True
         self._take_over_expired(heartbeat.sessions, by)
 
     def _requeue_claimed(self) -> None:

@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 _LINE = b"\r\n"
 _READ_BYTES = 4 * 1024
-_SHORT_WAITS = 2  # in succession; one may be due to another worker that claimed the message
+_SHORT_WAITS = 5  # in succession; some may be due to other workers that claimed the message
 
 
 class QueueWaitRefusedError(Exception):
@@ -85,7 +85,7 @@ class QueueWait:
             Whether there is a message, or None if the reply is not complete.
 
         Raises:
-            QueueWaitRefusedError: Redis refused; the connection can wait again.
+            QueueWaitRefusedError: Redis refused; the next wait has a new connection.
             RedisConnectionError: the connection is lost.
         """
         received = self._received()
@@ -97,6 +97,7 @@ class QueueWait:
         waited, self._sent_at = self.seconds or 0.0, None
         reply = self._reply.removesuffix(_LINE).decode(errors="replace")
         if reply.startswith("-"):
+            self.close()  # if it refused to suppress a reply, more of them follow
             raise QueueWaitRefusedError(reply[1:])
         if not reply.startswith(":"):
             raise RedisConnectionError(f"expected an integer, got {reply[:20]!r}")
@@ -104,6 +105,7 @@ class QueueWait:
         is_short = not has_message and waited < self._timeout / 2
         self._short_waits = self._short_waits + 1 if is_short else 0
         if self._short_waits >= _SHORT_WAITS:
+            self._short_waits = 0
             raise QueueWaitRefusedError("BLMOVE returns at once although the queue is empty")
         return has_message
 

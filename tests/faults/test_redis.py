@@ -34,6 +34,22 @@ def test_redis_crashes(servers: LocalStack, books: Books, tmp_path: Path) -> Non
         assert watch.said().index("succeeded") < watch.said().index("received")
 
 
+def test_an_idle_worker_notices_that_redis_is_demoted(books: Books, tmp_path: Path) -> None:
+    """A worker that waits for a message reconnects, though its wait is not answered any more."""
+    with working(books.here, tmp_path) as (watch,):
+        books.order(1)
+        books.until_balanced()
+        watch.restart()
+        books.here.redis.replicaof("127.0.0.1", "1")
+        try:
+            until(lambda: "connection to Redis lost" in watch.said(), within=10)
+        finally:
+            books.here.redis.replicaof("NO", "ONE")
+        books.order(5)
+        books.until_balanced()
+        watch.assert_runs()
+
+
 def test_redis_full(books: Books, tmp_path: Path) -> None:
     """Where Redis is full, a worker starts, the queue drains, and results are stored."""
     books.order(60)

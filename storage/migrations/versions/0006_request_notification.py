@@ -30,9 +30,9 @@ _FUNCTION = """
     BEGIN
         IF current_setting('max_prepared_transactions') <> '0' THEN
             RETURN NULL;
-        ELSIF pg_try_advisory_lock({lock}) THEN
-            PERFORM pg_advisory_unlock({lock});
-        ELSE
+        -- One expression, so that a statement that is cancelled leaves no lock behind.
+        ELSIF (CASE WHEN pg_try_advisory_lock({lock}) THEN NOT pg_advisory_unlock({lock})
+               ELSE true END) THEN
             PERFORM pg_notify(TG_TABLE_NAME, '');
         END IF;
         RETURN NULL;
