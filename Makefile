@@ -38,7 +38,7 @@ fuzz: .venv/ready ## 200,000 messages of every kind; FUZZ_SEED=2 is another run 
 	@$(BIN)/python -m pytest -q -s tests/faults/slow_fuzz.py
 
 soak: .venv/ready ## 100,000 jobs out of one process: speed, memory and connections; the quick benchmarks (minutes)
-	@$(BIN)/python -m pytest -q -s tests/slow_client.py tests/slow_benchmarks.py
+	@$(BIN)/python -m pytest -q -s tests/client/slow_client.py tests/slow_benchmarks.py
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

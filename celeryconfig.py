@@ -16,8 +16,9 @@ task_default_queue = QUEUE
 # Without it callbacks that name no queue go to `celery`, which no worker consumes.
 
 # --- Delivery --------------------------------------------------------------------------------
-# Jobs are claimed by worker/consumer.py and stay in Redis under the worker's lease until settled.
-worker_consumer = "worker.consumer:JobConsumer"  # Celery's drops running jobs on a lost connection
+# Jobs are claimed by this consumer and stay in Redis under the worker's lease until settled.
+worker_consumer = "worker.execution.consumer:JobConsumer"
+# Celery's own consumer drops running jobs on a lost connection.
 task_acks_late = True
 # Jobs are acknowledged after their results in any case; `inspect conf` would say otherwise.
 worker_prefetch_multiplier = 1
@@ -40,7 +41,7 @@ broker_connection_max_retries = None  # without it a worker exits after 100 atte
 # --- Time limits -----------------------------------------------------------------------------
 # The database's limits (storage.postgres.DatabaseLimits) are lower, so that PostgreSQL ends a
 # statement and the job is retried; the hard limit ends everything else.
-task_time_limit = 600  # seconds; enforced by worker/dispatch.py for each batch
+task_time_limit = 600  # seconds; enforced by worker/execution/dispatch.py for each batch
 result_expires = 86_400  # seconds; Celery's default, which the contract promises to pollers
 
 # --- Monitoring and results ------------------------------------------------------------------

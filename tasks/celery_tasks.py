@@ -1,7 +1,7 @@
 """The Celery tasks of the contract: from a message's arguments to a job, from jobs to outcomes.
 
 Owns what of Celery a job sees: its arguments, its progress, its line in the log. The worker
-executes the tasks in batches (``worker/execution.py``), not through Celery's own tracer.
+executes the tasks in batches (``worker/execution/pool_process.py``), not through Celery's tracer.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import make_url
 
 from storage.schema import migrate
-from tests.database import database
-from tests.stores import MemoryStore, PostgresStore, Store, postgres_store
+from tests.support.database import database
+from tests.support.stores import MemoryStore, PostgresStore, Store, postgres_store
 from worker.local_stack import LocalStack
 
 

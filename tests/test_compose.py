@@ -25,9 +25,9 @@ from redis import Redis
 from redis.exceptions import AuthenticationError
 
 from storage.schema import check_schema
-from tests.database import database
-from tests.stores import until
-from tests.workers import ROOT, Site, site
+from tests.support.database import database
+from tests.support.stores import until
+from tests.support.workers import ROOT, Site, site
 from worker.local_stack import LocalStack, Service
 from worker.settings import Settings
 

@@ -1,1 +1,1 @@
-"""The process: puts storage, tasks and Celery together, and decides nothing of the business."""
+"""The worker process: Celery bootsteps, the queue in Redis, execution, background services."""

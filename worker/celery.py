@@ -21,7 +21,7 @@ from celery.signals import (
 from kombu.transport import TRANSPORT_ALIASES
 
 import worker.logs
-import worker.remote_control  # noqa: F401 - both connect to Celery: signals and commands
+import worker.services.remote_control  # noqa: F401 - both connect to Celery: signals and commands
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import (
     CreateInterviewAttemptTask,
@@ -29,15 +29,15 @@ from tasks.celery_tasks import (
     GrantCohortAccessTask,
     TaskDependencies,
 )
-from worker.connections import celery_settings
-from worker.consumer import Drain, JobClaims
-from worker.control import ControlService
-from worker.delivery import Limits
-from worker.lease import Lease
-from worker.outbox_relay import OutboxRelay
+from worker.broker.connections import celery_settings
+from worker.broker.lease import Lease
+from worker.broker.transport import restrict_publishing
+from worker.execution.consumer import Drain, JobClaims
+from worker.execution.delivery import Limits
+from worker.services.control import ControlService
+from worker.services.outbox_relay import OutboxRelay
 from worker.settings import Settings, SettingsError
 from worker.startup import StartupChecks
-from worker.transport import restrict_publishing
 
 try:
     settings = Settings.from_environment()
@@ -46,8 +46,8 @@ except SettingsError as error:
     raise SystemExit(f"The worker cannot start: {error}") from None
 
 for _scheme in ("redis", "rediss"):
-    TRANSPORT_ALIASES[_scheme] = "worker.transport:Transport"
-TRANSPORT_ALIASES["sentinel"] = "worker.transport:SentinelTransport"
+    TRANSPORT_ALIASES[_scheme] = "worker.broker.transport:Transport"
+TRANSPORT_ALIASES["sentinel"] = "worker.broker.transport:SentinelTransport"
 
 
 class JobApp(Celery):  # type: ignore[misc] # Celery ships no types
@@ -59,7 +59,7 @@ class JobApp(Celery):  # type: ignore[misc] # Celery ships no types
     lease: Lease | None = None
 
 
-app = JobApp("interview_access_worker", amqp="worker.consumer:JobProtocol")
+app = JobApp("interview_access_worker", amqp="worker.execution.consumer:JobProtocol")
 app.backend_cls = settings.results.celery_url  # Celery's setting yields to the environment
 app.settings = settings
 app.config_from_object("celeryconfig")
@@ -67,8 +67,8 @@ addresses = celery_settings(settings)
 addresses["broker_transport_options"] |= app.conf.broker_transport_options
 app.conf.update(**addresses)
 app.loader.override_backends = {
-    **dict.fromkeys(("redis", "rediss"), "worker.results:JobResults"),
-    "sentinel": "worker.results:SentinelJobResults",
+    **dict.fromkeys(("redis", "rediss"), "worker.broker.results:JobResults"),
+    "sentinel": "worker.broker.results:SentinelJobResults",
 }
 app.steps["worker"].update((StartupChecks, Drain))
 app.steps["consumer"].add(JobClaims)

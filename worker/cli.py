@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # a command that only enqueues loads no database, and --help 
     from interview_access.contracts import JobProgress, JobStatus
     from redis import Redis
 
-    from worker.dead_letters import DeadLetter, DeadLetters
-    from worker.job_status import JobStatusService
+    from worker.broker.dead_letters import DeadLetter, DeadLetters
+    from worker.services.job_status import JobStatusService
     from worker.settings import DatabaseSettings
 
 S = TypeVar("S", bound="DatabaseSettings")
@@ -226,7 +226,7 @@ def list_letters(as_json: bool) -> None:
 @click.option("--raw", is_flag=True, help="Write the bytes of the message to a file or a pipe.")
 def show(letter_id: str, raw: bool) -> None:
     """Show one dead letter with its message."""
-    from worker.dead_letters import readable
+    from worker.broker.dead_letters import readable
 
     if raw and sys.stdout.isatty():
         raise click.UsageError("--raw writes any bytes: redirect the output to a file or a pipe.")
@@ -274,7 +274,7 @@ def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
 
     from storage.interface import StorageError
     from worker.celery import app, storage
-    from worker.job_status import JobStatusService
+    from worker.services.job_status import JobStatusService
 
     try:
         with app.connection_for_write() as connection:
@@ -364,7 +364,7 @@ def _letters() -> Iterator[DeadLetters]:
     from interview_access.producer import CLIENT_NAME, connect
     from redis.exceptions import RedisError
 
-    from worker.dead_letters import DeadLetters
+    from worker.broker.dead_letters import DeadLetters
     from worker.settings import Settings
 
     broker = _read(Settings).broker

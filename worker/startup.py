@@ -31,8 +31,8 @@ from redis.exceptions import (
 
 from storage.interface import StorageError
 from storage.schema import DatabaseUnavailableError, check_schema
-from worker.claims import DEAD, PREFIX
-from worker.connections import CLIENT_NAME
+from worker.broker.claims import DEAD, PREFIX
+from worker.broker.connections import CLIENT_NAME
 from worker.settings import Settings
 
 logger = get_logger(__name__)
@@ -44,7 +44,7 @@ _PASSING = (ClusterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
 _PASSING_CODES = ("BUSY ", "MISCONF ", "NOREPLICAS ")
 """Error codes for which redis-py has no class; it leaves them in the error's text."""
 
-_POLICY = {"task_acks_late": True, "worker_consumer": "worker.consumer:JobConsumer"}
+_POLICY = {"task_acks_late": True, "worker_consumer": "worker.execution.consumer:JobConsumer"}
 """Celery's settings without which the promises do not hold, and their only values."""
 
 _LANE = f"{QUEUE}\x06\x169"

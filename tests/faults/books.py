@@ -21,9 +21,9 @@ import psutil
 from redis import Redis
 from sqlalchemy import text
 
-from tests.database import connected
-from tests.stores import PATIENCE_SECONDS, until
-from tests.workers import QUEUE, Site, worker
+from tests.support.database import connected
+from tests.support.stores import PATIENCE_SECONDS, until
+from tests.support.workers import QUEUE, Site, worker
 from worker.local_stack import Service
 
 PREFIX = f"{QUEUE}:"

@@ -36,7 +36,6 @@ from redis.exceptions import RedisError
 from sqlalchemy import Connection, make_url, text
 
 from storage.schema import migrate
-from tests.database import connected
 from tests.faults.books import (
     PREFIX,
     at_rest,
@@ -48,9 +47,10 @@ from tests.faults.books import (
 )
 from tests.faults.gates import Gate, Relay, Relays
 from tests.faults.sites import POINTS, family, kill_all
-from tests.fuzz import Fuzz
-from tests.stores import until
-from tests.workers import GRANT_ACCESS, QUEUE, ROOT, Site, site
+from tests.support.database import connected
+from tests.support.fuzz import Fuzz
+from tests.support.stores import until
+from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site, site
 from worker.local_stack import LocalStack, Service
 
 WORKERS = 2

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from storage.schema import migrate
-from tests.database import database
 from tests.faults.books import Books
-from tests.workers import Site, site
-from worker import claims
+from tests.support.database import database
+from tests.support.workers import Site, site
+from worker.broker import claims
 from worker.local_stack import LocalStack
 
 NUMBER = 10

@@ -23,11 +23,11 @@ import click
 from sqlalchemy import text
 
 from storage.schema import migrate
-from tests.database import connected
 from tests.faults.books import PREFIX, QUEUES, messages_on_their_way, session_keys
-from tests.fuzz import ELSEWHERE, KINDS, Fuzz, Message, is_job_id
-from tests.stores import until
-from tests.workers import Site, site, worker
+from tests.support.database import connected
+from tests.support.fuzz import ELSEWHERE, KINDS, Fuzz, Message, is_job_id
+from tests.support.stores import until
+from tests.support.workers import Site, site, worker
 from worker.local_stack import LocalStack, Service
 
 INTERVIEWS = [str(UUID(int=(0xF << 124) + number)) for number in range(12)]

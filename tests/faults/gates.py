@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.relay import Pair, SocketRelay
-from tests.stores import PATIENCE_SECONDS
+from tests.support.relay import Pair, SocketRelay
+from tests.support.stores import PATIENCE_SECONDS
 
 _MESSAGE = b'"headers"'
 _JOB_ID = re.compile(rb'"id": ?"([^"]{1,255})"')

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.relay import Pair, SocketRelay
-from tests.stores import until
-from tests.workers import ROOT, Site
+from tests.support.relay import Pair, SocketRelay
+from tests.support.stores import until
+from tests.support.workers import ROOT, Site
 from worker.local_stack import Service
 
 SERVERS = ("redis", "postgresql")

@@ -11,7 +11,7 @@ from uuid import uuid4
 import psutil
 
 from tests.faults.gates import CLAIM, SETTLEMENT, Gate, Relay, Relays, Traffic
-from tests.workers import Site, worker
+from tests.support.workers import Site, worker
 from worker.local_stack import Service
 
 QUICK = {"GRANT_LEASE_SECONDS": 1, "GRANT_CHUNK_SIZE": 4}

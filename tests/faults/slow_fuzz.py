@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tests.faults import fuzzing
-from tests.workers import site, worker
+from tests.support.workers import site, worker
 from worker.local_stack import LocalStack
 
 MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "200000"))

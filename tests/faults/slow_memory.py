@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import psutil
 
-from tests.stores import until
-from tests.workers import GRANT_ACCESS, QUEUE, Site, site, worker
+from tests.support.stores import until
+from tests.support.workers import GRANT_ACCESS, QUEUE, Site, site, worker
 from worker.local_stack import LocalStack
 
 WARM_UP_SECONDS, END_SECONDS = 30.0, 90.0

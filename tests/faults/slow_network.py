@@ -12,7 +12,7 @@ import pytest
 from tests.faults.books import INTERVIEWS, Books, balance, unfinished
 from tests.faults.network import SERVERS, Network, Relayed, network
 from tests.faults.sites import created
-from tests.stores import until
+from tests.support.stores import until
 
 LOST_JOB_SECONDS = 30.0
 """From the cut until a job of the host that was cut off is finished elsewhere."""

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from tests.faults.books import Books, crash, working
-from tests.stores import until
-from tests.workers import ledger_missing
+from tests.support.stores import until
+from tests.support.workers import ledger_missing
 from worker.local_stack import LocalStack
 from worker.settings import Settings
 

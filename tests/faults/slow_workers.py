@@ -15,8 +15,8 @@ import pytest
 from tests.faults.books import balance
 from tests.faults.sites import POINTS, another, created, gate_at, kill_all, relayed
 from tests.faults.test_batches import MANY, order, some
-from tests.stores import until
-from tests.workers import Site, held_grant
+from tests.support.stores import until
+from tests.support.workers import Site, held_grant
 
 LONG = 11.0  # seconds, of leases of one
 

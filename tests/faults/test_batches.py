@@ -18,8 +18,8 @@ from interview_access.producer import InterviewAccessClient
 from tests.faults.books import Books, balance
 from tests.faults.gates import Relays
 from tests.faults.sites import another, created, gate_at, relayed
-from tests.stores import until
-from tests.workers import Site, events, held_grant, site, worker
+from tests.support.stores import until
+from tests.support.workers import Site, events, held_grant, site, worker
 from worker.local_stack import LocalStack
 
 POINTS_HERE = ["after COMMIT", "before the result"]

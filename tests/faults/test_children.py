@@ -14,7 +14,7 @@ from interview_access.producer import InterviewAccessClient
 from tests.faults.books import balance
 from tests.faults.gates import Relays
 from tests.faults.sites import POINTS, created, gate_at, relayed
-from tests.workers import GRANT_ACCESS, QUEUE, Site
+from tests.support.workers import GRANT_ACCESS, QUEUE, Site
 
 AFTER_THE_LAST_CHUNK = ["at COMMIT", "after COMMIT", "before the result"]
 AT_CHILD = [point for point, (server, _, _) in POINTS.items() if server != "queue"]

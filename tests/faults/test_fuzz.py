@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults import fuzzing
-from tests.workers import site, worker
+from tests.support.workers import site, worker
 from worker.local_stack import LocalStack
 
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from tests.faults.books import Books, crash, working
-from tests.stores import until
+from tests.support.stores import until
 from worker.local_stack import LocalStack
 
 

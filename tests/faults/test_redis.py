@@ -9,9 +9,9 @@ import pytest
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
+from tests.cli.test_cli import status
 from tests.faults.books import INTERVIEWS, Books, crash, working
-from tests.stores import until
-from tests.test_cli import status
+from tests.support.stores import until
 from worker.local_stack import LocalStack
 
 

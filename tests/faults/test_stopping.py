@@ -20,8 +20,8 @@ from interview_access.producer import InterviewAccessClient
 
 from tests.faults.books import INTERVIEWS, PREFIX, Books
 from tests.faults.sites import another, created
-from tests.stores import until
-from tests.workers import Site
+from tests.support.stores import until
+from tests.support.workers import Site
 from worker.local_stack import Service
 
 GRACE, LONG_GRACE = 2.0, 60.0

@@ -12,8 +12,8 @@ import pytest
 
 from tests.faults.books import balance
 from tests.faults.sites import another, created, family, gate_at, kill_all, relayed
-from tests.stores import until
-from tests.workers import QUEUE, Site
+from tests.support.stores import until
+from tests.support.workers import QUEUE, Site
 
 AT_WORKER = ["claimed, unknown to the worker", "after COMMIT"]
 

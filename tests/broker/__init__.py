@@ -1,0 +1,1 @@
+"""Tests of worker/broker/: claims, leases, results and dead letters, on a real server."""

@@ -1,0 +1,312 @@
+"""The commands on the dead-letter list, on a real queue."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pty
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.support.database import database
+from tests.support.stores import a_job, until
+from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, site, worker
+from worker.cli import main
+from worker.local_stack import LocalStack
+
+UNREADABLE = b"\xff\x00 no message"
+REFUSED = "JobIdReusedException: Job id 'job' was used before"
+HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\nforged line\r\x7f"
+
+
+@pytest.fixture(scope="module")
+def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
+    """A queue that no worker takes from."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 11) as one,
+    ):
+        yield one
+
+
+@pytest.fixture
+def here(shared_site: Site) -> Site:
+    """The same, empty."""
+    shared_site.redis.flushdb()
+    return shared_site
+
+
+def dead_letter(here: Site, message: bytes, **fields: str | int) -> str:
+    """Add a dead letter as a worker does, and return its ID."""
+    given: dict[Any, Any] = {
+        "job_id": "job",
+        "task": "task",
+        "reason": "It was no good.",
+        "time": "1764000000.5",
+        "attempts": 0,
+        "size": len(message),
+        "queue": QUEUE,
+        "message": message,
+        **fields,
+    }
+    added: Any = here.redis.xadd("interview-access:dead", given)
+    return str(added.decode())
+
+
+def command(
+    here: Site, *arguments: str, given: str = "", **settings: object
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `interview-access dead-letters` in this process."""
+    ended = CliRunner().invoke(
+        main,
+        ["dead-letters", *arguments],
+        input=given,
+        env=here.environment(**settings),
+        catch_exceptions=False,
+    )
+    return subprocess.CompletedProcess(
+        arguments, ended.exit_code, ended.stdout_bytes, ended.stderr_bytes
+    )
+
+
+def test_empty_list_says_so(here: Site) -> None:
+    """Without dead letters there is nothing on standard output, and a word on the other."""
+    ended = command(here, "list")
+    assert (ended.returncode, ended.stdout) == (0, b"")
+    assert ended.stderr == b"There are no dead letters.\n"
+
+
+def test_list_tells_each_in_a_line(here: Site) -> None:
+    """Each letter is one line, the oldest first, with its id, size, job and reason."""
+    ids = [dead_letter(here, b"{}"), dead_letter(here, UNREADABLE, reason="Two\nlines")]
+    first, second = command(here, "list").stdout.decode().splitlines()
+    assert first.startswith(ids[0])
+    assert first.endswith("0 attempts  2 B  task  job  It was no good.")
+    assert second.startswith(ids[1])
+    assert second.endswith("Two lines")
+
+
+def test_list_as_json_is_an_object_a_line(here: Site) -> None:
+    """For programs each letter is a JSON object, without its message."""
+    letter_id = dead_letter(here, UNREADABLE)
+    (line,) = command(here, "list", "--json").stdout.splitlines()
+    letter = json.loads(line)
+    assert letter.pop("time").startswith("20")
+    assert letter == {
+        "id": letter_id,
+        "reason": "It was no good.",
+        "task": "task",
+        "job_id": "job",
+        "attempts": 0,
+        "size": len(UNREADABLE),
+        "queue": QUEUE,
+        "in_ledger": None,
+    }
+
+
+def test_list_is_read_in_pages(here: Site) -> None:
+    """More letters than one page holds are all told, each once."""
+    for _ in range(250):
+        here.redis.xadd("interview-access:dead", {"message": "x", "reason": "r", "time": 1,
+                        "attempts": 1, "size": 1, "job_id": "j", "task": "t"})  # fmt: skip
+    lines = command(here, "list").stdout.splitlines()
+    assert len(set(lines)) == len(lines) == 250
+
+
+def test_show_decodes_what_it_can(here: Site) -> None:
+    """A message is shown with its body decoded; one that cannot be is shown all the same."""
+    here.send("ann", ["x"])
+    message: Any = here.redis.rpop(QUEUE)
+    shown = command(here, "show", dead_letter(here, message)).stdout.decode()
+    assert "reason    It was no good." in shown
+    assert '"ann"' in shown
+    assert (
+        "\\xff\\x00 no message"
+        in command(here, "show", dead_letter(here, UNREADABLE)).stdout.decode()
+    )
+
+
+def test_show_raw_is_the_bytes(here: Site) -> None:
+    """The message's own bytes can be had and nothing else."""
+    assert command(here, "show", "--raw", dead_letter(here, UNREADABLE)).stdout == UNREADABLE
+
+
+def test_requeue_sends_the_same_bytes(here: Site) -> None:
+    """A letter goes back to its queue as it was, and is a letter no more."""
+    letter_id = dead_letter(here, UNREADABLE)
+    ended = command(here, "requeue", letter_id)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert here.redis.lrange(QUEUE, 0, -1) == [UNREADABLE]
+    assert here.dead_letters() == []
+
+
+def test_requeue_says_that_the_ledger_has_a_result(here: Site) -> None:
+    """A requeued job with a result in the ledger is reported, whatever the reason's words are."""
+    reported = command(here, "requeue", dead_letter(here, b"{}", in_ledger="1"))
+    assert "send it under a new job ID" in reported.stderr.decode()
+    silent = command(here, "requeue", dead_letter(here, b"{}", in_ledger="0", reason=REFUSED))
+    assert silent.stderr == b""
+
+
+def test_an_entry_of_an_earlier_release_is_looked_up_in_the_ledger(here: Site) -> None:
+    """Where the entry does not say whether the ledger has a result, the ledger is asked."""
+    here.store.grant(a_job("finished", "ann", []))
+    reported = command(here, "requeue", dead_letter(here, b"{}", job_id="finished"))
+    assert "the ledger has a result of job finished" in reported.stderr.decode()
+    silent = command(here, "requeue", dead_letter(here, b"{}", job_id="other", reason=REFUSED))
+    assert silent.stderr == b""
+
+
+def test_an_entry_of_an_earlier_release_without_the_database(here: Site) -> None:
+    """Where the ledger cannot be asked either, that is reported, and the message is requeued."""
+    nowhere = "postgresql://nobody@127.0.0.1:1/none"
+    ended = command(here, "requeue", dead_letter(here, b"{}"), DATABASE_URL=nowhere)
+    assert ended.returncode == 0
+    assert "it is not known whether the ledger has a result" in ended.stderr.decode()
+    assert here.redis.llen(QUEUE) == 1
+
+
+@pytest.mark.parametrize("words", [("list",), ("list", "--json"), ("show",), ("requeue",)])
+def test_no_field_reaches_the_terminal_as_it_came(here: Site, words: tuple[str, ...]) -> None:
+    """Control characters of each field are escaped, and no field forges a line."""
+    fields = dict.fromkeys(("job_id", "task", "reason"), HOSTILE)
+    letter_id = dead_letter(here, HOSTILE.encode(), in_ledger="1", **fields)
+    arguments = words if words[0] == "list" else (*words, letter_id)
+    ended = command(here, *arguments)
+    printed = (ended.stdout + ended.stderr).decode()
+    assert ended.returncode == 0
+    assert all(one.isprintable() or one == "\n" for one in printed)
+    assert not any(line.startswith("forged") for line in printed.splitlines())
+
+
+def test_a_giant_field_is_cut(here: Site) -> None:
+    """A field of megabytes is a few hundred characters in a list."""
+    fields = dict.fromkeys(("job_id", "task", "reason"), "G" * 3_000_000)
+    dead_letter(here, b"{}", **fields)
+    assert len(command(here, "list").stdout) < 1_000
+
+
+def nested(depth: int) -> bytes:
+    """A list in a list, and so on, as JSON."""
+    return b"[" * depth + b"]" * depth
+
+
+def envelope(body: bytes, **headers: str) -> bytes:
+    """A message with such a body in base64."""
+    text = base64.b64encode(body).decode()
+    properties = {"body_encoding": "base64"}
+    return json.dumps({"body": text, "headers": headers, "properties": properties}).encode()
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("caf\u00e9".encode("utf-16"), "\\xff\\xfec"),
+        (nested(100_000), "[[[["),
+        (envelope(nested(100_000)), '"body": "W1tbW1tb'),
+        (envelope(zlib.compress(b"x" * 50_000_000), compression="zlib"), '"compression": "zlib"'),
+        (b'{"headers": {"id": "\x7f\xc2\x9b31m"}}', '"id": "\\u007f\\u009b31m"'),
+        (b'{"n": ' + b"9" * 10_000 + b"}", '{"n": 9999'),
+        (b'{"body": "[[], {}, {}]", "properties": {}}', '"body": [\n    [],'),
+    ],
+    ids=[
+        "not UTF-8",
+        "nested",
+        "nested body",
+        "compressed",
+        "control characters",
+        "number",
+        "text",
+    ],
+)
+def test_show_any_message(here: Site, message: bytes, shown: str) -> None:
+    """Any bytes are shown, nothing is decompressed, and what is printed is bounded."""
+    ended = command(here, "show", dead_letter(here, message))
+    assert (ended.returncode, len(ended.stdout) < 100_000) == (0, True)
+    assert shown in ended.stdout.decode()
+
+
+def test_show_cuts_a_long_message(here: Site) -> None:
+    """A message of many IDs is cut on the terminal, and --raw has all of it."""
+    message = envelope(json.dumps([[], {"interview_ids": ["x" * 36] * 10_000}, {}]).encode())
+    letter_id = dead_letter(here, message)
+    ended = command(here, "show", letter_id)
+    assert len(ended.stdout) < 25_000
+    assert b"--raw writes all of it" in ended.stderr
+    assert command(here, "show", "--raw", letter_id).stdout == message
+
+
+def test_raw_bytes_are_not_written_to_a_terminal(here: Site) -> None:
+    """On a terminal --raw is refused: the bytes may hold its control sequences."""
+    letter_id = dead_letter(here, HOSTILE.encode())
+    reader, terminal = pty.openpty()
+    ended = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "dead-letters", "show", "--raw", letter_id],
+        env=here.environment(),
+        cwd=ROOT,
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        timeout=30,
+        check=False,
+    )
+    os.close(terminal)
+    os.close(reader)
+    assert ended.returncode == 2
+    assert b"redirect the output" in ended.stderr
+
+
+@pytest.mark.parametrize("act", ["requeue", "drop"])
+def test_unknown_letter_stops_no_other(here: Site, act: str) -> None:
+    """An id that is none is named, the others are done, and the command fails."""
+    letter_id = dead_letter(here, b"{}")
+    ended = command(here, act, "1-1", letter_id, *(["--yes"] if act == "drop" else []))
+    assert ended.returncode == 1
+    assert b"1-1: there is no such dead letter" in ended.stderr
+    assert here.dead_letters() == []
+
+
+@pytest.mark.parametrize("act", ["show", "requeue", "drop"])
+def test_malformed_id_is_a_wrong_call(here: Site, act: str) -> None:
+    """What is no id of the list is told as a wrong call."""
+    ended = command(here, act, "yesterday")
+    assert ended.returncode == 2
+    assert b"got 'yesterday', expected an id of the list" in ended.stderr
+
+
+def test_drop_asks_first(here: Site) -> None:
+    """Nothing is deleted unless it is said so."""
+    letter_id = dead_letter(here, b"{}")
+    assert command(here, "drop", letter_id, given="n\n").returncode == 1
+    assert here.dead_letters()
+    assert command(here, "drop", letter_id, given="y\n").returncode == 0
+    assert here.dead_letters() == []
+
+
+def test_redis_away_is_one_line(here: Site, tmp_path: Path) -> None:
+    """Without Redis there is one line that says so, and no trace."""
+    ended = command(here, "list", CELERY_BROKER_URL=f"redis+socket://{tmp_path}/none")
+    assert ended.returncode == 3
+    (line,) = ended.stderr.decode().splitlines()
+    assert line.startswith("The dead letters cannot be read: ")
+
+
+def test_requeued_job_is_done(here: Site, tmp_path: Path) -> None:
+    """A job that was given up while the database was away succeeds when it is requeued."""
+    settings = {"GRANT_RETRY_LIMIT": 0, "GRANT_LEASE_SECONDS": 1}
+    with worker(here, tmp_path / "worker.log", **settings):
+        with ledger_missing(here):
+            job_id = here.send("ann", [])
+            until(lambda: bool(here.dead_letters()))
+            assert here.answer(job_id)["result"]["exc_type"] == "StorageUnavailableException"
+        (line,) = command(here, "list", "--json").stdout.splitlines()
+        command(here, "requeue", json.loads(line)["id"])
+        result = here.until_state(job_id, "SUCCESS")["result"]
+    assert result == {"success": True, "created_access_count": 0}

@@ -1,0 +1,799 @@
+"""A worker session's lease, its deliveries and what recovers them, on the real server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from tests.support.sessions import (
+    GRACE,
+    ISOLATED,
+    KEYS,
+    LANE,
+    LEASES,
+    ORPHANED_AFTER,
+    QUEUE,
+    TTL,
+    ManualClock,
+    SteppedLease,
+    claimed,
+    connect,
+    messages,
+    sessions,
+    unreachable,
+)
+from tests.support.stores import until
+from worker.broker.claims import DEAD, PREFIX, Action, Claims, Disposition
+from worker.broker.lease import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, CircuitBreaker, Lease
+from worker.execution.delivery import Delivery, State
+from worker.local_stack import LocalStack
+
+ACKNOWLEDGE = Disposition(Action.ACKNOWLEDGE)
+REQUEUE = Disposition(Action.REQUEUE)
+PROCESSES = 4
+
+
+@pytest.fixture
+def redis(stack: LocalStack) -> Iterator[Redis]:
+    """An empty Redis database."""
+    with connect(stack) as client:
+        client.flushdb()
+        yield client
+
+
+@pytest.fixture
+def client(stack: LocalStack) -> Iterator[Redis]:
+    """The lease's client, which a test may cut off."""
+    with connect(stack) as client:
+        yield client
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """The clock of all leases."""
+    return ManualClock()
+
+
+@pytest.fixture
+def lease(redis: Redis, client: Redis, clock: ManualClock) -> Iterator[SteppedLease]:
+    """A lease with a session on the empty database."""
+    assert redis.dbsize() == 0
+    lease = SteppedLease(clock, batch_size=10)
+    lease.open(client)
+    yield lease
+    lease.close()
+
+
+@pytest.fixture
+def other(redis: Redis, stack: LocalStack, clock: ManualClock) -> Iterator[SteppedLease]:
+    """Another worker's lease with a session."""
+    assert redis.ping()
+    lease = SteppedLease(clock, batch_size=10)
+    with connect(stack) as client:
+        lease.open(client)
+        yield lease
+        lease.close()
+
+
+def claim(lease: Lease, queues: tuple[str, ...] = KEYS) -> list[Delivery]:
+    """What a session that is alive claims for one pool process."""
+    deliveries = lease.claim(queues, 1, PROCESSES)
+    assert deliveries is not None
+    return deliveries
+
+
+class Batch:
+    """A batch, as far as the lease looks at it."""
+
+    def __init__(self, *deliveries: Delivery, is_abandoned: bool = False) -> None:
+        self.is_abandoned = is_abandoned
+        for delivery in deliveries:
+            delivery.state = State.DISPATCHED
+            delivery.batch = self  # type: ignore[assignment]
+
+
+def dispatched(lease: Lease) -> list[Delivery]:
+    """Claimed deliveries that a pool process executes."""
+    deliveries = claim(lease)
+    Batch(*deliveries)
+    return deliveries
+
+
+def settle(lease: Lease, disposition: Disposition, *deliveries: Delivery) -> None:
+    """Settle deliveries in the same way."""
+    lease.settle({one.tag: disposition for one in deliveries})
+
+
+# --- A lease that is lost ------------------------------------------------------------------------
+
+
+def lose(redis: Redis, lease: SteppedLease) -> None:
+    """Take the session over, as another worker does after it has expired."""
+    session = lease.session
+    while Claims(redis).take_over(session, sessions(redis)[session]) > 0:
+        pass
+
+
+def test_a_lost_lease_claims_nothing(lease: SteppedLease, redis: Redis) -> None:
+    """A session that was taken over learns it from its claim."""
+    lose(redis, lease)
+    redis.lpush(QUEUE, "message")
+    assert lease.claim(KEYS, 1, PROCESSES) is None
+    assert redis.lrange(QUEUE, 0, -1) == [b"message"]
+
+
+def test_a_lost_lease_is_followed_by_another_session(lease: SteppedLease, redis: Redis) -> None:
+    """A heartbeat that finds the lease lost begins another session, which claims."""
+    former = lease.session
+    lose(redis, lease)
+    lease.beat()
+    assert lease.session != former
+    assert sessions(redis).keys() == {lease.session}
+    redis.lpush(QUEUE, "message")
+    assert len(claim(lease)) == 1
+
+
+def test_deliveries_of_a_lost_lease_are_forgotten(lease: SteppedLease, redis: Redis) -> None:
+    """A job that runs while its lease is lost is redelivered; its end has no effect."""
+    redis.lpush(QUEUE, "message")
+    (delivery,) = dispatched(lease)
+    lose(redis, lease)
+    lease.beat()
+    assert lease.tags == set()
+    settle(lease, ACKNOWLEDGE, delivery)
+    assert redis.lrange(ISOLATED, 0, -1) == [f"{QUEUE}\0message".encode()]
+
+
+def test_a_settlement_after_the_takeover_has_no_effect(lease: SteppedLease, redis: Redis) -> None:
+    """Also before the worker knows that its lease is lost."""
+    redis.lpush(QUEUE, "message")
+    deliveries = dispatched(lease)
+    lose(redis, lease)
+    settle(lease, ACKNOWLEDGE, *deliveries)
+    assert messages(redis) == {b"message": 1}
+    assert redis.llen(ISOLATED) == 1
+
+
+def test_delivery_tags_are_never_reused(lease: SteppedLease, redis: Redis, client: Redis) -> None:
+    """A late command of a former session cannot name a delivery of the current one."""
+    redis.lpush(QUEUE, "a", "b", "c")
+    tags = [one.tag for one in claim(lease)]
+    lease.open(client)
+    tags += [one.tag for one in claim(lease)]
+    lose(redis, lease)
+    lease.beat()
+    tags += [one.tag for _ in range(3) for one in claim(lease)]
+    assert len(set(tags)) == len(tags) == 7
+
+
+# --- Reconnection --------------------------------------------------------------------------------
+
+
+def test_a_reconnection_keeps_running_jobs(
+    lease: SteppedLease, redis: Redis, stack: LocalStack
+) -> None:
+    """What runs continues in the new session; what was not dispatched is requeued."""
+    redis.lpush(QUEUE, "running")
+    deliveries = dispatched(lease)
+    redis.lpush(QUEUE, "not dispatched")
+    claim(lease)
+    former = lease.session
+    with connect(stack) as another:
+        lease.open(another)
+        assert sessions(redis).keys() == {lease.session} != {former}
+        assert claimed(redis, lease.session) == [b"running"]
+        assert redis.lrange(QUEUE, 0, -1) == [b"not dispatched"]
+        settle(lease, ACKNOWLEDGE, *deliveries)
+    assert messages(redis) == {b"not dispatched": 1}
+
+
+def test_a_reconnection_requeues_a_claim_without_reply(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """A claim that Redis executed but whose reply was lost is requeued without an attempt."""
+    redis.lpush(QUEUE, "message")
+    Claims(redis).claim(lease.session, KEYS, first_tag=100, room=1, size=1)
+    lease.open(client)
+    assert redis.lrange(QUEUE, 0, -1) == [b"message"]
+    assert [one.claim.attempts for one in claim(lease)] == [0]
+
+
+def test_a_late_claim_of_a_former_session_claims_nothing(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """A command that is still on its way on the old connection finds its session ended."""
+    former = lease.session
+    lease.open(client)
+    redis.lpush(QUEUE, "message")
+    assert Claims(redis).claim(former, KEYS, first_tag=100, room=1, size=1) is None
+
+
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_a_session_that_could_not_be_opened_is_replaced(
+    lease: SteppedLease, redis: Redis, client: Redis, *, is_opened: bool
+) -> None:
+    """The next heartbeat continues all former sessions in a new one, opened or not."""
+    redis.lpush(QUEUE, "running")
+    (delivery,) = dispatched(lease)
+    with unreachable(client), pytest.raises(RedisConnectionError):
+        lease.open(client)
+    if is_opened:  # only the reply was lost
+        Claims(redis).open(lease._sessions[-1])
+    lease.beat()
+    assert claimed(redis, lease.session) == [b"running"]
+    assert sessions(redis).keys() == {lease.session}
+    settle(lease, ACKNOWLEDGE, delivery)
+    assert messages(redis) == {}
+
+
+def test_a_server_that_lost_a_claim_gets_the_message_again(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """After a restart or failover without its last second a server may lack claim and message."""
+    redis.lpush(QUEUE, "running")
+    dispatched(lease)
+    redis.flushdb()
+    lease._server = "another server's run ID"
+    lease.open(client)
+    assert redis.lrange(QUEUE, 0, -1) == [b"running"]
+    assert lease.tags == set()
+
+
+# --- Settling ------------------------------------------------------------------------------------
+
+
+def test_a_delivery_is_settled_once(lease: SteppedLease, redis: Redis) -> None:
+    """The first disposition applies."""
+    redis.lpush(QUEUE, "message")
+    (delivery,) = dispatched(lease)
+    settle(lease, ACKNOWLEDGE, delivery)
+    settle(lease, REQUEUE, delivery)
+    assert messages(redis) == {}
+    assert lease.tags == set()
+
+
+def test_settlements_wait_for_redis(lease: SteppedLease, redis: Redis, client: Redis) -> None:
+    """What is settled while Redis is away is sent by a later heartbeat; the first one applies."""
+    redis.lpush(QUEUE, "a", "b", "c")
+    one, two, three = dispatched(lease)
+    with unreachable(client):
+        settle(lease, ACKNOWLEDGE, one)
+        settle(lease, Disposition(Action.DEAD_LETTER, reason="because"), two)
+        settle(lease, REQUEUE, one, two)
+        with pytest.raises(RedisConnectionError):
+            lease.beat()
+    assert claimed(redis, lease.session) == [b"a", b"b", b"c"]
+    lease.beat()
+    assert claimed(redis, lease.session) == [b"c"]
+    letters: Any = redis.xrange(DEAD)
+    ((_, letter),) = letters
+    assert letter[b"message"] == b"b"
+    assert lease.tags == {three.tag}
+
+
+def test_settlements_survive_a_reconnection(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """What was settled while Redis was away is sent in the new session."""
+    redis.lpush(QUEUE, "a")
+    deliveries = dispatched(lease)
+    with unreachable(client):
+        settle(lease, ACKNOWLEDGE, *deliveries)
+    lease.open(client)
+    assert messages(redis) == {}
+
+
+# --- Reconciliation ------------------------------------------------------------------------------
+
+
+def test_claims_without_delivery_are_requeued(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A heartbeat requeues, as an error, what is claimed in Redis and not in the table."""
+    redis.lpush(QUEUE, "lost", "known")
+    Claims(redis).claim(lease.session, KEYS, first_tag=100, room=1, size=1)
+    (known,) = claim(lease)
+    lease.beat()
+    assert redis.lrange(QUEUE, 0, -1) == [b"lost"]
+    assert lease.tags == {known.tag}
+    assert errors(caplog) == ["claims without delivery are requeued: count=1"]
+
+
+def test_a_delivery_without_claim_is_forgotten(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A heartbeat removes, as an error, what is in the table and not claimed in Redis."""
+    redis.lpush(QUEUE, "lost", "known")
+    lost, known = claim(lease)
+    redis.hdel(f"{PREFIX}held:{lease.session}", lost.tag)
+    lease.beat()
+    assert lease.tags == {known.tag}
+    assert errors(caplog) == [f"delivery without claim is forgotten: {lost}"]
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The errors that were logged."""
+    return [one.message for one in caplog.records if one.levelno >= logging.ERROR]
+
+
+def test_a_delivery_that_was_never_dispatched_is_requeued(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A claimed delivery that is not dispatched within seconds was dropped by a defect."""
+    redis.lpush(QUEUE, "dropped")
+    claim(lease)
+    lease.beat_for(ORPHANED_AFTER)
+    assert claimed(redis, lease.session) == [b"dropped"]
+    lease.beat()
+    assert redis.lrange(QUEUE, 0, -1) == [b"dropped"]
+    assert errors(caplog) == [
+        "delivery without owner is requeued: job='' task='' state=claimed attempts=0 pid=None"
+    ]
+    assert lease.tags == set()
+
+
+def test_a_delivery_that_the_pool_forgot_counts_an_attempt(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """Its job may have ended the pool process: it comes back isolated."""
+    redis.lpush(QUEUE, "forgotten")
+    Batch(*claim(lease), is_abandoned=True)
+    lease.beat(ORPHANED_AFTER + 1)
+    assert redis.llen(ISOLATED) == 1
+    assert [one.claim.attempts for one in claim(lease)] == [1]
+
+
+def test_a_running_delivery_is_kept(lease: SteppedLease, redis: Redis) -> None:
+    """A long job has an owner for as long as it runs."""
+    redis.lpush(QUEUE, "long")
+    dispatched(lease)
+    lease.beat_for(10 * ORPHANED_AFTER)
+    assert claimed(redis, lease.session) == [b"long"]
+
+
+# --- Other workers' leases -----------------------------------------------------------------------
+
+
+def test_a_dead_workers_messages_are_taken_over(
+    lease: SteppedLease, other: SteppedLease, redis: Redis
+) -> None:
+    """A session whose counter has stood still for two TTLs is taken over; its messages isolated."""
+    redis.lpush(QUEUE, "message")
+    claim(other)
+    dead = other.session
+    lease.beat()
+    lease.beat_for(2 * TTL - 1)
+    assert dead in sessions(redis)
+    lease.beat()
+    assert sessions(redis).keys() == {lease.session}
+    assert [one.claim.attempts for one in claim(lease)] == [1]
+
+
+def test_a_slow_worker_is_not_taken_over(
+    lease: SteppedLease, other: SteppedLease, redis: Redis
+) -> None:
+    """Any heartbeat within two TTLs keeps the lease."""
+    for _ in range(3):
+        lease.beat_for(2 * TTL - 1)
+        other.beat()
+    assert other.session in sessions(redis)
+
+
+@pytest.mark.parametrize("gap", [TTL, 100 * TTL])
+def test_a_gap_between_observations_starts_them_anew(
+    lease: SteppedLease, other: SteppedLease, redis: Redis, gap: float
+) -> None:
+    """After a stall of Redis or of this machine all counters seem to have stood still."""
+    dead = other.session
+    lease.beat()
+    lease.beat_for(2 * TTL - 2)
+    lease.beat(gap)
+    lease.beat_for(2 * TTL - 1)
+    assert dead in sessions(redis)
+    lease.beat()
+    assert dead not in sessions(redis)
+
+
+def test_an_earlier_versions_session_is_taken_over(lease: SteppedLease, redis: Redis) -> None:
+    """The first version wrote deadlines: one that stands still expires, however far in future."""
+    deadline = 4_000_000_000_000
+    redis.zadd(LEASES, {"renewed": deadline, "dead": deadline})
+    redis.hset(f"{PREFIX}held:dead", "1", f"{QUEUE}\0message")
+    for seconds in range(int(2 * TTL) + 1):
+        redis.zadd(LEASES, {"renewed": deadline + seconds})
+        lease.beat()
+    assert sessions(redis).keys() == {lease.session, "renewed"}
+    assert redis.lrange(ISOLATED, 0, -1) == [f"{QUEUE}\0message".encode()]
+
+
+def test_a_large_session_is_taken_over_by_several_workers(
+    lease: SteppedLease, other: SteppedLease, redis: Redis
+) -> None:
+    """Takeovers at the same time move each message once."""
+    sizes = [2_000_000 + at for at in range(6)]
+    redis.zadd(LEASES, {"dead": 7})
+    for at, size in enumerate(sizes):
+        redis.hset(f"{PREFIX}held:dead", str(at), f"{QUEUE}\0".encode() + b"." * size)
+    for _ in range(int(2 * TTL) + 1):
+        lease.beat(0.5)
+        other.beat(0.5)
+    assert sorted(len(one) - len(QUEUE) - 1 for one in redis.lrange(ISOLATED, 0, -1)) == sizes
+
+
+def test_delayed_messages_are_woken_by_a_heartbeat(lease: SteppedLease, redis: Redis) -> None:
+    """Large ones too: one heartbeat wakes all that are due."""
+    redis.lpush(LANE, *[b"." * 2_000_000] * 5)
+    for _ in range(5):
+        deliveries = lease.claim(KEYS, 1, 100)
+        assert deliveries
+        settle(lease, Disposition(Action.DELAY, delay=0), *deliveries)
+    lease.beat()
+    assert redis.llen(LANE) == 5
+
+
+# --- Stopping ------------------------------------------------------------------------------------
+
+
+def test_a_stuck_main_loop_loses_the_lease(lease: SteppedLease, redis: Redis) -> None:
+    """A worker whose main loop does not turn is dead to others, whatever its threads do."""
+    lease.clock.now += 121
+    before = sessions(redis)
+    lease._beat()
+    assert sessions(redis) == before
+    lease.loop_turned()
+    lease._beat()
+    assert sessions(redis) != before
+
+
+def test_a_draining_worker_claims_nothing_and_keeps_its_lease(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """Running jobs go on under the lease, though the main loop may not turn any more."""
+    redis.lpush(QUEUE, "running")
+    deliveries = dispatched(lease)
+    redis.lpush(QUEUE, "waiting")
+    lease.drain()
+    assert lease.is_draining
+    assert not lease.may_claim()
+    assert claim(lease) == []
+    before = sessions(redis)
+    lease.clock.now += 1_000
+    lease._beat()
+    assert sessions(redis) != before
+    settle(lease, ACKNOWLEDGE, *deliveries)
+    assert messages(redis) == {b"waiting": 1}
+
+
+def test_a_draining_worker_requeues_what_is_not_dispatched(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """A delivery that no pool process has begun runs elsewhere, without an attempt counted."""
+    redis.lpush(QUEUE, "message")
+    claim(lease)
+    lease.drain()
+    lease.beat()
+    assert redis.lrange(QUEUE, 0, -1) == [b"message"]
+
+
+def test_the_grace_begins_with_the_first_drain(lease: SteppedLease) -> None:
+    """A second request to stop does not extend it; a cold shutdown ends it."""
+    lease.drain()
+    lease.clock.now += GRACE / 2
+    lease.drain()
+    assert lease._drained_by == pytest.approx(lease.clock.now + GRACE / 2)
+    lease.drain(at_once=True)
+    assert lease._drained_by == lease.clock.now
+
+
+def test_a_closed_session_leaves_nothing(lease: SteppedLease, redis: Redis) -> None:
+    """What is still claimed is requeued, without an attempt; a late end has no effect."""
+    redis.lpush(QUEUE, "a", "b")
+    deliveries = dispatched(lease)
+    lease.close()
+    settle(lease, ACKNOWLEDGE, *deliveries)
+    lease.close()
+    assert sorted(redis.lrange(QUEUE, 0, -1)) == [b"a", b"b"]
+    assert redis.keys() == [QUEUE.encode()]
+    assert claim(lease) == []
+
+
+def test_a_close_sends_settlements_first(lease: SteppedLease, redis: Redis, client: Redis) -> None:
+    """A job that ended while Redis was away does not run again."""
+    redis.lpush(QUEUE, "ended", "running")
+    ended, _ = dispatched(lease)
+    with unreachable(client):
+        settle(lease, ACKNOWLEDGE, ended)
+    lease.close()
+    assert messages(redis) == {b"running": 1}
+
+
+def test_a_close_while_redis_is_away_is_a_takeover_later(
+    lease: SteppedLease, other: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """The messages of a session that could not be closed are taken over."""
+    redis.lpush(QUEUE, "message")
+    dispatched(lease)
+    with unreachable(client):
+        lease.close()
+    other.beat_for(2 * TTL + 1)
+    assert redis.llen(ISOLATED) == 1
+    assert sessions(redis).keys() == {other.session}
+
+
+def test_a_close_between_two_sessions_leaves_nothing(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """Also where the last reconnection failed, settlements are sent and all sessions end."""
+    redis.lpush(QUEUE, "ended", "running")
+    ended, _ = dispatched(lease)
+    with unreachable(client):
+        settle(lease, ACKNOWLEDGE, ended)
+        with pytest.raises(RedisConnectionError):
+            lease.open(client)
+    lease.close()
+    assert messages(redis) == {b"running": 1}
+    assert redis.lrange(QUEUE, 0, -1) == [b"running"]
+    assert sessions(redis) == {}
+
+
+# --- What may be claimed -------------------------------------------------------------------------
+
+
+def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) -> None:
+    """Another is claimed when the first has ended; other messages meanwhile."""
+    redis.lpush(QUEUE, "poison 1", "poison 2")
+    claim(lease)
+    lose(redis, lease)
+    lease.beat()
+    redis.lpush(QUEUE, "message")
+    first = dispatched(lease)
+    assert [one.claim.message for one in first] == [b"poison 1"]
+    assert [one.claim.message for one in claim(lease)] == [b"message"]
+    assert claim(lease) == []
+    settle(lease, ACKNOWLEDGE, *first)
+    assert [one.claim.message for one in claim(lease)] == [b"poison 2"]
+
+
+def claim_while_more(lease: SteppedLease) -> list[Delivery]:
+    """Claim as the consumer does: once more where messages were only moved to the lane."""
+    deliveries = claim(lease)
+    while not deliveries and lease.has_more:
+        deliveries = claim(lease)
+    return deliveries
+
+
+def sizes_claimed(lease: SteppedLease, claims: int) -> list[list[int]]:
+    """The sizes of what each of so many claims takes."""
+    return [[one.claim.size for one in claim_while_more(lease)] for _ in range(claims)]
+
+
+def test_large_messages_take_all_pool_processes(lease: SteppedLease, redis: Redis) -> None:
+    """Where no small message comes, no pool process is kept for one."""
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * (PROCESSES + 1))
+    assert sizes_claimed(lease, PROCESSES + 1) == [*[[BATCH_BYTES]] * PROCESSES, []]
+
+
+def test_a_small_message_is_claimed_before_the_last_large_one(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """The last free pool process is for a small message that waits, behind large ones or not."""
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * 40, b"small")
+    sizes = sizes_claimed(lease, PROCESSES + 3)
+    assert sizes[: PROCESSES - 1] == [[BATCH_BYTES]] * (PROCESSES - 1)
+    assert [taken for taken in sizes[PROCESSES - 1 :] if taken] == [[5]]
+
+
+def test_after_a_small_message_one_pool_process_is_kept(lease: SteppedLease, redis: Redis) -> None:
+    """Large messages leave it free for a second."""
+    redis.lpush(QUEUE, b"small")
+    settle(lease, ACKNOWLEDGE, *claim(lease))
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
+    assert sizes_claimed(lease, PROCESSES) == [*[[BATCH_BYTES]] * (PROCESSES - 1), []]
+    lease.clock.now += 1
+    assert sizes_claimed(lease, 1) == [[BATCH_BYTES]]
+
+
+def test_the_last_pool_process_takes_nothing_huge(lease: SteppedLease, redis: Redis) -> None:
+    """A job that may take long leaves one pool process to others."""
+    huge = HUGE_BYTES + 1
+    redis.lpush(QUEUE, *[b"." * huge] * PROCESSES)
+    assert sizes_claimed(lease, PROCESSES) == [*[[huge]] * (PROCESSES - 1), []]
+
+
+def test_a_huge_message_is_not_passed_for_ever(lease: SteppedLease, redis: Redis) -> None:
+    """It needs a pool process that no huge job has, whatever the others execute."""
+    huge = HUGE_BYTES + 1
+    redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
+    running = [claim_while_more(lease) for _ in range(PROCESSES)]
+    redis.lpush(QUEUE, b"." * huge, *[b"." * BATCH_BYTES] * PROCESSES)
+    settle(lease, ACKNOWLEDGE, *running[0])
+    assert sizes_claimed(lease, 1) == [[huge]]
+
+
+def test_the_last_pool_process_takes_no_poison_candidate(lease: SteppedLease, redis: Redis) -> None:
+    """It may take as long as a huge job."""
+    redis.lpush(QUEUE, *[b"." * (HUGE_BYTES + 1)] * (PROCESSES - 1))
+    running = [claim(lease) for _ in range(PROCESSES - 1)]
+    redis.lpush(f"{PREFIX}isolated", f"{QUEUE}\0poison")
+    assert claim(lease) == []
+    settle(lease, ACKNOWLEDGE, *running[0])
+    assert [one.claim.message for one in claim(lease)] == [b"poison"]
+
+
+def test_large_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
+    """They make one batch of at most so many bytes, which counts as one large job."""
+    size = BATCH_BYTES // 3
+    redis.lpush(QUEUE, *[b"." * size] * 4, b"small")
+    first = dispatched(lease)
+    assert [one.claim.size for one in first] == [size] * 3
+    assert [one.claim.size for one in claim(lease)] == [size]
+    assert [one.claim.size for one in claim(lease)] == [5]
+
+
+def test_small_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
+    """As many bytes as the free pool processes execute together, and one message more at most."""
+    redis.lpush(QUEUE, *[b"." * SMALL_BYTES] * 10)
+    deliveries = lease.claim(KEYS, 1, PROCESSES, free=2)
+    assert deliveries is not None
+    assert sum(one.claim.size for one in deliveries) == 2 * BATCH_BYTES
+
+
+def test_the_lane_is_read_once_a_second_without_room(lease: SteppedLease, redis: Redis) -> None:
+    """Reading a message of 5 MB takes the server as long as the rest of a claim."""
+    redis.lpush(QUEUE, "small")
+    settle(lease, ACKNOWLEDGE, *claim(lease))
+    redis.lpush(LANE, *[b"." * BATCH_BYTES] * PROCESSES)
+    running = [claim(lease)[0] for _ in range(PROCESSES - 1)]
+    assert claim(lease) == []
+    redis.rpush(LANE, "small")
+    assert claim(lease) == []
+    lease.clock.now += 1
+    assert [one.claim.message for one in claim(lease)] == [b"small"]
+    settle(lease, ACKNOWLEDGE, running[0])
+    assert [one.claim.size for one in claim(lease)] == [BATCH_BYTES]
+
+
+def test_of_an_oversized_message_the_ends_are_claimed(
+    redis: Redis, client: Redis, clock: ManualClock
+) -> None:
+    """A message that is not decoded is not transferred whole."""
+    lease = SteppedLease(clock, max_bytes=200_000)
+    lease.open(client)
+    redis.lpush(QUEUE, b"." * 200_001)
+    (delivery,) = claim(lease)
+    assert delivery.claim.size == 200_001
+    assert len(delivery.claim.message) == 131_072
+    lease.close()
+    assert redis.lrange(QUEUE, 0, -1) == [b"." * 200_001]
+
+
+def test_an_outage_stops_claims_and_one_job_probes(lease: SteppedLease, redis: Redis) -> None:
+    """After the back-off a single job is claimed, and others when it has succeeded."""
+    redis.lpush(QUEUE, "a", "b", "c")
+    lease.breaker.record_failure("PostgreSQL is away")
+    assert claim(lease) == []
+    lease.clock.now += 1
+    probe = dispatched(lease)
+    assert [one.claim.message for one in probe] == [b"a"]
+    assert claim(lease) == []
+    lease.breaker.record_success()
+    settle(lease, ACKNOWLEDGE, *probe)
+    assert len(claim(lease)) == 2
+
+
+def test_a_job_that_runs_since_before_an_outage_is_no_probe(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """A long job does not keep the worker from probing, and so from all others."""
+    redis.lpush(QUEUE, "long")
+    dispatched(lease)
+    lease.clock.now += 1
+    lease.breaker.record_failure("PostgreSQL is away")
+    lease.clock.now += 1
+    redis.lpush(QUEUE, "probe", "other")
+    assert [one.claim.message for one in claim(lease)] == [b"probe"]
+    assert claim(lease) == []
+
+
+def test_the_back_off_grows(clock: ManualClock) -> None:
+    """It doubles up to 30 s; failures while the circuit is open do not extend it."""
+    breaker = CircuitBreaker(clock)
+    waits = []
+    for _ in range(7):
+        assert not breaker.is_open
+        breaker.record_failure("PostgreSQL is away")
+        breaker.record_failure("another job of the same batch")
+        start = clock.now
+        while breaker.is_open:
+            clock.now += 1
+        waits.append(clock.now - start)
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+    breaker.record_success()
+    assert not breaker.is_probing
+
+
+# --- The heartbeat thread ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(redis: Redis, stack: LocalStack) -> Iterator[Any]:
+    """A lease whose own thread sends twenty heartbeats a second."""
+    assert redis.ping()
+    lease = Lease(ttl=0.4, grace=1.0)
+    with connect(stack) as client:
+        lease.open(client)
+        yield lease
+        lease.close()
+
+
+@pytest.mark.usefixtures("running")
+def test_the_thread_renews_the_lease(redis: Redis) -> None:
+    """Heartbeats come without the main loop."""
+    until(lambda: sessions(redis).popitem()[1] > 3)
+
+
+def test_the_thread_survives_what_is_raised(running: Lease, redis: Redis) -> None:
+    """A defect in what is called at a heartbeat does not end the lease."""
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise AssertionError("a defect")
+
+    running.on_heartbeat = fail
+    until(lambda: len(calls) > 3)
+    before = sessions(redis).popitem()[1]
+    until(lambda: sessions(redis).popitem()[1] > before + 3)
+
+
+def test_the_thread_survives_an_outage(
+    running: Lease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Heartbeats continue when Redis is back; the outage is logged once."""
+    assert running._client
+    beats = []
+    running.on_heartbeat = lambda: beats.append(1)
+    with unreachable(running._client):
+        until(lambda: len(beats) > 5)
+    before = sessions(redis).popitem()[1]
+    until(lambda: sessions(redis).popitem()[1] > before)
+    warnings = [one for one in caplog.records if "cannot be renewed" in one.getMessage()]
+    assert len(warnings) == 1
+
+
+def test_a_demoted_server_is_a_lost_connection(running: Lease, redis: Redis) -> None:
+    """No wait for a message reports it: the heartbeat does, until Redis is a primary again."""
+    assert not running.is_lost
+    redis.replicaof("127.0.0.1", "1")
+    try:
+        until(lambda: running.is_lost)
+    finally:
+        redis.replicaof("NO", "ONE")
+    until(lambda: not running.is_lost)
+
+
+@pytest.mark.parametrize("queue", KEYS)
+def test_a_heartbeat_reports_messages(lease: SteppedLease, redis: Redis, queue: str) -> None:
+    """After a heartbeat a claim may take more if a list has a message, and only then."""
+    claim(lease)
+    lease.beat()
+    assert not lease.has_more
+    redis.lpush(queue, "message")
+    lease.beat()
+    assert lease.has_more
+
+
+def test_an_idle_heartbeat_is_three_commands(lease: SteppedLease, redis: Redis) -> None:
+    """Without messages a heartbeat renews the lease, reads the sessions and looks, no more."""
+    claim(lease)
+    lease.beat()
+    redis.config_resetstat()
+    lease.beat()
+    statistics: Any = redis.info("commandstats")
+    sent = {name: one["calls"] for name, one in statistics.items() if "config" not in name}
+    assert sent == {"cmdstat_zadd": 1, "cmdstat_zrange": 1, "cmdstat_exists": 1}

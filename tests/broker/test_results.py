@@ -1,0 +1,265 @@
+"""What a poller reads is the ledger's answer, whoever else has something to say later."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from celery import Celery, states
+from celery.exceptions import ChordError, TaskRevokedError
+from interview_access.errors import (
+    InterviewAccessError,
+    InvalidInterviewIdException,
+    JobFailedError,
+    StorageUnavailableException,
+)
+from redis import Redis
+
+from storage.interface import StorageError
+from tasks.celery_tasks import GrantAccessTask, TaskDependencies
+from tests.faults.gates import Relay
+from tests.support.stores import CHUNK_SIZE, Background, PostgresStore, a_job, created
+from worker.broker.results import JobResults
+from worker.local_stack import LocalStack
+
+SUCCESS = {"success": True, "created_access_count": 3}
+UNAVAILABLE = StorageUnavailableException.of(17, "away")
+MALFORMED = InvalidInterviewIdException("No id.", {"total": 1})
+GIVEN_UP = JobFailedError("It ended its worker.", {})
+
+
+def results_at(url: str, **settings: object) -> JobResults:
+    """A worker's results there."""
+    app = Celery(set_as_current=False)
+    app.loader.override_backends = {"redis": "worker.broker.results:JobResults"}
+    app.conf.update(result_backend=url, **settings)
+    results: JobResults = app.backend
+    return results
+
+
+@pytest.fixture
+def results(stack: LocalStack) -> JobResults:
+    """A worker's results."""
+    return results_at(stack.broker_url)
+
+
+@pytest.fixture
+def redis(stack: LocalStack) -> Iterator[Redis]:
+    """What a poller asks."""
+    with Redis(unix_socket_path=stack.broker_url.removeprefix("redis+socket://")) as one:
+        yield one
+
+
+def stored(redis: Redis, job_id: str) -> tuple[str, Any]:
+    """The state that a poller reads, and its result."""
+    meta: Any = redis.get(f"celery-task-meta-{job_id}")
+    told = json.loads(meta)
+    return told["status"], told["result"]
+
+
+def store(results: JobResults, job_id: str, answer: object) -> None:
+    """Store a job's result."""
+    assert isinstance(answer, dict | InterviewAccessError)
+    assert results.store_results({job_id: answer}) == {job_id}
+
+
+def test_progress_is_reported_until_a_report_fails(
+    postgres: PostgresStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Redis that does not reply delays a running job once, not after each chunk."""
+    ids = postgres.add_interviews(5 * CHUNK_SIZE)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never replies
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        timeout = 0.6  # longer than the time between two reports
+        app = results_at(url, redis_socket_timeout=timeout).app
+        task = GrantAccessTask(TaskDependencies(lambda: postgres.storage, 1_000, 1, 1))
+        app.register_task(task)
+        (outcome,) = task.settle([a_job("a", "ann", ids)])
+    assert created(outcome) == len(ids)
+    assert caplog.text.count("job state is not stored") == 1
+
+
+def test_late_failure_does_not_replace_a_success(
+    stack: LocalStack, results: JobResults, redis: Redis
+) -> None:
+    """A failure that was looked for before a success and comes after it is not stored."""
+    job_id = str(uuid4())
+    relay = Relay(
+        Path(stack.broker_url.removeprefix("redis+socket://")),
+        Path(f"/tmp/{job_id}"),  # noqa: S108 - short
+    )
+    try:
+        late = results_at(f"redis+socket:///tmp/{job_id}")
+        with relay.gate(b"EVALSHA") as gate:
+            zombie = Background(lambda: store(late, job_id, UNAVAILABLE))
+            gate.until_reached()
+            store(results, job_id, SUCCESS)
+        zombie.result()
+    finally:
+        relay.close()
+        Path(f"/tmp/{job_id}").unlink()  # noqa: S108 - as above
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stands"),
+    [
+        (SUCCESS, UNAVAILABLE, 1),
+        (SUCCESS, GIVEN_UP, 1),
+        (MALFORMED, UNAVAILABLE, 1),
+        (MALFORMED, GIVEN_UP, 1),
+        (UNAVAILABLE, SUCCESS, 2),
+        (UNAVAILABLE, MALFORMED, 2),
+        (UNAVAILABLE, GIVEN_UP, 2),
+        (GIVEN_UP, SUCCESS, 2),
+    ],
+)
+def test_the_more_final_answer_stands(
+    results: JobResults, redis: Redis, first: object, second: object, stands: int
+) -> None:
+    """An answer of the ledger stands; that the database was away gives way to an answer."""
+    job_id = str(uuid4())
+    store(results, job_id, first)
+    store(results, job_id, second)
+    state, result = stored(redis, job_id)
+    wanted = first if stands == 1 else second
+    if isinstance(wanted, InterviewAccessError):
+        assert (state, result["exc_type"]) == (states.FAILURE, type(wanted).__name__)
+    else:
+        assert (state, result) == (states.SUCCESS, wanted)
+
+
+@pytest.mark.parametrize("state", [states.STARTED, states.RETRY, "PROGRESS"])
+@pytest.mark.parametrize("answer", [SUCCESS, UNAVAILABLE], ids=["success", "failure"])
+def test_no_state_replaces_an_answer(
+    results: JobResults, redis: Redis, state: str, answer: object
+) -> None:
+    """A job that is delivered again does not read as running, once it was answered."""
+    job_id = str(uuid4())
+    store(results, job_id, answer)
+    before = stored(redis, job_id)
+    results.store_result(job_id, {"done": 1}, state)
+    assert stored(redis, job_id) == before
+
+
+@pytest.mark.parametrize(
+    ("state", "result"),
+    [
+        (states.FAILURE, StorageError("away")),
+        (states.REVOKED, TaskRevokedError("revoked")),
+        (states.SUCCESS, ValueError("a result of no job")),
+    ],
+)
+def test_only_the_ledger_makes_a_result_final(
+    results: JobResults, redis: Redis, state: str, result: Exception
+) -> None:
+    """A final state that Celery itself would store of a job is raised, not stored."""
+    job_id = str(uuid4())
+    with pytest.raises(type(result)):
+        results.store_result(job_id, result, state)
+    assert not redis.exists(f"celery-task-meta-{job_id}")
+
+
+def test_a_revocation_stores_nothing(results: JobResults, redis: Redis) -> None:
+    """Celery's revoke leaves the result to the ledger."""
+    job_id = str(uuid4())
+    results.mark_as_revoked(job_id, reason="revoked", store_result=True)
+    assert not redis.exists(f"celery-task-meta-{job_id}")
+
+
+def test_the_body_of_a_failed_chord_fails(results: JobResults, redis: Redis) -> None:
+    """A chord's body that never runs reads why."""
+    job_id = str(uuid4())
+    results.store_result(job_id, ChordError("a part failed"), states.FAILURE)
+    state, result = stored(redis, job_id)
+    assert (state, result["exc_type"]) == (states.FAILURE, "ChordError")
+    store(results, job_id, SUCCESS)
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"[]", b"{}", b'{"status": 1}'])
+def test_a_value_that_is_no_result_is_replaced(
+    results: JobResults, redis: Redis, value: bytes
+) -> None:
+    """Whatever others wrote under the key, the ledger's result takes its place."""
+    job_id = str(uuid4())
+    redis.set(f"celery-task-meta-{job_id}", value)
+    store(results, job_id, SUCCESS)
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+def test_a_key_of_another_type_is_replaced(results: JobResults, redis: Redis) -> None:
+    """A list under the result's key does not keep the result from being stored."""
+    job_id = str(uuid4())
+    redis.lpush(f"celery-task-meta-{job_id}", "x")
+    store(results, job_id, SUCCESS)
+    assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
+
+
+def test_state_that_cannot_be_stored_stops_nothing(tmp_path: Path) -> None:
+    """With the results' Redis away, that a job runs is not told, and it runs."""
+    results_at(f"redis+socket://{tmp_path}/none").store_result(str(uuid4()), {}, states.STARTED)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_answers_of_several_jobs_are_stored_together(
+    redis: Redis, results: JobResults, forgotten: bool
+) -> None:
+    """Each takes the place of nothing, or of where its job was, also on a server begun anew."""
+    new, told = str(uuid4()), str(uuid4())
+    results.store_started([told], pid=1)
+    assert stored(redis, told) == ("STARTED", {"pid": 1})
+    if forgotten:
+        redis.script_flush()
+    failure = json.loads(results.encode(results.encode_result(MALFORMED, states.FAILURE)))
+    assert results.store_results({new: SUCCESS, told: MALFORMED}) == {new, told}
+    assert stored(redis, new) == ("SUCCESS", SUCCESS)
+    assert stored(redis, told) == ("FAILURE", failure)
+    metas: list[Any] = [redis.get(f"celery-task-meta-{job_id}") for job_id in (new, told)]
+    assert [json.loads(meta)["children"] for meta in metas] == [[], []]
+
+
+def test_results_of_duplicates_are_read_together(redis: Redis, results: JobResults) -> None:
+    """Final results that are stored already cost one command, however many they are."""
+    jobs = [str(uuid4()) for _ in range(10)]
+    results.store_results(dict.fromkeys(jobs, SUCCESS))
+    redis.config_resetstat()
+    assert results.store_results(dict.fromkeys(jobs, SUCCESS)) == set(jobs)
+    statistics: Any = redis.info("commandstats")
+    assert statistics["cmdstat_evalsha"]["calls"] == statistics["cmdstat_mget"]["calls"] == 1
+
+
+def test_a_result_that_is_not_final_is_replaced_in_a_batch(
+    redis: Redis, results: JobResults
+) -> None:
+    """A job that was given up, and has its result after all, has that one."""
+    given_up, done = str(uuid4()), str(uuid4())
+    results.store_results({given_up: StorageUnavailableException.of(3, "away"), done: SUCCESS})
+    assert results.store_results(dict.fromkeys((given_up, done), SUCCESS)) == {given_up, done}
+    assert stored(redis, given_up) == ("SUCCESS", SUCCESS)
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_that_a_job_runs_is_told_where_no_more_is_known(
+    redis: Redis, results: JobResults, forgotten: bool
+) -> None:
+    """A job that has its answer by then keeps it."""
+    running, done = str(uuid4()), str(uuid4())
+    results.store_results({done: SUCCESS})
+    if forgotten:
+        redis.script_flush()
+    results.store_started([running, done], pid=1)
+    assert stored(redis, running) == ("STARTED", {"pid": 1})
+    assert stored(redis, done) == ("SUCCESS", SUCCESS)
+
+
+def test_answers_that_cannot_be_stored_are_none(tmp_path: Path) -> None:
+    """Where Redis is away no job is told as answered, and nothing is raised."""
+    away = results_at(f"redis+socket://{tmp_path}/none")
+    assert away.store_results({str(uuid4()): SUCCESS}) == frozenset()
+    away.store_started([str(uuid4())])

@@ -1,0 +1,259 @@
+"""The command, on a real worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from storage.samples import load_samples
+from tests.support.database import database
+from tests.support.stores import until
+from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, site, worker
+from worker.local_stack import LocalStack
+
+BOUND = 10.0  # seconds within which a producer fails where Redis is away
+CHUNK = 10
+
+
+@pytest.fixture(scope="module")
+def here(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site with a worker and sample interviews."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 2) as here,
+        worker(here, tmp_path_factory.mktemp("cli") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
+    ):
+        yield here
+
+
+@pytest.fixture(scope="module")
+def samples(here: Site) -> list[str]:
+    """Ids of interviews that stand, sorted."""
+    return sorted(load_samples(here.store.database_url, 3 * CHUNK))
+
+
+@pytest.fixture
+def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
+    """A site without a worker."""
+    with site(stack, migrated_url, 3) as idle:
+        yield idle
+
+
+def run(
+    environment: dict[str, str], *words: str, told: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as a shell in a pipe does."""
+    return subprocess.run(
+        [sys.executable, "-m", "worker.cli", *words],
+        env=environment,
+        cwd=ROOT,
+        input=told,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
+    """What the command tells of a job."""
+    done = run(here.environment(**settings), "status", job_id, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return dict(json.loads(done.stdout))
+
+
+def by_interview(ids: list[str]) -> list[str]:
+    """The options that name interviews."""
+    return [word for one in ids for word in ("--interview", one)]
+
+
+def progress_is_shown(terminal: int) -> bool:
+    """Whether what a terminal was told since the last look has a count of grants done."""
+    if not select.select([terminal], [], [], 0)[0]:
+        return False
+    return re.search(rb"[12]0/30", os.read(terminal, 65_536)) is not None
+
+
+class TestGrant:
+    """interview-access grant."""
+
+    def test_it_prints_the_job_id(self, here: Site, samples: list[str]) -> None:
+        """Without --wait it prints the job's id and nothing else."""
+        done = run(here.environment(), "grant", "--user", "cli-1", *by_interview(samples[:2]))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 1
+        assert here.answer(done.stdout.strip())["status"] == "SUCCESS"
+
+    def test_it_waits_and_prints_the_result(self, here: Site, samples: list[str]) -> None:
+        """With --wait standard output is the result as one line of JSON, in a pipe without bar."""
+        words = ["--user", "cli-2", *by_interview(samples), "--wait", "--job-id", "cli-2"]
+        done = run(here.environment(), "grant", *words)
+        assert done.returncode == 0
+        assert done.stdout == '{"success": true, "created_access_count": 30}\n'
+        assert done.stderr == "job cli-2 is queued\n"
+
+    @pytest.mark.parametrize("source", ["file", "standard input"])
+    def test_it_reads_interviews_from_a_file(
+        self, here: Site, samples: list[str], tmp_path: Path, source: str
+    ) -> None:
+        """Ids come from a file or from standard input, one a line."""
+        lines = "\n".join([*samples, ""])
+        file = tmp_path / "ids"
+        file.write_text(lines, encoding="ascii")
+        name, told = (str(file), "") if source == "file" else ("-", lines)
+        words = ["grant", "--user", source, "--interviews-from", name, "--wait"]
+        done = run(here.environment(), *words, told=told)
+        assert json.loads(done.stdout)["created_access_count"] == len(samples)
+
+    def test_a_failed_job_ends_1(self, here: Site, samples: list[str]) -> None:
+        """A job that failed ends 1 with its reason; a malformed id is sent as it is."""
+        words = ["--user", "cli-3", *by_interview([samples[0], "no-uuid"]), "--wait"]
+        done = run(here.environment(), "grant", *words)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "InvalidInterviewIdException: " in done.stderr
+        assert "'no-uuid' is not a UUID" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["--user", "x"], "either by --interview or by --interviews-from"),
+            (["--user", "x", "--interview", "i", "--interviews-from", "-"], "either by"),
+            (["--interview", "i"], "--user"),
+            (["--user", "x", "--interview", "i", "--job-id", "a\nb"], "1 to 255 printable"),
+            (["--user", "x", "--interview", "i", "--timeout", "soon"], "soon"),
+        ],
+        ids=["no interviews", "both", "no user", "job id", "timeout"],
+    )
+    def test_a_wrong_call_ends_2(self, idle: Site, words: list[str], says: str) -> None:
+        """A wrong call ends 2, says what is wrong, and sends nothing."""
+        done = run(idle.environment(), "grant", *words)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert idle.redis.llen("interview-access") == 0
+
+    def test_no_broker_ends_2(self, idle: Site) -> None:
+        """Without a broker in the environment it says which variable to set."""
+        environment = idle.environment()
+        del environment["CELERY_BROKER_URL"]
+        done = run(environment, "grant", "--user", "x", "--interview", "i")
+        assert done.returncode == 2
+        assert "CELERY_BROKER_URL" in done.stderr
+
+    def test_no_answer_in_time_ends_3(self, idle: Site) -> None:
+        """Where no worker listens, the wait ends 3 at its time."""
+        words = ["--user", "x", "--interview", "i", "--wait", "--timeout", "0.3"]
+        done = run(idle.environment(), "grant", *words)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "had no result within 0.3 s" in done.stderr
+
+    @pytest.mark.parametrize("how", ["refuses", "is frozen"])
+    def test_redis_away_fails_in_time(self, idle: Site, tmp_path: Path, how: str) -> None:
+        """Where Redis refuses or never answers, it fails in time with one clear error."""
+        path = tmp_path / "redis.sock"
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            if how == "is frozen":
+                server.listen()
+            environment = idle.environment(CELERY_BROKER_URL=f"redis+socket://:secret@{path}")
+            started = time.monotonic()
+            done = run(environment, "grant", "--user", "x", "--interview", "i", "--job-id", "j")
+        assert time.monotonic() - started < BOUND
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "Job j might not have been queued: " in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert "secret" not in done.stderr
+
+    def test_a_terminal_sees_a_bar(self, here: Site, samples: list[str]) -> None:
+        """On a terminal a job of several chunks shows its progress."""
+        ours, theirs = pty.openpty()
+        words = ["grant", "--user", "cli-bar", "--wait", *by_interview(samples)]
+        with held_grant(here, "cli-bar", samples[-1]):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.cli", *words],
+                env={**here.environment(), "TERM": "xterm", "COLUMNS": "100"},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=theirs,
+            )
+            os.close(theirs)
+            until(lambda: progress_is_shown(ours))
+        output, _ = process.communicate(timeout=30)
+        os.close(ours)
+        assert process.returncode == 0
+        assert json.loads(output)["created_access_count"] == 30
+
+
+class TestStatus:
+    """interview-access status."""
+
+    def test_a_finished_job_is_told_from_the_ledger(self, here: Site, samples: list[str]) -> None:
+        """A success has its figures and its result, also when Redis no longer has it."""
+        job_id = here.send("status-1", [*samples[:3], samples[0]])
+        here.answer(job_id)
+        here.redis.delete(f"celery-task-meta-{job_id}")
+        told = status(here, job_id)
+        assert (told["job_id"], told["state"]) == (job_id, "succeeded")
+        figures = ("requested", "repeated", "already_granted", "created")
+        assert [told[figure] for figure in figures] == [4, 1, 0, 3]
+        assert told["result"] == {"success": True, "created_access_count": 3}
+
+    def test_a_failed_job_is_told_with_its_reason(self, here: Site) -> None:
+        """A failure has its class and its sentence."""
+        job_id = here.send("status-2", ["no-uuid"])
+        here.answer(job_id)
+        told = status(here, job_id)
+        assert told["state"] == "failed"
+        assert told["error"]["type"] == "InvalidInterviewIdException"
+
+    def test_a_waiting_job_is_queued(self, idle: Site) -> None:
+        """A job that no worker has taken is queued, with what its sender announced."""
+        job_id = run(idle.environment(), "grant", "--user", "x", "--interview", "i").stdout.strip()
+        told = status(idle, job_id)
+        assert (told["job_id"], told["state"], told["task"]) == (job_id, "queued", GRANT_ACCESS)
+        assert told.keys() == {"job_id", "state", "task", "sent_at"}
+
+    def test_an_id_that_nobody_sent_is_unknown(self, idle: Site) -> None:
+        """An id that nobody has announced, begun or finished is unknown, never queued."""
+        job_id = str(uuid4())
+        assert status(idle, job_id) == {"job_id": job_id, "state": "unknown"}
+        words = run(idle.environment(), "status", job_id).stdout
+        assert re.search(r"^state +unknown$", words, re.MULTILINE)
+
+
+class TestMigrate:
+    """interview-access migrate."""
+
+    def test_it_needs_the_database_only(self, database_url: str) -> None:
+        """With DATABASE_URL alone it tells what it would do, does it, then has nothing to do."""
+        environment = {"PATH": os.environ["PATH"], "DATABASE_URL": database_url}
+        would = run(environment, "migrate", "--dry-run")
+        assert would.returncode == 0
+        assert "grant_access_job" in would.stdout
+        assert run(environment, "migrate").returncode == 0
+        assert "nothing to do" in run(environment, "migrate").stdout
+
+    def test_a_bad_address_is_named_without_its_password(self) -> None:
+        """A database that cannot be reached is one line, without the password."""
+        url = "postgresql://me:secret@127.0.0.1:1/x"
+        done = run({"PATH": os.environ["PATH"], "DATABASE_URL": url}, "migrate")
+        assert done.returncode == 1
+        assert "127.0.0.1:1" in done.stderr
+        assert "secret" not in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,235 @@
+"""Every block of docs/producers.md, run as it stands, on a real worker."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interview_access.contracts import Announcement
+from interview_access.producer import InterviewAccessClient
+from redis import Redis
+from redis.exceptions import NoPermissionError
+
+from storage.samples import NAMED_SAMPLES, load_samples
+from tests.support.database import database
+from tests.support.stores import until
+from tests.support.workers import QUEUE, ROOT, Site, site, worker
+from worker.local_stack import LocalStack
+
+PAGE = (ROOT / "docs/producers.md").read_text(encoding="utf-8")
+NODE = ROOT / ".venv/node"
+NUMBER = 11  # of the Redis database
+
+
+def blocks(section: str, language: str) -> list[str]:
+    """The page's blocks in one language under one heading."""
+    under = PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", under, re.DOTALL | re.MULTILINE)
+    assert found, f"no {language} under {section}"
+    return found
+
+
+def said(redis: Redis, block: str) -> list[Any]:
+    """What Redis answers to each line of a block, sent as redis-cli sends it."""
+    words = [shlex.split(line) for line in block.splitlines()]
+    return [redis.execute_command(*line) for line in words]  # type: ignore[no-untyped-call] # redis-py's
+
+
+@pytest.fixture(scope="module")
+def here(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site with a worker and the interviews that the page names."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, NUMBER) as here,
+        worker(here, tmp_path_factory.mktemp("producers") / "worker.log"),
+    ):
+        load_samples(url, len(NAMED_SAMPLES))
+        yield here
+
+
+@pytest.fixture(scope="module")
+def port(here: Site) -> Iterator[int]:
+    """A port of loopback on which Redis listens meanwhile: not every client knows sockets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    here.redis.config_set("bind", "127.0.0.1")
+    here.redis.config_set("port", port)
+    yield port
+    here.redis.config_set("port", 0)
+
+
+def run(command: list[str], program: str, url: str, **environment: str) -> list[str]:
+    """The lines that a program prints, whose text is given on standard input."""
+    done = subprocess.run(
+        command,
+        input=program,
+        env={"CELERY_BROKER_URL": url, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+PYTHON = [sys.executable, "-"]
+
+
+@pytest.fixture(scope="module")
+def url(port: int) -> str:
+    """The page's CELERY_BROKER_URL."""
+    return f"redis://127.0.0.1:{port}/{NUMBER}"
+
+
+def test_the_client_package(here: Site, url: str) -> None:
+    """Both clients enqueue, wait, and are told the status."""
+    blocking, asyncio = blocks("Python, with our package", "python")
+    assert run(PYTHON, blocking, url) == ["1 created", "succeeded", "succeeded"]
+    assert run(PYTHON, asyncio, url) == [
+        "{'success': True, 'created_access_count': 1}",
+        "succeeded",
+    ]
+    assert here.store.granted("ann") == here.store.granted("bob") == [NAMED_SAMPLES[0]]
+
+
+def test_a_cohort(here: Site, url: str) -> None:
+    """Two users are granted two interviews in one job, and each is counted."""
+    (program,) = blocks("A cohort in one job", "python")
+    assert run(PYTHON, program, url) == ["4 created", "{'page-eve': 2, 'page-fay': 2}"]
+    assert here.store.granted("page-fay") == sorted(NAMED_SAMPLES[:2])
+
+
+def test_thousands_at_once(here: Site, url: str) -> None:
+    """A thousand jobs are sent in one call, and done."""
+    (program,) = blocks("Thousands of jobs at once", "python")
+    assert run(PYTHON, program, url) == ["1 created"]
+    for number in range(0, 1_000, 100):
+        assert here.answer(f"page-many-{number}")["status"] == "SUCCESS"
+    assert here.store.granted("page-many-0") == [NAMED_SAMPLES[0]]
+
+
+def test_celery_alone(here: Site, url: str) -> None:
+    """A producer of Celery's sends, and reads a failure with its details."""
+    (program,) = blocks("Python, with Celery alone", "python")
+    told = "InvalidInterviewIdException [{'value': 'no-uuid', 'reason': 'malformed'}]"
+    assert run(PYTHON, program, url) == [told]
+    assert here.store.granted("cem") == []
+
+
+def test_node(here: Site, url: str) -> None:
+    """celery-node's messages are done, and it reads results and failures."""
+    assert (NODE / "ready").exists(), "make .venv/node/ready installs celery-node"
+    (program,) = blocks("Node.js", "js")
+    node = [str(Path(sys.executable).with_name("node")), "-"]
+    succeeded, failed, *more = run(node, program, url, NODE_PATH=str(NODE / "node_modules"))
+    assert succeeded == "{ success: true, created_access_count: 1 }"
+    assert failed == "InvalidInterviewIdException ["
+    assert "reason: 'unknown'" in "".join(more)
+    assert here.store.granted("dan") == [NAMED_SAMPLES[0]]
+
+
+@contextmanager
+def speaker(url: str, user: str = "") -> Iterator[Redis]:
+    """One connection to Redis, as redis-cli has."""
+    url = url.replace("//", f"//{user}@") if user else url
+    with Redis.from_url(url, single_connection_client=True) as redis:
+        yield redis
+
+
+def test_any_redis_client(here: Site, url: str) -> None:
+    """An LPUSH is a job, and a GET its result, as the page shows it."""
+    push, get, announced = blocks("Any Redis client", "redis")
+    (shown,) = blocks("Any Redis client", "json")
+    with speaker(url) as redis:
+        said(redis, push)
+        here.answer("page-redis-1")
+        (stored,) = said(redis, get)
+        wanted, got = json.loads(shown), json.loads(stored)
+        assert list(wanted) == list(got)
+        assert {**wanted, "date_done": got["date_done"]} == got
+        said(redis, announced)
+        raw: Any = redis.get("interview-access:job:page-redis-2")
+    assert Announcement.model_validate_json(raw).task == "interview_access.grant_access"
+    assert here.answer("page-redis-2")["result"]["created_access_count"] == 0
+    client = InterviewAccessClient(url)
+    assert client.status("page-redis-1").state == "succeeded"
+    here.redis.delete("celery-task-meta-page-redis-1")
+    assert client.status("page-redis-1").created == 1  # the ledger has it
+    client.close()
+
+
+def test_a_control_request_from_any_redis_client(here: Site, url: str) -> None:
+    """An LPUSH asks for a job's state, and a GET reads the reply, as the page shows it."""
+    ask, read = blocks("Ask for a job's state from any Redis client", "redis")
+    job_id = here.send("hal", [NAMED_SAMPLES[0]])
+    here.answer(job_id)
+    with speaker(url) as redis:
+        said(redis, ask.replace("page-redis-1", job_id))
+        until(lambda: said(redis, read) != [None])
+        (reply,) = said(redis, read)
+        assert json.loads(reply)["result"]["state"] == "succeeded"
+        assert 0 < redis.ttl("interview-access:reply:page-request-1") <= 60
+
+
+def test_what_status_tells_of_a_job_that_waits(url: str) -> None:
+    """Announced it is queued; a job that nobody announced is unknown until a worker begins it."""
+    push, _, announced = blocks("Any Redis client", "redis")
+    later = '"headers": {"eta": "2099-01-01T00:00:00Z", '
+    client = InterviewAccessClient(url)
+    with speaker(url) as redis:
+        for block in push, announced:
+            said(redis, block.replace('"headers": {', later).replace("page-", "later-"))
+    assert client.status("later-redis-1").state == "unknown"
+    assert client.status("later-redis-2").state == "queued"
+    cancelled = client.cancel("later-redis-1")
+    assert (cancelled.state, cancelled.cancel_requested) == ("unknown", True)
+    client.close()
+
+
+def test_what_status_tells_between_two_tries(here: Site, url: str) -> None:
+    """Once a worker has begun it, a job that nobody announced is told like any other."""
+    here.store.raise_for_grants("NEW.user_id = 'fay'", "40001")
+    job_id = here.send("fay", [NAMED_SAMPLES[0]])
+    client = InterviewAccessClient(url)
+    until(lambda: client.status(job_id).state == "queued")
+    client.close()
+
+
+def test_a_redis_user_needs_no_more(here: Site, url: str) -> None:
+    """Each of the page's users can do its work, and not another's."""
+    ours, plain, celery = blocks("A Redis user for producers", "redis")
+    for block in ours, plain, celery:
+        assert said(here.redis, block) == [b"OK"]
+    names = [re.findall(r"SETUSER (\w+)", block)[0] for block in (ours, plain, celery)]
+    client, pusher, sender = (f"{name}:secret" for name in names)
+    try:
+        sections = "Python, with our package", "Thousands of jobs at once"
+        for block in (block for section in sections for block in blocks(section, "python")):
+            run(PYTHON, block, url.replace("//", f"//{client}@"))
+        push, get, announced = blocks("Any Redis client", "redis")
+        with speaker(url, pusher) as redis:
+            said(redis, push)
+            here.answer("page-redis-1")
+            assert said(redis, get)[0]
+            for refused in announced, f"LPOP {QUEUE}", "KEYS *":
+                with pytest.raises(NoPermissionError):
+                    said(redis, refused)
+        (program,) = blocks("Python, with Celery alone", "python")
+        assert run(PYTHON, program, url.replace("//", f"//{sender}@"))
+        with speaker(url, client) as redis, pytest.raises(NoPermissionError):
+            said(redis, "XRANGE interview-access:dead - +")
+    finally:
+        here.redis.acl_deluser(*names)

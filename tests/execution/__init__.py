@@ -1,0 +1,1 @@
+"""Tests of worker/execution/: from a claimed message to a settled one."""

@@ -1,0 +1,540 @@
+"""How the main process reads a delivery's envelope: within bounds, and never raising."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.worker import state as worker_state
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interview_access.contracts import (
+    GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
+)
+from interview_access.errors import (
+    InvalidGrantRequestException,
+    JobCancelledException,
+    JobExpiredException,
+    JobFailedError,
+)
+
+from tests.support.pools import tasks_app
+from worker.broker.claims import Claim
+from worker.execution.delivery import Delivery, Limits, State
+
+ENDS = 64 * 1024
+LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
+JOB = "a job"
+USER = {"user_id": "u", "interview_ids": []}
+BODY = json.dumps([[], USER, {}])
+ABSENT = object()
+
+
+@pytest.fixture(scope="module")
+def app() -> Celery:
+    """An app with the contract's tasks and, as every app, Celery's own."""
+    return tasks_app()
+
+
+@pytest.fixture
+def revocations() -> Iterator[Any]:
+    """Celery's state of this process."""
+    yield worker_state
+    worker_state.reset_state()
+
+
+def envelope(**fields: Any) -> dict[str, Any]:
+    """A message in Celery's protocol, with some fields changed or (``ABSENT``) left out.
+
+    A field ``headers__eta`` stands for one within ``headers``.
+    """
+    whole: dict[str, Any] = {
+        "body": BODY,
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"id": JOB, "task": GRANT_ACCESS},
+        "properties": {},
+    }
+    for path, value in fields.items():
+        *outer, name = path.replace("content_", "content-").split("__")
+        target = whole[outer[0]] if outer else whole
+        if value is ABSENT:
+            del target[name]
+        else:
+            target[name] = value
+    return whole
+
+
+def claim_of(message: bytes, *, attempts: int = 0, retries: int = 0) -> Claim:
+    """The claim of a message, cut as Redis cuts one over the limit."""
+    size = len(message)
+    if size > LIMITS.message_bytes:
+        message = message[:ENDS] + message[-ENDS:]
+    return Claim("1", "interview-access", message, size, attempts, retries)
+
+
+def read(app: Celery, message: Any, **counts: int) -> Delivery:
+    """A delivery, read."""
+    if not isinstance(message, bytes):
+        message = json.dumps(message).encode()
+    delivery = Delivery(claim_of(message, **counts))
+    delivery.read(app, LIMITS)
+    return delivery
+
+
+# --- Readable messages ---------------------------------------------------------------------------
+
+GZIPPED = base64.b64encode(gzip.compress(BODY.encode())).decode()
+
+READABLE = {
+    "plain": ({}, BODY, ""),
+    "Base64": (
+        {"body": base64.b64encode(BODY.encode()).decode(), "properties__body_encoding": "base64"},
+        base64.b64encode(BODY.encode()).decode(),
+        "base64",
+    ),
+    "gzip": (
+        {
+            "body": GZIPPED,
+            "properties__body_encoding": "base64",
+            "headers__compression": "application/x-gzip",
+        },
+        GZIPPED,
+        "gzip",
+    ),
+    "gzip in kombu's default encoding": (
+        {"body": GZIPPED, "headers__compression": "application/x-gzip"},
+        GZIPPED,
+        "gzip",
+    ),
+    "without content encoding": ({"content_encoding": ABSENT}, BODY, ""),
+    "without body encoding": ({"properties__body_encoding": None}, BODY, ""),
+    "without compression": ({"headers__compression": None}, BODY, ""),
+    "with unknown fields": ({"x": 1, "headers__x": [1], "properties__x": {}}, BODY, ""),
+    "with an undecodable body": ({"body": "\ud800\0"}, "\ud800\0", ""),
+    "the longest ID": ({"headers__id": "x" * 255}, BODY, ""),
+    "an ID in another script": ({"headers__id": "задание 1"}, BODY, ""),
+    "another task": ({"headers__task": GRANT_COHORT_ACCESS}, BODY, ""),
+    "nested headers": ({"headers__x": json.loads("[" * 49 + "]" * 49)}, BODY, ""),
+}
+
+
+@pytest.mark.parametrize(("fields", "body", "encoding"), READABLE.values(), ids=READABLE)
+def test_a_readable_message_is_dispatched(
+    app: Celery, fields: dict[str, Any], body: str, encoding: str
+) -> None:
+    """Its body goes to the pool process as it came."""
+    message = envelope(**fields)
+    delivery = read(app, message)
+    assert delivery.failure is None
+    assert (delivery.id, delivery.name) == (message["headers"]["id"], message["headers"]["task"])
+    assert (delivery.delay, delivery.time_limit) == (0.0, 600.0)
+    sent = pickle.loads(pickle.dumps(delivery.dispatched))  # noqa: S301 - our own
+    assert sent == delivery.dispatched
+    assert (sent.body, sent.encoding, sent.headers) == (body, encoding, message["headers"])
+
+
+# --- Unreadable messages -------------------------------------------------------------------------
+
+DEEP = "[" * 9_000 + "]" * 9_000
+
+UNREADABLE = {
+    # The envelope
+    "nothing": (b"", "JSONDecodeError", ""),
+    "not UTF-8": (b"\xff\xfe", "UnicodeDecodeError", ""),
+    "a byte-order mark": ("\ufeff{}".encode(), "JSONDecodeError", ""),
+    "UTF-16": (json.dumps(envelope()).encode("utf-16"), "UnicodeDecodeError", ""),
+    "a list": ([], "expected a JSON object, got a list of 0", ""),
+    "null": (None, "expected a JSON object, got null", ""),
+    "a number": (7, "expected a JSON object, got the number 7", ""),
+    "deep nesting": (DEEP.encode(), "RecursionError", ""),
+    "a number of 5,000 digits": (
+        json.dumps(envelope(x=7)).replace("7", "7" * 5_000).encode(),
+        "ValueError",
+        JOB,
+    ),
+    "a cut envelope": (json.dumps(envelope()).encode()[:-1], "JSONDecodeError", JOB),
+    "too many values": (envelope(x=[1] * 10_050), "expected at most 10,040 values", JOB),
+    "too many lists": (envelope(x=[[]] * 10_050), "expected at most 10,040 values", JOB),
+    "too deep, with an ID": (
+        json.dumps(envelope(x=7)).replace("7", DEEP).encode(),
+        "RecursionError",
+        JOB,
+    ),
+    # Fields of the envelope
+    "no headers": (envelope(headers=ABSENT), "headers: expected an object, got null", ""),
+    "headers in a list": (envelope(headers=[]), "headers: expected an object, got a list", ""),
+    "properties in a list": (
+        envelope(properties=[]),
+        "properties: expected an object, got a list",
+        JOB,
+    ),
+    "no properties": (envelope(properties=ABSENT), "properties: expected an object", JOB),
+    "no properties but null": (envelope(properties=None), "properties: expected an object", JOB),
+    "no body": (envelope(body=ABSENT), "body: expected a string, got null", JOB),
+    "a body in plain JSON": (
+        envelope(body=[[], USER, {}]),
+        "body: expected a string, got a list of 3",
+        JOB,
+    ),
+    "no content type": (envelope(content_type=ABSENT), "content-type: expected app", JOB),
+    "a pickle": (envelope(content_type="application/x-python-serialize"), "content-type", JOB),
+    "raw data": (envelope(content_type="application/data"), "content-type: expected", JOB),
+    "a content type in a list": (envelope(content_type=["application/json"]), "got a list", JOB),
+    "UTF-8 in capitals": (envelope(content_encoding="UTF-8"), "content-encoding: expec", JOB),
+    "a codec of Python": (envelope(content_encoding="punycode"), "content-encoding: exp", JOB),
+    "binary": (envelope(content_encoding="binary"), "content-encoding: expected utf-8", JOB),
+    "hex": (envelope(properties__body_encoding="hex"), "body_encoding: expected base64", JOB),
+    "no body encoding but false": (envelope(properties__body_encoding=False), "got false", JOB),
+    "bzip2": (envelope(headers__compression="application/x-bz2"), "compression: expected", JOB),
+    "LZMA": (envelope(headers__compression="application/x-lzma"), "compression: expected", JOB),
+    "no compression but 0": (envelope(headers__compression=0), "got the number 0", JOB),
+    # Headers
+    "no ID": (envelope(headers__id=ABSENT), "id: expected a job ID of 1 to 255 printable", ""),
+    "an empty ID": (envelope(headers__id=""), "id: expected a job ID", ""),
+    "a number as ID": (envelope(headers__id=5), "got the number 5", ""),
+    "a long ID": (envelope(headers__id="x" * 256), "a string of 256 characters", ""),
+    "an ID in two lines": (envelope(headers__id="a\nb"), r"the string 'a\nb'", ""),
+    "half a surrogate as ID": (envelope(headers__id="\ud800"), r"\ud800", ""),
+    "a control sequence as ID": (envelope(headers__id="\x1b[2J"), r"\x1b[2J", ""),
+    "no task": (envelope(headers__task=ABSENT), "task: expected one of this worker's", JOB),
+    "an unknown task": (envelope(headers__task="x.y"), "got the string 'x.y'", JOB),
+    "a task in a list": (envelope(headers__task=[GRANT_ACCESS]), "TypeError", JOB),
+    "a number as task": (envelope(headers__task=5), "got the number 5", JOB),
+    "a task of Celery's": (envelope(headers__task="celery.map"), "string 'celery.map'", JOB),
+    "another one": (envelope(headers__task="celery.backend_cleanup"), "celery.backend_cl", JOB),
+    "a task with control characters": (envelope(headers__task="\x1b[2J\n"), r"\x1b[2J\n", JOB),
+    "deep headers": (
+        envelope(headers__x=json.loads("[" * 50 + "]" * 50)),
+        "headers: expected at most 50 levels",
+        JOB,
+    ),
+    "a number as ETA": (envelope(headers__eta=5), "eta: expected a time in ISO 8601", JOB),
+    "a word as ETA": (envelope(headers__eta="tomorrow"), "got the string 'tomorrow'", JOB),
+    "an ETA before all time": (
+        envelope(headers__eta="0001-01-01T00:00:00+14:00"),
+        "eta: expected a time",
+        JOB,
+    ),
+    "a list as expiry": (envelope(headers__expires=[]), "expires: expected a time", JOB),
+    "one time limit": (envelope(headers__timelimit=[1]), "timelimit: expected two", JOB),
+    "three time limits": (envelope(headers__timelimit=[1, 2, 3]), "timelimit: expected two", JOB),
+    "time limits as text": (envelope(headers__timelimit="ab"), "timelimit: expected two", JOB),
+    "a time limit as text": (envelope(headers__timelimit=["1", None]), "expected seconds", JOB),
+    "no time": (envelope(headers__timelimit=[0, None]), "timelimit: expected seconds", JOB),
+    "less than no time": (envelope(headers__timelimit=[-1, None]), "expected seconds", JOB),
+    "true as time limit": (envelope(headers__timelimit=[True, None]), "got true", JOB),
+    "no number as time limit": (envelope(headers__timelimit=[None, float("nan")]), "nan", JOB),
+    "no end": (envelope(headers__timelimit=[float("inf"), None]), "number inf", JOB),
+}
+
+
+@pytest.mark.parametrize(("message", "reason", "job_id"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_message_fails(app: Celery, message: Any, reason: str, job_id: str) -> None:
+    """The failure says what came and what was expected; the job's ID is read where there is one."""
+    delivery = read(app, message)
+    assert isinstance(delivery.failure, JobFailedError)
+    assert reason in delivery.failure.sentence
+    assert delivery.failure.sentence.isprintable()
+    assert delivery.id == job_id
+
+
+SIZE = LIMITS.message_bytes
+
+OVERSIZED = {
+    "headers first": (
+        json.dumps({"headers": {"task": GRANT_ACCESS, "id": JOB}, "body": "x" * SIZE}),
+        (JOB, GRANT_ACCESS),
+    ),
+    "headers last": (
+        json.dumps({"body": "x" * SIZE, "headers": {"id": JOB, "task": GRANT_ACCESS}}),
+        (JOB, GRANT_ACCESS),
+    ),
+    "headers apart": (
+        json.dumps({"headers": {"x": "x" * SIZE, "id": JOB, "task": "t"}}, indent=2),
+        (JOB, "t"),
+    ),
+    "an ID within the body": (
+        json.dumps({"body": json.dumps({"headers": {"id": "another"}}) + "x" * SIZE}),
+        ("", ""),
+    ),
+    "no headers": ("x" * (SIZE + 1), ("", "")),
+    "quotes only": ('"' * (SIZE + 1), ("", "")),
+    "headers again and again": ('"headers" ' * SIZE, ("", "")),
+    "spaces": ('"headers"' + " " * SIZE, ("", "")),
+    "a malformed ID": (json.dumps({"headers": {"id": "", "x": "x" * SIZE}}), ("", "")),
+    "a long ID": (json.dumps({"headers": {"id": "x" * SIZE}}), ("", "")),
+    "an escaped ID": (json.dumps({"headers": {"id": "\0", "x": "x" * SIZE}}), ("", "")),
+}
+
+
+@pytest.mark.parametrize(("message", "identity"), OVERSIZED.values(), ids=OVERSIZED)
+def test_an_oversized_message_is_not_decoded(
+    app: Celery, message: str, identity: tuple[str, str]
+) -> None:
+    """It is the request's own fault; its job ID and task are looked for in its two ends."""
+    delivery = read(app, message.encode())
+    assert isinstance(delivery.failure, InvalidGrantRequestException)
+    assert delivery.failure.sentence == (
+        f"The request cannot be read: message: expected at most {SIZE:,} bytes, "
+        f"got {len(message):,}."
+    )
+    assert (delivery.id, delivery.name) == identity
+
+
+def test_the_limits_allow_the_largest_job() -> None:
+    """A job with as many IDs as are allowed fits, in Base64 too."""
+    ids = ["0" * 36] * LIMITS.interview_ids
+    body = json.dumps([[], {"user_id": "\0" * 36, "interview_ids": ids}, {}])
+    for sent in (body, base64.b64encode(body.encode()).decode()):
+        message = json.dumps(envelope(body=sent)).encode()
+        assert len(message) < LIMITS.message_bytes
+        assert message.count(b",") < LIMITS.values
+
+
+# --- Times and limits ----------------------------------------------------------------------------
+
+NOW = datetime.now(UTC)
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+@pytest.mark.parametrize(
+    "written",
+    [
+        datetime.isoformat,
+        lambda eta: eta.replace(tzinfo=None).isoformat(),
+        lambda eta: eta.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        lambda eta: eta.astimezone(None).isoformat(),
+    ],
+    ids=["UTC", "without time zone", "Z", "local"],
+)
+def test_an_eta_delays(app: Celery, hours: int, written: Callable[[datetime], str]) -> None:
+    """The delay lasts until the ETA; one without time zone is in UTC."""
+    delivery = read(app, envelope(headers__eta=written(datetime.now(UTC) + hours * HOUR)))
+    assert delivery.failure is None
+    assert delivery.delay == pytest.approx(max(hours, 0) * 3_600, abs=60)
+
+
+@pytest.mark.parametrize(
+    ("expires", "counts", "is_expired"),
+    [
+        (NOW - HOUR, {}, True),
+        (NOW + HOUR, {}, False),
+        (NOW - HOUR, {"retries": 1}, False),
+        (NOW - HOUR, {"attempts": 1}, False),
+    ],
+    ids=["past", "future", "retried", "attempted"],
+)
+def test_a_job_expires_until_it_has_begun(
+    app: Celery, expires: datetime, counts: dict[str, int], *, is_expired: bool
+) -> None:
+    """A job that was executed may have had its effect, so that only the ledger knows its result."""
+    delivery = read(app, envelope(headers__expires=expires.isoformat()), **counts)
+    assert isinstance(delivery.failure, JobExpiredException) == is_expired
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        (None, 600),
+        ([], 600),
+        ([None, None], 600),
+        ([60, None], 60),
+        ([None, 0.5], 0.5),
+        ([60, 30], 30),
+        ([3_600, None], 600),
+    ],
+)
+def test_the_shortest_time_limit_applies(app: Celery, limits: Any, seconds: float) -> None:
+    """Of the worker's own and the message's two."""
+    delivery = read(app, envelope(headers__timelimit=limits))
+    assert (delivery.failure, delivery.time_limit) == (None, seconds)
+
+
+# --- Attempts and revocation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attempts", "fails", "is_decoded", "is_hopeless"),
+    [
+        (0, False, True, False),
+        (2, False, True, False),
+        (3, True, True, False),
+        (4, True, False, False),
+        (5, True, False, True),
+        (100, True, False, True),
+    ],
+)
+def test_attempts_are_limited(
+    app: Celery, attempts: int, *, fails: bool, is_decoded: bool, is_hopeless: bool
+) -> None:
+    """The failure is recorded with the body decoded, then without, then as a dead letter only."""
+    delivery = read(app, envelope(), attempts=attempts)
+    assert (delivery.failure is not None) == fails
+    assert (delivery.dispatched.body is not None) == is_decoded
+    assert delivery.is_hopeless(LIMITS) == is_hopeless
+    if delivery.failure:
+        assert delivery.failure.sentence.startswith(
+            f"The job ended its worker's process {attempts}"
+        )
+
+
+def test_an_unreadable_message_keeps_its_reason(app: Celery) -> None:
+    """Also when its attempts are used up."""
+    delivery = read(app, envelope(headers__eta=5), attempts=LIMITS.attempts)
+    assert delivery.failure
+    assert "eta: expected" in delivery.failure.sentence
+
+
+REVOKED_STAMPS = {
+    "equal": ({"s": "v"}, {"s": ["v"]}, True),
+    "one of several": ({"s": ["u", "v"]}, {"s": ["w", "v"]}, True),
+    "not in a list": ({"s": "v"}, {"s": "v"}, True),
+    "a number": ({"s": 5}, {"s": [5]}, True),
+    "another value": ({"s": "v"}, {"s": ["w"]}, False),
+    "another name": ({"t": "v"}, {"s": ["v"]}, False),
+    "stamps in a list": (["s"], {"s": ["v"]}, False),
+    "stamps that are null": (None, {"s": ["v"]}, False),
+    "a stamp that is null": ({"s": None}, {"s": ["v"]}, False),
+    "an object": ({"s": {"v": 1}}, {"s": [{"v": 1}]}, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("stamps", "revoked", "is_revoked"), REVOKED_STAMPS.values(), ids=REVOKED_STAMPS
+)
+def test_a_job_is_revoked_by_its_stamps(
+    app: Celery, revocations: Any, stamps: Any, revoked: Any, *, is_revoked: bool
+) -> None:
+    """As operators do by ``revoke_by_stamped_headers``."""
+    revocations.revoked_stamps.update(revoked)
+    delivery = read(app, envelope(headers__stamps=stamps))
+    assert isinstance(delivery.failure, JobCancelledException) == is_revoked
+
+
+def test_a_job_is_revoked_by_its_id(app: Celery, revocations: Any) -> None:
+    """As operators do by ``revoke``: other jobs are not."""
+    revocations.revoked.add(JOB)
+    assert isinstance(read(app, envelope()).failure, JobCancelledException)
+    assert read(app, envelope(headers__id="another")).failure is None
+
+
+# --- What operators see --------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "none": ({}, {"args": "", "kwargs": ""}),
+    "no text": ({"headers__argsrepr": 5, "headers__kwargsrepr": []}, {"args": "", "kwargs": ""}),
+    "short": (
+        {"headers__argsrepr": "()", "headers__kwargsrepr": "{'user_id': 'u'}"},
+        {"args": "()", "kwargs": "{'user_id': 'u'}"},
+    ),
+    "a list": (
+        {"headers__kwargsrepr": "{'interview_ids': ['a', 'b']}"},
+        {"args": "", "kwargs": "{'interview_ids': […"},
+    ),
+    "long": ({"headers__argsrepr": "x" * 1_000}, {"args": "x" * 200 + "…", "kwargs": ""}),
+    "control characters": (
+        {"headers__argsrepr": "\x1b[2J\n\0\ud800"},
+        {"args": "\\x1b[…", "kwargs": ""},
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "shown"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_arguments_are_shown_cut_and_escaped(
+    app: Celery, fields: dict[str, Any], shown: dict[str, str]
+) -> None:
+    """Events, logs and control replies contain no list of IDs and no control character."""
+    assert read(app, envelope(**fields)).arguments == shown
+
+
+def test_control_replies_describe_a_delivery(app: Celery) -> None:
+    """``inspect active`` and ``query_task`` reply with what they do of Celery's own requests."""
+    delivery = read(app, envelope(headers__argsrepr="(…)"), attempts=1)
+    delivery.worker_pid, delivery.time_start = 7, 8.0
+    assert delivery.info() == {
+        "id": JOB,
+        "name": GRANT_ACCESS,
+        "type": GRANT_ACCESS,
+        "args": "(…)",
+        "kwargs": "",
+        "hostname": None,
+        "time_start": 8.0,
+        "acknowledged": False,
+        "delivery_info": {"routing_key": "interview-access", "redelivered": True},
+        "worker_pid": 7,
+    }
+    delivery.state = State.SETTLED
+    assert delivery.info()["acknowledged"]
+    assert repr(delivery) == (
+        "job='a job' task='interview_access.grant_access' state=settled attempts=1 pid=7"
+    )
+
+
+# --- Any bytes at all ----------------------------------------------------------------------------
+
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=30)
+    | st.sampled_from([JOB, GRANT_ACCESS, "application/json", "utf-8", NOW.isoformat()]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+NAMES = (
+    *("headers", "properties", "body", "content-type", "content-encoding", "x"),
+    *("headers__id", "headers__task", "headers__eta", "headers__expires", "headers__timelimit"),
+    *("headers__stamps", "headers__argsrepr", "headers__compression", "headers__root_id"),
+    "properties__body_encoding",
+)
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> bytes:
+    """An envelope with some fields of any value, and perhaps some bytes changed."""
+    whole = envelope()
+    for path in draw(st.lists(st.sampled_from(NAMES), max_size=4, unique=True)):
+        *outer, name = path.split("__")
+        target = whole.get(outer[0]) if outer else whole
+        if isinstance(target, dict):
+            target[name] = draw(VALUES)
+    message = bytearray(json.dumps(whole).encode())
+    for at in draw(st.lists(st.integers(0, len(message) - 1), max_size=3)):
+        message[at] = draw(st.integers(0, 255))
+    return bytes(message)
+
+
+@given(
+    message=st.binary() | VALUES.map(lambda value: json.dumps(value).encode()) | changed(),
+    attempts=st.integers(0, 6),
+)
+@settings(
+    max_examples=600,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_message_raises(app: Celery, revocations: Any, message: bytes, attempts: int) -> None:
+    """Whatever the bytes are, the delivery can be dispatched, shown and settled."""
+    revocations.revoked_stamps["s"] = ["v"]
+    delivery = read(app, message, attempts=attempts)
+    assert delivery.failure is not None or delivery.name in app.tasks
+    assert 0 < delivery.time_limit <= LIMITS.seconds
+    assert delivery.delay >= 0
+    assert len(delivery.id) <= 255
+    assert repr(delivery).isprintable()
+    assert "".join(delivery.arguments.values()).isprintable()
+    json.dumps(delivery.info())
+    pickle.loads(pickle.dumps(delivery.dispatched))  # noqa: S301 - our own

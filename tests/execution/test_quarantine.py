@@ -1,0 +1,298 @@
+"""Messages of any bytes: a real worker answers each or keeps it for the operators, and goes on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.support.database import database
+from tests.support.stores import until
+from tests.support.workers import GRANT_ACCESS, QUEUE, Site, site, worker
+from worker.broker.claims import DEAD, PREFIX
+from worker.local_stack import LocalStack, Service
+
+MESSAGES = int(os.environ.get("QUARANTINE_MESSAGES", "500"))
+
+Message = dict[str, Any]
+Change = Callable[[Message], object]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The worker's log."""
+    return tmp_path_factory.mktemp("quarantine") / "worker.log"
+
+
+@pytest.fixture(scope="module")
+def here(stack: LocalStack, _migrated: str) -> Iterator[Site]:
+    """A site without interviews."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 8) as here,
+    ):
+        yield here
+
+
+@pytest.fixture(scope="module")
+def service(here: Site, log: Path) -> Iterator[Service]:
+    """The one worker of all these tests."""
+    with worker(here, log) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def sample(here: Site) -> bytes:
+    """A message as Celery writes it."""
+    kwargs = {"user_id": "ann", "interview_ids": []}
+    here.producer.send_task(GRANT_ACCESS, kwargs=kwargs, queue="sample")
+    message: Any = here.redis.rpop("sample")
+    return bytes(message)
+
+
+def fresh(sample: bytes) -> Message:
+    """Such a message under an id of its own, its body as what it says."""
+    message: Message = json.loads(sample)
+    job_id = str(uuid4())
+    message["headers"] |= {"id": job_id, "root_id": job_id}
+    message["properties"] |= {"correlation_id": job_id, "delivery_tag": str(uuid4())}
+    message["body"] = json.loads(base64.b64decode(message["body"]))
+    del message["headers"]["ignore_result"]  # by which a producer may ask for none
+    return message
+
+
+def encoded(body: bytes) -> str:
+    """A message's body as it is sent."""
+    return base64.b64encode(body).decode()
+
+
+def dumped(value: object) -> bytes:
+    """A value as JSON, nested as it may be: a test may be deep in its runner's frames itself."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10 * limit)
+    try:
+        return json.dumps(value).encode()
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def written(message: Message) -> bytes:
+    """A message as it is sent: what is no text yet of its body, encoded."""
+    if "body" in message and not isinstance(message["body"], str):
+        message["body"] = encoded(dumped(message["body"]))
+    return dumped(message)
+
+
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ODD: tuple[Any, ...] = (
+    *(None, True, 0, -1, 10**30, 1e308, float("nan"), "", "x", "\ud800", "\0", "y" * 300, "🙂"),
+    *([], {}, [1, 2], ["x", "y"], {"a": None}, [[], {}, {}], nested(950)),
+    *({"__type__": "uuid", "__value__": "no uuid"}, {"__type__": "datetime", "__value__": 1}),
+    *({"__type__": []}, "application/x-python-serialize", "2020-01-01T00:00:00", GRANT_ACCESS),
+)
+
+
+def places(value: Any, levels: int = 6) -> Iterator[tuple[Any, Any]]:
+    """The objects and lists within a value, each with every one of its keys or positions."""
+    if isinstance(value, dict | list) and levels:
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places(value[key], levels - 1)
+
+
+def changed_field(chance: random.Random, message: Message) -> bytes:
+    """A message of which one to three fields are missing, or something else."""
+    for _ in range(chance.randint(1, 3)):
+        where, key = chance.choice(list(places(message)))
+        if chance.random() < 0.3:
+            del where[key]
+        else:
+            where[key] = chance.choice(ODD)
+    return written(message)
+
+
+def changed_bytes(chance: random.Random, text: bytes) -> bytes:
+    """Bytes of which one to three are other, missing or more, or that end too early."""
+    changed = bytearray(text)
+    for _ in range(chance.randint(1, 3)):
+        at = chance.randrange(len(changed))
+        match chance.randrange(4):
+            case 0:
+                changed[at] ^= 1 << chance.randrange(8)
+            case 1:
+                del changed[at]
+            case 2:
+                changed.insert(at, chance.randrange(256))
+            case _ if chance.random() < 0.1:
+                del changed[at + 1 :]
+    return bytes(changed)
+
+
+def changed(chance: random.Random, message: Message) -> bytes:
+    """A message that was changed at random."""
+    match chance.randrange(3):
+        case 0:
+            return changed_field(chance, message)
+        case 1:
+            return changed_bytes(chance, written(message))
+        case _:
+            body = dumped(message["body"])
+            return written(message | {"body": encoded(changed_bytes(chance, body))})
+
+
+def buried(here: Site) -> Counter[bytes]:
+    """The messages in the dead letters."""
+    letters: Any = here.redis.xrange(DEAD)
+    return Counter(letter[b"message"] for _, letter in letters)
+
+
+def answered(here: Site, message: bytes) -> bool:
+    """Whether there is a result under the id that a message names, however it names one."""
+    try:
+        job_id = json.loads(message.decode(errors="replace"))["headers"]["id"]
+        meta = here.meta(str(job_id))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return meta["status"] in {"SUCCESS", "FAILURE"}
+
+
+def all_done(here: Site) -> bool:
+    """Whether no message is anywhere but in the dead letters."""
+    return not here.redis.exists(QUEUE, f"{PREFIX}deferred") and not here.redis.keys(
+        f"{PREFIX}held:*"
+    )
+
+
+def check(here: Site, service: Service, log: Path, messages: list[bytes]) -> None:
+    """All come to an end, and the worker that saw to it is the same, unshaken."""
+    pid = service.pid
+    before = log.stat().st_size
+    here.redis.lpush(QUEUE, *messages)
+    until(lambda: all_done(here) or not service.alive)
+    assert service.alive, service.last_words()
+    neither = [one for one in (Counter(messages) - buried(here)) if not answered(here, one)]
+    assert neither == []
+    job_id = here.send("ann", [])
+    assert here.answer(job_id)["status"] == "SUCCESS"
+    assert service.pid == pid
+    said = log.read_bytes()[before:].decode(errors="replace")
+    for words in ("Unrecoverable", "Connection to broker lost", "lease was lost", "with its child"):
+        assert words not in said
+
+
+def test_messages_changed_at_random(here: Site, service: Service, log: Path, sample: bytes) -> None:
+    """Whatever bytes or fields of a message are other, it is answered or a dead letter."""
+    chance = random.Random(1)  # noqa: S311 - no secret
+    check(here, service, log, [changed(chance, fresh(sample)) for _ in range(MESSAGES)])
+
+
+def header(name: str, value: object) -> Change:
+    """Another header."""
+    return lambda message: message["headers"].update({name: value})
+
+
+def body(text: bytes) -> Change:
+    """Another body."""
+    return lambda message: message.update(body=encoded(text))
+
+
+def part(at: int, value: object) -> Change:
+    """Another part of the body: the arguments in order, those by name, or what is to follow."""
+    return lambda message: message["body"].__setitem__(at, value)
+
+
+CHANGES: dict[str, Change] = {
+    "time limit x": header("timelimit", "x"),
+    "time limits of one": header("timelimit", [1]),
+    "time limits of text": header("timelimit", ["x", "y"]),
+    "time limit for ever": header("timelimit", [float("inf"), None]),
+    "time limit of none": header("timelimit", [-1, None]),
+    "eta soon": header("eta", "soon"),
+    "eta number": header("eta", 10**30),
+    "expires never": header("expires", "never"),
+    "expires number": header("expires", 5),
+    "expires long ago": header("expires", "0001-01-01T00:00:00+14:00"),
+    "id missing": lambda message: message["headers"].pop("id"),
+    "id null": header("id", None),
+    "id number": header("id", 7),
+    "id list": header("id", [1]),
+    "id empty": header("id", ""),
+    "id lone surrogate": header("id", "\ud800"),
+    "task missing": lambda message: message["headers"].pop("task"),
+    "task unknown": header("task", "no.such.task"),
+    "task list": header("task", [GRANT_ACCESS]),
+    "compression": header("compression", "application/x-gzip"),
+    "compression unknown": header("compression", "x"),
+    "headers nested": header("stamps", nested(950)),
+    "headers list": lambda message: message.update(headers=[]),
+    "headers null": lambda message: message.update(headers=None),
+    "properties missing": lambda message: message.pop("properties"),
+    "delivery info null": lambda message: message["properties"].update(delivery_info=None),
+    "delivery info list": lambda message: message["properties"].update(delivery_info=[1]),
+    "priority x": lambda message: message["properties"].update(priority="x"),
+    "body encoding x": lambda message: message["properties"].update(body_encoding="x"),
+    "content type pickle": lambda message: message.update(
+        {"content-type": "application/x-python-serialize"}
+    ),
+    "content type unknown": lambda message: message.update({"content-type": "x"}),
+    "content type null": lambda message: message.update({"content-type": None}),
+    "content encoding x": lambda message: message.update({"content-encoding": "x"}),
+    "content encoding null": lambda message: message.update({"content-encoding": None}),
+    "body missing": lambda message: message.pop("body"),
+    "body no base64": lambda message: message.update(body="{}"),
+    "body no JSON": body(b"x"),
+    "body null": body(b"null"),
+    "body of two": body(b"[[], {}]"),
+    "body nested": body(b"[" * 950 + b"]" * 950),
+    "body no uuid": body(b'[[{"__type__": "uuid", "__value__": "no uuid"}], {}, {}]'),
+    "args object": part(0, {"a": 1}),
+    "args null": part(0, None),
+    "args nested": part(0, nested(950)),
+    "kwargs null": part(1, None),
+    "kwargs list": part(1, [1]),
+    "kwargs nested": part(1, {"user_id": nested(950)}),
+    "embed null": part(2, None),
+    "embed text": part(2, "x"),
+    "callbacks number": part(2, {"callbacks": 5}),
+    "callbacks of a list": part(2, {"callbacks": [[]]}),
+    "errbacks number": part(2, {"errbacks": 5}),
+    "chain text": part(2, {"chain": "x"}),
+    "chord number": part(2, {"chord": 5}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_message_changed_on_purpose(
+    here: Site, service: Service, log: Path, sample: bytes, change: Change
+) -> None:
+    """Each oddity comes to its end, also where more of them wait than there are children."""
+    messages = [fresh(sample) for _ in range(5)]
+    for message in messages:
+        change(message)
+    check(here, service, log, [written(message) for message in messages])
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"null", b"7", b"[]", b"{}", b"\xff\xfe", b'"\\ud800"', b"NaN"]
+)
+def test_no_message_at_all(here: Site, service: Service, log: Path, text: bytes) -> None:
+    """What is no message is a dead letter."""
+    before = buried(here)
+    check(here, service, log, [text] * 3)
+    assert buried(here) - before == Counter({text: 3})

@@ -1,0 +1,189 @@
+"""Jobs that race, on PostgreSQL: twenty at once, deletes, other people's writes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from interview_access.errors import InvalidInterviewIdException
+from sqlalchemy import text
+
+from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
+from tasks.ledger import Outcome, result_of
+from tests.support.database import connected
+from tests.support.stores import (
+    DELETE_INTERVIEW,
+    Background,
+    PostgresStore,
+    a_job,
+    all_at_once,
+    created,
+    until,
+)
+
+AT_ONCE = 20
+
+
+def grant(store: PostgresStore, jobs: list[GrantAccessJob]) -> list[Outcome]:
+    """Have jobs done by a worker of its own: another storage, other connections."""
+    with store.another() as storage:
+        return GrantAccessInteractor(storage).grant_access(jobs)
+
+
+def shuffled(seed: int, ids: list[str], count: int) -> list[str]:
+    """Some of the ids in an order of their own; the same for the same seed."""
+    return random.Random(seed).sample(ids, count)  # noqa: S311 - no secret
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_racing_jobs_of_one_user_add_up(postgres: PostgresStore, batch: int) -> None:
+    """Overlapping jobs in different orders meet no trouble, and their counts sum to the rows."""
+    ids = postgres.add_interviews(40)
+    numbers = range(AT_ONCE)
+    racing: list[Callable[[], list[Outcome]]] = [
+        partial(
+            grant,
+            postgres,
+            [a_job(f"{one}-{at}", "ann", shuffled(one * 100 + at, ids, 25)) for at in range(batch)],
+        )
+        for one in numbers
+    ]
+    outcomes = [outcome for done in all_at_once(racing) for outcome in done]
+    assert len(outcomes) == AT_ONCE * batch
+    assert sum(map(created, outcomes)) == postgres.rows() == len(postgres.granted("ann"))
+
+
+def test_racing_batches_of_many_users_add_up(postgres: PostgresStore) -> None:
+    """Batches whose users and ids overlap in different orders add up, user by user."""
+    ids = postgres.add_interviews(12)
+    users = [f"user-{number}" for number in range(6)]
+
+    def batch(one: int) -> list[GrantAccessJob]:
+        in_order = shuffled(one, users, len(users))
+        return [a_job(f"{one}-{user}", user, shuffled(one, ids, 8)) for user in in_order]
+
+    racing = [partial(grant, postgres, batch(one)) for one in range(8)]
+    outcomes = [outcome for done in all_at_once(racing) for outcome in done]
+    assert sum(map(created, outcomes)) == postgres.rows()
+
+
+def test_one_job_delivered_many_times_at_once_counts_once(postgres: PostgresStore) -> None:
+    """Deliveries of one job that run at the same time have one effect and one answer."""
+    ids = postgres.add_interviews(30)
+    racing = [
+        partial(grant, postgres, [a_job("a", "ann", shuffled(one, ids, 30))])
+        for one in range(AT_ONCE)
+    ]
+    outcomes = [outcome for done in all_at_once(racing) for outcome in done]
+    assert {created(outcome) for outcome in outcomes} == {30}
+    assert sum(not outcome.repeated for outcome in outcomes) == 1
+    assert postgres.rows() == 30
+
+
+def test_one_id_with_many_requests_at_once_has_one_winner(postgres: PostgresStore) -> None:
+    """Of different requests under one id that race, one is done and every other refused."""
+    ids = postgres.add_interviews(AT_ONCE)
+    racing = [partial(grant, postgres, [a_job("a", "ann", [one])]) for one in ids]
+    outcomes = [outcome for done in all_at_once(racing) for outcome in done]
+    assert sum(outcome.refusal is None for outcome in outcomes) == 1
+    assert {created(outcome) for outcome in outcomes} == {1}
+    assert postgres.rows() == 1
+
+
+def test_an_interview_deleted_first_fails_the_job_that_names_it(postgres: PostgresStore) -> None:
+    """A job waits for a delete that is under way, then fails naming the id; neighbours succeed."""
+    gone, stays = postgres.add_interviews(2)
+    with connected(postgres.database_url) as platform:
+        for statement in DELETE_INTERVIEW:
+            platform.execute(statement, {"id": gone})
+        batch = Background(
+            lambda: postgres.grant(a_job("a", "ann", [gone, stays]), a_job("b", "bob", [stays]))
+        )
+        postgres.until_waiting(batch)
+        assert not batch.over
+        platform.commit()
+    failed, neighbour = batch.result()
+    assert failed.answer
+    with pytest.raises(InvalidInterviewIdException, match=gone):
+        result_of(failed.answer)
+    assert created(neighbour) == 1
+    assert postgres.granted("ann") == []
+
+
+def test_an_interview_that_a_job_grants_cannot_be_deleted(postgres: PostgresStore) -> None:
+    """A delete waits for the job that holds the interview, and is refused after it."""
+    (held,) = postgres.add_interviews(1)
+    job = a_job("a", "ann", [held])
+    with postgres.storage.transaction() as transaction:
+        assert transaction.find_unknown_interviews([held]) == frozenset()
+        delete = Background(lambda: postgres.delete_interview(held))
+        postgres.until_waiting(delete)
+        assert not delete.over
+        grants = Background(lambda: grant(postgres, [job]))
+        assert [created(outcome) for outcome in grants.result()] == [1]
+    assert delete.result() is False
+    assert postgres.granted("ann") == [held]
+
+
+def test_deletes_with_all_that_refers_to_them_leave_nothing_dangling(
+    postgres: PostgresStore,
+) -> None:
+    """Racing Django's cascade, a job fails naming what went or loses its grants with it."""
+    ids = postgres.add_interviews(AT_ONCE)
+    delete_grants = text(
+        "DELETE FROM interview_userinterviewaccess WHERE interview_id = CAST(:id AS uuid)"
+    )
+
+    def cascade(interview_id: str) -> None:
+        with connected(postgres.database_url) as platform:
+            for statement in (delete_grants, *DELETE_INTERVIEW):
+                platform.execute(statement, {"id": interview_id})
+            platform.commit()
+
+    def try_to_cascade(interview_id: str) -> None:
+        def done() -> bool:
+            try:
+                cascade(interview_id)
+            except Exception:  # noqa: BLE001 - a grant came between, or a deadlock: as Django's user
+                return False
+            return True
+
+        until(done)
+
+    racing: list[Callable[[], object]] = [partial(try_to_cascade, one) for one in ids[:5]]
+    racing += [
+        partial(grant, postgres, [a_job(str(one), f"user-{one}", shuffled(one, ids, AT_ONCE))])
+        for one in range(5)
+    ]
+    all_at_once(racing)
+    dangling = (
+        "SELECT count(*) FROM interview_userinterviewaccess AS grants WHERE NOT EXISTS"
+        " (SELECT FROM interview_interview WHERE id = grants.interview_id)"
+    )
+    assert postgres.value(dangling) == 0
+    assert postgres.value("SELECT count(*) FROM interview_interview") == AT_ONCE - 5
+
+
+def test_grants_that_others_write_meanwhile_are_not_counted(postgres: PostgresStore) -> None:
+    """The platform writes the same grants at the same time: each row is counted by its maker."""
+    ids = postgres.add_interviews(60)
+
+    def write() -> int:
+        made = 0
+        with connected(postgres.database_url, autocommit=True) as platform:
+            for interview_id in shuffled(1, ids, 60):
+                made += platform.execute(
+                    text(
+                        "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
+                        " VALUES ('ann', CAST(:id AS uuid)) ON CONFLICT DO NOTHING"
+                    ),
+                    {"id": interview_id},
+                ).rowcount
+        return made
+
+    def ours() -> int:
+        return sum(map(created, grant(postgres, [a_job("a", "ann", ids)])))
+
+    assert sum(all_at_once([write, ours])) == postgres.rows() == 60

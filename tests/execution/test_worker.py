@@ -1,0 +1,678 @@
+"""One job end to end: a foreign producer, a real queue, a real worker, real rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from celery import chain, chord
+
+from tests.faults.books import at_rest
+from tests.support.database import database
+from tests.support.stores import until
+from tests.support.workers import (
+    GRANT_ACCESS,
+    QUEUE,
+    ROOT,
+    Site,
+    events,
+    held_grant,
+    ledger_missing,
+    site,
+    worker,
+)
+from worker.broker.claims import DEAD
+from worker.local_stack import LocalStack
+
+USER = "123e4567-e89b-12d3-a456-426614174000"
+ONE, TWO = "89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"
+NO_UUID = "a1b2c3d4-e5f6-7g8h-9i0j-k1l2m3n4o5p6"
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+LIMIT = 25_000
+CHUNK = 1_000
+
+INVALID_REQUEST, INVALID_ID = "InvalidGrantRequestException", "InvalidInterviewIdException"
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The worker's log."""
+    return tmp_path_factory.mktemp("worker") / "worker.log"
+
+
+@pytest.fixture(scope="module")
+def here(stack: LocalStack, _migrated: str, log: Path) -> Iterator[Site]:
+    """A site with a worker and interviews."""
+    with (
+        database(stack.database_url, template=_migrated) as url,
+        site(stack, url, 1) as here,
+    ):
+        here.store.execute(
+            "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
+            " 'Interview', interval '1 hour' FROM unnest(CAST(:ids AS text[])) AS id",
+            ids=[ONE, TWO, *many(LIMIT)],
+        )
+        settings = {
+            "GRANT_MAX_INTERVIEW_IDS": LIMIT,
+            "GRANT_CHUNK_SIZE": CHUNK,
+            "GRANT_RETRY_LIMIT": 1_000,  # no test hangs on how soon it mends what it broke
+            "GRANT_RETRY_MAX_DELAY": 1,
+            "GRANT_CALLBACK_QUEUES": f"{QUEUE},platform",
+        }
+        with worker(here, log, **settings):
+            yield here
+
+
+def many(count: int) -> list[str]:
+    """Ids of interviews that stand, in their order."""
+    return [str(UUID(int=(0xA << 124) + number)) for number in range(count)]
+
+
+def success(created: int) -> dict[str, Any]:
+    """The result of a grant-access job."""
+    return {"success": True, "created_access_count": created}
+
+
+def a_user() -> str:
+    """A user whom no other test knows."""
+    return str(uuid4())
+
+
+def test_the_platforms_own_request(here: Site) -> None:
+    """The request as the platform wrote it is answered as it wrote it: 2, and again 0."""
+    for created in (2, 0):
+        job_id = here.send(user_id=USER, interview_ids=[ONE, TWO])
+        meta = here.answer(job_id)
+        assert (meta["status"], meta["result"]) == ("SUCCESS", success(created))
+    assert here.store.granted(USER) == [ONE, TWO]
+
+
+@pytest.mark.parametrize(
+    ("ids", "created"),
+    [
+        ([], 0),
+        ([ONE, ONE, ONE.upper(), ONE.replace("-", "")], 1),
+        ([UUID(ONE), UUID(TWO)], 2),
+        ([TWO, ONE], 2),
+    ],
+    ids=["empty", "spellings", "uuid objects", "two"],
+)
+@pytest.mark.parametrize("positional", [True, False])
+def test_odd_requests_succeed(
+    here: Site, ids: list[object], created: int, positional: bool
+) -> None:
+    """Order, repetition, spelling, UUID objects and an empty list are no error."""
+    user = uuid4()
+    job_id = here.send(user, ids) if positional else here.send(user_id=user, interview_ids=ids)
+    assert here.answer(job_id)["result"] == success(created)
+    assert len(here.store.granted(str(user))) == created
+
+
+@pytest.mark.parametrize("user_id", ["x", "y" * 36, "Zoë, {\"'\\} 😀"], ids=["1", "36", "odd"])
+def test_user_ids_are_taken_to_the_letter(here: Site, user_id: str) -> None:
+    """A user id of 1 to 36 characters of any kind is that user's."""
+    assert here.answer(here.send(user_id, [ONE]))["result"] == success(1)
+    assert here.store.granted(user_id) == [ONE]
+
+
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
+    "malformed": ((USER, [ONE, NO_UUID]), {}, INVALID_ID, f"'{NO_UUID}' is not a UUID"),
+    "unknown": ((USER, [ONE, UNKNOWN]), {}, INVALID_ID, f"'{UNKNOWN}' is no interview's id"),
+    "odd malformed": ((USER, ["\0\ud800"]), {}, INVALID_ID, r"'\x00\ud800' is not a UUID"),
+    "user of 0": (("", [ONE]), {}, INVALID_REQUEST, "user_id: expected a string of 1 to 36"),
+    "user of 37": (("x" * 37, [ONE]), {}, INVALID_REQUEST, "got a string of 37 characters"),
+    "user with NUL": (("a\0", [ONE]), {}, INVALID_REQUEST, r"got the string 'a\x00'"),
+    "user with surrogate": (("\ud800", [ONE]), {}, INVALID_REQUEST, r"got the string '\ud800'"),
+    "user null": ((None, [ONE]), {}, INVALID_REQUEST, "user_id: expected a string of 1 to 36"),
+    "user number": ((7, [ONE]), {}, INVALID_REQUEST, "got the number 7"),
+    "user true": ((True, [ONE]), {}, INVALID_REQUEST, "got true"),
+    "user list": (([USER], [ONE]), {}, INVALID_REQUEST, "got a list of 1"),
+    "nothing": ((), {}, INVALID_REQUEST, "user_id: expected a value, got nothing"),
+    "missing": ((), {"user_id": USER}, INVALID_REQUEST, "interview_ids: expected a value"),
+    "extra": ((USER, [ONE]), {"extra": 1}, INVALID_REQUEST, "extra: expected only user_id and"),
+    "odd extra": ((USER, [ONE]), {"\ud800\0": 1}, INVALID_REQUEST, r"\ud800\x00: expected only"),
+    "self": ((USER, [ONE]), {"self": 1}, INVALID_REQUEST, "self: expected only user_id and"),
+    "too many": ((USER, [ONE], 3), {}, INVALID_REQUEST, "expected at most 2 in order"),
+    "twice": ((USER, [ONE]), {"user_id": USER}, INVALID_REQUEST, "user_id: expected one value"),
+    "ids null": ((USER, None), {}, INVALID_REQUEST, "interview_ids: expected a list of UUIDs"),
+    "ids string": ((USER, ONE), {}, INVALID_REQUEST, "interview_ids: expected a list of UUIDs"),
+    "ids object": ((USER, {ONE: 1}), {}, INVALID_REQUEST, "got an object of 1"),
+    "element null": ((USER, [ONE, None]), {}, INVALID_REQUEST, "interview_ids[1]: expected a UUID"),
+    "element number": ((USER, [7]), {}, INVALID_REQUEST, "as a string, got the number 7"),
+    "element list": ((USER, [[ONE]]), {}, INVALID_REQUEST, "interview_ids[0]: expected a UUID"),
+    "name with surrogate": ((USER, [ONE]), {"\ud800": 1}, INVALID_REQUEST, "expected only user_id"),
+    "very deeply nested": ((USER, nested(900)), {}, INVALID_REQUEST, "got a list of 1"),
+    "deeply nested": ((USER, nested(500)), {}, INVALID_REQUEST, "got a list of 1"),
+    "beyond the limit": ((USER, [ONE] * (LIMIT + 1)), {}, INVALID_REQUEST, "at most 25,000 ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "kwargs", "kind", "words"), BAD.values(), ids=BAD)
+def test_bad_requests_say_what_was_wrong(
+    here: Site, args: tuple[object, ...], kwargs: dict[str, Any], kind: str, words: str
+) -> None:
+    """A bad request fails as every language reads it: class, sentence, details, no trace."""
+    before = here.store.rows()
+    job_id = here.send(*args, **kwargs)
+    meta = here.answer(job_id)
+    assert meta["status"] == "FAILURE"
+    assert meta["traceback"] is None
+    assert meta["result"]["exc_type"] == kind
+    assert meta["result"]["exc_module"] == "interview_access.errors"
+    sentence, details = meta["result"]["exc_message"]
+    assert words in sentence
+    assert details["total"] >= 1
+    assert here.store.rows() == before
+    finished = here.store.storage.get_finished_job(job_id)
+    assert finished
+    assert finished.answer.error
+    assert finished.answer.error["type"] == kind
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["{%s}", "urn:uuid:%s", " %s", "%s\n", "%s0", "\uff10%.35s"],
+    ids=["braces", "urn", "space", "line", "longer", "wide digit"],
+)
+def test_no_other_spelling_is_a_uuid(here: Site, spelling: str) -> None:
+    """What some parsers take for a UUID is malformed all the same, and grants nothing."""
+    user, odd = a_user(), spelling % ONE
+    result = here.answer(here.send(user, [odd, TWO]))["result"]
+    assert result["exc_type"] == INVALID_ID
+    shown = odd.replace("\n", r"\n")
+    assert result["exc_message"][1]["interview_ids"] == [{"value": shown, "reason": "malformed"}]
+    assert here.store.granted(user) == []
+
+
+def test_every_offending_id_is_counted_and_twenty_are_named(here: Site) -> None:
+    """Malformed and unknown ids are told together: up to 20 with their reasons, and the total."""
+    malformed = [f"{number}" for number in range(15)]
+    unknown = [str(uuid4()) for _ in range(15)]
+    job_id = here.send(USER, [ONE, *unknown, *malformed, malformed[0]])
+    sentence, details = here.answer(job_id)["result"]["exc_message"]
+    totals = (details["total"], details["malformed_total"], details["unknown_total"])
+    assert totals == (30, 15, 15)
+    named = [(one["value"], one["reason"]) for one in details["interview_ids"]]
+    assert named[:15] == [(one, "malformed") for one in malformed]
+    assert named[15:] == [(one, "unknown") for one in unknown[:5]]
+    assert "30 interview ids cannot be granted" in sentence
+    assert "; and 10 more" in sentence
+
+
+def test_a_bare_redis_client_is_served(here: Site) -> None:
+    """An envelope pushed by any Redis client is a job, with an id of up to 255 characters."""
+    job_id = here.push({"user_id": a_user(), "interview_ids": [ONE]}, job_id="j" * 255)
+    assert here.answer(job_id)["result"] == success(1)
+
+
+@pytest.mark.parametrize("priority", [3, 6, 9])
+def test_an_idle_worker_finds_every_priority(here: Site, priority: int) -> None:
+    """Jobs of priorities that no wait reports are found, and then claimed until none is left."""
+    queue = f"{QUEUE}\x06\x16{priority}"
+    request = {"user_id": a_user(), "interview_ids": [ONE]}
+    jobs = [here.push(request, job_id=str(uuid4()), queue=queue) for _ in range(300)]
+    for job_id in jobs:
+        assert here.answer(job_id)["status"] == "SUCCESS"
+
+
+@pytest.mark.parametrize("job_id", ["j" * 256, "a\nb"], ids=["256", "line"])
+def test_an_invalid_job_id_is_a_dead_letter(here: Site, job_id: str) -> None:
+    """A job whose ID the ledger cannot hold has no result: its message is a dead letter."""
+    here.redis.delete(DEAD)
+    here.push({"user_id": USER, "interview_ids": [ONE]}, job_id=job_id)
+    until(lambda: bool(here.dead_letters()))
+    (letter,) = here.dead_letters()
+    assert "id: expected a job ID of 1 to 255 printable characters" in letter["reason"]
+    assert (letter["job_id"], letter["in_ledger"]) == ("", "0")
+    assert not here.redis.exists(f"celery-task-meta-{job_id}")
+
+
+def test_the_same_job_again_has_its_first_answer(here: Site) -> None:
+    """A job delivered again, written otherwise, still reports what it created."""
+    user = a_user()
+    job_id = here.send(user, [ONE, TWO])
+    assert here.answer(job_id)["result"] == success(2)
+    here.redis.delete(f"celery-task-meta-{job_id}")
+    here.send(user, [TWO.upper(), ONE, ONE], job_id=job_id)
+    assert here.answer(job_id)["result"] == success(2)
+
+
+def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
+    """Another request under a used id: the first answer stays; log, event, dead letter tell."""
+    job_id = here.send(a_user(), [ONE])
+    first = here.answer(job_id)
+    other = a_user()
+    with events(here) as heard:
+        here.send(other, [TWO], job_id=job_id)
+        until(lambda: any(event["type"] == "job-refused" for event in heard))
+    (told,) = [event for event in heard if event["type"] == "job-refused"]
+    assert told["uuid"] == job_id
+    until(lambda: any(letter["job_id"] == job_id for letter in here.dead_letters()))
+    (letter,) = [letter for letter in here.dead_letters() if letter["job_id"] == job_id]
+    assert letter["reason"].startswith("JobIdReusedException: Job id")
+    assert letter["attempts"] == "1"
+    assert other in letter["message"]
+    assert f"dead letter: job={job_id} task={GRANT_ACCESS} reason=JobIdReused" in log.read_text(
+        encoding="utf-8"
+    )
+    assert here.meta(job_id)["result"] == first["result"]
+    assert here.store.granted(other) == []
+
+
+def ids_in(text: str) -> set[str]:
+    """What looks like an id in a text."""
+    return set(re.findall("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))
+
+
+def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
+    """A job of 20,000 ids shows its user, its number of ids and its id, and none of the ids."""
+    user, ids = a_user(), many(20_000)
+    before = log.stat().st_size
+    with events(here) as heard:
+        job_id = here.send(user_id=user, interview_ids=ids)
+        assert here.answer(job_id)["result"] == success(20_000)
+        until(lambda: any(event["type"] == "task-succeeded" for event in heard))
+    (received,) = [event for event in heard if event["type"] == "task-received"]
+    assert (received["uuid"], received["args"]) == (job_id, "()")
+    assert received["kwargs"] == f"{{'user_id': '{user}', 'interview_ids': […"
+    assert not ids_in(str(heard)) & set(ids)
+
+    def written() -> str:
+        return log.read_bytes()[before:].decode()
+
+    until(lambda: f"[{job_id}] succeeded" in written())
+    (line,) = [line for line in written().splitlines() if user in line]
+    assert f"job settled: job={job_id} seconds=" in line
+    assert "outcome=20,000 created, 0 already granted, 0 repeated" in line
+    assert f"user_id='{user}', interview_ids=<a list of 20,000>" in line
+    assert not ids_in(written()) & set(ids)
+
+
+def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
+    """A job that is held up in its last chunk tells its progress, and nobody sees its rows."""
+    user, ids = a_user(), many(3 * CHUNK)
+    with held_grant(here, user, ids[-1]):
+        job_id = here.send(user, ids)
+        assert here.until_state(job_id, "PROGRESS")["result"] == {"done": CHUNK, "total": 3 * CHUNK}
+        assert here.store.granted(user) == []
+    assert here.answer(job_id)["result"] == success(3 * CHUNK)
+    assert len(here.store.granted(user)) == 3 * CHUNK
+
+
+def test_an_outage_is_retried(here: Site) -> None:
+    """A job that meets an outage of the database is retried, and done when it is over."""
+    user = a_user()
+    with ledger_missing(here):
+        job_id = here.send(user, [ONE])
+        assert here.until_state(job_id, "RETRY")["traceback"] is None
+    assert here.answer(job_id)["result"] == success(1)
+
+
+def test_an_outage_that_outlasts_the_retries(
+    stack: LocalStack, migrated_url: str, tmp_path: Path
+) -> None:
+    """After its retries a job fails, is kept, and succeeds when it is sent again under its ID."""
+    settings = {"GRANT_RETRY_LIMIT": 2, "GRANT_RETRY_MAX_DELAY": 1}
+    with (
+        site(stack, migrated_url, 5) as there,
+        worker(there, tmp_path / "worker.log", **settings),
+    ):
+        with ledger_missing(there):
+            job_id = there.send("ann", [])
+            result = there.answer(job_id)["result"]
+        assert result["exc_type"] == "StorageUnavailableException"
+        assert "in 3 tries" in result["exc_message"][0]
+        assert "42P01" in result["exc_message"][0]
+        until(lambda: bool(there.dead_letters()))
+        (letter,) = there.dead_letters()
+        told = (letter["job_id"], letter["attempts"], letter["in_ledger"])
+        assert told == (job_id, "3", "0")
+        there.send("ann", [], job_id=job_id)
+        assert there.until_state(job_id, "SUCCESS")["result"] == success(0)
+
+
+def test_an_attempt_is_made_once(here: Site) -> None:
+    """An attempt's message delivered twice makes one attempt and has one answer."""
+    task, job_id = "interview_access.create_interview_attempt", str(uuid4())
+    results = []
+    for _ in range(2):
+        here.redis.delete(f"celery-task-meta-{job_id}")
+        here.send(task=task, job_id=job_id, interview_id=ONE, user_id=USER)
+        results.append(here.answer(job_id)["result"])
+    (attempt,) = here.store.attempts()
+    assert (attempt.interview_id, attempt.user_id) == (ONE, USER)
+    assert results == [{"success": True, "interview_attempt_id": attempt.id}] * 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind", "words"),
+    [
+        ({"interview_id": NO_UUID, "user_id": USER}, INVALID_ID, f"'{NO_UUID}' is not a UUID"),
+        ({"interview_id": UNKNOWN, "user_id": USER}, INVALID_ID, "is no interview's id"),
+        (
+            {"interview_id": [ONE], "user_id": USER},
+            INVALID_REQUEST,
+            "interview_id: expected a UUID",
+        ),
+        ({"interview_id": ONE, "user_id": ""}, INVALID_REQUEST, "user_id: expected a string of 1"),
+        ({"interview_id": ONE}, INVALID_REQUEST, "user_id: expected a value, got nothing"),
+    ],
+    ids=["malformed", "unknown", "list", "user", "missing"],
+)
+def test_a_bad_attempt_says_what_was_wrong(
+    here: Site, kwargs: dict[str, Any], kind: str, words: str
+) -> None:
+    """An attempt that cannot be made fails as a grant does, and makes none."""
+    before = len(here.store.attempts())
+    job_id = here.send(task="interview_access.create_interview_attempt", **kwargs)
+    result = here.answer(job_id)["result"]
+    assert (result["exc_type"], result["exc_module"]) == (kind, "interview_access.errors")
+    assert words in result["exc_message"][0]
+    assert len(here.store.attempts()) == before
+    assert here.store.storage.get_finished_job(job_id)
+
+
+def test_a_job_without_poller_has_no_result(here: Site) -> None:
+    """Of a job with ``ignore_result`` nothing is stored, also where it takes long."""
+    user, job_id = a_user(), str(uuid4())
+    with held_grant(here, user, ONE):
+        sent = {"task_id": job_id, "queue": QUEUE, "ignore_result": True}
+        here.producer.send_task("interview_access.grant_access", (user, [ONE]), **sent)
+        polled = here.send(user, [ONE])
+        here.until_state(polled, "STARTED")
+    assert here.answer(polled)
+    until(lambda: here.store.storage.get_finished_job(job_id) is not None)
+    assert here.meta(job_id)["status"] == "PENDING"
+
+
+def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
+    """Each child has one job; what waits, waits where another worker can take it."""
+    user, ids = a_user(), many(100)
+    with held_grant(here, user, ids[-1]):
+        held = []
+        for turn in range(2):
+            held.append(here.send(user, ids[1 - turn :]))
+            here.until_state(held[-1], "STARTED")  # or one child has both in a batch
+        waiting = here.send(a_user(), [])
+        (reserved,) = here.producer.control.inspect(timeout=10, limit=1).reserved().values()
+        assert waiting not in {job["id"] for job in reserved}
+        assert here.redis.llen("interview-access") == 1
+        assert here.meta(waiting)["status"] == "PENDING"
+    assert here.answer(waiting)["result"] == success(0)
+    assert sum(here.answer(job_id)["result"]["created_access_count"] for job_id in held) == len(ids)
+
+
+def test_a_large_job_leaves_a_child_to_small_ones(here: Site) -> None:
+    """While one child has a large job, small jobs pass the next large one."""
+    user, ids = a_user(), many(2 * CHUNK)
+    with held_grant(here, user, ids[-1]):
+        large = here.send(user, ids)
+        here.until_state(large, "STARTED", "PROGRESS")
+        next_large = here.send(a_user(), ids)
+        small = [here.send(a_user(), ids[:2]) for _ in range(3)]
+        for job_id in small:
+            assert here.answer(job_id)["result"] == success(2)
+        assert here.meta(next_large)["status"] == "PENDING"
+    assert here.answer(large)["result"] == success(2 * CHUNK)
+    assert here.answer(next_large)["result"] == success(2 * CHUNK)
+
+
+def test_a_callback_to_another_queue_than_allowed_is_not_sent(here: Site) -> None:
+    """A job succeeds whatever is linked to it; what may not be sent makes it a dead letter."""
+    nobodys = here.producer.signature("nobodys.task", queue="nobodys-queue")
+    user, job_id = a_user(), str(uuid4())
+    here.producer.send_task(
+        "interview_access.grant_access", (user, [ONE]), task_id=job_id, queue=QUEUE, link=nobodys
+    )
+    assert here.answer(job_id)["result"] == success(1)
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
+    assert "queue: expected one of GRANT_CALLBACK_QUEUES, got 'nobodys-queue'" in letter["reason"]
+    assert here.answer(job_id)["result"] == success(1)
+    assert not here.redis.exists("nobodys-queue")
+
+
+FORBIDDEN = "interview-access:tries"
+"""A key of the protocol: a list under its name would stop every worker."""
+
+
+def signature(queue: str, **options: Any) -> dict[str, Any]:
+    """A signature as a message holds it."""
+    return {"task": "any.task", "args": [], "kwargs": {}, "options": {"queue": queue, **options}}
+
+
+@pytest.mark.parametrize("queue", [FORBIDDEN, "celery-task-meta-x", "_kombu.binding.x", "others"])
+@pytest.mark.parametrize(
+    "embed",
+    [
+        lambda one: {"callbacks": [one]},
+        lambda one: {"chain": [one]},
+        lambda one: {"callbacks": [signature("platform") | {"options": {"link": [one]}}, one]},
+        lambda one: {
+            "callbacks": [
+                {
+                    "task": "celery.chain",
+                    "args": [],
+                    "kwargs": {"tasks": [one]},
+                    "options": {},
+                    "subtask_type": "chain",
+                }
+            ]
+        },
+        lambda one: {
+            "callbacks": [
+                {
+                    "task": "celery.group",
+                    "args": [],
+                    "kwargs": {"tasks": [one]},
+                    "options": {},
+                    "subtask_type": "group",
+                }
+            ]
+        },
+    ],
+    ids=["link", "chain", "second link", "chain in a link", "group in a link"],
+)
+def test_callbacks_are_published_nowhere_else(here: Site, queue: str, embed: Any) -> None:
+    """Whatever signature holds the queue: the job succeeds, and its message is a dead letter."""
+    job_id = str(uuid4())
+    here.push(
+        {"user_id": a_user(), "interview_ids": [ONE]}, job_id=job_id, embed=embed(signature(queue))
+    )
+    assert here.answer(job_id)["result"] == success(1)
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
+    assert "expected one of GRANT_CALLBACK_QUEUES" in letter["reason"]
+    assert not here.redis.exists(queue)
+
+
+@pytest.mark.parametrize("queue", [FORBIDDEN, "others"])
+def test_error_callbacks_are_published_nowhere_else(here: Site, queue: str) -> None:
+    """The same for what follows a job that fails."""
+    job_id = str(uuid4())
+    here.push(
+        {"user_id": a_user(), "interview_ids": [NO_UUID]},
+        job_id=job_id,
+        embed={"errbacks": [signature(queue)]},
+    )
+    assert here.answer(job_id)["result"]["exc_type"] == INVALID_ID
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    assert not here.redis.exists(queue)
+
+
+@pytest.mark.parametrize("name", ["callbacks", "errbacks"])
+def test_celerys_own_tasks_are_no_callbacks(here: Site, name: str) -> None:
+    """A built-in task, which Celery may run in the pool process, is refused."""
+    job_id, builtin = str(uuid4()), signature("platform") | {"task": "celery.backend_cleanup"}
+    ids = [ONE] if name == "callbacks" else [NO_UUID]
+    here.push({"user_id": a_user(), "interview_ids": ids}, job_id=job_id, embed={name: [builtin]})
+    until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
+    (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
+    assert "expected a task of yours, got 'celery.backend_cleanup'" in letter["reason"]
+
+
+def test_callbacks_reach_the_producers_queue(here: Site) -> None:
+    """A link, a chain, an error callback and a chord's body are published where they belong."""
+    here.redis.delete("platform")
+    following = here.producer.signature("platform.after").set(queue="platform")
+
+    def grant(*ids: str) -> Any:
+        arguments = {"user_id": a_user(), "interview_ids": ids}
+        signature = here.producer.signature("interview_access.grant_access", kwargs=arguments)
+        return signature.set(queue=QUEUE, immutable=True)
+
+    grant(ONE).apply_async(link=following)
+    chain(grant(ONE), following, app=here.producer).apply_async()
+    grant(NO_UUID).apply_async(link_error=following)
+    chord([grant(ONE), grant(TWO)], following, app=here.producer).apply_async()
+    until(lambda: here.redis.llen("platform") == 4)
+    messages: Any = here.redis.lrange("platform", 0, -1)
+    assert {json.loads(one)["headers"]["task"] for one in messages} == {"platform.after"}
+
+
+def test_a_chain_behind_a_failed_job_fails(here: Site) -> None:
+    """Whoever polls its last task, or the body of a chord in it, reads why that never runs."""
+    failing = here.producer.signature(
+        "interview_access.grant_access", (a_user(), [NO_UUID]), queue=QUEUE, immutable=True
+    )
+    after = here.producer.signature("platform.after", queue="platform")
+    parts = chord([after.clone(), after.clone()], after.clone(), app=here.producer)
+    for following in ([after.clone(), after.clone()], [parts]):
+        last = chain(failing.clone(), *following, app=here.producer).apply_async()
+        result = here.answer(last.id)["result"]
+        assert (result["exc_type"], result["exc_module"]) == (INVALID_ID, "interview_access.errors")
+
+
+def test_a_job_behind_a_failed_one_can_still_be_executed(here: Site) -> None:
+    """A failure that is another job's is not final for the ID: the ledger knows nothing of it."""
+    job_id = str(uuid4())
+    following = here.producer.signature(
+        "interview_access.grant_access", (a_user(), [ONE]), queue=QUEUE, task_id=job_id
+    )
+    failing = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
+    chain(failing.set(queue=QUEUE), following, app=here.producer).apply_async()
+    assert here.answer(job_id)["status"] == "FAILURE"
+    here.send(a_user(), [ONE], job_id=job_id)
+    assert here.until_state(job_id, "SUCCESS")["result"] == success(1)
+
+
+def test_a_finished_job_behind_a_failed_one_has_not_failed(here: Site) -> None:
+    """A poller reads no failure where the ledger has a result, expired in Redis or not."""
+    job_id = here.send(a_user(), [ONE])
+    here.answer(job_id)
+    here.redis.delete(f"celery-task-meta-{job_id}")
+    following = here.producer.signature(
+        "interview_access.grant_access", (a_user(), [ONE]), queue=QUEUE, task_id=job_id
+    )
+    failing = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
+    failed = chain(failing.set(queue=QUEUE), following, app=here.producer).apply_async().parent
+    here.answer(failed.id)
+    until(lambda: at_rest(here))
+    assert here.meta(job_id)["status"] == "PENDING"
+
+
+def test_commands_without_effect_are_refused(here: Site) -> None:
+    """Remote control does not claim to have set what nothing reads."""
+    control = here.producer.control
+    for reply in (
+        *control.rate_limit("interview_access.grant_access", "1/s", reply=True, timeout=10),
+        *control.time_limit("interview_access.grant_access", hard=5, reply=True, timeout=10),
+    ):
+        assert all("error" in one for one in reply.values())
+
+
+def test_the_pool_keeps_no_time_limit(here: Site) -> None:
+    """The dispatcher enforces it; the pool would keep a timer of each batch until its end."""
+    (stats,) = here.producer.control.inspect(timeout=10, limit=1).stats().values()
+    assert stats["pool"]["timeouts"] == [0, 0]
+
+
+def test_a_chord_with_a_failed_part_fails(here: Site) -> None:
+    """Whoever polls a chord's body reads that a part failed, and the body never runs."""
+    part = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
+    body = here.producer.signature("platform.after").set(queue="platform")
+    failing = chord([part.set(queue=QUEUE), part.clone().set(queue=QUEUE)], body, app=here.producer)
+    assert here.answer(failing.apply_async().id)["result"]["exc_type"] == "ChordError"
+
+
+def test_a_pickled_message_is_refused(here: Site) -> None:
+    """What is no JSON is not read, and the worker goes on."""
+    here.producer.send_task(
+        "interview_access.grant_access",
+        kwargs={"user_id": USER, "interview_ids": [ONE]},
+        queue="interview-access",
+        serializer="pickle",
+    )
+    assert here.answer(here.send(a_user(), [ONE]))["result"] == success(1)
+
+
+def started(here: Site, **settings: object) -> subprocess.CompletedProcess[str]:
+    """A worker that is expected to end by itself."""
+    environment = {
+        name: value for name, value in here.environment(**settings).items() if value != "None"
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "1"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        (
+            "DATABASE_URL",
+            "mysql://me:a/secret@db/x",
+            "got 'mysql://me:***@db/x', expected postgresql",
+        ),
+        ("CELERY_BROKER_URL", None, "CELERY_BROKER_URL: not set, expected redis://"),
+        ("GRANT_CHUNK_SIZE", "0", "GRANT_CHUNK_SIZE: got '0', expected greater than or equal to 1"),
+    ],
+)
+def test_a_bad_setting_stops_the_start(
+    here: Site, variable: str, value: str | None, words: str
+) -> None:
+    """A bad value ends the worker with its name, the value without password, what was expected."""
+    ended = started(here, **{variable: value})
+    assert ended.returncode != 0
+    assert words in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "secret" not in ended.stdout + ended.stderr
+
+
+def test_an_unmigrated_database_stops_the_start(here: Site, database_url: str) -> None:
+    """A worker on a database without its tables says what to run."""
+    ended = started(here, DATABASE_URL=database_url)
+    assert ended.returncode != 0
+    assert "run `interview-access migrate`" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_workers_policy(here: Site) -> None:
+    """A running worker acknowledges late, prefetches nothing, consumes its own queue only."""
+    inspect = here.producer.control.inspect(timeout=10, limit=1)
+    (conf,) = inspect.conf().values()
+    assert conf["task_acks_late"] is True
+    assert conf["worker_prefetch_multiplier"] == 1
+    (queues,) = inspect.active_queues().values()
+    assert [queue["name"] for queue in queues] == ["interview-access"]

@@ -1,0 +1,122 @@
+"""Background services outlive any error, and stop at once."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from celery import Celery
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from storage.interface import StorageError
+from tests.support.stores import until
+from worker.local_stack import LocalStack
+from worker.services.background import BackgroundService
+
+
+class Service(BackgroundService):
+    """Raises what it is given, one error a call, and then waits."""
+
+    def __init__(self, app: Celery, errors: list[Exception]) -> None:
+        super().__init__(app)
+        self.errors = errors
+        self.clients: list[Redis] = []
+
+    def run_once(self, redis: Redis) -> None:
+        """See the base."""
+        redis.ping()
+        self.clients.append(redis)
+        if self.errors:
+            raise self.errors.pop(0)
+        self.pause(60)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def app(stack: LocalStack) -> Iterator[Celery]:
+    """An app on the test's Redis."""
+    app = Celery(broker=stack.broker_url, set_as_current=False)
+    yield app
+    app.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageError("away"),
+        RedisConnectionError("away"),
+        MemoryError(),
+        RecursionError(),
+        KeyError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_ends_no_service(app: Celery, error: Exception) -> None:
+    """After an error of any class the service goes on, on a new connection."""
+    service = Service(app, [error])
+    service.start()
+    until(lambda: len(service.clients) == 2)
+    service.stop()
+    service.join()
+    assert service.clients[0] is not service.clients[1]
+
+
+def test_an_outage_is_logged_once(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+    """Of an outage there is one line at its begin and one at its end, both of them one line."""
+    caplog.set_level(logging.INFO, logger="worker.services.background")
+    service = Service(app, [StorageError("away\nforged line"), StorageError("still away")])
+    service.start()
+    until(lambda: len(service.clients) == 3)
+    service.stop()
+    service.join()
+    assert [record.getMessage() for record in caplog.records] == [
+        (
+            "background service failed, will retry: service=Service "
+            "error=StorageError: away\\nforged line"
+        ),
+        "background service recovered: service=Service failures=2",
+    ]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_service_stops_at_once(app: Celery, failing: bool) -> None:
+    """A service that waits for work, or backs off, ends when it is told to."""
+    service = Service(app, [StorageError("away")] * 1_000 if failing else [])
+    service.start()
+    until(lambda: len(service.clients) == (3 if failing else 1))
+    before = time.monotonic()
+    service.stop()
+    service.join()
+    assert time.monotonic() - before < 0.4
+
+
+def test_a_pause_ends_when_a_socket_is_readable(app: Celery) -> None:
+    """A service that sleeps is woken by what it waits for, and knows that it was."""
+    service = Service(app, [])
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not service.pause(0, ours)
+        theirs.send(b"x")
+        assert service.pause(60, ours)
+
+
+def test_a_wait_elsewhere_ends_when_the_service_stops(app: Celery) -> None:
+    """What a service waits on beside its socket is readable once it stops, and not before."""
+    service = Service(app, [])
+    service.start()
+    until(lambda: len(service.clients) == 1)
+    wakeup = service.wakeup
+    assert wakeup
+    with pytest.raises(BlockingIOError):
+        wakeup.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    service.stop()
+    service.join()
+    assert wakeup.fileno() == -1

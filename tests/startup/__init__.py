@@ -1,0 +1,1 @@
+"""Tests of settings, start-up checks and log lines."""

@@ -1,0 +1,527 @@
+"""What a worker verifies before it starts, and a worker behind Sentinels."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+from celery import Celery
+from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.errors import QueueUnavailableError
+from interview_access.producer import InterviewAccessClient
+from redis import Redis
+
+from storage.samples import NAMED_SAMPLES, load_samples
+from tests.support.clients import CLIENTS
+from tests.support.database import database
+from tests.support.sentinels import MASTER, Sentinels, redis_of, sentinels_of
+from tests.support.stores import until
+from tests.support.tls_relay import CERTIFICATE, tls_relay
+from tests.support.workers import QUEUE, ROOT, Site, site, worker
+from worker.broker.connections import CLIENT_NAME
+from worker.local_stack import LocalStack
+from worker.settings import Settings
+from worker.startup import StartupError, check_servers
+
+PASSWORD = "s3cret"  # noqa: S105 - of servers that live as long as a test
+
+
+def check(
+    database_url: str, broker: str, results: str | None = None, sentinel_password: str = ""
+) -> None:
+    """Run the checks of both servers."""
+    settings = Settings(
+        database_url=database_url,
+        celery_broker_url=broker,
+        celery_result_backend=results,
+        redis_sentinel_password=sentinel_password,
+    )
+    check_servers(settings)
+
+
+def refusal(
+    database_url: str, broker: str, results: str | None = None, sentinel_password: str = ""
+) -> str:
+    """The sentence with which the checks refuse to start."""
+    with pytest.raises(StartupError) as refused:
+        check(database_url, broker, results, sentinel_password)
+    sentence = str(refused.value)
+    assert PASSWORD not in sentence
+    assert len(sentence.splitlines()) == 1
+    return sentence
+
+
+@contextmanager
+def resp_server(*replies: str) -> Iterator[int]:
+    """A server that accepts a connection and sends these replies to what follows; its port."""
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            left = list(replies)
+            while line := self.rfile.readline():
+                words = [
+                    self.rfile.readline() and self.rfile.readline() for _ in range(int(line[1:]))
+                ]
+                command = words[0].strip().upper()
+                if command == b"HELLO":
+                    self.wfile.write(b"%1\r\n+proto\r\n:3\r\n")
+                else:
+                    self.wfile.write(b"+OK\r\n" if command == b"CLIENT" else left.pop(0).encode())
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def here(stack: LocalStack, _migrated: str) -> Iterator[Site]:
+    """A site without a worker."""
+    with database(stack.database_url, template=_migrated) as url, site(stack, url, 14) as here:
+        load_samples(url, len(NAMED_SAMPLES))
+        yield here
+
+
+class TestServers:
+    """check_servers."""
+
+    def test_servers_in_order(self, here: Site, caplog: pytest.LogCaptureFixture) -> None:
+        """The servers of this project's own stack pass without a warning."""
+        check(here.store.database_url, here.broker)
+        assert caplog.text == ""
+
+    @pytest.mark.parametrize("database", [0, 1])
+    @pytest.mark.parametrize("which", ["queue", "results"])
+    def test_cluster_mode_is_refused(
+        self, here: Site, tmp_path: Path, which: str, database: int
+    ) -> None:
+        """A Redis in cluster mode is refused as either server, also if its database cannot be."""
+        with redis_of(tmp_path, "--cluster-enabled", "yes") as port:
+            url = f"redis://127.0.0.1:{port}/{database}"
+            urls = (url, here.broker) if which == "queue" else (here.broker, url)
+            assert "got a Redis in cluster mode" in refusal(here.store.database_url, *urls)
+
+    @pytest.mark.parametrize(
+        ("given", "says"),
+        [
+            ("", "HELLO must be called with the client already authenticated"),
+            ("wrong", "invalid username-password"),
+        ],
+    )
+    @pytest.mark.parametrize("which", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
+    def test_a_wrong_password_is_refused(
+        self, here: Site, tmp_path: Path, which: str, given: str, says: str
+    ) -> None:
+        """A Redis that refuses the password is told by its words and the variable."""
+        with redis_of(tmp_path, "--requirepass", PASSWORD) as port:
+            url = f"redis://:{given}@127.0.0.1:{port}/0"
+            broker = which == "CELERY_BROKER_URL"
+            urls = (url, here.broker) if broker else (here.broker, url)
+            sentence = refusal(here.store.database_url, *urls)
+        assert sentence.startswith(f"{which}: Redis at 127.0.0.1:{port} refuses the worker")
+        assert says in sentence
+
+    @pytest.mark.parametrize(
+        ("rules", "says"),
+        [
+            ("~* &* +@all -xadd", "XADD interview-access:dead"),
+            ("~interview-access* ~_kombu* &* +@all", "SETEX celery-task-meta-x"),
+            ("~* +@all resetchannels", "PUBLISH /3.celeryev/worker.heartbeat"),
+            ("~* &/3.* +@all", "PSUBSCRIBE /3.celery.pidbox"),
+            ("~interview-access ~interview-access:* &* +@all", "interview-access\\x06\\x169"),
+            ("~* &* +@all -zrange", "ZRANGE interview-access:leases"),
+            ("~* &* +@all -getrange", "GETRANGE interview-access:job:x"),
+            ("~* &* +@all -client", "CLIENT SETNAME"),
+            ("~* &* +@all -client|reply", "CLIENT REPLY SKIP"),
+            ("~* &* +@all -info", "'info' command"),
+            ("~* &* +@all -evalsha", "'evalsha' command"),
+        ],
+    )
+    def test_a_missing_permission_is_named(
+        self, here: Site, tmp_path: Path, rules: str, says: str
+    ) -> None:
+        """A Redis user without a right that a worker needs is refused, and the right is named."""
+        with redis_of(tmp_path) as port, Redis(port=port) as redis:
+            redis.execute_command("ACL", "SETUSER", "limited", "on", f">{PASSWORD}", *rules.split())
+            url = f"redis://limited:{PASSWORD}@127.0.0.1:{port}/3"
+            assert says in refusal(here.store.database_url, url)
+
+    def test_the_documented_user_suffices(self, here: Site, tmp_path: Path) -> None:
+        """The user of docs/running.md is refused nothing while a worker works with it."""
+        text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+        (command,) = re.findall(r"^ACL SETUSER worker .*$", text, re.MULTILINE)
+        with redis_of(tmp_path) as port, Redis(port=port) as redis:
+            redis.execute_command(*command.split())
+            url = f"redis://worker:secret@127.0.0.1:{port}/0"
+            with (
+                worker(here, tmp_path / "worker.log", CELERY_BROKER_URL=url),
+                closing(InterviewAccessClient(f"redis://127.0.0.1:{port}/0")) as client,
+                Celery(broker=url, backend=url, set_as_current=False) as app,
+            ):
+                job_id = client.enqueue("acl", [NAMED_SAMPLES[0]])
+                assert client.wait(job_id, timeout=30)["success"]
+                assert client.status(job_id).state == "succeeded"
+                assert client.cancel("unsent").cancel_requested
+                assert app.control.ping(timeout=5, limit=1)
+            assert redis.acl_log() == []
+
+    def test_a_database_that_does_not_exist_is_refused(self, here: Site, tmp_path: Path) -> None:
+        """A database number beyond the server's is told by its words."""
+        with redis_of(tmp_path, "--databases", "1") as port:
+            sentence = refusal(here.store.database_url, f"redis://127.0.0.1:{port}/1")
+        assert "DB index is out of range" in sentence
+
+    def test_settings_that_risk_jobs_are_warnings(
+        self, here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Eviction and a missing append-only file are warnings, of the results' server as well."""
+        options = ("--maxmemory-policy", "allkeys-lru", "--appendonly", "no")
+        with redis_of(tmp_path, *options) as port, caplog.at_level(logging.WARNING):
+            check(here.store.database_url, here.broker, f"redis://127.0.0.1:{port}/0")
+        assert "Redis may evict jobs: variable=CELERY_RESULT_BACKEND" in caplog.text
+        assert "Redis loses jobs when it restarts: variable=CELERY_RESULT_BACKEND" in caplog.text
+        assert "CELERY_BROKER_URL" not in caplog.text
+
+    def test_a_full_server_passes(self, here: Site, tmp_path: Path) -> None:
+        """A Redis at its memory limit does not keep a worker from starting."""
+        with redis_of(tmp_path) as port, Redis(port=port) as redis:
+            redis.config_set("maxmemory", 1)
+            check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+            "LOADING Redis is loading the dataset in memory",
+            "BUSY Redis is busy running a script.",
+            "TRYAGAIN Multiple keys request during rehashing of slot",
+            "MISCONF Redis is configured to save RDB snapshots, but it is unable to",
+            "OOM command not allowed when used memory > 'maxmemory'.",
+        ],
+    )
+    def test_a_passing_error_is_a_warning(
+        self, here: Site, caplog: pytest.LogCaptureFixture, error: str
+    ) -> None:
+        """A worker waits for a server that cannot serve it yet."""
+        with resp_server(f"-{error}\r\n") as port, caplog.at_level(logging.WARNING):
+            check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
+        assert error.partition(" ")[2] in caplog.text
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            "DENIED Redis is running in protected mode",
+            "ERR unknown command 'info'",
+        ],
+    )
+    def test_any_other_error_is_refused(self, here: Site, error: str) -> None:
+        """A server that replies by an error which does not pass is named with its words."""
+        with resp_server(f"-{error}\r\n") as port:
+            sentence = refusal(here.store.database_url, f"redis://127.0.0.1:{port}/0")
+        assert error.partition(" ")[2] in sentence
+
+    def test_a_redis_is_no_sentinel(self, here: Site, tmp_path: Path) -> None:
+        """A sentinel:// URL of a Redis is refused."""
+        with redis_of(tmp_path) as port:
+            url = f"sentinel://127.0.0.1:{port}/0?master_name=jobs"
+            sentence = refusal(here.store.database_url, url)
+        assert f"the Sentinel at 127.0.0.1:{port} refuses the worker: unknown command" in sentence
+
+    def test_a_server_that_hides_its_settings_passes(
+        self, here: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What INFO does not report is neither a warning nor an error."""
+        info = "# Server\r\nuptime_in_seconds:7"
+        with resp_server(f"${len(info)}\r\n{info}\r\n", "*0\r\n") as port:
+            check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
+        assert caplog.text == ""
+
+    def test_servers_that_are_away_are_warnings(
+        self, here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker waits for servers that cannot be reached."""
+        with caplog.at_level(logging.WARNING):
+            check(here.store.database_url, f"redis+socket://{tmp_path}/none")
+            check("postgresql://me@127.0.0.1:1/x", here.broker)
+        assert "Redis unreachable, the worker waits: variable=CELERY_BROKER_URL" in caplog.text
+        assert "PostgreSQL unavailable" in caplog.text
+
+
+@contextmanager
+def ended(here: Site, *words: str, **settings: object) -> Iterator[str]:
+    """The sentence of a worker that ends by itself with status 1."""
+    process = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "1", *words],
+        env=here.environment(**settings),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = process.stdout + process.stderr
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert PASSWORD not in said
+    (sentence,) = [line for line in said.splitlines() if "cannot start" in line]
+    yield sentence
+
+
+class TestTLS:
+    """rediss://."""
+
+    @pytest.fixture
+    def port(self, here: Site) -> Iterator[int]:
+        """The port of the site's Redis with TLS before it."""
+        with tls_relay(here.broker.removeprefix("redis+socket://").partition("?")[0]) as port:
+            yield port
+
+    def test_certificates_are_verified_by_default(
+        self, here: Site, port: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Worker and clients refuse a server whose certificate no authority has signed."""
+        url = f"rediss://localhost:{port}/14"
+        with caplog.at_level(logging.WARNING):
+            check(here.store.database_url, url)
+        assert "certificate verify failed" in caplog.text
+        for make in CLIENTS.values():
+            client = make(url)
+            with pytest.raises(QueueUnavailableError, match="certificate verify failed"):
+                client.enqueue("ann", [NAMED_SAMPLES[0]])
+            client.close()
+
+    def test_a_worker(self, here: Site, port: int, tmp_path: Path) -> None:
+        """Queue, results and clients work on TLS."""
+        url = f"rediss://localhost:{port}/14?ssl_ca_certs={CERTIFICATE}"
+        check(here.store.database_url, url)
+        log = tmp_path / "worker.log"
+        with worker(here, log, CELERY_BROKER_URL=url):
+            for name, make in CLIENTS.items():
+                client = make(url)
+                job_id = client.enqueue(f"tls {name}", [NAMED_SAMPLES[0]])
+                assert client.wait(job_id, timeout=30)["created_access_count"] == 1
+                client.close()
+        assert "Traceback" not in log.read_text(encoding="utf-8")
+
+
+class TestStart:
+    """The worker's process."""
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["-P", "solo"], "got the pool solo (-P, --pool), expected prefork."),
+            (["-P", "threads"], "got the pool thread (-P, --pool), expected prefork."),
+            (["-Q", "typo"], "got typo (-Q, --queues), expected interview-access."),
+            (["-Q", f"{QUEUE},typo"], "got typo (-Q, --queues), expected interview-access."),
+            (["-X", QUEUE], "got no queue (-Q, --queues), expected interview-access."),
+            (
+                ["--soft-time-limit", "9"],
+                "got the soft time limit 9.0 (--soft-time-limit), expected only --time-limit.",
+            ),
+            (
+                ["--autoscale", "4,0"],
+                "got the autoscale (4, 0) (--autoscale), expected a number of processes (-c).",
+            ),
+            (["task.time_limit=0"], "got no time limit, expected task_time_limit in seconds."),
+            (["task.acks_late=no"], "got task_acks_late = False, expected True."),
+        ],
+    )
+    def test_options_that_break_promises_are_refused(
+        self, here: Site, words: list[str], says: str
+    ) -> None:
+        """Another pool, an unknown queue and early acknowledgement end the worker at its start."""
+        with ended(here, *words) as sentence:
+            assert sentence == f"The worker cannot start: {says}"
+
+    def test_a_server_that_refuses_ends_the_worker(self, here: Site, tmp_path: Path) -> None:
+        """What a check finds is one sentence and status 1."""
+        with redis_of(tmp_path, "--requirepass", PASSWORD) as port:
+            url = f"redis://:wrong@127.0.0.1:{port}/0"
+            with ended(here, CELERY_BROKER_URL=url) as sentence:
+                assert "refuses the worker" in sentence
+
+    @pytest.mark.parametrize("variable", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
+    @pytest.mark.parametrize("end", ["#rest@127.0.0.1:6379/0", "@127.0.0.1:x/0", "@h/0?nonsense=1"])
+    def test_a_url_of_no_redis_ends_the_worker(self, here: Site, variable: str, end: str) -> None:
+        """The variable is named, and no part of the password is shown."""
+        with ended(here, **{variable: f"redis://:{PASSWORD}{end}"}) as sentence:
+            assert sentence.startswith(f"The worker cannot start: {variable}: got 'redis://***")
+
+
+@pytest.fixture(scope="module")
+def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
+    """One primary and one Sentinel, both with a password."""
+    with sentinels_of(tmp_path_factory.mktemp("sentinels"), password=PASSWORD) as sentinels:
+        yield sentinels
+
+
+@pytest.fixture(scope="module")
+def behind(
+    here: Site, sentinels: Sentinels, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The log of a worker whose queue and results are behind the Sentinel."""
+    log = tmp_path_factory.mktemp("behind") / "worker.log"
+    with worker(here, log, **sentinels.environment()):
+        yield log
+
+
+@pytest.fixture
+def client(
+    sentinels: Sentinels, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[InterviewAccessClient]:
+    """A client of the environment's addresses."""
+    for name, value in sentinels.environment().items():
+        monkeypatch.setenv(name, str(value))
+    client = InterviewAccessClient()
+    yield client
+    client.close()
+
+
+@pytest.mark.usefixtures("behind")
+class TestSentinel:
+    """A worker, the clients and the command on ``sentinel://``."""
+
+    def test_a_small_job_has_its_result_at_once(self, client: InterviewAccessClient) -> None:
+        """A lone small job takes well under a second, its result included."""
+        client.wait(client.enqueue("ann", [NAMED_SAMPLES[0]]), timeout=30)  # connects
+        started = time.monotonic()
+        result = client.wait(client.enqueue("bob", [NAMED_SAMPLES[0]]), timeout=30)
+        assert time.monotonic() - started < 0.7
+        assert result == {"success": True, "created_access_count": 1}
+
+    @pytest.mark.usefixtures("client")
+    def test_the_asyncio_client(self) -> None:
+        """The client for asyncio enqueues, waits and asks likewise."""
+
+        async def grant() -> str:
+            client = AsyncInterviewAccessClient()
+            job_id = await client.enqueue("cem", [NAMED_SAMPLES[0]])
+            await client.wait(job_id, timeout=30)
+            state = (await client.status(job_id)).state
+            await client.close()
+            return state
+
+        assert asyncio.run(grant()) == "succeeded"
+
+    def test_the_command(self, here: Site, sentinels: Sentinels) -> None:
+        """The command grants, tells the status and lists dead letters."""
+
+        def run(*words: str) -> subprocess.CompletedProcess[str]:
+            return _run(here, sentinels, "worker.cli", *words)
+
+        words = ["--user", "dan", "--interview", NAMED_SAMPLES[0], "--job-id", "dan", "--wait"]
+        assert json.loads(run("grant", *words).stdout)["created_access_count"] == 1
+        assert json.loads(run("status", "dan", "--json").stdout)["state"] == "succeeded"
+        assert run("cancel", "unsent").returncode == 0
+        assert "no dead letters" in run("dead-letters", "list").stderr
+
+    def test_an_unknown_task_does_not_end_the_worker(
+        self, sentinels: Sentinels, behind: Path, client: InterviewAccessClient
+    ) -> None:
+        """A message that no task takes is answered, and the next job runs."""
+        envelope = {
+            "body": "[[], {}, {}]",
+            "content-type": "application/json",
+            "headers": {"task": "no.such", "id": "no-such"},
+            "properties": {},
+        }
+        with sentinels.redis(sentinels.primary()) as redis:
+            redis.lpush(QUEUE, json.dumps(envelope))
+            until(lambda: bool(redis.xlen("interview-access:dead")))
+            redis.delete("interview-access:dead")
+        assert client.wait(client.enqueue("eve", [NAMED_SAMPLES[0]]), timeout=30)["success"]
+        assert "Traceback" not in behind.read_text(encoding="utf-8")
+
+    def test_connections_have_names(
+        self, sentinels: Sentinels, client: InterviewAccessClient
+    ) -> None:
+        """All connections of worker and producer are named in the server's list of clients."""
+        client.enqueue("fay", [NAMED_SAMPLES[0]])
+        with sentinels.redis(sentinels.primary()) as redis:
+            clients: Any = redis.client_list()
+            me = str(redis.client_id())
+        names = {one["name"] for one in clients if one["id"] != me and "slave" not in one["flags"]}
+        assert {CLIENT_NAME, "interview-access-client"} <= names
+        assert "" not in {name for name in names if not name.startswith("sentinel-")}
+
+    def test_no_password_is_shown(self, here: Site, sentinels: Sentinels, behind: Path) -> None:
+        """Log, banner, `inspect stats`, `inspect conf` and `report` hold no password."""
+        said = [behind.read_text(encoding="utf-8")]
+        for words in (["inspect", "stats"], ["inspect", "conf"], ["report"]):
+            done = _run(here, sentinels, "celery", "-A", "worker", *words)
+            said.append(done.stdout + done.stderr)
+        assert all(MASTER in text for text in said[1:3])
+        assert not [text for text in said if PASSWORD in text]
+
+    def test_a_name_that_no_sentinel_knows_is_refused(
+        self, here: Site, sentinels: Sentinels
+    ) -> None:
+        """A wrong master_name is told with the names that the Sentinels know."""
+        url = sentinels.url.replace(f"master_name={MASTER}", "master_name=typo")
+        sentence = refusal(here.store.database_url, url, sentinel_password=PASSWORD)
+        assert "got the master_name 'typo'" in sentence
+        assert MASTER in sentence
+
+    def test_a_wrong_password_of_the_sentinels_is_refused(
+        self, here: Site, sentinels: Sentinels
+    ) -> None:
+        """A Sentinel that refuses the password is told by its words."""
+        sentence = refusal(here.store.database_url, sentinels.url, sentinel_password="wrong")  # noqa: S106 - wrong indeed
+        assert "the Sentinel at 127.0.0.1" in sentence
+
+    def test_a_sentinel_is_no_redis(self, here: Site, sentinels: Sentinels) -> None:
+        """A redis:// URL of a Sentinel is refused with a hint."""
+        url = f"redis://:{PASSWORD}@127.0.0.1:{sentinels.sentinel_ports[0]}/0"
+        assert "got a Sentinel" in refusal(here.store.database_url, url)
+
+
+def _run(
+    here: Site, sentinels: Sentinels, module: str, *words: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed, with the Sentinels' address in its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *words],
+        env=here.environment(**sentinels.environment()),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def after_import(expression: str) -> str:
+    """What an expression is in a process that has imported the worker."""
+    code = f"import gc, sys, worker.celery; print({expression})"
+    urls = {"DATABASE_URL": "postgresql://db/platform", "CELERY_BROKER_URL": "redis://redis:6379/0"}
+    command = [sys.executable, "-c", code]
+    output = subprocess.check_output(command, cwd=ROOT, env=os.environ | urls, text=True)
+    return output.strip()
+
+
+def test_the_worker_imports_no_orm_and_no_alembic() -> None:
+    """Each would lengthen every start, and no statement of a worker needs it."""
+    assert after_import("{'alembic', 'sqlalchemy.orm'} & sys.modules.keys()") == "set()"
+
+
+def test_garbage_is_collected_once_the_worker_is_imported() -> None:
+    """The collector stands still only while modules are imported."""
+    assert after_import("gc.isenabled()") == "True"

@@ -1,0 +1,1 @@
+"""Tests of storage/, on PostgreSQL and on the reference model."""

@@ -1,0 +1,47 @@
+"""The worker's app with an operator's own module: ``celery -A tests.support.listening worker``.
+
+It writes each task signal as a line ``[signal, job ID]`` to the file SIGNALS. With NO_THREADS the
+system starts no thread in pool processes, as at a limit of its number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from celery import signals
+
+import worker.celery
+
+app = worker.celery.app
+
+NAMES = (
+    *("task_received", "task_prerun", "task_success", "task_failure", "task_retry"),
+    *("task_revoked", "task_postrun"),
+)
+
+
+def _listen(name: str) -> None:
+    def write(sender: Any = None, **fields: Any) -> None:
+        request = fields.get("request") or sender.request
+        job_id = fields.get("task_id") or request.id
+        with Path(os.environ["SIGNALS"]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, job_id]) + "\n")
+
+    getattr(signals, name).connect(write, weak=False)
+
+
+for _name in NAMES:
+    _listen(_name)
+
+
+@signals.worker_process_init.connect  # type: ignore[untyped-decorator] # Celery ships no types
+def _forbid_threads(**_: Any) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if "NO_THREADS" in os.environ:
+        threading.Thread.start = refuse  # type: ignore[method-assign, assignment] # as the system does

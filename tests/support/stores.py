@@ -1,0 +1,434 @@
+"""One arrangement for tests on any store: what stands in it, and who waits in it.
+
+Each store is looked at and filled from outside the product: as the platform does, or an operator.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+from uuid import UUID, uuid4
+
+from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
+from sqlalchemy import Connection, Engine, event, insert, select, text
+from sqlalchemy.exc import IntegrityError
+
+from storage import memory, models
+from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, InterviewDTO
+from storage.interface import InterviewStorageInterface, StorageError
+from storage.memory import MemoryStorage
+from storage.postgres import DatabaseLimits, PostgresStorage
+from tasks.celery_tasks import grant_access_job, grant_cohort_access_job
+from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
+from tasks.ledger import Outcome
+from tests.support.database import connected
+
+CHUNK_SIZE = 3
+"""Grants in one chunk: small, so that ordinary requests take several."""
+
+PATIENCE_SECONDS = 30
+"""The end of every wait in a test; no test waits so long for what it expects."""
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """A function that runs in a thread of its own, beside the test."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._result: T
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:  # noqa: BLE001 - the test's own thread raises it again
+            self._error = error
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return not self.thread.is_alive()
+
+    def result(self) -> T:
+        """What it returned; what it raised is raised."""
+        self.thread.join(PATIENCE_SECONDS)
+        assert self.over, "it still runs"
+        if self._error:
+            raise self._error
+        return self._result
+
+
+def all_at_once(functions: Sequence[Callable[[], T]]) -> list[T]:
+    """The results, in step, of functions that start together, each in a thread of its own."""
+    start = threading.Barrier(len(functions))
+
+    def started_by(function: Callable[[], T]) -> Callable[[], T]:
+        def run() -> T:
+            start.wait(PATIENCE_SECONDS)
+            return function()
+
+        return run
+
+    running = [Background(started_by(function)) for function in functions]
+    return [one.result() for one in running]
+
+
+class Store(ABC):
+    """A store with the platform's side of it.
+
+    Attributes:
+        storage: What is tested.
+    """
+
+    storage: InterviewStorageInterface
+
+    @abstractmethod
+    def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
+        """What the platform does: add an interview, and its configuration where it has one."""
+
+    @abstractmethod
+    def delete_interview(self, interview_id: str) -> bool:
+        """What the platform does: delete an interview; False where something refers to it."""
+
+    @abstractmethod
+    def attempts(self) -> Sequence[InterviewAttemptDTO]:
+        """All attempts that stand."""
+
+    @abstractmethod
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """What a service does: ask for a job in a transaction of its own, which is kept."""
+
+    @abstractmethod
+    def until_waiting(self, other: Background[Any]) -> None:
+        """Come back when the other one waits for a transaction, or is over."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Take all grants, attempts and jobs away; the interviews stay."""
+
+    def add_interviews(self, count: int) -> list[str]:
+        """Add interviews; their ids, sorted."""
+        interviews = [an_interview() for _ in range(count)]
+        for interview in interviews:
+            self.add_interview(interview)
+        return sorted(interview.id for interview in interviews)
+
+    def granted(self, user_id: str) -> list[str]:
+        """The interviews that the user has been given access to, sorted, each grant once."""
+        with self.storage.transaction() as transaction:
+            grants = transaction.get_existing_user_access([user_id])
+        assert {grant.user_id for grant in grants} <= {user_id}
+        return sorted(grant.interview_id for grant in grants)
+
+    def grant(self, *jobs: GrantAccessJob) -> list[Outcome]:
+        """Have jobs done, all in one call."""
+        return GrantAccessInteractor(self.storage).grant_access(jobs)
+
+
+class MemoryStore(Store):
+    """The reference model."""
+
+    def __init__(self) -> None:
+        self.storage: MemoryStorage = MemoryStorage(chunk_size=CHUNK_SIZE)
+        self._interviews: list[InterviewDTO] = []
+
+    def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
+        """See the store."""
+        assert configured or not interview.is_default_access_allowed, "the default is another"
+        self._interviews.append(interview)
+        self.storage.add_interview(interview)
+
+    def delete_interview(self, interview_id: str) -> bool:
+        """See the store."""
+        try:
+            self.storage.delete_interview(interview_id)
+        except StorageError:
+            return False
+        return True
+
+    def attempts(self) -> Sequence[InterviewAttemptDTO]:
+        """See the store."""
+        return self.storage.attempts()
+
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """See the store."""
+        self.storage.add_request(request)
+
+    def until_waiting(self, other: Background[Any]) -> None:
+        """See the store: whoever waits here waits inside of the model, for its one lock."""
+
+        def waits() -> bool:
+            frame = sys._current_frames().get(other.thread.ident or 0)
+            return frame is not None and frame.f_code.co_filename == memory.__file__
+
+        until(lambda: other.over or waits())
+
+    def clear(self) -> None:
+        """See the store."""
+        self.storage = MemoryStorage(chunk_size=CHUNK_SIZE)
+        for interview in self._interviews:
+            self.storage.add_interview(interview)
+
+
+class PostgresStore(Store):
+    """PostgreSQL."""
+
+    def __init__(self, database_url: str, platform: Connection) -> None:
+        """Looks at a database with all tables.
+
+        Args:
+            database_url: The database.
+            platform: A connection to it that commits each statement.
+        """
+        self.database_url = database_url
+        self.storage: PostgresStorage = PostgresStorage(database_url, chunk_size=CHUNK_SIZE)
+        self._platform = platform
+
+    def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
+        """See the store."""
+        self._platform.execute(
+            insert(models.interviews).values(
+                id=UUID(interview.id),
+                title=interview.title,
+                description=interview.description,
+                duration=interview.duration,
+            )
+        )
+        if configured:
+            self._platform.execute(
+                insert(models.interview_configs).values(
+                    interview_id=UUID(interview.id),
+                    is_default_access_allowed=interview.is_default_access_allowed,
+                    should_end_interview_after_duration=interview.should_end_interview_after_duration,
+                )
+            )
+
+    def delete_interview(self, interview_id: str) -> bool:
+        """See the store: its configuration goes with it."""
+        try:
+            with connected(self.database_url) as connection:
+                for statement in DELETE_INTERVIEW:
+                    connection.execute(statement, {"id": interview_id})
+                connection.commit()
+        except IntegrityError:
+            return False
+        return True
+
+    def attempts(self) -> Sequence[InterviewAttemptDTO]:
+        """See the store."""
+        rows = self._platform.execute(select(models.interview_attempts)).mappings()
+        return [
+            InterviewAttemptDTO(
+                **{**row, "id": str(row["id"]), "interview_id": str(row["interview_id"])}
+            )
+            for row in rows
+        ]
+
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """See the store."""
+        self._platform.execute(
+            insert(models.requests).values(
+                job_id=request.job_id,
+                user_id=request.user_id,
+                interview_ids=list(request.interview_ids),
+                requested_at=request.requested_at,
+                sent_at=request.sent_at,
+            )
+        )
+
+    def until_waiting(self, other: Background[Any]) -> None:
+        """See the store: the server knows who waits for a lock."""
+        until(lambda: other.over or self.value(_WAITING) > 0)
+
+    def clear(self) -> None:
+        """See the store."""
+        for table in _JOBS_TABLES:
+            self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+
+    def empty(self) -> None:
+        """Take everything away."""
+        self.clear()
+        for table in _INTERVIEW_TABLES:
+            self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+
+    def execute(self, statement: str, **values: object) -> None:
+        """Run one statement, as an operator or another service would."""
+        self._platform.execute(text(statement), values)
+
+    def value(self, statement: str, **values: object) -> Any:
+        """The one value that a query gives."""
+        return self._platform.execute(text(statement), values).scalar_one()
+
+    def rows(self) -> int:
+        """How many grants stand in all."""
+        count: int = self.value("SELECT count(*) FROM interview_userinterviewaccess")
+        return count
+
+    def configure(self, setting: str, value: str) -> None:
+        """Set what every later connection to this database starts with."""
+        self.execute(
+            f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {setting} = %L',"
+            f" current_database(), '{value}'); END $$"
+        )
+
+    def raise_for_grants(self, condition: str, sqlstate: str) -> None:
+        """Have the database refuse every new grant of which the condition on ``NEW`` is true."""
+        self.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN RAISE 'refused' USING ERRCODE = '{sqlstate}'; END $$"
+        )
+        self.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON interview_userinterviewaccess "
+            f"FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION refuse()"
+        )
+
+    @contextmanager
+    def another(
+        self, *, chunk_size: int = CHUNK_SIZE, limits: DatabaseLimits | None = None
+    ) -> Iterator[PostgresStorage]:
+        """Another storage on the same database, with connections and limits of its own."""
+        storage = PostgresStorage(self.database_url, chunk_size=chunk_size, limits=limits)
+        try:
+            yield storage
+        finally:
+            storage.close()
+
+
+DELETE_INTERVIEW = (
+    text("DELETE FROM interview_interviewconfig WHERE interview_id = CAST(:id AS uuid)"),
+    text("DELETE FROM interview_interview WHERE id = CAST(:id AS uuid)"),
+)
+"""What the platform's service runs to delete an interview that nobody has access to."""
+
+_JOBS_TABLES = (
+    "interview_userinterviewaccess",
+    "interview_interviewattempt",
+    "grant_access_job",
+    "grant_access_request",
+    "grant_access_cancellation",
+    "grant_access_cohort",
+    "grant_access_rejection",
+)
+_INTERVIEW_TABLES = ("interview_interviewconfig", "interview_interview")
+_WAITING = (
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
+
+
+@contextmanager
+def postgres_store(database_url: str) -> Iterator[PostgresStore]:
+    """A database with all tables as a store, empty."""
+    with connected(database_url, autocommit=True) as platform:
+        store = PostgresStore(database_url, platform)
+        store.empty()
+        try:
+            yield store
+        finally:
+            store.storage.close()
+
+
+def until(condition: Callable[[], bool], *, within: float = PATIENCE_SECONDS) -> None:
+    """Come back when the condition is true; fail after so many seconds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "never came true"
+        time.sleep(0.002)  # between two looks at something that tells nobody when it happens
+
+
+@contextmanager
+def statements_counted() -> Iterator[list[str]]:
+    """The statements that any connection runs meanwhile."""
+    statements: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        statements.append(arguments[2])
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+def an_interview(
+    *,
+    title: str = "Systems design",
+    description: str | None = None,
+    duration: timedelta = timedelta(minutes=45),
+    is_default_access_allowed: bool = False,
+    should_end_interview_after_duration: bool = True,
+) -> InterviewDTO:
+    """An interview of a new id; with the defaults of one without configuration."""
+    return InterviewDTO(
+        id=str(uuid4()),
+        title=title,
+        description=description,
+        duration=duration,
+        is_default_access_allowed=is_default_access_allowed,
+        should_end_interview_after_duration=should_end_interview_after_duration,
+    )
+
+
+def a_job(
+    job_id: str,
+    user_id: object,
+    interview_ids: object,
+    *,
+    max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
+) -> GrantAccessJob:
+    """The job that a message with these arguments makes."""
+    return grant_access_job(
+        job_id,
+        (),
+        {"user_id": user_id, "interview_ids": interview_ids},
+        max_interview_ids=max_interview_ids,
+    )
+
+
+def a_cohort(
+    job_id: str,
+    user_ids: object,
+    interview_ids: object,
+    *,
+    max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
+) -> GrantAccessJob:
+    """The job that a message for a cohort makes."""
+    return grant_cohort_access_job(
+        job_id,
+        (),
+        {"user_ids": user_ids, "interview_ids": interview_ids},
+        max_interview_ids=max_interview_ids,
+    )
+
+
+def created(outcome: Outcome) -> int:
+    """The count that a job's success tells."""
+    assert outcome.error is None
+    assert outcome.answer is not None
+    assert outcome.answer.error is None
+    result = outcome.answer.result
+    assert result is not None
+    assert result.keys() == {"success", "created_access_count"}
+    assert result["success"] is True
+    count: int = result["created_access_count"]
+    return count
+
+
+def error_of(outcome: Outcome) -> dict[str, Any]:
+    """The error that a job's failure tells."""
+    assert outcome.error is None
+    assert outcome.answer is not None
+    assert outcome.answer.result is None
+    assert outcome.answer.error is not None
+    return outcome.answer.error

@@ -1,0 +1,166 @@
+"""A real worker, a producer that knows nothing of our code, and what stands between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from celery import Celery
+from redis import Redis
+from sqlalchemy import text
+
+from tests.support.database import connected
+from tests.support.stores import Background, PostgresStore, postgres_store, until
+from worker.local_stack import LocalStack, Service
+
+ROOT = Path(__file__).parents[2]
+QUEUE = "interview-access"
+GRANT_ACCESS = "interview_access.grant_access"
+
+
+class Site:
+    """A queue and a database of a test's own, looked at from outside."""
+
+    def __init__(self, stack: LocalStack, store: PostgresStore, number: int) -> None:
+        """Takes the Redis database of that number."""
+        self.store = store
+        self.broker = f"{stack.broker_url}?virtual_host={number}"
+        self.redis = Redis(
+            unix_socket_path=stack.broker_url.removeprefix("redis+socket://"), db=number
+        )
+        self.redis.flushdb()
+        self.producer = Celery(broker=self.broker, backend=self.broker, set_as_current=False)
+
+    def environment(self, **settings: object) -> dict[str, str]:
+        """What a worker or a command is told, and nothing of the tests' own environment."""
+        return {
+            "PATH": os.environ["PATH"],
+            "DATABASE_URL": self.store.database_url,
+            "CELERY_BROKER_URL": self.broker,
+            **{name: str(value) for name, value in settings.items()},
+        }
+
+    def send(
+        self, /, *args: object, task: str = GRANT_ACCESS, job_id: str = "", **kwargs: Any
+    ) -> str:
+        """Send a message as any Celery app does, and return its job id."""
+        job_id = job_id or str(uuid4())
+        self.producer.send_task(task, args=args, kwargs=kwargs, task_id=job_id, queue=QUEUE)
+        return job_id
+
+    def push(self, kwargs: object, *, job_id: str, embed: object = None, queue: str = QUEUE) -> str:
+        """Send a message as a bare Redis client does, to this list."""
+        nothing = {"callbacks": None, "errbacks": None, "chain": None}
+        body = json.dumps([[], kwargs, nothing if embed is None else embed])
+        envelope = {
+            "body": body,
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "headers": {"lang": "sh", "task": GRANT_ACCESS, "id": job_id, "root_id": job_id},
+            "properties": {
+                "correlation_id": job_id,
+                "delivery_mode": 2,
+                "delivery_tag": str(uuid4()),
+                "delivery_info": {"exchange": "", "routing_key": QUEUE},
+            },
+        }
+        self.redis.lpush(queue, json.dumps(envelope))
+        return job_id
+
+    def meta(self, job_id: str) -> dict[str, Any]:
+        """What a poller of any language reads."""
+        stored: Any = self.redis.get(f"celery-task-meta-{job_id}")
+        return dict(json.loads(stored)) if stored else {"status": "PENDING"}
+
+    def until_state(self, job_id: str, *states: str) -> dict[str, Any]:
+        """The result, as soon as the job is in one of the states."""
+        until(lambda: self.meta(job_id)["status"] in states)
+        return self.meta(job_id)
+
+    def answer(self, job_id: str) -> dict[str, Any]:
+        """The result of a finished job."""
+        return self.until_state(job_id, "SUCCESS", "FAILURE")
+
+    def dead_letters(self) -> list[dict[str, str]]:
+        """What stands in the dead-letter stream."""
+        entries: Any = self.redis.xrange("interview-access:dead")
+        return [{key.decode(): value.decode() for key, value in one.items()} for _, one in entries]
+
+
+@contextmanager
+def site(stack: LocalStack, database_url: str, number: int) -> Iterator[Site]:
+    """A site on a database with all tables."""
+    with postgres_store(database_url) as store:
+        here = Site(stack, store, number)
+        yield here
+        # Celery's results unsubscribe when they are collected, which may be after the server's end.
+        here.producer.backend.result_consumer.subscribed_to.clear()
+        here.redis.close()
+
+
+@contextmanager
+def held_grant(here: Site, user_id: str, interview_id: str) -> Iterator[None]:
+    """A grant that somebody writes and then takes back: a job that wants it waits meanwhile."""
+    with connected(here.store.database_url) as other:
+        other.execute(
+            text(
+                "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
+                " VALUES (:user_id, CAST(:interview_id AS uuid))"
+            ),
+            {"user_id": user_id, "interview_id": interview_id},
+        )
+        yield
+
+
+@contextmanager
+def ledger_missing(here: Site) -> Iterator[None]:
+    """An outage: the ledger's table has another name, as while a bad migration is undone."""
+    here.store.execute("ALTER TABLE grant_access_job RENAME TO grant_access_job_away")
+    try:
+        yield
+    finally:
+        here.store.execute("ALTER TABLE grant_access_job_away RENAME TO grant_access_job")
+
+
+@contextmanager
+def events(here: Site) -> Iterator[list[dict[str, Any]]]:
+    """What the site's worker tells Flower and whoever listens, as it comes."""
+    heard: list[dict[str, Any]] = []
+    with here.producer.connection_for_read() as connection:
+        receiver = here.producer.events.Receiver(connection, handlers={"*": heard.append})
+        listener = Background(lambda: receiver.capture(limit=None, timeout=None, wakeup=True))
+        try:
+            until(lambda: bool(heard))  # a heartbeat at the latest: now nothing is missed
+            yield heard
+        finally:
+            receiver.should_stop = True
+            listener.result()
+
+
+@contextmanager
+def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
+    """A worker of two pool processes that takes jobs; ``APP`` names its module."""
+    app = str(settings.pop("APP", "worker"))
+    service = Service(
+        "worker",
+        [
+            *(sys.executable, "-m", "celery", "-A", app, "worker", "-c", "2", "-l", "INFO"),
+            "--without-mingle",  # a second at each start, for the ids that others have revoked
+        ],
+        log=log,
+        environment=here.environment(**settings),
+        folder=ROOT,
+    )
+    service.start()
+    try:
+        until(lambda: " ready." in log.read_text(encoding="utf-8") or not service.alive)
+        assert service.alive, service.last_words()
+        yield service
+    finally:
+        service.stop()

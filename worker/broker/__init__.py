@@ -1,0 +1,1 @@
+"""The queue in Redis: connections, claims, leases, results and dead letters."""

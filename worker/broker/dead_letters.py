@@ -1,0 +1,160 @@
+"""Dead letters: messages that could not be processed, kept in a Redis stream for an operator."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from interview_access.contracts import QUEUE
+from interview_access.errors import shortened
+from pydantic import BaseModel
+from redis import Redis
+
+from worker.broker.claims import DEAD, Claims
+
+_PAGE = 100
+_PAGE_BYTES = 4 * 1024 * 1024  # that a script reads before it returns a shorter page
+_FIELD_BYTES = 4_096
+_WHOLE = 2**53
+
+_READ = """#!lua flags=no-writes
+local first, last, page, bytes = ARGV[1], ARGV[2], ARGV[3] + 0, ARGV[4] + 0
+local limits, entries = {message = ARGV[6] + 0}, {}
+while #entries < page and bytes > 0 do
+    local entry = redis.call('XRANGE', KEYS[1], first, last, 'COUNT', 1)[1]
+    if not entry then break end
+    local fields = entry[2]
+    for index = 1, #fields, 2 do
+        bytes = bytes - #fields[index + 1]
+        local limit = limits[fields[index]] or ARGV[5] + 0
+        fields[index + 1] = string.sub(fields[index + 1], 1, limit)
+    end
+    entries[#entries + 1] = entry
+    first = '(' .. entry[1]
+end
+return entries
+"""
+
+
+class DeadLetter(BaseModel):
+    """A dead letter without its message. Its texts are a producer's, and may hold anything.
+
+    Attributes:
+        id: Its ID in the stream, by which the commands take it.
+        job_id: The job's, where one could be read.
+        attempts: How often the job was attempted or retried.
+        size: Of the message, in bytes.
+        queue: The list in Redis that the message came from.
+        in_ledger: Whether the ledger has the final result of the job, which requeueing does not
+            change. None in an entry written by an earlier release.
+    """
+
+    id: str
+    time: datetime
+    reason: str
+    task: str
+    job_id: str
+    attempts: int
+    size: int
+    queue: str
+    in_ledger: bool | None
+
+
+class DeadLetters:
+    """The dead letters of one server. Every method raises the errors of Redis."""
+
+    def __init__(self, client: Redis) -> None:
+        """Connect at the first call."""
+        self._client = client
+        self._read = client.register_script(_READ)
+
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Read all dead letters, oldest first, a page at a time and without their messages."""
+        start = "-"
+        while page := self._entries(start, "+", message_bytes=0):
+            yield from (_letter(*entry) for entry in page)
+            start = f"({page[-1][0]}"
+
+    def get(self, letter_id: str) -> DeadLetter | None:
+        """Read one dead letter, None where it does not exist."""
+        entries = self._entries(letter_id, letter_id, message_bytes=0)
+        return _letter(*entries[0]) if entries else None
+
+    def message(self, letter_id: str, *, at_most: int | None = None) -> bytes | None:
+        """Read a dead letter's message as the producer sent it, cut to so many bytes."""
+        limit = _WHOLE if at_most is None else at_most
+        entries = self._entries(letter_id, letter_id, message_bytes=limit)
+        return entries[0][1].get(b"message", b"") if entries else None
+
+    def requeue(self, letter: DeadLetter) -> bool:
+        """Send a message back to its queue with no attempts counted; False if it is gone."""
+        return bool(Claims(self._client).requeue_dead_letter(letter.id, letter.queue))
+
+    def drop(self, letter: DeadLetter) -> bool:
+        """Delete a dead letter; False if it is gone."""
+        return bool(self._client.xdel(DEAD, letter.id))
+
+    def _entries(
+        self, first: str, last: str, *, message_bytes: int
+    ) -> list[tuple[str, dict[bytes, bytes]]]:
+        arguments = (first, last, _PAGE, _PAGE_BYTES, _FIELD_BYTES, message_bytes)
+        entries: Any = self._read([DEAD], arguments)
+        return [
+            (entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))
+            for entry_id, fields in entries
+        ]
+
+
+def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+    text = {
+        name.decode(errors="replace"): value.decode(errors="backslashreplace")
+        for name, value in fields.items()
+    }
+    return DeadLetter(
+        id=letter_id,
+        time=datetime.fromtimestamp(float(text.get("time", 0)), UTC),
+        reason=text.get("reason", ""),
+        task=text.get("task", ""),
+        job_id=text.get("job_id", ""),
+        attempts=int(text.get("attempts", 0)),
+        size=int(text.get("size", 0)),
+        queue=text.get("queue", QUEUE),
+        in_ledger={"1": True, "0": False}.get(text.get("in_ledger", "")),
+    )
+
+
+def readable(message: bytes, *, at_most: int) -> str:
+    """Format a message for a terminal: as indented JSON in ASCII, else as text with escapes.
+
+    A JSON body is decoded. A compressed one is left as it is, because nothing bounds its size.
+
+    Args:
+        message: Any bytes.
+        at_most: Characters after which the rest may be omitted.
+    """
+    with suppress(ValueError, RecursionError):
+        envelope = json.loads(message.decode())
+        text = ""
+        for part in json.JSONEncoder(indent=2).iterencode(_with_decoded_body(envelope)):
+            text += part
+            if len(text) > at_most:
+                break
+        return text.replace("\x7f", "\\u007f")
+    preview = message[: at_most + 1].decode(errors="backslashreplace")
+    return shortened(preview, quoted=False, at_most=at_most)
+
+
+def _with_decoded_body(envelope: Any) -> Any:
+    """Decode the body of an envelope and put it last, after the short fields."""
+    with suppress(LookupError, TypeError, AttributeError):
+        body = envelope.pop("body")
+        envelope["body"] = body
+        with suppress(ValueError, RecursionError):
+            if envelope["properties"].get("body_encoding") == "base64":
+                body = base64.b64decode(body, validate=True).decode()
+            envelope["body"] = json.loads(body)
+    return envelope

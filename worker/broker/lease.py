@@ -1,0 +1,527 @@
+"""A worker session: what this process has claimed, its lease, and how it settles and ends.
+
+One for the main process, whatever becomes of its connections: jobs go on while the worker
+reconnects. Safety does not depend on any of it. A lease that is lost too early makes a job run
+twice, and the ledger in PostgreSQL then gives both runs the same result.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from math import inf
+from queue import Empty, SimpleQueue
+from uuid import uuid4
+
+from billiard.process import active_children
+from celery.utils.log import get_logger
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, RedisError
+
+from worker.broker.claims import ANY_SIZE, Action, Claims, Disposition, Heartbeat
+from worker.execution.delivery import Delivery, State
+
+logger = get_logger(__name__)
+
+_LONGEST_PAUSE = 1.0
+"""Seconds between two heartbeats, which also enforce time limits and wake delayed messages."""
+
+_HEARTBEATS = 8
+"""Heartbeats in one lease TTL."""
+
+_EXPIRED_AFTER = 2
+"""Lease TTLs without a heartbeat after which a session's messages are requeued."""
+
+_SILENT_LOOP_SECONDS = 120.0
+"""A main loop that has not turned for so long is stuck: its lease is no longer renewed."""
+
+_EXIT_SECONDS = 2.0
+"""How long the main process may take to end by itself after its pool processes were killed."""
+
+BATCH_BYTES = 256 * 1024
+"""Bytes of the messages that one pool process executes together: some 6,500 IDs. A larger message
+is a batch by itself."""
+
+SMALL_BYTES = 64 * 1024
+"""Bytes of a small message: one of 1,600 IDs, say. Others are large."""
+
+HUGE_BYTES = 512 * 1024
+"""Bytes above which a large message is huge: one of 13,000 IDs, say, which takes some 0.2 s. All
+pool processes but one execute huge jobs, so that a small job never waits for one."""
+
+_NOT_RENEWED_SECONDS = 3.0  # after a heartbeat failed, whose own timeout is as long
+
+_SMALL_SECONDS = 1.0
+"""How long after a small job one pool process is kept for small jobs."""
+
+_LANE_READ_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
+
+
+def _is_large(delivery: Delivery) -> bool:
+    """Whether a delivery counts as large: for its size, or as a poison candidate."""
+    return bool(delivery.claim.attempts) or delivery.claim.size > SMALL_BYTES
+
+
+class CircuitBreaker:
+    """Stops claiming during an outage, then lets a single job probe."""
+
+    _BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+    """Seconds; the last one repeats. Not above a retry's own delay, so that both end together."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._open_until = 0.0
+        self._opened_at = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is claimed now."""
+        return self._clock() < self._open_until
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether the last job failed, so that only one is claimed."""
+        return self._failures > 0
+
+    @property
+    def probing_since(self) -> float:
+        """The time since which only one job may be claimed; infinite if the circuit is closed."""
+        return self._opened_at if self.is_probing else inf
+
+    def record_failure(self, reason: str) -> None:
+        """Open the circuit for the next back-off, unless it is open."""
+        if self.is_open:
+            return
+        back_off = self._BACK_OFF[min(self._failures, len(self._BACK_OFF) - 1)]
+        self._opened_at = self._clock()
+        self._open_until = self._opened_at + back_off
+        self._failures += 1
+        logger.warning("circuit open, no job is claimed: seconds=%.0f error=%s", back_off, reason)
+
+    def record_success(self) -> None:
+        """Close the circuit."""
+        self._failures = 0
+
+
+class Lease:
+    """The session of this process and the one table of its deliveries. Safe in threads."""
+
+    def __init__(
+        self,
+        *,
+        ttl: float,
+        grace: float,
+        batch_size: int = 1,
+        max_bytes: int = 2**53,
+        orphaned_after: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Sends nothing to Redis before :meth:`open`.
+
+        Args:
+            ttl: Seconds. A dead worker's messages are requeued after two TTLs and a little.
+            grace: Seconds that running jobs have to finish when the worker stops.
+            batch_size: Small messages in one claim.
+            max_bytes: Of a message that is read; of a larger one only its ends are.
+            orphaned_after: Seconds after which a delivery without owner is requeued.
+            clock: Seconds of this process's monotonic clock.
+        """
+        self.breaker = CircuitBreaker(clock)
+        self.on_heartbeat: Callable[[], object] = lambda: None
+        """Called at each heartbeat from the lease's thread, whether Redis is reachable or not."""
+        self._deliveries: dict[str, Delivery] = {}
+        self._batch_size = batch_size
+        self._max_bytes = max_bytes
+        self._ttl = ttl
+        self._grace = grace
+        self._orphaned_after = orphaned_after
+        self._clock = clock
+        self._claims: Claims | None = None
+        self._client: Redis | None = None
+        self._sessions: list[str] = []  # the last is current; others until they are taken over
+        self._server: str | None = None
+        self._next_tag = 1
+        self._large_wait = False
+        self._isolated_wait = False
+        self._lanes_read_at = 0.0
+        self._largest_not_found = 0  # bytes of the largest message that could have been claimed
+        self._small_at = -inf  # when a small job was last claimed
+        self._queues: Sequence[str] = ()
+        self.has_more = False
+        """Whether a claim may take messages: the last one ended before the queues did, or a
+        heartbeat has found some since."""
+        self.lock = threading.RLock()
+        """Held while deliveries change hands."""
+        self._thread: threading.Thread | None = None
+        self._wake_up: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
+        self._closed = False
+        self._drained_by: float | None = None
+        self._loop_turned = self._clock()
+        self._observed: dict[str, tuple[float, float]] = {}  # session: counter, and since when
+        self._observed_at = 0.0
+        self._failure: tuple[Exception, float] | None = None  # of heartbeats: the first, and when
+
+    @property
+    def _session(self) -> str:
+        if len(self._sessions) != 1:
+            raise RedisConnectionError("there is no session: the worker has not reconnected yet")
+        return self._sessions[0]
+
+    # --- Claiming -------------------------------------------------------------------------------
+
+    def open(self, client: Redis) -> None:
+        """Begin a session, or continue in a new one after the connection was lost.
+
+        Claims whose reply was lost are requeued, as are deliveries not yet dispatched. A command
+        still on its way on the old connection finds its session gone.
+
+        Args:
+            client: Without retries: a claim that is sent twice claims twice.
+        """
+        with self.lock:
+            self._client, self._claims = client, Claims(client)
+            self._open()
+            self._failure = None
+        self.loop_turned()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+            self._thread.start()
+
+    def _open(self) -> None:
+        assert self._client is not None and self._claims is not None  # noqa: S101, PT018 - set by open()
+        session = uuid4().hex
+        self._sessions.append(session)
+        server = str(self._client.info("server")["run_id"])
+        kept = self._claims.open(session, self._sessions[:-1], self._deliveries)
+        self._sessions = [session]
+        lost = self._deliveries.keys() - kept
+        for tag in lost:
+            claim = self._deliveries.pop(tag).claim
+            if self._server not in {None, server} and len(claim.message) == claim.size:
+                # A server that restarted without its last second, or a promoted replica, may have
+                # neither the claim nor the message. A duplicate does no harm.
+                self._claims.put(claim.queue, claim.message)
+        if lost:
+            logger.warning(
+                "lease lost, its jobs are redelivered elsewhere: deliveries=%d", len(lost)
+            )
+        self._server = server
+        self._requeue_claimed()
+
+    def claim(
+        self, queues: Sequence[str], lanes: int, processes: int, free: int = 1
+    ) -> list[Delivery] | None:
+        """Claim what free pool processes can execute: small messages, or large ones for one.
+
+        The last free pool process executes a large job only if no small job waits.
+
+        Args:
+            queues: See :meth:`worker.broker.claims.Claims.claim`, as for ``lanes``.
+            lanes: Likewise.
+            processes: Pool processes, busy ones too.
+            free: Pool processes that are free.
+
+        Returns:
+            The deliveries, or None if the lease is lost.
+
+        Raises:
+            RedisError: if the reply did not come; more may be claimed than is known: open again.
+        """
+        with self.lock:
+            self.has_more = False
+            if not self.may_claim():
+                return []
+            self._queues = queues
+            room = 1 if self.breaker.is_probing else self._batch_size
+            largest = self._largest(processes)
+            claim = partial(self._claim, queues, lanes=lanes, room=room, size=BATCH_BYTES * free)
+            read_lanes = self._reads_lanes(largest)
+            if largest > SMALL_BYTES and self._large_batches() == processes - 1 > 0:
+                deliveries = claim(largest=SMALL_BYTES, read_lanes=read_lanes)
+                if deliveries is None or deliveries or self.has_more:
+                    return deliveries
+            return claim(largest=largest, read_lanes=read_lanes)
+
+    def _claim(
+        self,
+        queues: Sequence[str],
+        *,
+        lanes: int,
+        room: int,
+        size: int,
+        largest: int,
+        read_lanes: bool,
+    ) -> list[Delivery] | None:
+        first, self._next_tag = self._next_tag, self._next_tag + room
+        is_any_size = largest > HUGE_BYTES
+        assert self._claims is not None  # noqa: S101 - set by open()
+        claimed = self._claims.claim(
+            self._session,
+            queues,
+            first_tag=first,
+            room=room,
+            size=size,
+            small=SMALL_BYTES,
+            largest=largest,
+            large_size=BATCH_BYTES,
+            lanes=lanes,
+            read_lanes=read_lanes,
+            isolated_room=self._isolated_room if is_any_size else 0,
+            max_bytes=self._max_bytes,
+        )
+        if claimed is None:
+            return None
+        self._large_wait = claimed.large_wait
+        self._isolated_wait = claimed.isolated > 0
+        self.has_more = claimed.has_more
+        deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
+        has_large = any(map(_is_large, deliveries))
+        if deliveries and not has_large:
+            self._small_at = self._clock()
+        if read_lanes:
+            self._lanes_read_at = self._clock()
+            has_found_none = claimed.large_wait and not has_large and not is_any_size
+            self._largest_not_found = largest if has_found_none else 0
+        self._deliveries.update((one.tag, one) for one in deliveries)
+        return deliveries
+
+    def _all(self) -> list[Delivery]:
+        return list(self._deliveries.values())  # in one step: the lease's thread removes some
+
+    def _large_batches(self, larger_than: int = SMALL_BYTES) -> int:
+        """Count the pool processes with large jobs; poison candidates count as huge."""
+        large = [one for one in self._all() if one.claim.attempts or one.claim.size > larger_than]
+        return len({one.batch or one for one in large})
+
+    def _largest(self, processes: int) -> int:
+        """Bytes of the largest message that may be claimed now."""
+        for_huge = max(processes - 1, 1)
+        has_small = self._clock() < self._small_at + _SMALL_SECONDS
+        if self._large_batches() >= (for_huge if has_small else processes):
+            return SMALL_BYTES
+        return HUGE_BYTES if self._large_batches(HUGE_BYTES) >= for_huge else ANY_SIZE
+
+    @property
+    def _isolated_room(self) -> int:
+        return 0 if any(one.claim.attempts for one in self._all()) else 1
+
+    def may_claim_from_lane(self, processes: int) -> bool:
+        """Whether a message may be claimed that no wait for a queue reports: it is in a lane."""
+        largest = self._largest(processes)
+        isolated = self._isolated_wait and self._isolated_room > 0 and largest > HUGE_BYTES
+        large = self._large_wait and largest > SMALL_BYTES
+        return (large or isolated) and self.may_claim()
+
+    def _reads_lanes(self, largest: int) -> bool:
+        """Whether to look at the low-priority lanes; not again and again while nothing fits.
+
+        Looking at one message of 5 MB takes the server as long as the rest of a claim.
+        """
+        is_recent = self._clock() < self._lanes_read_at + _LANE_READ_SECONDS
+        return not (is_recent and largest <= self._largest_not_found)
+
+    def may_claim(self) -> bool:
+        """Whether this worker may claim more."""
+        return not (
+            self._closed
+            or self.is_draining
+            or self.breaker.is_open
+            or any(one.claimed_at >= self.breaker.probing_since for one in self._all())
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether to reconnect: Redis was demoted, or heartbeats have failed for seconds."""
+        failure = self._failure
+        if failure is None or self.is_draining:
+            return False
+        error, since = failure
+        return isinstance(error, ReadOnlyError) or self._clock() > since + _NOT_RENEWED_SECONDS
+
+    def loop_turned(self) -> None:
+        """Record that the main loop has turned."""
+        self._loop_turned = self._clock()
+
+    # --- Settling -------------------------------------------------------------------------------
+
+    def settle(self, dispositions: Mapping[str, Disposition]) -> None:
+        """Apply dispositions by delivery tag, or later if Redis is away: each has effect once."""
+        with self.lock:
+            for tag, disposition in dispositions.items():
+                delivery = self._deliveries.get(tag)
+                if delivery and delivery.state is not State.SETTLED:
+                    delivery.state, delivery.disposition = State.SETTLED, disposition
+            try:
+                self._send_settled()
+            except RedisError as error:
+                logger.warning("settlements delayed, Redis is away: %s", error)
+
+    def _send_settled(self) -> None:
+        settled = {  # the oldest last: what is requeued is claimed next
+            tag: one.disposition
+            for tag, one in reversed(self._deliveries.items())
+            if one.state is State.SETTLED and one.disposition
+        }
+        if settled:
+            assert self._claims is not None  # noqa: S101 - set by open()
+            self._claims.settle(self._session, settled)
+            for tag in settled:
+                del self._deliveries[tag]
+
+    # --- Stopping -------------------------------------------------------------------------------
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the worker is stopping: nothing is claimed, and no attempt is counted."""
+        return self._drained_by is not None
+
+    def drain(self, *, at_once: bool = False) -> None:
+        """Stop claiming and let running jobs finish within the grace.
+
+        Callable from a signal handler, and more than once: the first call starts the grace.
+        """
+        if self._drained_by is None or at_once:
+            self._drained_by = self._clock() + (0 if at_once else self._grace)
+            self._wake_up.put(None)
+
+    def close(self) -> None:
+        """End the session: requeue all that is still claimed."""
+        with self.lock:
+            if self._closed or not self._sessions:
+                return
+            self._closed = True
+            self._wake_up.put(None)
+            try:
+                if len(self._sessions) > 1:  # the last reconnection failed
+                    self._open()
+                self._send_settled()
+                assert self._claims is not None  # noqa: S101 - set by open()
+                self._claims.close(self._session)
+            except RedisError as error:
+                logger.warning("jobs are requeued when the lease has expired: %s", error)
+            self._deliveries.clear()
+
+    def _end(self) -> None:
+        """Requeue what did not finish within the grace and end the pool, and so the worker."""
+        logger.warning(
+            "grace over, running jobs are requeued: deliveries=%d", len(self._deliveries)
+        )
+        self.close()
+        for process in active_children():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        # The main process ends by itself, with what Celery does at exit; SIGHUP restarts it there.
+        time.sleep(_EXIT_SECONDS)
+        os._exit(0)
+
+    # --- The heartbeat thread -------------------------------------------------------------------
+
+    def _pause(self) -> float:
+        """Seconds until the next heartbeat, or the end of the grace."""
+        pause = min(self._ttl / _HEARTBEATS, _LONGEST_PAUSE)
+        if self._drained_by is not None:
+            pause = min(pause, max(self._drained_by - self._clock(), 0.0))
+        return pause
+
+    def _keep(self) -> None:
+        while not self._closed:
+            with suppress(Empty):
+                self._wake_up.get(timeout=self._pause())
+            if self._drained_by is not None and self._clock() >= self._drained_by:
+                self._end()
+            try:
+                try:
+                    self.on_heartbeat()
+                finally:
+                    self._beat()
+            except Exception as error:  # whatever it is: without this thread every job runs twice
+                # What was observed before does not count: Redis itself may have stalled.
+                self._observed.clear()
+                if not self._failure:
+                    known = isinstance(error, RedisError | OSError)
+                    logger.warning("lease cannot be renewed: %s", error, exc_info=not known)
+                    self._failure = error, self._clock()
+            else:
+                self._failure = None
+
+    def _beat(self) -> None:
+        with self.lock:
+            if self._closed or self._claims is None:
+                return
+            silent = self._clock() - self._loop_turned
+            if not self.is_draining and silent > _SILENT_LOOP_SECONDS:
+                return
+            heartbeat = [self._claims.heartbeat(name, self._queues) for name in self._sessions][-1]
+            if heartbeat.alive and len(self._sessions) == 1:
+                self._reconcile(heartbeat)
+            else:
+                self._open()
+            if self.is_draining:
+                self._requeue_claimed()
+            self._send_settled()
+        by = self._clock() + self._ttl / _HEARTBEATS
+        if heartbeat.has_messages:
+            while self._claims.wake() and self._clock() < by:
+                pass
+            self.has_more = True
+        self._take_over_expired(heartbeat.sessions, by)
+
+    def _requeue_claimed(self) -> None:
+        claimed = [one for one in self._all() if one.state is State.CLAIMED]
+        for delivery in claimed:
+            delivery.state, delivery.disposition = State.SETTLED, Disposition(Action.REQUEUE)
+        self._send_settled()
+
+    def _reconcile(self, heartbeat: Heartbeat) -> None:
+        """Requeue deliveries that nobody owns: each was lost by a defect that is contained here."""
+        assert self._claims is not None  # noqa: S101 - set by open()
+        before = self._clock() - self._orphaned_after
+        for delivery in self._all():
+            if delivery.claimed_at < before and not delivery.has_owner:
+                logger.error("delivery without owner is requeued: %s", delivery)
+                action = Action.REQUEUE
+                if delivery.state is State.DISPATCHED:
+                    action = Action.FAILED_ATTEMPT  # or a job that is lost each time never ends
+                delivery.state, delivery.disposition = State.SETTLED, Disposition(action)
+        if heartbeat.claimed == len(self._deliveries):
+            return
+        tags = self._claims.claimed_tags(self._session)
+        if unknown := tags - self._deliveries.keys():
+            logger.error("claims without delivery are requeued: count=%d", len(unknown))
+            requeue = Disposition(Action.REQUEUE)
+            self._claims.settle(self._session, dict.fromkeys(unknown, requeue))
+        for tag in self._deliveries.keys() - tags:
+            logger.error("delivery without claim is forgotten: %s", self._deliveries.pop(tag))
+
+    def _take_over_expired(self, sessions: Mapping[str, float], by: float) -> None:
+        """Requeue the messages of sessions whose heartbeat counter has stood still for too long.
+
+        Measured by this process's own clock. After a stall of Redis or of this machine every
+        counter seems to have stood still, so observations before a gap do not count.
+        """
+        assert self._claims is not None  # noqa: S101 - set by open()
+        now = self._clock()
+        if now - self._observed_at > self._ttl / 2:
+            self._observed.clear()
+        self._observed_at = now
+        self._observed = {
+            name: self._observed[name]
+            if name in self._observed and self._observed[name][0] == counter
+            else (counter, now)
+            for name, counter in sessions.items()
+            if name not in self._sessions
+        }
+        for name, (counter, since) in self._observed.items():
+            if now - since < _EXPIRED_AFTER * self._ttl:
+                continue
+            while (more := self._claims.take_over(name, counter)) > 0 and self._clock() < by:
+                pass
+            if more == 0:
+                logger.warning("lease expired, its jobs are requeued: session=%s", name)

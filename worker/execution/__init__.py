@@ -1,0 +1,1 @@
+"""From a claimed message to a settled one: consuming, dispatching, executing."""

@@ -1,0 +1,263 @@
+"""How Celery's worker consumes the queue: bootsteps that claim, dispatch and stop.
+
+Celery runs the event loop, the prefork pool, remote control and events. Jobs do not pass through
+kombu: a connection of our own waits for a message on the queue and leaves it there; a script then
+claims it. ``BRPOP`` has the message in its reply alone, so a worker that is killed before it reads
+the reply loses it.
+
+An idle worker waits at the default priority of one queue. Once a second the heartbeat looks at its
+other queues, priorities and lanes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from typing import Any
+
+import kombu
+from celery import bootsteps
+from celery.utils.log import get_logger
+from celery.worker.consumer import Consumer
+from celery.worker.consumer.tasks import Tasks
+from kombu.transport.redis import PRIORITY_STEPS
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from worker.broker.connections import Protocol
+from worker.broker.lease import Lease
+from worker.broker.queue_wait import QueueWait, QueueWaitRefusedError
+from worker.execution.dispatch import Dispatcher
+
+logger = get_logger(__name__)
+
+_TICK_SECONDS = 1.0
+_WAIT_SECONDS = 10.0  # for a message, in one command
+_LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
+_NEXT_SECONDS = 0.001  # until the next claim, where there is more to claim
+_EMPTY_SECONDS = 0.005  # until the next wait, where the message was claimed meanwhile
+_EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
+"""Events in one message, and seconds that they wait: 24 together take a third of the loop."""
+_RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 5}
+"""Seconds between attempts to reconnect; kombu's grow to 30, during which nothing is claimed."""
+_PRIORITY_SEPARATOR = "\x06\x16"
+
+
+class _Queues(kombu.Consumer):  # type: ignore[misc] # kombu ships no types
+    """The queues that the worker consumes, as remote control shows them; kombu claims nothing."""
+
+    def consume(self, no_ack: bool | None = None) -> None:
+        """Consume nothing."""
+
+
+class JobProtocol(Protocol):
+    """Celery's queues and routes, without a consumer of kombu's."""
+
+    Consumer = _Queues
+
+
+class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
+    """Celery's consumer. On a lost connection nothing is forgotten: jobs in the pool go on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Without gossip, which each worker receives of all others and nothing uses."""
+        super().__init__(*args, **(kwargs | {"without_gossip": True}))
+        self._events_due = 0.0
+
+    def on_close(self) -> None:
+        """Send the events that wait. Celery's own also drops the pool's jobs, to be redelivered."""
+        self._flush_events()
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """Log the cause. Celery's own names its class, and warns of a setting that is set."""
+        logger.warning("connection to Redis lost: %s", exc)
+        with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
+            super().on_connection_error_after_connected(exc)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect, with a shorter back-off than Celery's."""
+        connect = conn.ensure_connection
+        conn.ensure_connection = lambda *args, **kwargs: connect(*args, **kwargs, **_RECONNECT)
+        return super().ensure_connected(conn)
+
+    def cancel_active_requests(self) -> None:
+        """End the grace: Celery calls this for a cold shutdown, then waits for the pool."""
+        if self.app.lease:
+            self.app.lease.drain(at_once=True)
+
+    def on_send_event_buffered(self) -> None:
+        """Send events together: Celery's own sends at the end of each turn of the loop."""
+        now = time.monotonic()
+        if self.hub and now >= self._events_due:
+            self._events_due = now + _EVENTS_SECONDS
+            self.hub.call_later(_EVENTS_SECONDS, self._flush_events)
+
+
+class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
+    """Consumer bootstep: waits for messages, claims them and has them dispatched."""
+
+    requires = (Tasks,)
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        settings = consumer.app.settings
+        self.lease = consumer.app.lease = Lease(
+            ttl=settings.grant_lease_seconds,
+            grace=settings.grant_stop_grace,
+            batch_size=settings.grant_batch_size,
+            max_bytes=consumer.app.limits.message_bytes,
+        )
+        self._dispatcher = Dispatcher(
+            consumer.app, consumer.pool, consumer.hostname, self.lease, consumer.app.limits
+        )
+        self.lease.on_heartbeat = self._dispatcher.on_heartbeat
+        self._consumer = consumer
+        self._hub: Any = None
+        self._wait: QueueWait | None = None
+        self._is_refused = False
+        self._refused_until = 0.0
+        self._turn = itertools.count()
+
+    def start(self, consumer: Any) -> None:
+        """Open the session on a new connection."""
+        channel = consumer.app.connection_for_read().channel()
+        pool = channel.client.connection_pool
+        self._wait = QueueWait(pool)
+        try:
+            self.lease.open(Redis(connection_pool=pool))
+        except ResponseError as error:
+            raise RedisConnectionError(str(error)) from error
+        self._dispatcher.send_event = self._send_event
+        self._dispatcher.on_free = self._on_free
+
+    def register_with_event_loop(self, _: Any, hub: Any) -> None:
+        """Begin to claim; called whenever the event loop starts, after each reconnection."""
+        self._hub = hub
+        dispatcher = self._consumer.event_dispatcher
+        if dispatcher:
+            dispatcher.buffer_limit = _EVENTS_TOGETHER
+        hub.call_repeatedly(_TICK_SECONDS, self._on_tick)
+        hub.call_soon(self._pump)
+
+    def stop(self, _: Any) -> None:
+        """Disconnect: the consumer stops, or connects anew."""
+        if self._wait:
+            self._wait.close()
+
+    def _send_event(self, kind: str, **fields: object) -> None:
+        dispatcher = self._consumer.event_dispatcher
+        if dispatcher and dispatcher.enabled:
+            dispatcher.send(kind, **fields)
+
+    def _on_free(self) -> None:
+        """A pool process is free. Celery swallows what is raised here, so the loop pumps."""
+        if self._hub and not self.lease.is_draining:
+            self._hub.call_soon(self._pump)
+
+    def _on_tick(self) -> None:
+        self.lease.loop_turned()
+        assert self._wait  # noqa: S101 - set by start()
+        if self._wait.is_lost(_LOST_SECONDS) or self.lease.is_lost:
+            raise RedisConnectionError("no reply from Redis, or none that renews the lease")
+        if self._wait.seconds is None or self.lease.has_more:
+            self._pump()
+
+    def _pump(self) -> None:
+        """Claim if there is room, or else wait for the next message.
+
+        One claim in a turn of the loop: messages that need no pool process could fill many.
+        """
+        assert self._wait  # noqa: S101 - set by start()
+        self.lease.loop_turned()
+        is_waiting = self._wait.seconds is not None
+        may_have_messages = not is_waiting or self.lease.has_more or self._lane_waits
+        if may_have_messages and self._may_claim():
+            self._claim()
+            if self.lease.has_more:
+                # call_soon would follow a poll; without a delay each tenth claim would, of 1 s.
+                self._hub.call_later(_NEXT_SECONDS, self._pump)
+            elif self._wait.seconds is None:
+                self._start_wait(self._wait)
+
+    def _may_claim(self) -> bool:
+        return self._dispatcher.free_processes > 0 and self.lease.may_claim()
+
+    @property
+    def _lane_waits(self) -> bool:
+        return self.lease.may_claim_from_lane(self._dispatcher.processes)
+
+    @property
+    def _queues(self) -> list[str]:
+        return [queue.name for queue in self._consumer.task_consumer.queues]
+
+    def _claim(self) -> int:
+        """Claim and dispatch. Returns how many messages were claimed."""
+        queues = self._queues
+        keys = [_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
+        with self.lease.lock:  # or a heartbeat requeues what is claimed and not yet dispatched
+            try:
+                deliveries = self.lease.claim(
+                    keys,
+                    len(queues),
+                    self._dispatcher.processes,
+                    self._dispatcher.free_processes,
+                )
+            except ResponseError as error:
+                raise RedisConnectionError(str(error)) from error
+            if deliveries is None:
+                raise RedisConnectionError("the lease was lost; the worker begins another session")
+            self._dispatcher.dispatch(deliveries)
+        return len(deliveries)
+
+    def _start_wait(self, wait: QueueWait) -> None:
+        queues = self._queues
+        if time.monotonic() < self._refused_until or not queues:
+            return  # the next tick claims
+        queue = queues[next(self._turn) % len(queues)]
+        # A tick passes until each of several queues has been waited for.
+        seconds = _WAIT_SECONDS if len(queues) == 1 else _TICK_SECONDS / len(queues)
+        connection = wait.start(queue, seconds)
+        self._hub.add_reader(connection, self._on_readable, connection, wait)
+
+    def _on_readable(self, connection: Any, wait: QueueWait) -> None:
+        self.lease.loop_turned()
+        self._hub.remove_reader(connection)  # before a wait that reads may close it
+        try:
+            has_message = wait.read()
+            self._is_refused = False
+        except QueueWaitRefusedError as error:
+            if not self._is_refused:
+                logger.warning("Redis refuses to wait for jobs, polling once a second: %s", error)
+            has_message, self._is_refused = False, True
+            self._refused_until = time.monotonic() + _TICK_SECONDS
+        if has_message is None:
+            self._hub.add_reader(connection, self._on_readable, connection, wait)
+            return
+        if not self._may_claim():
+            return  # until a pool process is free, or the next tick
+        claimed = self._claim() if has_message or self._is_refused else 0
+        if self.lease.has_more or self._lane_waits:
+            self._pump()
+        elif has_message and not claimed:  # it was claimed meanwhile
+            self._hub.call_later(_EMPTY_SECONDS, self._pump)
+        else:
+            self._start_wait(wait)
+
+
+def _key(queue: str, priority: int) -> str:
+    """The list of a queue's messages of one priority, as kombu names it."""
+    return f"{queue}{_PRIORITY_SEPARATOR}{priority}" if priority else queue
+
+
+class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
+    """Worker bootstep: begins the grace, however the worker is stopped.
+
+    ``control shutdown`` and SIGHUP do not send Celery's signal ``worker_shutting_down``.
+    """
+
+    def close(self, worker: Any) -> None:
+        """Stop claiming: the worker has been asked to stop."""
+        if worker.app.lease:
+            worker.app.lease.drain()

@@ -1,0 +1,409 @@
+"""One delivery in the worker's main process: its message, read within bounds, and its state.
+
+The main process decodes the envelope only, and that only where it is small enough to be decoded
+safely: the body is for a pool process. What it may hold follows from the contract, Celery's message
+protocol 2 in UTF-8 JSON (https://docs.celeryq.dev/en/stable/internals/protocol.html).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from celery import Celery
+from celery.worker import state as worker_state
+from interview_access.contracts import describe, is_job_id
+from interview_access.errors import (
+    InterviewAccessError,
+    InvalidGrantRequestException,
+    JobCancelledException,
+    JobExpiredException,
+    JobFailedError,
+    shortened,
+)
+
+from worker.broker.claims import Claim, Disposition
+
+if TYPE_CHECKING:
+    from worker.execution.dispatch import Batch
+
+_ENVELOPE_BYTES, _BYTES_PER_ID = 1024 * 1024, 64
+"""Bytes of a message: a constant for what surrounds the IDs, and each ID as text in Base64."""
+
+_ENVELOPE_VALUES, _VALUES_PER_ID = 10_000, 4
+"""Values that an envelope may hold, those of a body in plain JSON included."""
+
+_HEADER_LEVELS = 50  # some hundred more overflow the pickler
+_LONGEST_LIMIT_SECONDS = 366 * 86_400.0
+_REPRESENTATION = 200  # characters of a job's arguments in events and control replies
+
+_RECORDING_ATTEMPTS = 2
+"""Attempts after the last allowed one, which only record the failure: the first decodes the body,
+the second does not. If both end the pool process, the message is a dead letter without a result."""
+
+_BRACKETED = re.compile(r"\[.*", re.DOTALL)
+_HEADERS = re.compile(rb'"headers"\s*:\s*\{(.*)', re.DOTALL)
+_JOB_ID = re.compile(rb'"id"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
+_TASK = re.compile(rb'"task"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
+
+
+class State(Enum):
+    """Where a delivery is; it has one owner in each state."""
+
+    CLAIMED = "claimed"
+    """By this session; the dispatcher owns it."""
+    DISPATCHED = "dispatched"
+    """To a pool process; its batch owns it."""
+    SETTLED = "settled"
+    """Its disposition is known; the lease owns it until Redis has applied it."""
+
+
+class UnreadableMessageError(Exception):
+    """A message is not one of the contract's; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the worker allows a message.
+
+    Attributes:
+        interview_ids: Grants that one job may request.
+        attempts: Attempts that end the pool process or the worker.
+        seconds: Time limit of a job whose message sets no lower one.
+    """
+
+    interview_ids: int
+    attempts: int
+    seconds: float
+
+    @property
+    def message_bytes(self) -> int:
+        """Size of a message in bytes."""
+        return _ENVELOPE_BYTES + _BYTES_PER_ID * self.interview_ids
+
+    def check(self, text: str) -> None:
+        """Refuse JSON that takes too much memory to be decoded.
+
+        Raises:
+            UnreadableMessageError: if it has too many values.
+        """
+        if any(text.count(one) > self.values for one in (",", "[", "{")):
+            raise UnreadableMessageError(f"expected at most {self.values:,} values")
+
+    @property
+    def values(self) -> int:
+        """Commas, and opening brackets of each kind, in a message."""
+        return _ENVELOPE_VALUES + _VALUES_PER_ID * self.interview_ids
+
+
+class Dispatched(NamedTuple):
+    """What a pool process is given of a delivery.
+
+    Attributes:
+        body: As it came, or None where it is not to be decoded.
+        encoding: Of the body: ``""``, ``base64`` or ``gzip``.
+        headers: The message's, for Celery's callbacks.
+        attempts: How often the job ended its pool process or its worker.
+        retries: How often the job asked for a retry.
+        failure: Why the job fails without being executed, if it does.
+    """
+
+    job_id: str
+    task: str
+    body: str | None
+    encoding: str
+    headers: dict[str, Any]
+    attempts: int
+    retries: int
+    failure: InterviewAccessError | None
+
+
+class Delivery:
+    """A claimed message and where it is.
+
+    Celery's control commands (``inspect active``, ``revoke``) look at it as at a Celery request.
+
+    Attributes:
+        claim: The message as it was claimed.
+        claimed_at: When, by the lease's clock.
+        state: Changed by its owner only.
+        batch: With which it was dispatched.
+        disposition: How it is settled.
+        id: Its job's ID; empty where none can be read.
+        name: Its task's name.
+        task: Its task, where the worker has it.
+        failure: Why its job fails without being executed, if it does.
+        delay: Seconds until it is due.
+        time_limit: Seconds.
+    """
+
+    def __init__(self, claim: Claim, claimed_at: float = 0.0) -> None:
+        self.claim = claim
+        self.tag = claim.tag
+        self.state = State.CLAIMED
+        self.claimed_at = claimed_at
+        self.batch: Batch | None = None
+        self.disposition: Disposition | None = None
+        self.id = ""
+        self.name = ""
+        self.task: Any = None
+        self.headers: dict[str, Any] = {}
+        self.failure: InterviewAccessError | None = None
+        self.delay = 0.0
+        self.time_limit = 0.0
+        self.time_start: float | None = None
+        self.worker_pid: int | None = None
+        self._body: str | None = None
+        self._encoding = ""
+        self._expires: datetime | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"job={shortened(self.id)} task={shortened(self.name)} state={self.state.value} "
+            f"attempts={self.claim.attempts} pid={self.worker_pid}"
+        )
+
+    def read(self, app: Celery, limits: Limits) -> None:
+        """Read the envelope, and see whether the job is to be executed.
+
+        Args:
+            app: Knows the tasks.
+            limits: What is allowed.
+        """
+        self.time_limit = limits.seconds
+        try:
+            self._read(self._envelope(limits), app)
+        except InvalidGrantRequestException as error:
+            self.failure = error
+        except Exception as error:  # noqa: BLE001 - any bytes can raise anything; none may end the worker
+            has_reason = isinstance(error, UnreadableMessageError)
+            reason = str(error) if has_reason else type(error).__name__
+            reason = shortened(reason, quoted=False, at_most=300)
+            self.failure = JobFailedError(
+                f"The message cannot be read: {reason}.", {"total": 1, "reason": reason}
+            )
+        if self.failure and not self.id:
+            self._read_identity()
+        self.failure = self.failure or self._predetermined(limits)
+
+    def _envelope(self, limits: Limits) -> dict[str, Any]:
+        message = self.claim.message
+        if self.claim.size > limits.message_bytes:
+            expected, got = f"at most {limits.message_bytes:,} bytes", f"{self.claim.size:,}"
+            raise InvalidGrantRequestException.of([("message", expected, got)])
+        text = message.decode()
+        limits.check(text)
+        envelope = json.loads(text)
+        if not isinstance(envelope, dict):
+            raise UnreadableMessageError(f"expected a JSON object, got {describe(envelope)}")
+        return envelope
+
+    def _read(self, envelope: dict[str, Any], app: Celery) -> None:
+        headers, properties = envelope.get("headers"), envelope.get("properties")
+        for name, value in (("headers", headers), ("properties", properties)):
+            if not isinstance(value, dict):
+                raise UnreadableMessageError(f"{name}: expected an object, got {describe(value)}")
+        assert isinstance(headers, dict)  # noqa: S101 - checked above
+        if is_job_id(headers.get("id")):
+            self.id = headers["id"]
+        self.name = shortened(str(headers.get("task", "")), quoted=False, at_most=200)
+        if not self.id:
+            raise UnreadableMessageError(
+                f"id: expected a job ID of 1 to 255 printable characters, got "
+                f"{describe(headers.get('id'))}"
+            )
+        if headers.get("task") in app.tasks and not self.name.startswith("celery."):
+            self.task = app.tasks[headers["task"]]
+        else:
+            raise UnreadableMessageError(
+                f"task: expected one of this worker's, got {describe(headers.get('task'))}"
+            )
+        if _is_nested(headers, _HEADER_LEVELS):
+            raise UnreadableMessageError(f"headers: expected at most {_HEADER_LEVELS} levels")
+        body = envelope.get("body")
+        if not isinstance(body, str):
+            raise UnreadableMessageError(f"body: expected a string, got {describe(body)}")
+        self._body, self._encoding = body, _encoding(envelope, headers, properties or {})
+        self.headers = headers
+        self.delay = _seconds_until(_datetime(headers, "eta"))
+        self._expires = _datetime(headers, "expires")
+        self.time_limit = min([self.time_limit, *_time_limits(headers)])
+
+    def _read_identity(self) -> None:
+        """Look for the job ID and the task of a message that is not decoded."""
+        headers = _HEADERS.search(self.claim.message)
+        if not headers:
+            return
+        for name, pattern in (("id", _JOB_ID), ("name", _TASK)):
+            found = pattern.search(headers[1])
+            text = found[1].decode(errors="replace") if found else ""
+            if is_job_id(text):
+                setattr(self, name, text)
+
+    def _predetermined(self, limits: Limits) -> InterviewAccessError | None:
+        claim = self.claim
+        if claim.attempts >= limits.attempts:
+            if claim.attempts > limits.attempts:
+                self._body = None
+            return JobFailedError(
+                f"The job ended its worker's process {claim.attempts} times, by its size perhaps, "
+                "or exceeded its time limit; it is not tried again.",
+                {"total": 1, "attempts": claim.attempts},
+            )
+        if self._is_revoked:
+            return JobCancelledException.of(self.id)
+        has_begun = claim.attempts or claim.retries
+        if self._expires and not has_begun and datetime.now(UTC) > self._expires:
+            return JobExpiredException.of(self.id, self._expires.isoformat())
+        return None
+
+    def is_hopeless(self, limits: Limits) -> bool:
+        """Whether even recording the job's failure has ended its pool process."""
+        return self.claim.attempts >= limits.attempts + _RECORDING_ATTEMPTS
+
+    @property
+    def _is_revoked(self) -> bool:
+        return self.id in worker_state.revoked or any(
+            self._stamps(name) & set(map(str, _listed(revoked)))
+            for name, revoked in list(worker_state.revoked_stamps.items())
+        )
+
+    def _stamps(self, name: str) -> set[str]:
+        return {str(stamp) for stamp in _listed(self.stamps.get(name))}
+
+    @property
+    def stamps(self) -> dict[str, Any]:
+        """The message's stamps, by which operators revoke."""
+        stamps = self.headers.get("stamps")
+        return stamps if isinstance(stamps, dict) else {}
+
+    @property
+    def dispatched(self) -> Dispatched:
+        """What a pool process needs of it."""
+        return Dispatched(
+            self.id,
+            self.name,
+            self._body,
+            self._encoding,
+            self.headers,
+            self.claim.attempts,
+            self.claim.retries,
+            self.failure,
+        )
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether somebody settles it; a claimed one is about to be dispatched, or was dropped."""
+        if self.state is State.CLAIMED:
+            return False
+        return self.state is State.SETTLED or not (self.batch is None or self.batch.is_abandoned)
+
+    # --- What Celery's control commands look at ---------------------------------------------------
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether it is settled."""
+        return self.state is State.SETTLED
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Its arguments as the producer shows them, escaped and cut where a list begins."""
+        shown = {
+            "args": self.headers.get("argsrepr"),
+            "kwargs": self.headers.get("kwargsrepr"),
+        }
+        return {
+            name: shortened(_BRACKETED.sub("[…", text), quoted=False, at_most=_REPRESENTATION)
+            if isinstance(text, str)
+            else ""
+            for name, text in shown.items()
+        }
+
+    def info(self, safe: bool = False) -> dict[str, Any]:  # noqa: ARG002 - Celery's signature
+        """The reply of ``inspect active`` and ``inspect query_task``."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            **self.arguments,
+            "type": self.name,
+            "hostname": self.batch and self.batch.hostname,
+            "time_start": self.time_start,
+            "acknowledged": self.acknowledged,
+            "delivery_info": {
+                "routing_key": self.claim.queue,
+                "redelivered": bool(self.claim.attempts),
+            },
+            "worker_pid": self.worker_pid,
+        }
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:  # noqa: ARG002 - Celery's signature
+        """End its pool process, as ``control revoke --terminate`` asks."""
+        if self.batch and self.state is State.DISPATCHED:
+            self.batch.revoke()
+
+
+def _encoding(envelope: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str:
+    """How the body is encoded, of the few ways that are allowed: ``""``, ``base64`` or ``gzip``.
+
+    Content encodings are codecs of Python, some of which take minutes for a megabyte.
+    """
+    expected = {
+        "content-type": (envelope.get("content-type"), ("application/json",)),
+        "content-encoding": (envelope.get("content-encoding"), ("utf-8", None)),
+        "body_encoding": (properties.get("body_encoding"), ("base64", None)),
+        "compression": (headers.get("compression"), ("application/x-gzip", None)),
+    }
+    for name, (value, allowed) in expected.items():
+        if not any(value is one or value == one for one in allowed):
+            wanted = " or ".join("nothing" if one is None else one for one in allowed)
+            raise UnreadableMessageError(f"{name}: expected {wanted}, got {describe(value)}")
+    if headers.get("compression"):
+        return "gzip"
+    return properties.get("body_encoding") or ""
+
+
+def _time_limits(headers: dict[str, Any]) -> list[float]:
+    """The hard and the soft limit, those that are set: both end the attempt."""
+    match headers.get("timelimit") or [None, None]:
+        case [hard, soft]:
+            limits = [one for one in (hard, soft) if one is not None]
+        case odd:
+            raise UnreadableMessageError(f"timelimit: expected two, got {describe(odd)}")
+    for one in limits:
+        is_number = isinstance(one, int | float) and not isinstance(one, bool)
+        if not (is_number and 0 < one <= _LONGEST_LIMIT_SECONDS):
+            raise UnreadableMessageError(f"timelimit: expected seconds, got {describe(one)}")
+    return limits
+
+
+def _datetime(headers: dict[str, Any], name: str) -> datetime | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+            return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):
+            pass
+    raise UnreadableMessageError(f"{name}: expected a time in ISO 8601, got {describe(value)}")
+
+
+def _seconds_until(moment: datetime | None) -> float:
+    return max((moment - datetime.now(UTC)).total_seconds(), 0.0) if moment else 0.0
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_nested(value: Any, levels: int) -> bool:
+    """Whether a JSON object or list has more levels than that."""
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(
+        _is_nested(one, levels - 1) for one in inner if isinstance(one, dict | list)
+    )

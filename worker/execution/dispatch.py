@@ -1,0 +1,317 @@
+"""Dispatches claimed deliveries to pool processes in batches, and settles what these report.
+
+It never decides a job's result and never dispatches a delivery twice. A pool process executes each
+batch whole and returns one disposition for each delivery; if it ends without, its deliveries are
+isolated, with an attempt counted, and come back to be executed alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import chain
+from typing import Any
+from weakref import ref
+
+from celery import Celery, signals
+from celery.app import trace
+from celery.utils.log import get_logger
+from celery.worker import state as worker_state
+from interview_access.contracts import is_job_id
+from interview_access.errors import shortened
+
+from worker.broker.claims import Action, Disposition
+from worker.broker.lease import SMALL_BYTES, Lease
+from worker.execution.delivery import Delivery, Limits, State
+from worker.execution.pool_process import BatchReport, execute
+
+logger = get_logger(__name__)
+
+_ACCEPT_SECONDS = 30.0
+"""Seconds in which a pool process must accept a batch; a new one takes less to start."""
+
+_POOL_SECONDS = 2.0
+"""Until jobs are tried again whose pool process ended, or which the pool did not take."""
+
+
+class Batch:
+    """Deliveries that one pool process executes, until it reports."""
+
+    def __init__(
+        self, deliveries: Sequence[Delivery], pool: Any, hostname: str, now: float
+    ) -> None:
+        self.deliveries = deliveries
+        self.hostname = hostname
+        self.is_revoked = False
+        self._pid: int | None = None
+        self._pool = pool
+        self._time_limit = deliveries[0].time_limit
+        self._deadline = now + _ACCEPT_SECONDS
+        self._is_terminated = False
+        self._result: Callable[[], Any] = lambda: None
+        for delivery in deliveries:
+            delivery.state, delivery.batch = State.DISPATCHED, self
+
+    def start(self, **callbacks: Callable[..., object]) -> None:
+        """Hand the deliveries to the pool; a callback is called when they have ended."""
+        result = self._pool.apply_async(
+            execute,
+            args=([one.dispatched for one in self.deliveries], self.hostname),
+            correlation_id=self.deliveries[0].id,
+            **callbacks,
+        )
+        self._result = ref(result)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the pool has forgotten the batch, so that no callback will be called."""
+        return self._result() is None
+
+    def accept(self, pid: int, now: float) -> None:
+        """A pool process has begun: its time limit counts from now."""
+        self._pid, self._deadline = pid, now + self._time_limit
+        if self.is_revoked:
+            self.terminate()
+
+    def enforce_time_limit(self, now: float) -> None:
+        """End the pool process if it is over the time limit, or has not accepted the batch."""
+        if now < self._deadline or self._is_terminated:
+            return
+        reason = "time limit exceeded" if self._pid else "not accepted by a pool process"
+        seconds = self._time_limit if self._pid else _ACCEPT_SECONDS
+        self.terminate()
+        ids = ", ".join(shortened(one.id) for one in self.deliveries[:5])
+        logger.error(
+            "batch overdue: reason=%s seconds=%s pid=%s jobs=%d (%s)",
+            *(reason, seconds, self._pid, len(self.deliveries), ids),
+        )
+        self._deadline = now + _ACCEPT_SECONDS
+
+    def revoke(self) -> None:
+        """End the pool process for an operator: no attempt is counted."""
+        self.is_revoked = True
+        self.terminate()
+
+    def terminate(self) -> None:
+        """End the pool process. SIGTERM, by which a whole process group is stopped, is ignored.
+
+        A batch that is not accepted is with the process that the pool writes it to, if any: an
+        idle one, which is frozen perhaps.
+        """
+        result = self._result()
+        if self._is_terminated or result is None:
+            return
+        if not self._pid:
+            process = result._write_to or result._scheduled_for  # noqa: SLF001 - billiard names it nowhere else
+            if not process:
+                return
+            result.terminate(signal.SIGKILL)  # or the pool gives the batch to another process
+            self._pid = process.pid
+        self._is_terminated = True
+        self._pool.terminate_job(self._pid, signal.SIGKILL)
+
+
+class Dispatcher:
+    """Gives claimed deliveries to free pool processes."""
+
+    def __init__(
+        self,
+        app: Celery,
+        pool: Any,
+        hostname: str,
+        lease: Lease,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Dispatches nothing yet.
+
+        Args:
+            app: The tasks' app.
+            pool: Celery's prefork pool.
+            hostname: The worker's name.
+            lease: Where deliveries are claimed and settled.
+            limits: What a message is allowed.
+            clock: Seconds of this process's monotonic clock.
+        """
+        self.send_event: Callable[..., object] = lambda *_, **__: None
+        self.on_free: Callable[[], object] = lambda: None
+        self._app = app
+        self._pool = pool
+        self._hostname = hostname
+        self._lease = lease
+        self._limits = limits
+        self._clock = clock
+        # One for each busy pool process, also after its deliveries left the lease's table.
+        self._batches: dict[Batch, None] = {}
+
+    @property
+    def processes(self) -> int:
+        """Pool processes, busy ones too."""
+        return int(self._pool.num_processes)
+
+    @property
+    def free_processes(self) -> int:
+        """Pool processes without a batch."""
+        return self.processes - len(self._batches)
+
+    def dispatch(self, deliveries: Sequence[Delivery]) -> None:
+        """Partition deliveries among the free pool processes; settle what is not executed."""
+        settled: dict[str, Disposition] = {}
+        ready: list[Delivery] = []
+        for delivery in deliveries:
+            delivery.read(self._app, self._limits)
+            disposition = self._disposition(delivery)
+            if disposition:
+                settled[delivery.tag] = disposition
+            else:
+                ready.append(delivery)
+        if settled:
+            self._lease.settle(settled)
+        free = max(self.free_processes, 1)
+        are_large = any(one.claim.size > SMALL_BYTES for one in ready)
+        batches = partition(ready, 1 if are_large else free)
+        for batch in batches[:free]:
+            for delivery in batch:
+                self._announce(delivery)
+            self._start(Batch(batch, self._pool, self._hostname, self._clock()))
+        if surplus := list(chain.from_iterable(batches[free:])):
+            requeue = Disposition(Action.REQUEUE)
+            self._lease.settle({delivery.tag: requeue for delivery in surplus})
+
+    def _disposition(self, delivery: Delivery) -> Disposition | None:
+        """How a delivery is settled that no pool process is needed for."""
+        if delivery.delay > 0 and not delivery.failure:
+            return Disposition(Action.DELAY, delay=delivery.delay)
+        if delivery.failure and (not delivery.id or delivery.is_hopeless(self._limits)):
+            reason = delivery.failure.sentence
+            logger.error("dead letter: %s reason=%s", delivery, reason)
+            return Disposition(
+                Action.DEAD_LETTER,
+                job_id=delivery.id,
+                task=delivery.name,
+                reason=reason,
+                in_ledger=None if delivery.id else False,
+                attempts=delivery.claim.attempts + delivery.claim.retries,
+            )
+        return None
+
+    def _announce(self, delivery: Delivery) -> None:
+        if delivery.task:
+            worker_state.task_reserved(delivery)
+        signals.task_received.send(sender=self, request=delivery)
+        logger.info(trace.LOG_RECEIVED, {"name": delivery.name, "id": delivery.id})
+        names = ("root_id", "parent_id", "eta", "expires")
+        headers = {name: delivery.headers.get(name) for name in names}
+        self.send_event(
+            "task-received",
+            uuid=delivery.id,
+            name=delivery.name,
+            **delivery.arguments,
+            retries=delivery.claim.retries,
+            **{name: value if is_job_id(value) else None for name, value in headers.items()},
+        )
+
+    def _start(self, batch: Batch) -> None:
+        def on_accepted(pid: int, time_accepted: float) -> None:
+            batch.accept(pid, self._clock())
+            time_start = time.time() - (time.monotonic() - time_accepted)
+            for delivery in batch.deliveries:
+                delivery.worker_pid, delivery.time_start = pid, time_start
+                if delivery.task:  # Celery keeps a count of each name
+                    worker_state.task_accepted(delivery)
+                self.send_event("task-started", uuid=delivery.id)
+
+        try:
+            batch.start(
+                accept_callback=_logged(on_accepted),
+                callback=_logged(lambda report: self._settle(batch, report)),
+                error_callback=_logged(lambda error: self._settle_failed(batch, error.exception)),
+            )
+        except Exception as error:  # whatever the pool raises, no job is at fault
+            logger.exception("pool refused a batch: jobs=%d", len(batch.deliveries))
+            self._settle_unexecuted(batch, error, Disposition(Action.DELAY, delay=_POOL_SECONDS))
+        else:
+            self._batches[batch] = None
+
+    def _settle(self, batch: Batch, report: BatchReport) -> None:
+        """A pool process has executed a batch."""
+        dispositions = {
+            delivery.tag: settlement.disposition
+            for delivery, settlement in zip(batch.deliveries, report.settlements, strict=True)
+        }
+        self._finish(batch, dispositions)
+        if report.outage:
+            self._lease.breaker.record_failure(report.outage)
+        elif report.has_success:
+            self._lease.breaker.record_success()
+        for delivery, settlement in zip(batch.deliveries, report.settlements, strict=True):
+            for kind, fields in settlement.events:
+                self.send_event(kind, uuid=delivery.id, **fields)
+
+    def _settle_failed(self, batch: Batch, error: BaseException) -> None:
+        """A pool process has ended with a batch: only the ledger knows how far its jobs came."""
+        # An operator who ends the process, or stops the worker, does not count as an attempt.
+        if self._lease.is_draining or batch.is_revoked:
+            disposition = Disposition(Action.REQUEUE)
+        else:
+            disposition = Disposition(Action.FAILED_ATTEMPT, delay=_POOL_SECONDS)
+            for delivery in batch.deliveries:
+                logger.error("pool process lost: %s error=%r", delivery, error)
+        self._settle_unexecuted(batch, error, disposition)
+
+    def _settle_unexecuted(
+        self, batch: Batch, error: BaseException, disposition: Disposition
+    ) -> None:
+        self._finish(batch, {one.tag: disposition for one in batch.deliveries})
+        for delivery in batch.deliveries:
+            self.send_event("task-retried", uuid=delivery.id, exception=repr(error), traceback="")
+
+    def _finish(self, batch: Batch, dispositions: dict[str, Disposition]) -> None:
+        self._batches.pop(batch, None)
+        try:
+            self._lease.settle(dispositions)
+        finally:
+            for delivery in batch.deliveries:
+                worker_state.task_ready(delivery)
+            self.on_free()
+
+    def on_heartbeat(self) -> None:
+        """Enforce time limits, and drop batches that the pool has forgotten."""
+        for batch in list(self._batches):
+            batch.enforce_time_limit(self._clock())
+            if batch.is_abandoned:
+                self._batches.pop(batch, None)
+                for delivery in batch.deliveries:
+                    worker_state.task_ready(delivery)
+
+
+def _logged(callback: Callable[..., object]) -> Callable[..., object]:
+    """Log what the callback raises: billiard drops it."""
+
+    @wraps(callback)
+    def logged(*args: Any) -> None:
+        try:
+            callback(*args)
+        except Exception:
+            logger.exception("defect in a callback of the pool")
+            raise
+
+    return logged
+
+
+def partition(deliveries: Sequence[Delivery], processes: int) -> list[Sequence[Delivery]]:
+    """Share deliveries out among free pool processes, about as many bytes to each.
+
+    Deliveries of different time limits are in different batches, for a limit ends a whole batch; so
+    there may be more batches than processes. The first ones hold the oldest deliveries.
+    """
+    batches: dict[tuple[float, int], list[Delivery]] = {}
+    total, before = sum(one.claim.size for one in deliveries), 0
+    for delivery in deliveries:
+        process = before * processes // total
+        batches.setdefault((delivery.time_limit, process), []).append(delivery)
+        before += delivery.claim.size
+    return list(batches.values())

@@ -1,0 +1,293 @@
+"""The control service: answers requests about jobs from a queue of their own.
+
+It runs in a thread of the main process, so it answers while every pool process is busy. Requests
+are not persistent: a client whose request is not answered in time sends it again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from celery import Celery, states
+from celery.utils.log import get_logger
+from interview_access import errors
+from interview_access.contracts import (
+    CANCEL_JOB,
+    CONTROL_QUEUE,
+    JOB_ID_RULE,
+    JOB_STATUS,
+    REPLY_BYTES,
+    JobStatus,
+    describe,
+    is_job_id,
+)
+from interview_access.errors import (
+    InterviewAccessError,
+    InvalidGrantRequestException,
+    StorageUnavailableException,
+    shortened,
+)
+from interview_access.protocol import reply_key, result_key
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from storage.interface import InterviewStorageInterface, StorageError
+from worker.broker.claims import PREFIX
+from worker.broker.queue_wait import QueueWait, QueueWaitRefusedError
+from worker.services.background import BackgroundService
+from worker.services.job_status import JobStatusService
+
+logger = get_logger(__name__)
+
+_WAIT_SECONDS = 10.0  # for a request, in one command
+_LOST_SECONDS = _WAIT_SECONDS + 3.0  # after which a wait that got no reply is a lost connection
+_POLL_SECONDS = 0.5  # between two looks at the queue where Redis refuses to wait
+_REQUEST_BYTES = 65_536
+_REPLY_SECONDS = 60
+_OUTSTANDING_BYTES = 8 * 1024 * 1024  # of replies in Redis, of all workers
+_REPLIES = f"{PREFIX}replies"
+_CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_user")
+
+# A pop would return a request of any size to this process.
+_TAKE = """#!lua flags=allow-oom
+local request = redis.call('RPOP', KEYS[1])
+if request and #request > ARGV[1] + 0 then return #request end
+return request
+"""
+
+# The list has an entry for each reply: the bytes of all replies before it, its own, its digest, and
+# its key. The oldest replies beyond the limit are deleted, unless something else replaced them.
+_REPLY = """#!lua
+local key, replies, value, seconds, limit = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0
+local function entry(index)
+    local text = redis.call('LINDEX', replies, index) or '0 0 0 '
+    local before, bytes, digest, name = string.match(text, '^(%d+) (%d+) (%x+) (.*)$')
+    return before + 0, bytes + 0, digest, name
+end
+if not redis.call('SET', key, value, 'NX', 'EX', seconds) then return 0 end
+redis.call('PUBLISH', key, value)
+local before, bytes = entry(-1)
+local text = string.format('%.0f %d %s ', before + bytes, #value, redis.sha1hex(value))
+redis.call('RPUSH', replies, text .. key)
+redis.call('EXPIRE', replies, seconds)
+local first, _, digest, oldest = entry(0)
+while first + limit < before + bytes + #value do
+    redis.call('LPOP', replies)
+    local stored = redis.call('GET', oldest)
+    if stored and redis.sha1hex(stored) == digest then redis.call('DEL', oldest) end
+    first, _, digest, oldest = entry(0)
+end
+return 1
+"""
+
+
+class ControlService(BackgroundService):
+    """Answers control requests one after another."""
+
+    def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
+        """Connect to nothing before :meth:`start`."""
+        super().__init__(app)
+        self._wait: QueueWait | None = None
+        self._may_have_request = True
+        self._is_refused = False
+        self._jobs = JobStatusService(storage, app.backend)
+        self._operations: dict[str, Callable[[Redis, str], JobStatus]] = {
+            JOB_STATUS: self._jobs.status,
+            CANCEL_JOB: self._jobs.cancel,
+        }
+
+    def run_once(self, redis: Redis) -> None:
+        """Answer the next request, or wait for one."""
+        if not self._may_have_request:
+            self._may_have_request = self._wait_for_request(redis)
+            return
+        message: Any = redis.register_script(_TAKE)([CONTROL_QUEUE], [_REQUEST_BYTES])
+        if message is None:  # or another worker took it
+            self._may_have_request = False
+            return
+        try:
+            request = _Request.read(message)
+        except Exception as error:  # noqa: BLE001 - any bytes may be on the queue
+            logger.warning("control request cannot be read: %s", _brief(error))
+            return
+        if request.expires_at and request.expires_at <= datetime.now(UTC):
+            return
+        try:
+            self._answer(redis, request)
+        except (RedisError, OSError):
+            raise
+        except StorageError as error:
+            logger.warning("control request not answered: %s: %s", request.id, _brief(error))
+        except Exception:
+            logger.exception("control request failed: %s", request.id)
+
+    def _wait_for_request(self, redis: Redis) -> bool:
+        """Wait until the queue may have a request. Returns whether it may.
+
+        Raises:
+            RedisConnectionError: if the connection is lost.
+        """
+        if self._wait is None:
+            self._wait = QueueWait(redis.connection_pool)
+        reply = self._wait.start(CONTROL_QUEUE, _WAIT_SECONDS)
+        while self.pause(_LOST_SECONDS, reply):
+            try:
+                has_request = self._wait.read()
+            except QueueWaitRefusedError as error:
+                if not self._is_refused:
+                    logger.warning("Redis refuses to wait for control requests, polling: %s", error)
+                self._is_refused = True
+                self.pause(_POLL_SECONDS)
+                return True
+            if has_request is not None:
+                self._is_refused = False
+                return has_request
+        if self._stopping:
+            return False
+        raise RedisConnectionError("no reply from Redis")
+
+    def disconnect(self) -> None:
+        """Disconnect, and end the wait."""
+        wait, self._wait = self._wait, None
+        if wait:
+            wait.close()
+        super().disconnect()
+
+    def _answer(self, redis: Redis, request: _Request) -> None:
+        if request.has_reply_key:
+            server, key = redis, reply_key(request.id)
+        else:
+            server, key = self._app.backend.client, result_key(request.id)
+        try:
+            with _ledger_errors():
+                if not request.has_reply_key and self._jobs.is_job(redis, request.id):
+                    logger.warning("control request refused: its ID is a job's: %s", request.id)
+                    return
+                reply = _reply(request, states.SUCCESS, _cut(self._execute(redis, request)))
+        except InterviewAccessError as error:
+            failure = {
+                "exc_type": type(error).__name__,
+                "exc_module": errors.__name__,
+                "exc_message": [error.sentence, error.details],
+            }
+            reply = _reply(request, states.FAILURE, failure)
+        arguments = (reply, _REPLY_SECONDS, _OUTSTANDING_BYTES)
+        if not server.register_script(_REPLY)([key, _REPLIES], arguments):
+            logger.warning("control request not answered: its reply key exists: %s", request.id)
+
+    def _execute(self, redis: Redis, request: _Request) -> JobStatus:
+        job_id = request.arguments.get("job_id")
+        if request.task not in self._operations:
+            known = " or ".join(self._operations)
+            raise InvalidGrantRequestException.of([("task", known, describe(request.task))])
+        if not isinstance(job_id, str) or not is_job_id(job_id) or len(request.arguments) > 1:
+            raise InvalidGrantRequestException.of(
+                [("job_id", f"{JOB_ID_RULE}, and nothing else", describe(job_id))]
+            )
+        return self._operations[request.task](redis, job_id)
+
+
+@contextmanager
+def _ledger_errors() -> Iterator[None]:
+    """Raise an error of the ledger as one that can be replied."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageUnavailableException(
+            f"The ledger cannot be read now: {_brief(error)}. The job's state is not known; "
+            "ask again.",
+            {"total": 1, "reason": _brief(error)},
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A control request.
+
+    Attributes:
+        has_reply_key: Whether the client reads the reply key of the request's ID. Others, by
+            earlier releases or with Celery alone, read the result key.
+        expires_at: When the client stops waiting.
+    """
+
+    id: str
+    task: str
+    arguments: dict[str, Any]
+    has_reply_key: bool
+    expires_at: datetime | None
+
+    @classmethod
+    def read(cls, message: bytes | int) -> Self:
+        """Read a request of any bytes, or refuse it by its size.
+
+        Raises:
+            Exception: if it is not a request.
+        """
+        if isinstance(message, int):
+            raise ValueError(f"expected at most {_REQUEST_BYTES:,} bytes, got {message:,}")  # noqa: TRY004
+        envelope = json.loads(message.decode())
+        headers, properties, body = (envelope[part] for part in ("headers", "properties", "body"))
+        if properties.get("body_encoding") == "base64":
+            body = base64.b64decode(body)
+        args, kwargs, _ = json.loads(body)
+        request_id, expires = headers["id"], headers.get("expires")
+        if not is_job_id(request_id):
+            raise ValueError(f"its ID: expected {JOB_ID_RULE}, got {describe(request_id)}")
+        until = datetime.fromisoformat(expires) if expires else None
+        if until and not until.tzinfo:
+            until = until.replace(tzinfo=UTC)
+        positional = {"job_id" if at == 0 else str(at): value for at, value in enumerate(args)}
+        return cls(
+            id=request_id,
+            task=str(headers["task"]),
+            arguments={**positional, **kwargs},
+            has_reply_key=properties.get("reply_to") == reply_key(request_id),
+            expires_at=until,
+        )
+
+
+def _reply(request: _Request, status: str, result: dict[str, Any]) -> bytes:
+    """Encode a reply the way Celery stores a result, so that any Celery client can read it."""
+    reply: dict[str, Any] = {
+        "status": status,
+        "result": result,
+        "traceback": None,
+        "children": [],
+        "date_done": datetime.now(UTC).isoformat(),
+        "queue": CONTROL_QUEUE,
+        "task_id": request.id,
+    }
+    return json.dumps(reply).encode()
+
+
+def _cut(status: JobStatus) -> dict[str, Any]:
+    """Encode a status in about :data:`REPLY_BYTES`, with the number of entries it omits."""
+    whole = status.model_dump(mode="json", exclude_none=True)
+    room = REPLY_BYTES - len(json.dumps({**whole, **dict.fromkeys(_CUT_FIELDS)}))
+    omitted = {}
+    for field in _CUT_FIELDS:
+        entries = whole.get(field, [])
+        kept = 0
+        pairs = entries.items() if isinstance(entries, dict) else entries
+        for entry in pairs:
+            room -= len(json.dumps(entry)) + len(", ")
+            if room < 0:
+                break
+            kept += 1
+        if kept < len(entries):
+            omitted[field] = len(entries) - kept
+            first = list(pairs)[:kept]
+            whole[field] = dict(first) if isinstance(entries, dict) else first
+    return {**whole, "omitted": omitted} if omitted else whole
+
+
+def _brief(error: Exception) -> str:
+    text = shortened(str(error), quoted=False, at_most=500)
+    return text if isinstance(error, StorageError) else f"{type(error).__name__}: {text}"

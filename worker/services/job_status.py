@@ -1,0 +1,175 @@
+"""The job status service: reports and cancels jobs, for control requests and the command line.
+
+The ledger is authoritative. Redis adds what the ledger does not have yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from celery import states
+from celery.backends.redis import RedisBackend
+from interview_access.contracts import (
+    CONTROL_QUEUE,
+    PROGRESS,
+    Announcement,
+    JobFailure,
+    JobProgress,
+    JobState,
+    JobStatus,
+)
+from interview_access.errors import error_class, shortened
+from interview_access.protocol import announcement_key
+from pydantic import ValidationError
+from redis import Redis
+
+from storage.dtos import FinishedJobDTO, JobDTO
+from storage.interface import InterviewStorageInterface
+from tasks import ledger
+from worker.services.outbox_relay import message_of
+
+_READ_BYTES = 65_536  # of an announcement or a result: producers may write both
+
+
+class JobStatusService:
+    """Reports and cancels jobs. Every method raises the errors of PostgreSQL and Redis."""
+
+    def __init__(
+        self, storage: Callable[[], InterviewStorageInterface], results: RedisBackend
+    ) -> None:
+        """Connect at the first call.
+
+        Args:
+            storage: Returns this process's storage.
+            results: The result backend.
+        """
+        self._storage = storage
+        self._results = results
+
+    def status(self, redis: Redis, job_id: str) -> JobStatus:
+        """Report a job.
+
+        Args:
+            redis: The server of the queue.
+            job_id: Any valid job ID.
+        """
+        storage = self._storage()
+        if finished := storage.get_finished_job(job_id):
+            return _finished(finished)
+        announced = _announced(redis, job_id) or self._requested(job_id)
+        status = _unfinished(job_id, self._stored(job_id), announced)
+        if status.final and (finished := storage.get_finished_job(job_id)):
+            return _finished(finished)  # finished between the two reads
+        if not status.final and storage.is_cancelled(job_id):
+            status.cancel_requested = True
+        return status
+
+    def cancel(self, redis: Redis, job_id: str) -> JobStatus:
+        """Cancel a job and report it; see :func:`ledger.cancel`."""
+        announced = _announced(redis, job_id) or self._requested(job_id)
+        entry = (
+            JobDTO(job_id, announced.task, None, announced.digest)
+            if announced and announced.digest
+            else None
+        )
+        is_running = ledger.cancel(self._storage(), job_id, entry)
+        status = self.status(redis, job_id)
+        if status.state == "cancelled" and status.error:
+            error = ledger.error_of(status.error.model_dump())
+            # If Redis is away, it is stored when the job's message is delivered.
+            self._results.store_results({job_id: error})
+        elif is_running and not status.final:
+            status.state = "running"
+        return status
+
+    def is_job(self, redis: Redis, job_id: str) -> bool:
+        """Report whether anything is known of a job with this ID."""
+        return self.status(redis, job_id) != JobStatus(job_id=job_id, state="unknown")
+
+    def _requested(self, job_id: str) -> Announcement | None:
+        """Build the announcement of a job that waits in the outbox."""
+        request = self._storage().get_request(job_id)
+        if request is None:
+            return None
+        announcement = message_of(request).announcement
+        return announcement.model_copy(update={"sent_at": request.requested_at})
+
+    def _stored(self, job_id: str) -> dict[str, Any]:
+        """Read the result that pollers read; empty where none is stored or it cannot be read."""
+        key = self._results.get_key_for_task(job_id)
+        text = self._results.client.getrange(key, 0, _READ_BYTES - 1)
+        with suppress(ValueError, RecursionError):
+            stored = json.loads(text)
+            # The reply to a control request without reply_to has the key of a result.
+            if isinstance(stored, dict) and stored.get("queue") != CONTROL_QUEUE:
+                return stored
+        return {}
+
+
+def _announced(redis: Redis, job_id: str) -> Announcement | None:
+    text: Any = redis.getrange(announcement_key(job_id), 0, _READ_BYTES - 1)
+    try:
+        return Announcement.model_validate_json(text) if text else None
+    except ValidationError:
+        return None  # written by a producer that does not follow the contract
+
+
+def _finished(finished: FinishedJobDTO) -> JobStatus:
+    job, answer = finished.job, finished.answer
+    figures, rejected = answer.figures, answer.rejected
+    return JobStatus.model_validate(
+        {
+            "job_id": job.job_id,
+            "state": answer.state,
+            "task": job.task,
+            "user_id": job.user_id,
+            "requested": figures and figures.requested,
+            "repeated": figures and figures.repeated,
+            "already_granted": figures and figures.already_granted,
+            "created": figures and figures.created,
+            "result": answer.result,
+            "error": answer.error,
+            "created_by_user": answer.created_by_user,
+            "unknown_interview_ids": rejected and rejected.unknown,
+            "malformed_interview_ids": rejected and rejected.malformed,
+            "finished_at": finished.finished_at,
+        }
+    )
+
+
+def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | None) -> JobStatus:
+    """Report a job that is not in the ledger: it has no final result, or its row was pruned."""
+    status = JobStatus(job_id=job_id, state="unknown")
+    if announced:
+        status.state, status.task = "queued", announced.task
+        status.sent_at, status.eta = announced.sent_at, announced.eta
+        status.expires_at = announced.expires_at
+    result = stored.get("result")
+    match stored.get("status"):
+        case states.STARTED:
+            status.state = "running"
+        case state if state == PROGRESS:
+            status.state = "running"
+            with suppress(ValidationError):  # of another application's task
+                status.progress = JobProgress.model_validate(result)
+        case states.RETRY:
+            status.state = "queued"  # announced or not
+        case states.SUCCESS if isinstance(result, dict):
+            status.state, status.result = "succeeded", result
+        case states.FAILURE | states.REVOKED if isinstance(result, dict):
+            status.state, status.error = _failed(result)
+    return status
+
+
+def _failed(stored: dict[str, Any]) -> tuple[JobState, JobFailure]:
+    name = str(stored.get("exc_type"))
+    match stored.get("exc_message"):
+        case [str(sentence), dict(details)]:
+            failure = JobFailure(type=name, sentence=sentence, details=details)
+            return error_class(name).state, failure
+        case message:
+            sentence = f"The job failed: {shortened(str(message), quoted=False, at_most=500)}"
+            return "failed", JobFailure(type=name, sentence=sentence)

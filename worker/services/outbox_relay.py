@@ -1,0 +1,108 @@
+"""The outbox relay: a background service that enqueues the jobs requested in the database.
+
+The relays of all workers share the requests: each takes rows that no other has locked. PostgreSQL
+notifies them of new ones; a look at the table now and then finds those of which no notification
+came, and those to be sent again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+from celery import Celery
+from celery.utils.log import get_logger
+from interview_access.errors import shortened
+from interview_access.protocol import GrantMessage, announcement_key
+from redis import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from storage.dtos import AccessRequestDTO
+from storage.interface import InterviewStorageInterface
+from tasks.relay import relay
+from worker.broker.claims import PREFIX
+from worker.services.background import BackgroundService
+
+logger = get_logger(__name__)
+
+_LOOK_SECONDS = 4.0  # between two looks at the requests without a notification
+_PAUSE_SECONDS = 0.5  # the same where PostgreSQL cannot notify, as through a pooler
+_SEEN_SECONDS = 1.5  # between two looks at Redis
+_SEEN = f"{PREFIX}relay"  # missing where Redis was emptied or is another server
+_TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
+
+
+class OutboxRelay(BackgroundService):
+    """Enqueues requests from the outbox table."""
+
+    def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
+        """Connect to nothing before :meth:`start`.
+
+        Args:
+            app: Connects to the queue.
+            storage: Of this service alone, which waits on its connection.
+        """
+        super().__init__(app)
+        self._storage = storage
+        self._look_at = 0.0
+
+    def run_once(self, redis: Redis) -> None:
+        """Enqueue one page of requests, or wait for one."""
+        storage = self._storage()
+        if not redis.exists(_SEEN):
+            storage.make_requests_due()
+            redis.set(_SEEN, 1)
+            self._look_at = 0.0
+        if time.monotonic() >= self._look_at:
+            if storage.has_due_requests():
+                if not relay(storage, partial(_announced, redis), partial(_send, redis)):
+                    self.pause(_PAUSE_SECONDS)  # others have locked what is due
+                return
+            self._look_at = time.monotonic() + _LOOK_SECONDS
+        is_added = storage.wait_for_requests(_SEEN_SECONDS, self.wakeup)
+        if is_added is None:
+            self.pause(_PAUSE_SECONDS)
+        if is_added is not False:
+            self._look_at = 0.0
+
+
+def message_of(request: AccessRequestDTO) -> GrantMessage:
+    """Build the message of a request's job."""
+    return GrantMessage.of(request.user_id, request.interview_ids, job_id=request.job_id)
+
+
+def _announced(redis: Redis, job_ids: Sequence[str]) -> Collection[str]:
+    """Find the jobs that the server of the queue knows, in one round trip."""
+    with redis.pipeline(transaction=False) as pipeline:
+        for job_id in job_ids:
+            pipeline.exists(announcement_key(job_id))
+        found = pipeline.execute()
+    return [job_id for job_id, exists in zip(job_ids, found, strict=True) if exists]
+
+
+def _send(redis: Redis, request: AccessRequestDTO) -> bool:
+    """Enqueue a request's job; False where only this one cannot be enqueued.
+
+    Raises:
+        RedisError: if no request could be enqueued now.
+    """
+    try:
+        commands = message_of(request).commands
+        with redis.pipeline(transaction=True) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
+            pipeline.execute()
+    except Exception as error:
+        if isinstance(error, ResponseError) and not str(error).endswith(_TOO_LARGE):
+            raise  # Redis refuses every request: a permission, its memory, its replicas
+        if isinstance(error, RedisError | OSError):
+            redis.ping()
+        logger.warning(
+            "outbox request cannot be sent, will retry: job=%s error=%s: %s",
+            shortened(request.job_id),
+            type(error).__name__,
+            shortened(str(error), quoted=False, at_most=500),
+        )
+        return False
+    return True
