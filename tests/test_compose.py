@@ -230,8 +230,8 @@ def test_the_image_has_all_of_our_code() -> None:
     }
     assert all((ROOT / name).exists() for name in copied)
     with (ROOT / "pyproject.toml").open("rb") as file:
-        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
-    assert {package.partition(".")[0] for package in packages} <= copied
+        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {pattern.rstrip("*") for pattern in packages} <= copied
     allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert {f"!{name}" for name in copied} <= set(allowed)
     assert re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE) == [SERVICES["worker"]["user"]]

@@ -273,12 +273,12 @@ def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
     from redis.exceptions import RedisError
 
     from storage.interface import StorageError
-    from worker.celery import app, storage
+    from worker.celery import app
     from worker.services.job_status import JobStatusService
 
     try:
         with app.connection_for_write() as connection:
-            yield JobStatusService(storage, app.backend), connection.default_channel.client
+            yield JobStatusService(app.storage, app.backend), connection.default_channel.client
     except StorageError as error:
         _end(_NO_ANSWER, _one_line(f"The job's state cannot be read: {error}"))
     except (CeleryError, OperationalError, RedisError, OSError) as error:

@@ -9,7 +9,6 @@ import logging
 from typing import Any
 
 from celery.app.log import TaskFormatter
-from celery.signals import after_setup_logger, after_setup_task_logger
 from celery.utils.log import ColorFormatter
 from interview_access.errors import shortened
 
@@ -45,13 +44,13 @@ class TaskLogFormatter(_Escaping, TaskFormatter):  # type: ignore[misc] # Celery
     """Formats the lines of tasks, with their name and ID."""
 
 
-@after_setup_logger.connect  # type: ignore[untyped-decorator] # Celery ships no types
-def _escape_worker_lines(logger: logging.Logger, format: str, colorize: bool, **_: Any) -> None:  # noqa: A002 - Celery's names
+def escape_worker_lines(logger: logging.Logger, format: str, colorize: bool, **_: Any) -> None:  # noqa: A002 - Celery's names
+    """Set the formatter of the worker's handlers: a hook of ``after_setup_logger``."""
     _set_formatter(logger, LogFormatter, format, use_color=colorize)
 
 
-@after_setup_task_logger.connect  # type: ignore[untyped-decorator] # Celery ships no types
-def _escape_task_lines(logger: logging.Logger, format: str, colorize: bool, **_: Any) -> None:  # noqa: A002 - Celery's names
+def escape_task_lines(logger: logging.Logger, format: str, colorize: bool, **_: Any) -> None:  # noqa: A002 - Celery's names
+    """Set the formatter of the tasks' handlers: a hook of ``after_setup_task_logger``."""
     _set_formatter(logger, TaskLogFormatter, format, use_color=colorize)
 
 

@@ -33,6 +33,7 @@ from storage.interface import StorageError
 from storage.schema import DatabaseUnavailableError, check_schema
 from worker.broker.claims import DEAD, PREFIX
 from worker.broker.connections import CLIENT_NAME
+from worker.broker.scripts import script
 from worker.settings import Settings
 
 logger = get_logger(__name__)
@@ -84,16 +85,6 @@ _JOBS = {
     "": "TIME PUNSUBSCRIBE",
 }
 """Commands that a worker sends, by their first arguments: keys and channels as they will be."""
-
-_DENIED = """#!lua flags=no-writes,allow-oom
-local denied = {}
-for _, command in ipairs(ARGV) do
-    local words = {}
-    for word in string.gmatch(command, '[^ ]+') do words[#words + 1] = word end
-    if not redis.acl_check_cmd(unpack(words)) then denied[#denied + 1] = command end
-end
-return denied
-"""
 
 
 class StartupError(Exception):
@@ -204,7 +195,7 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
             _check_server(redis, variable)
             if address.database:
                 redis.execute_command("SELECT", address.database)
-            denied: Any = redis.register_script(_DENIED)(args=commands)
+            denied: Any = redis.register_script(script("denied_commands"))(args=commands)
     except (RedisError, OSError) as error:
         if _is_refusal(error):
             raise StartupError(

@@ -32,8 +32,8 @@ MESSAGES = (b"", b"\0", b"\xff\xfe\0'", b'it\'s "so" \\0 ]]', b'{"id": "1"}', b'
 LEASES, DUE, DEFERRED = f"{PREFIX}leases", f"{PREFIX}due", f"{PREFIX}deferred"
 ISOLATED, TRIES, DEFERRALS = f"{PREFIX}isolated", f"{PREFIX}tries", f"{PREFIX}deferrals"
 CLOCK = f"{PREFIX}clock"
-BYTES_PER_SCRIPT = "local bytes_left, ends = 4194304"
-FETCHED_BYTES = "local fetched_bytes, has_garbage = 1048576"
+BYTES_PER_SCRIPT = "local bytes_left = 4 * 1024 * 1024"
+FETCHED_BYTES = "local fetched_bytes = 1024 * 1024"
 LATER = 3_600
 
 State = dict[str, Any]
@@ -435,12 +435,12 @@ class Walk:
 
 def few_bytes(bytes_left: int) -> dict[str, str]:
     """The edit after which a script moves so few bytes at once."""
-    return {BYTES_PER_SCRIPT: f"local bytes_left, ends = {bytes_left}"}
+    return {BYTES_PER_SCRIPT: f"local bytes_left = {bytes_left}"}
 
 
 def all_fetched() -> dict[str, str]:
     """The edit after which a claim's reply omits every message."""
-    return {FETCHED_BYTES: "local fetched_bytes, has_garbage = 0"}
+    return {FETCHED_BYTES: "local fetched_bytes = 0"}
 
 
 def walk(redis: Redis, path: str, seed: int, edits: Mapping[str, str]) -> None:
@@ -469,31 +469,31 @@ BREAKS = {
     "a message put back is lost": ("redis.pcall('RPUSH', queue, message)", "redis.pcall('TIME')"),
     "an isolated message is lost": ("redis.call('LPUSH', isolated, value)", "redis.call('TIME')"),
     "a requeued message stays claimed": (
-        "    put(value)\n    redis.call('HDEL', held(session), tag)",
+        "    put(value)\n    redis.call('HDEL', claims_of(session), tag)",
         "    put(value)",
     ),
     "a requeued message is dropped": (
         "    put(value)\n    redis.call('HDEL'",
         "    redis.call('HDEL'",
     ),
-    "a delayed message is not kept": ("redis.call('HSET', deferred, name, value)", ""),
+    "a delayed message is not kept": ("redis.call('HSET', delayed, name, value)", ""),
     "a delayed message has no time": ("redis.call('ZADD', due, now() + milliseconds, name)", ""),
     "a dead letter is not written": ("redis.call('XADD', prefix .. 'dead', '*'", "tostring('*'"),
     "a dead letter keeps its counts": (
         "'message', message)\n    forget(message)",
         "'message', message)",
     ),
-    "retries are not forgotten": ("    redis.call('HDEL', deferrals, digest)\n", ""),
+    "retries are not forgotten": ("    redis.call('HDEL', retry_counts, digest)\n", ""),
     "two messages have one digest": ("redis.sha1hex(message)", "redis.sha1hex(#message)"),
     # Open
     "a session has no lease": ("redis.call('ZADD', leases, 'NX', 1, session)\n", ""),
     "a former session stays alive": ("    redis.call('ZREM', leases, former)\n", ""),
-    "a handover copies": ("            redis.call('HDEL', held(former), tag)\n", ""),
-    "a handover loses": ("            redis.call('HSET', held(session), tag, value)\n", ""),
+    "a handover copies": ("            redis.call('HDEL', claims_of(former), tag)\n", ""),
+    "a handover loses": ("            redis.call('HSET', claims_of(session), tag, value)\n", ""),
     "a handover includes what is not wanted": ("elseif wanted[tag] then", "elseif true then"),
     "a handover drops what is not wanted": (
         "requeue(former, tag, false)",
-        "redis.call('HDEL', held(former), tag)",
+        "redis.call('HDEL', claims_of(former), tag)",
     ),
     "a handover counts attempts": ("requeue(former, tag, false)", "requeue(former, tag, true)"),
     "a handover ends too early": ("            kept[1] = 1\n", ""),
@@ -503,8 +503,8 @@ BREAKS = {
         "",
     ),
     "a claim replaces another": (
-        "redis.pcall('HSETNX', held(session), tag, value)",
-        "redis.call('HSET', held(session), tag, value) and 1",
+        "redis.pcall('HSETNX', claims_of(session), tag, value)",
+        "redis.call('HSET', claims_of(session), tag, value) and 1",
     ),
     "a message that cannot be claimed is lost": (
         "redis.call('RPUSH', list, list == isolated and value or message)",
@@ -525,11 +525,11 @@ BREAKS = {
         "take(isolated, queue, message, digest_of(message))",
     ),
     "a poison candidate is claimed from its queue": (
-        "if redis.call('HEXISTS', tries, digest) == 1 then",
+        "if redis.call('HEXISTS', attempt_counts, digest) == 1 then",
         "if false then",
     ),
     "a poison candidate is claimed from the lane": (
-        "if not digest or redis.call('HEXISTS', tries, digest) == 1 then break end",
+        "if not digest or redis.call('HEXISTS', attempt_counts, digest) == 1 then break end",
         "if not digest then break end",
     ),
     "a claim loses a poison candidate": (
@@ -551,7 +551,7 @@ BREAKS = {
         "local session, announced_seconds = redis.call('ZRANGE', leases, 0, 0)[1] or ''",
     ),
     "a settled message stays claimed": (
-        "        redis.call('HDEL', held(session), tag)\n    end",
+        "        redis.call('HDEL', claims_of(session), tag)\n    end",
         "    end",
     ),
     "one settlement in two is applied": (
@@ -563,12 +563,15 @@ BREAKS = {
         "        elseif action == 'requeue' then\n            put(value)",
         "        elseif action == 'requeue' then",
     ),
-    "a retry is not counted": ("if action == 'retry' then count(deferrals, message) end", ""),
-    "a retry is counted as an attempt": ("count(deferrals, message)", "count(tries, message)"),
-    "a failed attempt is not counted": ("count(tries, message) end", "end"),
+    "a retry is not counted": ("if action == 'retry' then count(retry_counts, message) end", ""),
+    "a retry is counted as an attempt": (
+        "count(retry_counts, message)",
+        "count(attempt_counts, message)",
+    ),
+    "a failed attempt is not counted": ("count(attempt_counts, message) end", "end"),
     "any delay is counted": ("if action == 'retry' then", "do"),
     # Wake
-    "a woken message stays delayed": ("        redis.call('HDEL', deferred, name)\n", ""),
+    "a woken message stays delayed": ("        redis.call('HDEL', delayed, name)\n", ""),
     "a woken message is lost": ("        put(value)\n        redis", "        redis"),
     "a woken message is still due": (
         "redis.call('ZREM', due, name)",

@@ -28,9 +28,10 @@ from tests.support.sessions import (
     unreachable,
 )
 from tests.support.stores import until
+from worker.broker.circuit_breaker import CircuitBreaker
 from worker.broker.claims import DEAD, PREFIX, Action, Claims, Disposition
-from worker.broker.lease import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, CircuitBreaker, Lease
-from worker.execution.delivery import Delivery, State
+from worker.broker.delivery import Delivery
+from worker.broker.lease import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, Lease
 from worker.local_stack import LocalStack
 
 ACKNOWLEDGE = Disposition(Action.ACKNOWLEDGE)
@@ -93,8 +94,7 @@ class Batch:
     def __init__(self, *deliveries: Delivery, is_abandoned: bool = False) -> None:
         self.is_abandoned = is_abandoned
         for delivery in deliveries:
-            delivery.state = State.DISPATCHED
-            delivery.batch = self  # type: ignore[assignment]
+            delivery.dispatch(self)
 
 
 def dispatched(lease: Lease) -> list[Delivery]:
@@ -106,7 +106,7 @@ def dispatched(lease: Lease) -> list[Delivery]:
 
 def settle(lease: Lease, disposition: Disposition, *deliveries: Delivery) -> None:
     """Settle deliveries in the same way."""
-    lease.settle({one.tag: disposition for one in deliveries})
+    lease.settle({one.claim.tag: disposition for one in deliveries})
 
 
 # --- A lease that is lost ------------------------------------------------------------------------
@@ -162,12 +162,12 @@ def test_a_settlement_after_the_takeover_has_no_effect(lease: SteppedLease, redi
 def test_delivery_tags_are_never_reused(lease: SteppedLease, redis: Redis, client: Redis) -> None:
     """A late command of a former session cannot name a delivery of the current one."""
     redis.lpush(QUEUE, "a", "b", "c")
-    tags = [one.tag for one in claim(lease)]
+    tags = [one.claim.tag for one in claim(lease)]
     lease.open(client)
-    tags += [one.tag for one in claim(lease)]
+    tags += [one.claim.tag for one in claim(lease)]
     lose(redis, lease)
     lease.beat()
-    tags += [one.tag for _ in range(3) for one in claim(lease)]
+    tags += [one.claim.tag for _ in range(3) for one in claim(lease)]
     assert len(set(tags)) == len(tags) == 7
 
 
@@ -273,7 +273,7 @@ def test_settlements_wait_for_redis(lease: SteppedLease, redis: Redis, client: R
     letters: Any = redis.xrange(DEAD)
     ((_, letter),) = letters
     assert letter[b"message"] == b"b"
-    assert lease.tags == {three.tag}
+    assert lease.tags == {three.claim.tag}
 
 
 def test_settlements_survive_a_reconnection(
@@ -300,7 +300,7 @@ def test_claims_without_delivery_are_requeued(
     (known,) = claim(lease)
     lease.beat()
     assert redis.lrange(QUEUE, 0, -1) == [b"lost"]
-    assert lease.tags == {known.tag}
+    assert lease.tags == {known.claim.tag}
     assert errors(caplog) == ["claims without delivery are requeued: count=1"]
 
 
@@ -310,9 +310,9 @@ def test_a_delivery_without_claim_is_forgotten(
     """A heartbeat removes, as an error, what is in the table and not claimed in Redis."""
     redis.lpush(QUEUE, "lost", "known")
     lost, known = claim(lease)
-    redis.hdel(f"{PREFIX}held:{lease.session}", lost.tag)
+    redis.hdel(f"{PREFIX}held:{lease.session}", lost.claim.tag)
     lease.beat()
-    assert lease.tags == {known.tag}
+    assert lease.tags == {known.claim.tag}
     assert errors(caplog) == [f"delivery without claim is forgotten: {lost}"]
 
 
@@ -331,9 +331,7 @@ def test_a_delivery_that_was_never_dispatched_is_requeued(
     assert claimed(redis, lease.session) == [b"dropped"]
     lease.beat()
     assert redis.lrange(QUEUE, 0, -1) == [b"dropped"]
-    assert errors(caplog) == [
-        "delivery without owner is requeued: job='' task='' state=claimed attempts=0 pid=None"
-    ]
+    assert errors(caplog) == ["delivery without owner is requeued: tag=1 state=claimed attempts=0"]
     assert lease.tags == set()
 
 

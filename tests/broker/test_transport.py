@@ -122,7 +122,7 @@ def test_all_priorities_of_several_queues_are_claimed(url: str, stack: LocalStac
             *("a\x06\x163", "b\x06\x163"),
             *("a\x06\x169", "b\x06\x169"),
         ]
-        lease.settle({one.tag: Disposition(Action.ACKNOWLEDGE) for one in came})
+        lease.settle({one.claim.tag: Disposition(Action.ACKNOWLEDGE) for one in came})
         lease.close()
         assert not list(client.scan_iter("interview-access:*"))
 

@@ -33,9 +33,10 @@ from tests.support.sessions import (
     messages,
 )
 from worker.broker.claims import DEAD, PREFIX, Action
+from worker.broker.delivery import Delivery, State
 from worker.broker.lease import SMALL_BYTES
-from worker.execution.delivery import Delivery, Limits, State
 from worker.execution.dispatch import Dispatcher, partition
+from worker.execution.request import JobRequest, Limits
 from worker.local_stack import LocalStack
 
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
@@ -147,7 +148,7 @@ def is_idle(site: Site) -> bool:
 def test_partition(sizes: list[int], processes: int, batches: list[list[int]]) -> None:
     """Free pool processes share deliveries in their order, by bytes."""
     shared = partition([sized(size) for size in sizes], processes)
-    assert [[one.claim.size for one in batch] for batch in shared] == batches
+    assert [[one.delivery.claim.size for one in batch] for batch in shared] == batches
 
 
 @pytest.mark.parametrize(
@@ -163,8 +164,9 @@ def test_time_limits_are_kept_apart(
 
 
 def sized(size: int, time_limit: float = 9.0) -> Any:
-    """A delivery of a message of so many bytes."""
-    return SimpleNamespace(time_limit=time_limit, claim=SimpleNamespace(size=size))
+    """A request of a message of so many bytes."""
+    delivery = SimpleNamespace(claim=SimpleNamespace(size=size))
+    return SimpleNamespace(time_limit=time_limit, delivery=delivery)
 
 
 def test_large_jobs_of_a_claim_have_one_pool_process(site: Site) -> None:
@@ -246,18 +248,20 @@ def test_events_contain_no_arbitrary_values(site: Site, value: object) -> None:
 
 
 def test_what_operators_see_of_a_running_job(site: Site) -> None:
-    """Control commands find a delivery from its dispatch until its settlement."""
+    """Control commands find a request from its dispatch until its settlement."""
     site.send("a")
     (delivery,) = site.pump()
-    assert worker_state.requests == {"a": delivery}
-    assert set(worker_state.reserved_requests) == {delivery}
+    assert worker_state.requests.keys() == {"a"}
+    request: JobRequest = worker_state.requests["a"]
+    assert request.delivery is delivery
+    assert set(worker_state.reserved_requests) == {request}
     assert set(worker_state.active_requests) == set()
     (work,) = site.pool.works
     work.accept()
-    assert set(worker_state.active_requests) == {delivery}
-    assert delivery.info()["hostname"] == "worker@host"
-    assert delivery.info()["worker_pid"] == work.pid
-    assert delivery.info()["time_start"] == pytest.approx(time.time(), abs=60)
+    assert set(worker_state.active_requests) == {request}
+    assert request.info()["hostname"] == "worker@host"
+    assert request.info()["worker_pid"] == work.pid
+    assert request.info()["time_start"] == pytest.approx(time.time(), abs=60)
     assert worker_state.total_count == {GRANT_ACCESS: 1}
     work.complete()
     assert is_idle(site)
@@ -402,7 +406,8 @@ def test_an_operator_ends_a_job(site: Site) -> None:
     """``revoke --terminate`` ends the pool process once; the job comes back as cancelled."""
     site.pool.num_processes = 1
     site.send("a", "other")
-    first, _ = site.pump()
+    site.pump()
+    first = worker_state.requests["a"]
     (work,) = site.pool.works
     work.accept()
     worker_state.revoked.add("a")
@@ -431,11 +436,12 @@ def test_a_poison_job_that_is_revoked_counts_attempts(site: Site) -> None:
 def test_a_revoked_job_that_is_not_running_is_not_terminated(site: Site) -> None:
     """Its delivery may be settled by now, and its pool process execute another batch."""
     site.send("a")
-    (delivery,) = site.pump()
+    site.pump()
+    request = worker_state.requests["a"]
     work = site.pool.works[0]
     work.accept()
     work.complete()
-    delivery.terminate(site.pool)
+    request.terminate(site.pool)
     assert site.pool.killed == []
 
 
@@ -444,8 +450,8 @@ def test_a_job_revoked_before_it_runs_is_terminated(site: Site, is_full: bool) -
     """Its pool process is ended as soon as it is known, and no attempt is counted."""
     site.pool.is_full = is_full
     site.send("a")
-    (delivery,) = site.pump()
-    delivery.terminate(site.pool)
+    site.pump()
+    worker_state.requests["a"].terminate(site.pool)
     (work,) = site.pool.works
     assert site.pool.killed == ([] if is_full else [work.pid])
     work.accept()

@@ -41,9 +41,10 @@ from tests.support.sessions import (
     sessions,
 )
 from worker.broker.claims import DEAD, PREFIX, Action, Disposition, Heartbeat
+from worker.broker.delivery import Delivery
 from worker.broker.lease import SMALL_BYTES
-from worker.execution.delivery import Delivery, Limits
 from worker.execution.dispatch import Batch, Dispatcher
+from worker.execution.request import Limits
 from worker.local_stack import LocalStack
 
 SEEDS = int(os.environ.get("OWNERSHIP_SEEDS", "8"))
@@ -247,11 +248,12 @@ class Ownership:
 
     def revoke(self) -> None:
         """An operator revokes a job and has its pool process ended."""
-        deliveries = [one for one in self._any().lease._deliveries.values() if one.id]
-        if deliveries:
-            delivery = self._random.choice(deliveries)
-            worker_state.revoked.add(delivery.id)
-            delivery.terminate(None)
+        batches = list(self._any().dispatcher._batches)
+        requests = [one for batch in batches for one in batch.requests if one.id]
+        if requests:
+            request = self._random.choice(requests)
+            worker_state.revoked.add(request.id)
+            request.terminate(None)
 
     # --- One worker's work -----------------------------------------------------------------------
 
@@ -383,10 +385,11 @@ class Ownership:
         for worker in self._workers:
             batches: list[Batch] = list(worker.dispatcher._batches)
             for batch in batches:
-                for one in batch.deliveries:
-                    assert self._batch_of.setdefault((worker, one.tag), batch) is batch
-                is_poison = any(one.claim.attempts for one in batch.deliveries)
-                assert len(batch.deliveries) == 1 or not is_poison
+                claims = [one.delivery.claim for one in batch.requests]
+                for claim in claims:
+                    assert self._batch_of.setdefault((worker, claim.tag), batch) is batch
+                is_poison = any(claim.attempts for claim in claims)
+                assert len(claims) == 1 or not is_poison
             claimed = list(worker.lease._deliveries.values())
             assert sum(one.claim.attempts > 0 for one in claimed) <= 1
 
@@ -494,7 +497,7 @@ class Twice(Dispatcher):
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         super()._settle_failed(batch, error)
-        self._start(Batch(batch.deliveries, self._pool, self._hostname, self._clock()))
+        self._start(Batch(batch.requests, self._pool, self._hostname, self._clock()))
 
 
 BROKEN = [

@@ -16,8 +16,8 @@ from interview_access.contracts import (
 )
 
 from worker.broker.claims import Action, Disposition
-from worker.execution.delivery import Dispatched
 from worker.execution.pool_process import BatchReport, Settlement, execute
+from worker.execution.request import Dispatched
 
 
 def tasks_app() -> Celery:

@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
+from worker.broker.scripts import claims_script
+
 PREFIX = "interview-access:"
 """Prefix of every key of this protocol."""
 
@@ -44,335 +46,9 @@ DEAD = f"{PREFIX}dead"
 Fields: job_id, task, reason, in_ledger, time, attempts, size, queue, message."""
 
 ANY_SIZE = 2**53
-_BYTES_PER_SCRIPT = 4 * 1024 * 1024
-"""Bytes of messages that one script moves, at least one message; a 100,000-ID job has 4 MB."""
-
-_ENDS_BYTES = 64 * 1024
-"""Bytes of each end that are returned of a message over the limit: its job ID is in one of them."""
-
-_FETCHED_BYTES = 1024 * 1024
-"""Bytes of a message above which a claim's reply omits it, and it is read by a separate command:
-Redis keeps the arguments of a script's commands until it ends, one copy beside the reply's."""
 
 _ANNOUNCEMENT_SECONDS = 86_400
 """How long a job's announcement outlives the job: as long as its result."""
-
-_COUNTS_SECONDS = 30 * 86_400
-"""How long attempts and retries are kept after the last one was counted."""
-
-_SCRIPT = f"""#!lua flags=allow-oom
-local prefix, arguments = KEYS[1], ARGV
-local leases, due, deferred = prefix .. 'leases', prefix .. 'due', prefix .. 'deferred'
-local tries, deferrals = prefix .. 'tries', prefix .. 'deferrals'
-local isolated = prefix .. 'isolated'
-local bytes_left, ends = {_BYTES_PER_SCRIPT}, {_ENDS_BYTES}
-local fetched_bytes, has_garbage = {_FETCHED_BYTES}, false
-
--- Return the server's time in ms. After a step of its clock, back or in a failover, delays keep the
--- length that was meant.
-local function now()
-    local clock, parts = prefix .. 'clock', redis.call('TIME')
-    local time = parts[1] * 1000 + math.floor(parts[2] / 1000)
-        + (redis.call('HGET', clock, 'offset') or 0)
-    local last = tonumber(redis.call('HGET', clock, 'last') or 0)
-    if time < last - 1000 then
-        redis.call('HINCRBY', clock, 'offset', last - time)
-        time = last
-    end
-    redis.call('HSET', clock, 'last', time)
-    return time
-end
-
-local function held(session) return prefix .. 'held:' .. session end
-
-local function parts(value)
-    has_garbage = has_garbage or #value > fetched_bytes
-    local stop = string.find(value, '\\0', 1, true)
-    return string.sub(value, 1, stop - 1), string.sub(value, stop + 1)
-end
-
--- Free what Lua has of large messages: it collects little at a time, long after the script.
-local function collect()
-    if has_garbage then collectgarbage() end
-end
-
--- Identifies a message in tries and deferrals. The ends of a long one suffice, for they hold its
--- job ID and delivery tag: hashing 5 MB would block the server.
-local function digest_of(message)
-    if #message > 8192 then
-        message = #message .. string.sub(message, 1, 4096) .. string.sub(message, -4096)
-    end
-    return redis.sha1hex(message)
-end
-
-local function count(hash, message)
-    redis.call('HINCRBY', hash, digest_of(message), 1)
-    redis.call('EXPIRE', hash, {_COUNTS_SECONDS})
-end
-
-local function forget(message)
-    local digest = digest_of(message)
-    redis.call('HDEL', tries, digest)
-    redis.call('HDEL', deferrals, digest)
-end
-
-local function dead_letter(queue, message, job_id, task, reason, in_ledger, attempts)
-    local time = redis.call('TIME')
-    redis.call('XADD', prefix .. 'dead', '*', 'job_id', job_id, 'task', task, 'reason', reason,
-        'in_ledger', in_ledger,
-        'time', string.format('%d.%03d', time[1], math.floor(time[2] / 1000)),
-        'attempts', attempts, 'size', #message, 'queue', queue, 'message', message)
-    forget(message)
-end
-
--- Back to the consuming end of its queue, or to the isolated messages if it has attempts. A key
--- that has become another type than a list accepts no message.
-local function put(value)
-    local queue, message = parts(value)
-    bytes_left = bytes_left - #message
-    if redis.call('HEXISTS', tries, digest_of(message)) == 1 then
-        redis.call('LPUSH', isolated, value)
-    elseif type(redis.pcall('RPUSH', queue, message)) ~= 'number' then
-        dead_letter(queue, message, '', '', 'Its queue is not a list.', '0', '0')
-    end
-end
-
-local function delay(name, value, milliseconds)
-    redis.call('HSET', deferred, name, value)
-    redis.call('ZADD', due, now() + milliseconds, name)
-end
-
--- Written before it is removed: an error ends a script, and what it did before stays.
-local function requeue(session, tag, is_attempt)
-    local value = redis.call('HGET', held(session), tag)
-    if not value then return end
-    if is_attempt then
-        local _, message = parts(value)
-        count(tries, message)
-    end
-    put(value)
-    redis.call('HDEL', held(session), tag)
-end
-"""
-
-_OPEN = """
-local session, formers = arguments[1], arguments[2]
-local wanted, kept = {}, {0}
-for index = 3 + formers, #arguments do wanted[arguments[index]] = true end
-redis.call('ZADD', leases, 'NX', 1, session)
-for index = 3, 2 + formers do
-    local former = arguments[index]
-    for _, tag in ipairs(redis.call('HKEYS', held(former))) do
-        if bytes_left <= 0 then
-            kept[1] = 1
-            return kept
-        elseif wanted[tag] then
-            local value = redis.call('HGET', held(former), tag)
-            bytes_left = bytes_left - #value
-            redis.call('HSET', held(session), tag, value)
-            redis.call('HDEL', held(former), tag)
-        else
-            requeue(former, tag, false)
-        end
-    end
-    redis.call('ZREM', leases, former)
-end
-for _, tag in ipairs(redis.call('HKEYS', held(session))) do kept[#kept + 1] = tag end
-return kept
-"""
-
-_RENEW = """
-return redis.call('ZADD', leases, 'XX', 'INCR', 1, arguments[1])
-"""
-
-_CLAIMED_TAGS = """
-return redis.call('HKEYS', held(arguments[1]))
-"""
-
-_CLAIM = """
-local session, room, bytes = arguments[1], arguments[2], arguments[3]
-local small, largest = arguments[4] + 0, arguments[5] + 0
-local queues, read_lanes = arguments[6], arguments[7] == '1'
-local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[10] + 0
-local large_bytes, has_large = arguments[11] + 0, false
-local bytes_before = bytes_left
-if not redis.call('ZSCORE', leases, session) then return false end
-local claimed, done, first_lane = {0, 0, 0}, false, #KEYS - queues + 1
-
-local function next_of(list)
-    local message = redis.pcall('LINDEX', list, -1)
-    return type(message) == 'string' and message
-end
-
--- The message leaves its list first, so that Redis does not hold it twice. It returns to it if it
--- cannot be claimed: the tag is in use, the key is not a hash, an ACL denies the command.
-local function take(list, queue, message, digest)
-    local value = queue .. '\\0' .. message
-    redis.call('LTRIM', list, 0, -2)  -- RPOP would return the message once more
-    local stored = redis.pcall('HSETNX', held(session), tag, value)
-    if stored ~= 1 then
-        redis.call('RPUSH', list, list == isolated and value or message)
-        if stored ~= 0 then error(stored) end
-        done = true
-        return
-    end
-    local attempts = redis.call('HGET', tries, digest) or 0
-    local retries = redis.call('HGET', deferrals, digest) or 0
-    local size = #message
-    if size > max_bytes then
-        message = string.sub(message, 1, ends) .. string.sub(message, -ends)
-    elseif size > fetched_bytes then
-        message = ''
-    end
-    has_garbage = has_garbage or size > fetched_bytes
-    for _, field in ipairs({tag, queue, message, size, attempts, retries}) do
-        claimed[#claimed + 1] = field
-    end
-    tag = string.format('%d', tag + 1)
-    bytes = bytes - size
-    if size > small then has_large, large_bytes = true, large_bytes - size end
-    done = #claimed > room * 6 or bytes <= 0 or (has_large and large_bytes <= 0)
-end
-
--- Large and small messages are claimed apart; the first large one may be as large as any.
-local function fits(message)
-    if #message <= small then return not has_large end
-    return #message <= largest and (#claimed == 3 or (has_large and #message <= large_bytes))
-end
-
-if isolated_room > 0 then
-    local value = next_of(isolated)
-    if value and not string.find(value, '\\0', 1, true) then
-        dead_letter(isolated, value, '', '', 'It names no origin queue.', '0', '0')
-        redis.call('LTRIM', isolated, 0, -2)
-    elseif value then
-        local queue, message = parts(value)
-        take(isolated, queue, message, digest_of(message))
-        done = true
-    end
-end
-for index = first_lane, #KEYS do
-    while read_lanes and not done and largest > small do
-        local message = next_of(KEYS[index])
-        local is_wanted = message and #message > small and #message <= largest
-        done = is_wanted and not fits(message)
-        local digest = is_wanted and not done and digest_of(message)
-        if not digest or redis.call('HEXISTS', tries, digest) == 1 then break end
-        take(KEYS[index], KEYS[index], message, digest)
-    end
-end
-for index = 2, #KEYS do
-    local list, lane = KEYS[index], first_lane + (index - 2) % queues
-    while not done and bytes_left > 0 and (read_lanes or index < first_lane) do
-        local message = next_of(list)
-        if not message then break end
-        local digest = digest_of(message)
-        if redis.call('HEXISTS', tries, digest) == 1 then
-            bytes_left = bytes_left - #message
-            redis.call('LPUSH', isolated, list .. '\\0' .. message)
-            redis.call('LTRIM', list, 0, -2)
-        elseif #message > small and index >= first_lane then
-            break
-        elseif #message > small and #message > largest then
-            bytes_left = bytes_left - #message
-            redis.call('RPOPLPUSH', list, KEYS[lane])
-        elseif fits(message) then
-            take(list, list, message, digest)
-        else
-            done = true
-        end
-    end
-end
-for index = first_lane, #KEYS do
-    local length = redis.pcall('LLEN', KEYS[index])
-    if type(length) == 'number' and length > 0 then claimed[1] = 1 end
-end
-claimed[2] = redis.call('LLEN', isolated)
-if done or bytes_left < bytes_before then claimed[3] = 1 end
-collect()
-return claimed
-"""
-
-_SETTLE = """
-local session, announced_seconds = arguments[1], arguments[2]
-for index = 3, #arguments, 8 do
-    local tag, action, milliseconds, job_id, task, reason, in_ledger, attempts =
-        unpack(arguments, index, index + 7)
-    local value = redis.call('HGET', held(session), tag)
-    if value then
-        local queue, message = parts(value)
-        if action == 'acknowledge' then
-            forget(message)
-            redis.call('EXPIRE', prefix .. 'job:' .. job_id, announced_seconds)
-        elseif action == 'requeue' then
-            put(value)
-        elseif action == 'dead-letter' then
-            dead_letter(queue, message, job_id, task, reason, in_ledger, attempts)
-        else
-            if action == 'retry' then count(deferrals, message) end
-            if action == 'failed-attempt' then count(tries, message) end
-            delay(session .. ':' .. tag, value, milliseconds)
-        end
-        redis.call('HDEL', held(session), tag)
-    end
-end
-collect()
-return 1
-"""
-
-_WAKE = """
-local time = now()
-while bytes_left > 0 do
-    local name = redis.call('ZRANGEBYSCORE', due, '-inf', time, 'LIMIT', 0, 1)[1]
-    if not name then return 0 end
-    local value = redis.call('HGET', deferred, name)
-    if value then
-        put(value)
-        redis.call('HDEL', deferred, name)
-    end
-    redis.call('ZREM', due, name)
-end
-return 1
-"""
-
-_TAKE_OVER = """
-local session, counter = arguments[1], arguments[2]
-local score = redis.call('ZSCORE', leases, session)
-if not score or score + 0 ~= counter + 0 then return -1 end
-for _, tag in ipairs(redis.call('HKEYS', held(session))) do
-    if bytes_left <= 0 then return 1 end
-    requeue(session, tag, true)
-end
--- Rolling upgrade: nothing else deletes this key of an older worker.
-redis.call('DEL', prefix .. 'started:' .. session)
-redis.call('ZREM', leases, session)
-return 0
-"""
-
-_CLOSE = """
-local session = arguments[1]
-for _, tag in ipairs(redis.call('HKEYS', held(session))) do
-    if bytes_left <= 0 then return 1 end
-    requeue(session, tag, false)
-end
-redis.call('ZREM', leases, session)
-return 0
-"""
-
-_PUT = """
-put(arguments[1])
-return 1
-"""
-
-_REQUEUE_DEAD_LETTER = """
-local letter = redis.call('XRANGE', prefix .. 'dead', arguments[1], arguments[1])[1]
-if not letter then return 0 end
-local fields = {}
-for index = 1, #letter[2], 2 do fields[letter[2][index]] = letter[2][index + 1] end
-forget(fields.message)
-redis.call('RPUSH', fields.queue or arguments[2], fields.message)
-return redis.call('XDEL', prefix .. 'dead', arguments[1])
-"""
 
 
 class Claim(NamedTuple):
@@ -485,19 +161,19 @@ class Claims:
         self._client = client
         self._prefix = prefix
 
-        def script(body: str) -> Any:
-            return client.register_script(_SCRIPT + body)
+        def script(name: str) -> Any:
+            return client.register_script(claims_script(name))
 
-        self._open = script(_OPEN)
-        self._renew = script(_RENEW)
-        self._claimed_tags = script(_CLAIMED_TAGS)
-        self._claim = script(_CLAIM)
-        self._settle = script(_SETTLE)
-        self._wake = script(_WAKE)
-        self._take_over = script(_TAKE_OVER)
-        self._close = script(_CLOSE)
-        self._put = script(_PUT)
-        self._requeue_dead_letter = script(_REQUEUE_DEAD_LETTER)
+        self._open = script("open")
+        self._renew = script("renew")
+        self._claimed_tags = script("claimed_tags")
+        self._claim = script("claim")
+        self._settle = script("settle")
+        self._wake = script("wake")
+        self._take_over = script("take_over")
+        self._close = script("close")
+        self._put = script("put")
+        self._requeue_dead_letter = script("requeue_dead_letter")
 
     def open(
         self, session: str, formers: Sequence[str] = (), wanted: Iterable[str] = ()

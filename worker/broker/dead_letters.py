@@ -15,29 +15,12 @@ from pydantic import BaseModel
 from redis import Redis
 
 from worker.broker.claims import DEAD, Claims
+from worker.broker.scripts import script
 
 _PAGE = 100
 _PAGE_BYTES = 4 * 1024 * 1024  # that a script reads before it returns a shorter page
 _FIELD_BYTES = 4_096
 _WHOLE = 2**53
-
-_READ = """#!lua flags=no-writes
-local first, last, page, bytes = ARGV[1], ARGV[2], ARGV[3] + 0, ARGV[4] + 0
-local limits, entries = {message = ARGV[6] + 0}, {}
-while #entries < page and bytes > 0 do
-    local entry = redis.call('XRANGE', KEYS[1], first, last, 'COUNT', 1)[1]
-    if not entry then break end
-    local fields = entry[2]
-    for index = 1, #fields, 2 do
-        bytes = bytes - #fields[index + 1]
-        local limit = limits[fields[index]] or ARGV[5] + 0
-        fields[index + 1] = string.sub(fields[index + 1], 1, limit)
-    end
-    entries[#entries + 1] = entry
-    first = '(' .. entry[1]
-end
-return entries
-"""
 
 
 class DeadLetter(BaseModel):
@@ -70,7 +53,7 @@ class DeadLetters:
     def __init__(self, client: Redis) -> None:
         """Connect at the first call."""
         self._client = client
-        self._read = client.register_script(_READ)
+        self._read = client.register_script(script("read_dead_letters"))
 
     def __iter__(self) -> Iterator[DeadLetter]:
         """Read all dead letters, oldest first, a page at a time and without their messages."""

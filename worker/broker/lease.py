@@ -24,8 +24,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError
 
+from worker.broker.circuit_breaker import CircuitBreaker
 from worker.broker.claims import ANY_SIZE, Action, Claims, Disposition, Heartbeat
-from worker.execution.delivery import Delivery, State
+from worker.broker.delivery import Delivery, State
 
 logger = get_logger(__name__)
 
@@ -66,48 +67,6 @@ _LANE_READ_SECONDS = 1.0  # between two looks at a low-priority lane while there
 def _is_large(delivery: Delivery) -> bool:
     """Whether a delivery counts as large: for its size, or as a poison candidate."""
     return bool(delivery.claim.attempts) or delivery.claim.size > SMALL_BYTES
-
-
-class CircuitBreaker:
-    """Stops claiming during an outage, then lets a single job probe."""
-
-    _BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-    """Seconds; the last one repeats. Not above a retry's own delay, so that both end together."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._failures = 0
-        self._open_until = 0.0
-        self._opened_at = 0.0
-
-    @property
-    def is_open(self) -> bool:
-        """Whether nothing is claimed now."""
-        return self._clock() < self._open_until
-
-    @property
-    def is_probing(self) -> bool:
-        """Whether the last job failed, so that only one is claimed."""
-        return self._failures > 0
-
-    @property
-    def probing_since(self) -> float:
-        """The time since which only one job may be claimed; infinite if the circuit is closed."""
-        return self._opened_at if self.is_probing else inf
-
-    def record_failure(self, reason: str) -> None:
-        """Open the circuit for the next back-off, unless it is open."""
-        if self.is_open:
-            return
-        back_off = self._BACK_OFF[min(self._failures, len(self._BACK_OFF) - 1)]
-        self._opened_at = self._clock()
-        self._open_until = self._opened_at + back_off
-        self._failures += 1
-        logger.warning("circuit open, no job is claimed: seconds=%.0f error=%s", back_off, reason)
-
-    def record_success(self) -> None:
-        """Close the circuit."""
-        self._failures = 0
 
 
 class Lease:
@@ -289,7 +248,7 @@ class Lease:
             self._lanes_read_at = self._clock()
             has_found_none = claimed.large_wait and not has_large and not is_any_size
             self._largest_not_found = largest if has_found_none else 0
-        self._deliveries.update((one.tag, one) for one in deliveries)
+        self._deliveries.update((one.claim.tag, one) for one in deliveries)
         return deliveries
 
     def _all(self) -> list[Delivery]:
@@ -356,8 +315,8 @@ class Lease:
         with self.lock:
             for tag, disposition in dispositions.items():
                 delivery = self._deliveries.get(tag)
-                if delivery and delivery.state is not State.SETTLED:
-                    delivery.state, delivery.disposition = State.SETTLED, disposition
+                if delivery:
+                    delivery.settle(disposition)
             try:
                 self._send_settled()
             except RedisError as error:
@@ -476,7 +435,7 @@ class Lease:
     def _requeue_claimed(self) -> None:
         claimed = [one for one in self._all() if one.state is State.CLAIMED]
         for delivery in claimed:
-            delivery.state, delivery.disposition = State.SETTLED, Disposition(Action.REQUEUE)
+            delivery.settle(Disposition(Action.REQUEUE))
         self._send_settled()
 
     def _reconcile(self, heartbeat: Heartbeat) -> None:
@@ -489,7 +448,7 @@ class Lease:
                 action = Action.REQUEUE
                 if delivery.state is State.DISPATCHED:
                     action = Action.FAILED_ATTEMPT  # or a job that is lost each time never ends
-                delivery.state, delivery.disposition = State.SETTLED, Disposition(action)
+                delivery.settle(Disposition(action))
         if heartbeat.claimed == len(self._deliveries):
             return
         tags = self._claims.claimed_tags(self._session)

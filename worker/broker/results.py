@@ -19,23 +19,10 @@ from interview_access.errors import (
 )
 from redis.exceptions import RedisError, ResponseError
 
+from worker.broker.scripts import script
+
 logger = get_logger(__name__)
 
-# Sets each key whose value is the expected one to a value of its own; '' is expected of a key that
-# holds nothing, or no result.
-_COMPARE_AND_SET = """#!lua flags=allow-oom
-local replaced = {}
-for number, key in ipairs(KEYS) do
-    local stored, value, seconds = redis.pcall('GET', key), ARGV[2 * number], ARGV[2 * number + 1]
-    if type(stored) ~= 'string' then stored = '' end
-    replaced[number] = stored == ARGV[1] and 1 or 0
-    if replaced[number] == 1 then
-        redis.call('SETEX', key, seconds, value)
-        redis.call('PUBLISH', key, value)
-    end
-end
-return replaced
-"""
 
 _LOOKS = 10
 """Attempts of the compare-and-set while others write the same key.
@@ -179,7 +166,7 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         self, job_ids: Sequence[str], expected: bytes | str, arguments: Sequence[Any]
     ) -> Sequence[int]:
         keys = [self.get_key_for_task(job_id) for job_id in job_ids]
-        replaced: Sequence[int] = self.client.register_script(_COMPARE_AND_SET)(
+        replaced: Sequence[int] = self.client.register_script(script("compare_and_set_results"))(
             keys, [expected, *arguments]
         )
         return replaced

@@ -23,9 +23,10 @@ from interview_access.contracts import is_job_id
 from interview_access.errors import shortened
 
 from worker.broker.claims import Action, Disposition
+from worker.broker.delivery import Delivery
 from worker.broker.lease import SMALL_BYTES, Lease
-from worker.execution.delivery import Delivery, Limits, State
 from worker.execution.pool_process import BatchReport, execute
+from worker.execution.request import JobRequest, Limits
 
 logger = get_logger(__name__)
 
@@ -37,29 +38,34 @@ _POOL_SECONDS = 2.0
 
 
 class Batch:
-    """Deliveries that one pool process executes, until it reports."""
+    """Requests that one pool process executes together, until it reports."""
 
     def __init__(
-        self, deliveries: Sequence[Delivery], pool: Any, hostname: str, now: float
+        self, requests: Sequence[JobRequest], pool: Any, hostname: str, now: float
     ) -> None:
-        self.deliveries = deliveries
+        self.requests = requests
         self.hostname = hostname
         self.is_revoked = False
         self._pid: int | None = None
         self._pool = pool
-        self._time_limit = deliveries[0].time_limit
+        self._time_limit = requests[0].time_limit
         self._deadline = now + _ACCEPT_SECONDS
         self._is_terminated = False
         self._result: Callable[[], Any] = lambda: None
-        for delivery in deliveries:
-            delivery.state, delivery.batch = State.DISPATCHED, self
+        for request in requests:
+            request.batch = self
+            request.delivery.dispatch(self)
 
     def start(self, **callbacks: Callable[..., object]) -> None:
-        """Hand the deliveries to the pool; a callback is called when they have ended."""
+        """Pass the requests to the pool.
+
+        Args:
+            callbacks: billiard's, called when a pool process accepts or ends the batch.
+        """
         result = self._pool.apply_async(
             execute,
-            args=([one.dispatched for one in self.deliveries], self.hostname),
-            correlation_id=self.deliveries[0].id,
+            args=([one.dispatched for one in self.requests], self.hostname),
+            correlation_id=self.requests[0].id,
             **callbacks,
         )
         self._result = ref(result)
@@ -82,10 +88,10 @@ class Batch:
         reason = "time limit exceeded" if self._pid else "not accepted by a pool process"
         seconds = self._time_limit if self._pid else _ACCEPT_SECONDS
         self.terminate()
-        ids = ", ".join(shortened(one.id) for one in self.deliveries[:5])
+        ids = ", ".join(shortened(one.id) for one in self.requests[:5])
         logger.error(
             "batch overdue: reason=%s seconds=%s pid=%s jobs=%d (%s)",
-            *(reason, seconds, self._pid, len(self.deliveries), ids),
+            *(reason, seconds, self._pid, len(self.requests), ids),
         )
         self._deadline = now + _ACCEPT_SECONDS
 
@@ -158,59 +164,63 @@ class Dispatcher:
         return self.processes - len(self._batches)
 
     def dispatch(self, deliveries: Sequence[Delivery]) -> None:
-        """Partition deliveries among the free pool processes; settle what is not executed."""
+        """Partition deliveries among the free pool processes; settle what is not executed.
+
+        Args:
+            deliveries: Claimed and not yet dispatched.
+        """
         settled: dict[str, Disposition] = {}
-        ready: list[Delivery] = []
+        ready: list[JobRequest] = []
         for delivery in deliveries:
-            delivery.read(self._app, self._limits)
-            disposition = self._disposition(delivery)
+            request = JobRequest(delivery, self._app, self._limits)
+            disposition = self._disposition(request)
             if disposition:
-                settled[delivery.tag] = disposition
+                settled[delivery.claim.tag] = disposition
             else:
-                ready.append(delivery)
+                ready.append(request)
         if settled:
             self._lease.settle(settled)
         free = max(self.free_processes, 1)
-        are_large = any(one.claim.size > SMALL_BYTES for one in ready)
+        are_large = any(one.delivery.claim.size > SMALL_BYTES for one in ready)
         batches = partition(ready, 1 if are_large else free)
         for batch in batches[:free]:
-            for delivery in batch:
-                self._announce(delivery)
+            for request in batch:
+                self._announce(request)
             self._start(Batch(batch, self._pool, self._hostname, self._clock()))
         if surplus := list(chain.from_iterable(batches[free:])):
             requeue = Disposition(Action.REQUEUE)
-            self._lease.settle({delivery.tag: requeue for delivery in surplus})
+            self._lease.settle({one.delivery.claim.tag: requeue for one in surplus})
 
-    def _disposition(self, delivery: Delivery) -> Disposition | None:
-        """How a delivery is settled that no pool process is needed for."""
-        if delivery.delay > 0 and not delivery.failure:
-            return Disposition(Action.DELAY, delay=delivery.delay)
-        if delivery.failure and (not delivery.id or delivery.is_hopeless(self._limits)):
-            reason = delivery.failure.sentence
-            logger.error("dead letter: %s reason=%s", delivery, reason)
+    def _disposition(self, request: JobRequest) -> Disposition | None:
+        """Decide how a request is settled for which no pool process is needed."""
+        if request.delay > 0 and not request.failure:
+            return Disposition(Action.DELAY, delay=request.delay)
+        if request.failure and (not request.id or request.is_hopeless(self._limits)):
+            reason, claim = request.failure.sentence, request.delivery.claim
+            logger.error("dead letter: %s reason=%s", request, reason)
             return Disposition(
                 Action.DEAD_LETTER,
-                job_id=delivery.id,
-                task=delivery.name,
+                job_id=request.id,
+                task=request.name,
                 reason=reason,
-                in_ledger=None if delivery.id else False,
-                attempts=delivery.claim.attempts + delivery.claim.retries,
+                in_ledger=None if request.id else False,
+                attempts=claim.attempts + claim.retries,
             )
         return None
 
-    def _announce(self, delivery: Delivery) -> None:
-        if delivery.task:
-            worker_state.task_reserved(delivery)
-        signals.task_received.send(sender=self, request=delivery)
-        logger.info(trace.LOG_RECEIVED, {"name": delivery.name, "id": delivery.id})
+    def _announce(self, request: JobRequest) -> None:
+        if request.task:
+            worker_state.task_reserved(request)
+        signals.task_received.send(sender=self, request=request)
+        logger.info(trace.LOG_RECEIVED, {"name": request.name, "id": request.id})
         names = ("root_id", "parent_id", "eta", "expires")
-        headers = {name: delivery.headers.get(name) for name in names}
+        headers = {name: request.headers.get(name) for name in names}
         self.send_event(
             "task-received",
-            uuid=delivery.id,
-            name=delivery.name,
-            **delivery.arguments,
-            retries=delivery.claim.retries,
+            uuid=request.id,
+            name=request.name,
+            **request.arguments,
+            retries=request.delivery.claim.retries,
             **{name: value if is_job_id(value) else None for name, value in headers.items()},
         )
 
@@ -218,11 +228,11 @@ class Dispatcher:
         def on_accepted(pid: int, time_accepted: float) -> None:
             batch.accept(pid, self._clock())
             time_start = time.time() - (time.monotonic() - time_accepted)
-            for delivery in batch.deliveries:
-                delivery.worker_pid, delivery.time_start = pid, time_start
-                if delivery.task:  # Celery keeps a count of each name
-                    worker_state.task_accepted(delivery)
-                self.send_event("task-started", uuid=delivery.id)
+            for request in batch.requests:
+                request.worker_pid, request.time_start = pid, time_start
+                if request.task:  # Celery keeps a count of each name
+                    worker_state.task_accepted(request)
+                self.send_event("task-started", uuid=request.id)
 
         try:
             batch.start(
@@ -231,7 +241,7 @@ class Dispatcher:
                 error_callback=_logged(lambda error: self._settle_failed(batch, error.exception)),
             )
         except Exception as error:  # whatever the pool raises, no job is at fault
-            logger.exception("pool refused a batch: jobs=%d", len(batch.deliveries))
+            logger.exception("pool refused a batch: jobs=%d", len(batch.requests))
             self._settle_unexecuted(batch, error, Disposition(Action.DELAY, delay=_POOL_SECONDS))
         else:
             self._batches[batch] = None
@@ -239,17 +249,17 @@ class Dispatcher:
     def _settle(self, batch: Batch, report: BatchReport) -> None:
         """A pool process has executed a batch."""
         dispositions = {
-            delivery.tag: settlement.disposition
-            for delivery, settlement in zip(batch.deliveries, report.settlements, strict=True)
+            request.delivery.claim.tag: settlement.disposition
+            for request, settlement in zip(batch.requests, report.settlements, strict=True)
         }
         self._finish(batch, dispositions)
         if report.outage:
             self._lease.breaker.record_failure(report.outage)
         elif report.has_success:
             self._lease.breaker.record_success()
-        for delivery, settlement in zip(batch.deliveries, report.settlements, strict=True):
+        for request, settlement in zip(batch.requests, report.settlements, strict=True):
             for kind, fields in settlement.events:
-                self.send_event(kind, uuid=delivery.id, **fields)
+                self.send_event(kind, uuid=request.id, **fields)
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         """A pool process has ended with a batch: only the ledger knows how far its jobs came."""
@@ -258,24 +268,24 @@ class Dispatcher:
             disposition = Disposition(Action.REQUEUE)
         else:
             disposition = Disposition(Action.FAILED_ATTEMPT, delay=_POOL_SECONDS)
-            for delivery in batch.deliveries:
-                logger.error("pool process lost: %s error=%r", delivery, error)
+            for request in batch.requests:
+                logger.error("pool process lost: %s error=%r", request, error)
         self._settle_unexecuted(batch, error, disposition)
 
     def _settle_unexecuted(
         self, batch: Batch, error: BaseException, disposition: Disposition
     ) -> None:
-        self._finish(batch, {one.tag: disposition for one in batch.deliveries})
-        for delivery in batch.deliveries:
-            self.send_event("task-retried", uuid=delivery.id, exception=repr(error), traceback="")
+        self._finish(batch, {one.delivery.claim.tag: disposition for one in batch.requests})
+        for request in batch.requests:
+            self.send_event("task-retried", uuid=request.id, exception=repr(error), traceback="")
 
     def _finish(self, batch: Batch, dispositions: dict[str, Disposition]) -> None:
         self._batches.pop(batch, None)
         try:
             self._lease.settle(dispositions)
         finally:
-            for delivery in batch.deliveries:
-                worker_state.task_ready(delivery)
+            for request in batch.requests:
+                worker_state.task_ready(request)
             self.on_free()
 
     def on_heartbeat(self) -> None:
@@ -284,8 +294,8 @@ class Dispatcher:
             batch.enforce_time_limit(self._clock())
             if batch.is_abandoned:
                 self._batches.pop(batch, None)
-                for delivery in batch.deliveries:
-                    worker_state.task_ready(delivery)
+                for request in batch.requests:
+                    worker_state.task_ready(request)
 
 
 def _logged(callback: Callable[..., object]) -> Callable[..., object]:
@@ -302,16 +312,23 @@ def _logged(callback: Callable[..., object]) -> Callable[..., object]:
     return logged
 
 
-def partition(deliveries: Sequence[Delivery], processes: int) -> list[Sequence[Delivery]]:
-    """Share deliveries out among free pool processes, about as many bytes to each.
+def partition(requests: Sequence[JobRequest], processes: int) -> list[Sequence[JobRequest]]:
+    """Share requests out among free pool processes, about as many bytes to each.
 
-    Deliveries of different time limits are in different batches, for a limit ends a whole batch; so
-    there may be more batches than processes. The first ones hold the oldest deliveries.
+    Requests with different time limits are in different batches, because a limit ends a whole
+    batch; so there may be more batches than processes.
+
+    Args:
+        requests: The oldest first.
+        processes: Free pool processes.
+
+    Returns:
+        The batches; the first ones hold the oldest requests.
     """
-    batches: dict[tuple[float, int], list[Delivery]] = {}
-    total, before = sum(one.claim.size for one in deliveries), 0
-    for delivery in deliveries:
+    batches: dict[tuple[float, int], list[JobRequest]] = {}
+    total, before = sum(one.delivery.claim.size for one in requests), 0
+    for request in requests:
         process = before * processes // total
-        batches.setdefault((delivery.time_limit, process), []).append(delivery)
-        before += delivery.claim.size
+        batches.setdefault((request.time_limit, process), []).append(request)
+        before += request.delivery.claim.size
     return list(batches.values())

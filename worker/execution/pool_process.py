@@ -47,7 +47,7 @@ from tasks.celery_tasks import JobTask, TaskDependencies, log_outcome, shown
 from tasks.ledger import Outcome, RejectedJob, result_of, settle_rejected
 from tasks.started_reporter import StartedReporter
 from worker.broker.claims import Action, Disposition
-from worker.execution.delivery import Dispatched, Limits
+from worker.execution.request import Dispatched, Limits
 
 logger = get_logger(__name__)
 

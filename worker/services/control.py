@@ -41,6 +41,7 @@ from redis.exceptions import RedisError
 from storage.interface import InterviewStorageInterface, StorageError
 from worker.broker.claims import PREFIX
 from worker.broker.queue_wait import QueueWait, QueueWaitRefusedError
+from worker.broker.scripts import script
 from worker.services.background import BackgroundService
 from worker.services.job_status import JobStatusService
 
@@ -54,38 +55,6 @@ _REPLY_SECONDS = 60
 _OUTSTANDING_BYTES = 8 * 1024 * 1024  # of replies in Redis, of all workers
 _REPLIES = f"{PREFIX}replies"
 _CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_user")
-
-# A pop would return a request of any size to this process.
-_TAKE = """#!lua flags=allow-oom
-local request = redis.call('RPOP', KEYS[1])
-if request and #request > ARGV[1] + 0 then return #request end
-return request
-"""
-
-# The list has an entry for each reply: the bytes of all replies before it, its own, its digest, and
-# its key. The oldest replies beyond the limit are deleted, unless something else replaced them.
-_REPLY = """#!lua
-local key, replies, value, seconds, limit = KEYS[1], KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0
-local function entry(index)
-    local text = redis.call('LINDEX', replies, index) or '0 0 0 '
-    local before, bytes, digest, name = string.match(text, '^(%d+) (%d+) (%x+) (.*)$')
-    return before + 0, bytes + 0, digest, name
-end
-if not redis.call('SET', key, value, 'NX', 'EX', seconds) then return 0 end
-redis.call('PUBLISH', key, value)
-local before, bytes = entry(-1)
-local text = string.format('%.0f %d %s ', before + bytes, #value, redis.sha1hex(value))
-redis.call('RPUSH', replies, text .. key)
-redis.call('EXPIRE', replies, seconds)
-local first, _, digest, oldest = entry(0)
-while first + limit < before + bytes + #value do
-    redis.call('LPOP', replies)
-    local stored = redis.call('GET', oldest)
-    if stored and redis.sha1hex(stored) == digest then redis.call('DEL', oldest) end
-    first, _, digest, oldest = entry(0)
-end
-return 1
-"""
 
 
 class ControlService(BackgroundService):
@@ -108,7 +77,9 @@ class ControlService(BackgroundService):
         if not self._may_have_request:
             self._may_have_request = self._wait_for_request(redis)
             return
-        message: Any = redis.register_script(_TAKE)([CONTROL_QUEUE], [_REQUEST_BYTES])
+        message: Any = redis.register_script(script("take_control_request"))(
+            [CONTROL_QUEUE], [_REQUEST_BYTES]
+        )
         if message is None:  # or another worker took it
             self._may_have_request = False
             return
@@ -179,7 +150,9 @@ class ControlService(BackgroundService):
             }
             reply = _reply(request, states.FAILURE, failure)
         arguments = (reply, _REPLY_SECONDS, _OUTSTANDING_BYTES)
-        if not server.register_script(_REPLY)([key, _REPLIES], arguments):
+        if not server.register_script(script("reply_to_control_request"))(
+            [key, _REPLIES], arguments
+        ):
             logger.warning("control request not answered: its reply key exists: %s", request.id)
 
     def _execute(self, redis: Redis, request: _Request) -> JobStatus:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 from celery import Celery
 from celery.utils.log import get_logger
@@ -36,15 +36,15 @@ _TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
 class OutboxRelay(BackgroundService):
     """Enqueues requests from the outbox table."""
 
-    def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
+    def __init__(self, app: Celery, new_storage: Callable[[], InterviewStorageInterface]) -> None:
         """Connect to nothing before :meth:`start`.
 
         Args:
             app: Connects to the queue.
-            storage: Of this service alone, which waits on its connection.
+            new_storage: Makes the storage of this service alone, which waits on its connection.
         """
         super().__init__(app)
-        self._storage = storage
+        self._storage = lru_cache(maxsize=1)(new_storage)
         self._look_at = 0.0
 
     def run_once(self, redis: Redis) -> None:

@@ -27,8 +27,9 @@ from interview_access.errors import (
 )
 
 from tests.support.pools import tasks_app
-from worker.broker.claims import Claim
-from worker.execution.delivery import Delivery, Limits, State
+from worker.broker.claims import Action, Claim, Disposition
+from worker.broker.delivery import Delivery
+from worker.execution.request import JobRequest, Limits
 
 ENDS = 64 * 1024
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
@@ -81,13 +82,11 @@ def claim_of(message: bytes, *, attempts: int = 0, retries: int = 0) -> Claim:
     return Claim("1", "interview-access", message, size, attempts, retries)
 
 
-def read(app: Celery, message: Any, **counts: int) -> Delivery:
-    """A delivery, read."""
+def read(app: Celery, message: Any, **counts: int) -> JobRequest:
+    """The request that a message makes."""
     if not isinstance(message, bytes):
         message = json.dumps(message).encode()
-    delivery = Delivery(claim_of(message, **counts))
-    delivery.read(app, LIMITS)
-    return delivery
+    return JobRequest(Delivery(claim_of(message, **counts)), app, LIMITS)
 
 
 # --- Readable messages ---------------------------------------------------------------------------
@@ -133,12 +132,12 @@ def test_a_readable_message_is_dispatched(
 ) -> None:
     """Its body goes to the pool process as it came."""
     message = envelope(**fields)
-    delivery = read(app, message)
-    assert delivery.failure is None
-    assert (delivery.id, delivery.name) == (message["headers"]["id"], message["headers"]["task"])
-    assert (delivery.delay, delivery.time_limit) == (0.0, 600.0)
-    sent = pickle.loads(pickle.dumps(delivery.dispatched))  # noqa: S301 - our own
-    assert sent == delivery.dispatched
+    request = read(app, message)
+    assert request.failure is None
+    assert (request.id, request.name) == (message["headers"]["id"], message["headers"]["task"])
+    assert (request.delay, request.time_limit) == (0.0, 600.0)
+    sent = pickle.loads(pickle.dumps(request.dispatched))  # noqa: S301 - our own
+    assert sent == request.dispatched
     assert (sent.body, sent.encoding, sent.headers) == (body, encoding, message["headers"])
 
 
@@ -240,11 +239,11 @@ UNREADABLE = {
 @pytest.mark.parametrize(("message", "reason", "job_id"), UNREADABLE.values(), ids=UNREADABLE)
 def test_an_unreadable_message_fails(app: Celery, message: Any, reason: str, job_id: str) -> None:
     """The failure says what came and what was expected; the job's ID is read where there is one."""
-    delivery = read(app, message)
-    assert isinstance(delivery.failure, JobFailedError)
-    assert reason in delivery.failure.sentence
-    assert delivery.failure.sentence.isprintable()
-    assert delivery.id == job_id
+    request = read(app, message)
+    assert isinstance(request.failure, JobFailedError)
+    assert reason in request.failure.sentence
+    assert request.failure.sentence.isprintable()
+    assert request.id == job_id
 
 
 SIZE = LIMITS.message_bytes
@@ -281,13 +280,13 @@ def test_an_oversized_message_is_not_decoded(
     app: Celery, message: str, identity: tuple[str, str]
 ) -> None:
     """It is the request's own fault; its job ID and task are looked for in its two ends."""
-    delivery = read(app, message.encode())
-    assert isinstance(delivery.failure, InvalidGrantRequestException)
-    assert delivery.failure.sentence == (
+    request = read(app, message.encode())
+    assert isinstance(request.failure, InvalidGrantRequestException)
+    assert request.failure.sentence == (
         f"The request cannot be read: message: expected at most {SIZE:,} bytes, "
         f"got {len(message):,}."
     )
-    assert (delivery.id, delivery.name) == identity
+    assert (request.id, request.name) == identity
 
 
 def test_the_limits_allow_the_largest_job() -> None:
@@ -319,9 +318,9 @@ HOUR = timedelta(hours=1)
 )
 def test_an_eta_delays(app: Celery, hours: int, written: Callable[[datetime], str]) -> None:
     """The delay lasts until the ETA; one without time zone is in UTC."""
-    delivery = read(app, envelope(headers__eta=written(datetime.now(UTC) + hours * HOUR)))
-    assert delivery.failure is None
-    assert delivery.delay == pytest.approx(max(hours, 0) * 3_600, abs=60)
+    request = read(app, envelope(headers__eta=written(datetime.now(UTC) + hours * HOUR)))
+    assert request.failure is None
+    assert request.delay == pytest.approx(max(hours, 0) * 3_600, abs=60)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +337,8 @@ def test_a_job_expires_until_it_has_begun(
     app: Celery, expires: datetime, counts: dict[str, int], *, is_expired: bool
 ) -> None:
     """A job that was executed may have had its effect, so that only the ledger knows its result."""
-    delivery = read(app, envelope(headers__expires=expires.isoformat()), **counts)
-    assert isinstance(delivery.failure, JobExpiredException) == is_expired
+    request = read(app, envelope(headers__expires=expires.isoformat()), **counts)
+    assert isinstance(request.failure, JobExpiredException) == is_expired
 
 
 @pytest.mark.parametrize(
@@ -356,8 +355,8 @@ def test_a_job_expires_until_it_has_begun(
 )
 def test_the_shortest_time_limit_applies(app: Celery, limits: Any, seconds: float) -> None:
     """Of the worker's own and the message's two."""
-    delivery = read(app, envelope(headers__timelimit=limits))
-    assert (delivery.failure, delivery.time_limit) == (None, seconds)
+    request = read(app, envelope(headers__timelimit=limits))
+    assert (request.failure, request.time_limit) == (None, seconds)
 
 
 # --- Attempts and revocation ---------------------------------------------------------------------
@@ -378,21 +377,19 @@ def test_attempts_are_limited(
     app: Celery, attempts: int, *, fails: bool, is_decoded: bool, is_hopeless: bool
 ) -> None:
     """The failure is recorded with the body decoded, then without, then as a dead letter only."""
-    delivery = read(app, envelope(), attempts=attempts)
-    assert (delivery.failure is not None) == fails
-    assert (delivery.dispatched.body is not None) == is_decoded
-    assert delivery.is_hopeless(LIMITS) == is_hopeless
-    if delivery.failure:
-        assert delivery.failure.sentence.startswith(
-            f"The job ended its worker's process {attempts}"
-        )
+    request = read(app, envelope(), attempts=attempts)
+    assert (request.failure is not None) == fails
+    assert (request.dispatched.body is not None) == is_decoded
+    assert request.is_hopeless(LIMITS) == is_hopeless
+    if request.failure:
+        assert request.failure.sentence.startswith(f"The job ended its worker's process {attempts}")
 
 
 def test_an_unreadable_message_keeps_its_reason(app: Celery) -> None:
     """Also when its attempts are used up."""
-    delivery = read(app, envelope(headers__eta=5), attempts=LIMITS.attempts)
-    assert delivery.failure
-    assert "eta: expected" in delivery.failure.sentence
+    request = read(app, envelope(headers__eta=5), attempts=LIMITS.attempts)
+    assert request.failure
+    assert "eta: expected" in request.failure.sentence
 
 
 REVOKED_STAMPS = {
@@ -417,8 +414,8 @@ def test_a_job_is_revoked_by_its_stamps(
 ) -> None:
     """As operators do by ``revoke_by_stamped_headers``."""
     revocations.revoked_stamps.update(revoked)
-    delivery = read(app, envelope(headers__stamps=stamps))
-    assert isinstance(delivery.failure, JobCancelledException) == is_revoked
+    request = read(app, envelope(headers__stamps=stamps))
+    assert isinstance(request.failure, JobCancelledException) == is_revoked
 
 
 def test_a_job_is_revoked_by_its_id(app: Celery, revocations: Any) -> None:
@@ -459,9 +456,9 @@ def test_arguments_are_shown_cut_and_escaped(
 
 def test_control_replies_describe_a_delivery(app: Celery) -> None:
     """``inspect active`` and ``query_task`` reply with what they do of Celery's own requests."""
-    delivery = read(app, envelope(headers__argsrepr="(…)"), attempts=1)
-    delivery.worker_pid, delivery.time_start = 7, 8.0
-    assert delivery.info() == {
+    request = read(app, envelope(headers__argsrepr="(…)"), attempts=1)
+    request.worker_pid, request.time_start = 7, 8.0
+    assert request.info() == {
         "id": JOB,
         "name": GRANT_ACCESS,
         "type": GRANT_ACCESS,
@@ -473,9 +470,9 @@ def test_control_replies_describe_a_delivery(app: Celery) -> None:
         "delivery_info": {"routing_key": "interview-access", "redelivered": True},
         "worker_pid": 7,
     }
-    delivery.state = State.SETTLED
-    assert delivery.info()["acknowledged"]
-    assert repr(delivery) == (
+    request.delivery.settle(Disposition(Action.ACKNOWLEDGE))
+    assert request.info()["acknowledged"]
+    assert repr(request) == (
         "job='a job' task='interview_access.grant_access' state=settled attempts=1 pid=7"
     )
 
@@ -527,14 +524,14 @@ def changed(draw: st.DrawFn) -> bytes:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_no_message_raises(app: Celery, revocations: Any, message: bytes, attempts: int) -> None:
-    """Whatever the bytes are, the delivery can be dispatched, shown and settled."""
+    """Whatever the bytes are, the request can be dispatched, shown and settled."""
     revocations.revoked_stamps["s"] = ["v"]
-    delivery = read(app, message, attempts=attempts)
-    assert delivery.failure is not None or delivery.name in app.tasks
-    assert 0 < delivery.time_limit <= LIMITS.seconds
-    assert delivery.delay >= 0
-    assert len(delivery.id) <= 255
-    assert repr(delivery).isprintable()
-    assert "".join(delivery.arguments.values()).isprintable()
-    json.dumps(delivery.info())
-    pickle.loads(pickle.dumps(delivery.dispatched))  # noqa: S301 - our own
+    request = read(app, message, attempts=attempts)
+    assert request.failure is not None or request.name in app.tasks
+    assert 0 < request.time_limit <= LIMITS.seconds
+    assert request.delay >= 0
+    assert len(request.id) <= 255
+    assert repr(request).isprintable()
+    assert "".join(request.arguments.values()).isprintable()
+    json.dumps(request.info())
+    pickle.loads(pickle.dumps(request.dispatched))  # noqa: S301 - our own

@@ -1,8 +1,8 @@
-"""One delivery in the worker's main process: its message, read within bounds, and its state.
+"""One job request in the worker's main process: a delivery's message, read within bounds.
 
-The main process decodes the envelope only, and that only where it is small enough to be decoded
-safely: the body is for a pool process. What it may hold follows from the contract, Celery's message
-protocol 2 in UTF-8 JSON (https://docs.celeryq.dev/en/stable/internals/protocol.html).
+The main process decodes only the envelope, and only if it is small enough to be decoded safely; a
+pool process decodes the body. The contract defines the message: Celery's message protocol 2 in
+UTF-8 JSON (https://docs.celeryq.dev/en/stable/internals/protocol.html).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from celery import Celery
 from celery.worker import state as worker_state
@@ -26,10 +25,7 @@ from interview_access.errors import (
     shortened,
 )
 
-from worker.broker.claims import Claim, Disposition
-
-if TYPE_CHECKING:
-    from worker.execution.dispatch import Batch
+from worker.broker.delivery import Delivery, State
 
 _ENVELOPE_BYTES, _BYTES_PER_ID = 1024 * 1024, 64
 """Bytes of a message: a constant for what surrounds the IDs, and each ID as text in Base64."""
@@ -49,17 +45,6 @@ _BRACKETED = re.compile(r"\[.*", re.DOTALL)
 _HEADERS = re.compile(rb'"headers"\s*:\s*\{(.*)', re.DOTALL)
 _JOB_ID = re.compile(rb'"id"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
 _TASK = re.compile(rb'"task"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
-
-
-class State(Enum):
-    """Where a delivery is; it has one owner in each state."""
-
-    CLAIMED = "claimed"
-    """By this session; the dispatcher owns it."""
-    DISPATCHED = "dispatched"
-    """To a pool process; its batch owns it."""
-    SETTLED = "settled"
-    """Its disposition is known; the lease owns it until Redis has applied it."""
 
 
 class UnreadableMessageError(Exception):
@@ -122,59 +107,57 @@ class Dispatched(NamedTuple):
     failure: InterviewAccessError | None
 
 
-class Delivery:
-    """A claimed message and where it is.
+class PoolBatch(Protocol):
+    """The batch with which a request was dispatched."""
 
-    Celery's control commands (``inspect active``, ``revoke``) look at it as at a Celery request.
+    @property
+    def hostname(self) -> str:
+        """The worker's name."""
+
+    def revoke(self) -> None:
+        """End its pool process for an operator."""
+
+
+class JobRequest:
+    """What a delivery's message requests, in the form that Celery's control commands read.
 
     Attributes:
-        claim: The message as it was claimed.
-        claimed_at: When, by the lease's clock.
-        state: Changed by its owner only.
-        batch: With which it was dispatched.
-        disposition: How it is settled.
-        id: Its job's ID; empty where none can be read.
-        name: Its task's name.
-        task: Its task, where the worker has it.
-        failure: Why its job fails without being executed, if it does.
+        delivery: The claimed message and its state.
+        id: The job's ID; empty if none can be read.
+        name: The task's name.
+        task: The task, if the worker has it.
+        headers: The message's headers; empty if they cannot be read.
+        failure: Why the job fails without being executed, if it does.
         delay: Seconds until it is due.
         time_limit: Seconds.
+        batch: The batch with which it was dispatched.
+        time_start: When a pool process accepted it, in seconds since the epoch.
+        worker_pid: That pool process.
     """
 
-    def __init__(self, claim: Claim, claimed_at: float = 0.0) -> None:
-        self.claim = claim
-        self.tag = claim.tag
-        self.state = State.CLAIMED
-        self.claimed_at = claimed_at
-        self.batch: Batch | None = None
-        self.disposition: Disposition | None = None
+    def __init__(self, delivery: Delivery, app: Celery, limits: Limits) -> None:
+        """Read the envelope, and see whether the job is to be executed.
+
+        Args:
+            delivery: The claimed message.
+            app: Knows the tasks.
+            limits: What a message is allowed.
+        """
+        self.delivery = delivery
         self.id = ""
         self.name = ""
         self.task: Any = None
         self.headers: dict[str, Any] = {}
         self.failure: InterviewAccessError | None = None
         self.delay = 0.0
-        self.time_limit = 0.0
+        self.time_limit = limits.seconds
+        self.batch: PoolBatch | None = None
         self.time_start: float | None = None
         self.worker_pid: int | None = None
+        self._claim = delivery.claim
         self._body: str | None = None
         self._encoding = ""
         self._expires: datetime | None = None
-
-    def __repr__(self) -> str:
-        return (
-            f"job={shortened(self.id)} task={shortened(self.name)} state={self.state.value} "
-            f"attempts={self.claim.attempts} pid={self.worker_pid}"
-        )
-
-    def read(self, app: Celery, limits: Limits) -> None:
-        """Read the envelope, and see whether the job is to be executed.
-
-        Args:
-            app: Knows the tasks.
-            limits: What is allowed.
-        """
-        self.time_limit = limits.seconds
         try:
             self._read(self._envelope(limits), app)
         except InvalidGrantRequestException as error:
@@ -189,11 +172,15 @@ class Delivery:
         if self.failure and not self.id:
             self._read_identity()
         self.failure = self.failure or self._predetermined(limits)
+        delivery.label = f"job={shortened(self.id)} task={shortened(self.name)}"
+
+    def __repr__(self) -> str:
+        return f"{self.delivery} pid={self.worker_pid}"
 
     def _envelope(self, limits: Limits) -> dict[str, Any]:
-        message = self.claim.message
-        if self.claim.size > limits.message_bytes:
-            expected, got = f"at most {limits.message_bytes:,} bytes", f"{self.claim.size:,}"
+        message = self._claim.message
+        if self._claim.size > limits.message_bytes:
+            expected, got = f"at most {limits.message_bytes:,} bytes", f"{self._claim.size:,}"
             raise InvalidGrantRequestException.of([("message", expected, got)])
         text = message.decode()
         limits.check(text)
@@ -235,7 +222,7 @@ class Delivery:
 
     def _read_identity(self) -> None:
         """Look for the job ID and the task of a message that is not decoded."""
-        headers = _HEADERS.search(self.claim.message)
+        headers = _HEADERS.search(self._claim.message)
         if not headers:
             return
         for name, pattern in (("id", _JOB_ID), ("name", _TASK)):
@@ -245,7 +232,7 @@ class Delivery:
                 setattr(self, name, text)
 
     def _predetermined(self, limits: Limits) -> InterviewAccessError | None:
-        claim = self.claim
+        claim = self._claim
         if claim.attempts >= limits.attempts:
             if claim.attempts > limits.attempts:
                 self._body = None
@@ -263,7 +250,7 @@ class Delivery:
 
     def is_hopeless(self, limits: Limits) -> bool:
         """Whether even recording the job's failure has ended its pool process."""
-        return self.claim.attempts >= limits.attempts + _RECORDING_ATTEMPTS
+        return self._claim.attempts >= limits.attempts + _RECORDING_ATTEMPTS
 
     @property
     def _is_revoked(self) -> bool:
@@ -290,24 +277,17 @@ class Delivery:
             self._body,
             self._encoding,
             self.headers,
-            self.claim.attempts,
-            self.claim.retries,
+            self._claim.attempts,
+            self._claim.retries,
             self.failure,
         )
-
-    @property
-    def has_owner(self) -> bool:
-        """Whether somebody settles it; a claimed one is about to be dispatched, or was dropped."""
-        if self.state is State.CLAIMED:
-            return False
-        return self.state is State.SETTLED or not (self.batch is None or self.batch.is_abandoned)
 
     # --- What Celery's control commands look at ---------------------------------------------------
 
     @property
     def acknowledged(self) -> bool:
         """Whether it is settled."""
-        return self.state is State.SETTLED
+        return self.delivery.state is State.SETTLED
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -334,15 +314,15 @@ class Delivery:
             "time_start": self.time_start,
             "acknowledged": self.acknowledged,
             "delivery_info": {
-                "routing_key": self.claim.queue,
-                "redelivered": bool(self.claim.attempts),
+                "routing_key": self._claim.queue,
+                "redelivered": bool(self._claim.attempts),
             },
             "worker_pid": self.worker_pid,
         }
 
     def terminate(self, pool: Any, signal: Any = None) -> None:  # noqa: ARG002 - Celery's signature
         """End its pool process, as ``control revoke --terminate`` asks."""
-        if self.batch and self.state is State.DISPATCHED:
+        if self.batch and self.delivery.state is State.DISPATCHED:
             self.batch.revoke()
 
 

@@ -1,0 +1,145 @@
+"""The app factory: puts settings, storage, tasks, bootsteps and hooks together."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from celery import Celery
+from celery.signals import (
+    after_setup_logger,
+    after_setup_task_logger,
+    celeryd_after_setup,
+    worker_process_init,
+    worker_shutdown,
+    worker_shutting_down,
+)
+from kombu.transport import TRANSPORT_ALIASES
+
+from storage.postgres import PostgresStorage
+from tasks.celery_tasks import (
+    CreateInterviewAttemptTask,
+    GrantAccessTask,
+    GrantCohortAccessTask,
+    TaskDependencies,
+)
+from worker.broker.connections import celery_settings
+from worker.broker.lease import Lease
+from worker.broker.transport import restrict_publishing
+from worker.execution.consumer import Drain, JobClaims
+from worker.execution.request import Limits
+from worker.logs import escape_task_lines, escape_worker_lines
+from worker.services.bootstep import BackgroundServices
+from worker.services.remote_control import register_commands
+from worker.settings import Settings
+from worker.startup import StartupChecks
+
+_TRANSPORTS = {
+    **dict.fromkeys(("redis", "rediss"), "worker.broker.transport:Transport"),
+    "sentinel": "worker.broker.transport:SentinelTransport",
+}
+_RESULT_BACKENDS = {
+    **dict.fromkeys(("redis", "rediss"), "worker.broker.results:JobResults"),
+    "sentinel": "worker.broker.results:SentinelJobResults",
+}
+
+
+class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
+    """Celery's app with what its bootsteps, background services and pool processes work with.
+
+    Attributes:
+        settings: The environment's.
+        limits: What a message is allowed.
+        task_dependencies: What the tasks work with.
+        lease: The worker session, once the consumer has made it; None in a pool process.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__("interview_access_worker", amqp="worker.execution.consumer:JobProtocol")
+        self.settings = settings
+        self.lease: Lease | None = None
+        self._storage: PostgresStorage | None = None
+        self.backend_cls = settings.results.celery_url  # the environment overrides the setting
+        self.config_from_object("celeryconfig")
+        addresses = celery_settings(settings)
+        addresses["broker_transport_options"] |= self.conf.broker_transport_options
+        self.conf.update(**addresses)
+        self.loader.override_backends = _RESULT_BACKENDS
+        self.steps["worker"].update((StartupChecks, Drain, BackgroundServices))
+        self.steps["consumer"].add(JobClaims)
+        self.limits = Limits(
+            interview_ids=settings.grant_max_interview_ids,
+            attempts=settings.grant_attempt_limit,
+            seconds=self.conf.task_time_limit,
+        )
+        self.task_dependencies = TaskDependencies(
+            storage=self.storage,
+            max_interview_ids=settings.grant_max_interview_ids,
+            retry_limit=settings.grant_retry_limit,
+            retry_max_delay=settings.grant_retry_max_delay,
+        )
+        for task_class in (GrantAccessTask, GrantCohortAccessTask, CreateInterviewAttemptTask):
+            self.register_task(task_class(self.task_dependencies))
+
+    def new_storage(self) -> PostgresStorage:
+        """Make a storage; it connects at its first use."""
+        settings = self.settings
+        return PostgresStorage(settings.database_url, chunk_size=settings.grant_chunk_size)
+
+    def storage(self) -> PostgresStorage:
+        """Return this process's storage."""
+        if self._storage is None:
+            self._storage = self.new_storage()
+        return self._storage
+
+    def forget_parent(self) -> None:
+        """Forget what belongs to the process that forked this one: connections and its session."""
+        self._storage = None
+        self.lease = None
+
+
+def create_app(settings: Settings) -> WorkerApp:
+    """Create the worker's Celery app.
+
+    kombu's table of transports and Celery's tables of signals and of remote control commands are
+    global: a process has one such app.
+
+    Args:
+        settings: Of the environment, validated.
+    """
+    TRANSPORT_ALIASES.update(_TRANSPORTS)
+    register_commands()
+    app = WorkerApp(settings)
+    _connect_signals(app)
+    return app
+
+
+def _connect_signals(app: WorkerApp) -> None:
+    """Connect hooks for which Celery has no bootstep."""
+
+    def prepare_pool_process(**_: Any) -> None:
+        app.forget_parent()
+        restrict_publishing(app.settings.grant_callback_queues)
+
+    def prepare_fork(**_: Any) -> None:
+        gc.freeze()  # pool processes share what exists: a collection in one would copy it
+
+    def drain(how: str, **_: Any) -> None:
+        # In the signal handler, before the main loop turns: the grace begins now.
+        if app.lease:
+            app.lease.drain(at_once=how == "Cold" or app.lease.is_draining)
+
+    def end_session(**_: Any) -> None:
+        # After the pool has stopped: no bootstep ends later than Celery's own of the pool.
+        if app.lease:
+            app.lease.close()
+
+    for signal, hook in (
+        (worker_process_init, prepare_pool_process),
+        (celeryd_after_setup, prepare_fork),
+        (worker_shutting_down, drain),
+        (worker_shutdown, end_session),
+        (after_setup_logger, escape_worker_lines),
+        (after_setup_task_logger, escape_task_lines),
+    ):
+        signal.connect(hook, weak=False)
