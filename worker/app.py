@@ -23,9 +23,8 @@ from tasks.celery_tasks import (
     GrantCohortAccessTask,
     TaskDependencies,
 )
-from worker.broker.connections import celery_settings
 from worker.broker.lease import Lease
-from worker.broker.transport import restrict_publishing
+from worker.broker.transport import celery_settings, restrict_publishing
 from worker.execution.consumer import Drain, JobClaims
 from worker.execution.request import Limits
 from worker.logs import escape_task_lines, escape_worker_lines

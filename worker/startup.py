@@ -32,8 +32,8 @@ from redis.exceptions import (
 from storage.interface import StorageError
 from storage.schema import DatabaseUnavailableError, check_schema
 from worker.broker.claims import DEAD, PREFIX
-from worker.broker.connections import CLIENT_NAME
 from worker.broker.scripts import script
+from worker.broker.transport import CLIENT_NAME
 from worker.settings import Settings
 
 logger = get_logger(__name__)

@@ -28,10 +28,10 @@ from tests.support.sessions import (
     unreachable,
 )
 from tests.support.stores import until
-from worker.broker.circuit_breaker import CircuitBreaker
+from worker.broker.claim_policy import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, CircuitBreaker
 from worker.broker.claims import DEAD, PREFIX, Action, Claims, Disposition
 from worker.broker.delivery import Delivery
-from worker.broker.lease import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, Lease
+from worker.broker.lease import Lease
 from worker.local_stack import LocalStack
 
 ACKNOWLEDGE = Disposition(Action.ACKNOWLEDGE)
@@ -673,13 +673,13 @@ def test_of_an_oversized_message_the_ends_are_claimed(
 def test_an_outage_stops_claims_and_one_job_probes(lease: SteppedLease, redis: Redis) -> None:
     """After the back-off a single job is claimed, and others when it has succeeded."""
     redis.lpush(QUEUE, "a", "b", "c")
-    lease.breaker.record_failure("PostgreSQL is away")
+    lease.policy.breaker.record_failure("PostgreSQL is away")
     assert claim(lease) == []
     lease.clock.now += 1
     probe = dispatched(lease)
     assert [one.claim.message for one in probe] == [b"a"]
     assert claim(lease) == []
-    lease.breaker.record_success()
+    lease.policy.breaker.record_success()
     settle(lease, ACKNOWLEDGE, *probe)
     assert len(claim(lease)) == 2
 
@@ -691,7 +691,7 @@ def test_a_job_that_runs_since_before_an_outage_is_no_probe(
     redis.lpush(QUEUE, "long")
     dispatched(lease)
     lease.clock.now += 1
-    lease.breaker.record_failure("PostgreSQL is away")
+    lease.policy.breaker.record_failure("PostgreSQL is away")
     lease.clock.now += 1
     redis.lpush(QUEUE, "probe", "other")
     assert [one.claim.message for one in claim(lease)] == [b"probe"]

@@ -32,9 +32,9 @@ from tests.support.sessions import (
     end_delays,
     messages,
 )
+from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import DEAD, PREFIX, Action
 from worker.broker.delivery import Delivery, State
-from worker.broker.lease import SMALL_BYTES
 from worker.execution.dispatch import Dispatcher, partition
 from worker.execution.request import JobRequest, Limits
 from worker.local_stack import LocalStack
@@ -275,15 +275,15 @@ def test_an_outage_opens_the_circuit(site: Site) -> None:
     site.pool.works[0].complete(
         *[settled(Action.RETRY)] * 2, outage="PostgreSQL is away", has_success=False
     )
-    assert site.lease.breaker.is_open
+    assert site.lease.policy.breaker.is_open
     site.lease.clock.now += 1
     site.lease.beat()
     site.pump()
     site.pool.works[0].complete(has_success=False)
-    assert site.lease.breaker.is_probing
+    assert site.lease.policy.breaker.is_probing
     site.pump()
     site.pool.works[0].complete()
-    assert not site.lease.breaker.is_probing
+    assert not site.lease.policy.breaker.is_probing
 
 
 # --- What no pool process executes ---------------------------------------------------------------

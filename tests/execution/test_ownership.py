@@ -40,9 +40,9 @@ from tests.support.sessions import (
     messages,
     sessions,
 )
+from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import DEAD, PREFIX, Action, Disposition, Heartbeat
 from worker.broker.delivery import Delivery
-from worker.broker.lease import SMALL_BYTES
 from worker.execution.dispatch import Batch, Dispatcher
 from worker.execution.request import Limits
 from worker.local_stack import LocalStack

@@ -17,7 +17,7 @@ from sqlalchemy import make_url
 from storage.database_url import parse_database_url
 from storage.schema import DatabaseUnavailableError, check_schema
 from tests.support.workers import ROOT
-from worker.broker.connections import BrokerConnection, celery_settings
+from worker.broker.transport import BrokerConnection, celery_settings
 from worker.settings import Settings, SettingsError
 
 PIECES = ("hun", "ter2")

@@ -31,7 +31,7 @@ from tests.support.sentinels import MASTER, Sentinels, redis_of, sentinels_of
 from tests.support.stores import until
 from tests.support.tls_relay import CERTIFICATE, tls_relay
 from tests.support.workers import QUEUE, ROOT, Site, site, worker
-from worker.broker.connections import CLIENT_NAME
+from worker.broker.transport import CLIENT_NAME
 from worker.local_stack import LocalStack
 from worker.settings import Settings
 from worker.startup import StartupError, check_servers

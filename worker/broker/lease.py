@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from math import inf
 from queue import Empty, SimpleQueue
 from uuid import uuid4
 
@@ -24,8 +23,8 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError
 
-from worker.broker.circuit_breaker import CircuitBreaker
-from worker.broker.claims import ANY_SIZE, Action, Claims, Disposition, Heartbeat
+from worker.broker.claim_policy import BATCH_BYTES, SMALL_BYTES, ClaimPolicy
+from worker.broker.claims import Action, Claims, Disposition, Heartbeat
 from worker.broker.delivery import Delivery, State
 
 logger = get_logger(__name__)
@@ -45,28 +44,7 @@ _SILENT_LOOP_SECONDS = 120.0
 _EXIT_SECONDS = 2.0
 """How long the main process may take to end by itself after its pool processes were killed."""
 
-BATCH_BYTES = 256 * 1024
-"""Bytes of the messages that one pool process executes together: some 6,500 IDs. A larger message
-is a batch by itself."""
-
-SMALL_BYTES = 64 * 1024
-"""Bytes of a small message: one of 1,600 IDs, say. Others are large."""
-
-HUGE_BYTES = 512 * 1024
-"""Bytes above which a large message is huge: one of 13,000 IDs, say, which takes some 0.2 s. All
-pool processes but one execute huge jobs, so that a small job never waits for one."""
-
 _NOT_RENEWED_SECONDS = 3.0  # after a heartbeat failed, whose own timeout is as long
-
-_SMALL_SECONDS = 1.0
-"""How long after a small job one pool process is kept for small jobs."""
-
-_LANE_READ_SECONDS = 1.0  # between two looks at a low-priority lane while there is no room
-
-
-def _is_large(delivery: Delivery) -> bool:
-    """Whether a delivery counts as large: for its size, or as a poison candidate."""
-    return bool(delivery.claim.attempts) or delivery.claim.size > SMALL_BYTES
 
 
 class Lease:
@@ -92,10 +70,10 @@ class Lease:
             orphaned_after: Seconds after which a delivery without owner is requeued.
             clock: Seconds of this process's monotonic clock.
         """
-        self.breaker = CircuitBreaker(clock)
         self.on_heartbeat: Callable[[], object] = lambda: None
         """Called at each heartbeat from the lease's thread, whether Redis is reachable or not."""
         self._deliveries: dict[str, Delivery] = {}
+        self.policy = ClaimPolicy(self._all, clock)
         self._batch_size = batch_size
         self._max_bytes = max_bytes
         self._ttl = ttl
@@ -107,11 +85,6 @@ class Lease:
         self._sessions: list[str] = []  # the last is current; others until they are taken over
         self._server: str | None = None
         self._next_tag = 1
-        self._large_wait = False
-        self._isolated_wait = False
-        self._lanes_read_at = 0.0
-        self._largest_not_found = 0  # bytes of the largest message that could have been claimed
-        self._small_at = -inf  # when a small job was last claimed
         self._queues: Sequence[str] = ()
         self.has_more = False
         """Whether a claim may take messages: the last one ended before the queues did, or a
@@ -198,11 +171,12 @@ class Lease:
             if not self.may_claim():
                 return []
             self._queues = queues
-            room = 1 if self.breaker.is_probing else self._batch_size
-            largest = self._largest(processes)
+            policy = self.policy
+            room = 1 if policy.breaker.is_probing else self._batch_size
+            largest = policy.largest(processes)
             claim = partial(self._claim, queues, lanes=lanes, room=room, size=BATCH_BYTES * free)
-            read_lanes = self._reads_lanes(largest)
-            if largest > SMALL_BYTES and self._large_batches() == processes - 1 > 0:
+            read_lanes = policy.reads_lanes(largest)
+            if largest > SMALL_BYTES and policy.is_last_free(processes):
                 deliveries = claim(largest=SMALL_BYTES, read_lanes=read_lanes)
                 if deliveries is None or deliveries or self.has_more:
                     return deliveries
@@ -219,7 +193,6 @@ class Lease:
         read_lanes: bool,
     ) -> list[Delivery] | None:
         first, self._next_tag = self._next_tag, self._next_tag + room
-        is_any_size = largest > HUGE_BYTES
         assert self._claims is not None  # noqa: S101 - set by open()
         claimed = self._claims.claim(
             self._session,
@@ -232,68 +205,31 @@ class Lease:
             large_size=BATCH_BYTES,
             lanes=lanes,
             read_lanes=read_lanes,
-            isolated_room=self._isolated_room if is_any_size else 0,
+            isolated_room=self.policy.isolated_room(largest),
             max_bytes=self._max_bytes,
         )
         if claimed is None:
             return None
-        self._large_wait = claimed.large_wait
-        self._isolated_wait = claimed.isolated > 0
         self.has_more = claimed.has_more
         deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
-        has_large = any(map(_is_large, deliveries))
-        if deliveries and not has_large:
-            self._small_at = self._clock()
-        if read_lanes:
-            self._lanes_read_at = self._clock()
-            has_found_none = claimed.large_wait and not has_large and not is_any_size
-            self._largest_not_found = largest if has_found_none else 0
+        self.policy.record(claimed, deliveries, largest=largest, read_lanes=read_lanes)
         self._deliveries.update((one.claim.tag, one) for one in deliveries)
         return deliveries
 
     def _all(self) -> list[Delivery]:
         return list(self._deliveries.values())  # in one step: the lease's thread removes some
 
-    def _large_batches(self, larger_than: int = SMALL_BYTES) -> int:
-        """Count the pool processes with large jobs; poison candidates count as huge."""
-        large = [one for one in self._all() if one.claim.attempts or one.claim.size > larger_than]
-        return len({one.batch or one for one in large})
-
-    def _largest(self, processes: int) -> int:
-        """Bytes of the largest message that may be claimed now."""
-        for_huge = max(processes - 1, 1)
-        has_small = self._clock() < self._small_at + _SMALL_SECONDS
-        if self._large_batches() >= (for_huge if has_small else processes):
-            return SMALL_BYTES
-        return HUGE_BYTES if self._large_batches(HUGE_BYTES) >= for_huge else ANY_SIZE
-
-    @property
-    def _isolated_room(self) -> int:
-        return 0 if any(one.claim.attempts for one in self._all()) else 1
-
     def may_claim_from_lane(self, processes: int) -> bool:
-        """Whether a message may be claimed that no wait for a queue reports: it is in a lane."""
-        largest = self._largest(processes)
-        isolated = self._isolated_wait and self._isolated_room > 0 and largest > HUGE_BYTES
-        large = self._large_wait and largest > SMALL_BYTES
-        return (large or isolated) and self.may_claim()
+        """Report whether a message may be claimed of which no wait for a queue reports.
 
-    def _reads_lanes(self, largest: int) -> bool:
-        """Whether to look at the low-priority lanes; not again and again while nothing fits.
-
-        Looking at one message of 5 MB takes the server as long as the rest of a claim.
+        Args:
+            processes: Pool processes, including busy ones.
         """
-        is_recent = self._clock() < self._lanes_read_at + _LANE_READ_SECONDS
-        return not (is_recent and largest <= self._largest_not_found)
+        return self.policy.may_claim_from_lane(processes) and self.may_claim()
 
     def may_claim(self) -> bool:
-        """Whether this worker may claim more."""
-        return not (
-            self._closed
-            or self.is_draining
-            or self.breaker.is_open
-            or any(one.claimed_at >= self.breaker.probing_since for one in self._all())
-        )
+        """Report whether this worker may claim more."""
+        return not (self._closed or self.is_draining) and self.policy.may_claim
 
     @property
     def is_lost(self) -> bool:

@@ -26,9 +26,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from worker.broker.connections import Protocol
 from worker.broker.lease import Lease
 from worker.broker.queue_wait import QueueWait, QueueWaitRefusedError
+from worker.broker.transport import Protocol
 from worker.execution.dispatch import Dispatcher
 
 logger = get_logger(__name__)

@@ -22,9 +22,10 @@ from celery.worker import state as worker_state
 from interview_access.contracts import is_job_id
 from interview_access.errors import shortened
 
+from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import Action, Disposition
 from worker.broker.delivery import Delivery
-from worker.broker.lease import SMALL_BYTES, Lease
+from worker.broker.lease import Lease
 from worker.execution.pool_process import BatchReport, execute
 from worker.execution.request import JobRequest, Limits
 
@@ -254,9 +255,9 @@ class Dispatcher:
         }
         self._finish(batch, dispositions)
         if report.outage:
-            self._lease.breaker.record_failure(report.outage)
+            self._lease.policy.breaker.record_failure(report.outage)
         elif report.has_success:
-            self._lease.breaker.record_success()
+            self._lease.policy.breaker.record_success()
         for request, settlement in zip(batch.requests, report.settlements, strict=True):
             for kind, fields in settlement.events:
                 self.send_event(kind, uuid=request.id, **fields)
