@@ -3,7 +3,7 @@
 Holds the settings that differ from Celery's defaults, and those whose default the worker relies on.
 Addresses and sizes come from the environment (worker/settings.py). A copy with another policy gives
 up the guarantees that depend on the changed settings; with another `worker_consumer` or
-`task_acks_late` the worker does not start (worker/startup.py).
+`task_acks_late` the worker does not start (worker/startup/options.py).
 """
 
 from interview_access.contracts import QUEUE

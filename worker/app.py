@@ -31,7 +31,7 @@ from worker.logs import escape_task_lines, escape_worker_lines
 from worker.services.bootstep import BackgroundServices
 from worker.services.remote_control import register_commands
 from worker.settings import Settings
-from worker.startup import StartupChecks
+from worker.startup.bootstep import StartupChecks
 
 _TRANSPORTS = {
     **dict.fromkeys(("redis", "rediss"), "worker.broker.transport:Transport"),

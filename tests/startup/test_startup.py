@@ -34,7 +34,8 @@ from tests.support.workers import QUEUE, ROOT, Site, site, worker
 from worker.broker.transport import CLIENT_NAME
 from worker.local_stack import LocalStack
 from worker.settings import Settings
-from worker.startup import StartupError, check_servers
+from worker.startup import StartupError
+from worker.startup.servers import check_servers
 
 PASSWORD = "s3cret"  # noqa: S105 - of servers that live as long as a test
 
@@ -342,12 +343,13 @@ class TestStart:
             ),
             (["task.time_limit=0"], "got no time limit, expected task_time_limit in seconds."),
             (["task.acks_late=no"], "got task_acks_late = False, expected True."),
+            (["result.serializer=yaml"], "got result_serializer = 'yaml', expected 'json'."),
         ],
     )
     def test_options_that_break_promises_are_refused(
         self, here: Site, words: list[str], says: str
     ) -> None:
-        """Another pool, an unknown queue and early acknowledgement end the worker at its start."""
+        """Another pool, queue, acknowledgement or serializer ends the worker at its start."""
         with ended(here, *words) as sentence:
             assert sentence == f"The worker cannot start: {says}"
 

@@ -1,7 +1,7 @@
-"""What a worker verifies before it forks its pool and takes its first job.
+"""What a worker verifies of PostgreSQL and Redis.
 
-A server that cannot be reached does not stop the worker: it waits, and jobs wait with it. A server
-that refuses the worker, or on which the promises do not hold, does, with one sentence.
+An unreachable server does not stop the worker, which waits for it as the jobs do. A server that
+refuses the worker, or on which the promises do not hold, stops it with one sentence.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from celery import bootsteps
-from celery.concurrency.prefork import TaskPool
 from celery.utils.log import get_logger
 from interview_access.contracts import CONTROL_QUEUE, QUEUE
 from interview_access.errors import shortened
@@ -35,6 +33,7 @@ from worker.broker.claims import DEAD, PREFIX
 from worker.broker.scripts import script
 from worker.broker.transport import CLIENT_NAME
 from worker.settings import Settings
+from worker.startup import StartupError
 
 logger = get_logger(__name__)
 
@@ -44,9 +43,6 @@ _SECONDS = 5.0  # to connect, and for each reply
 _PASSING = (ClusterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
 _PASSING_CODES = ("BUSY ", "MISCONF ", "NOREPLICAS ")
 """Error codes for which redis-py has no class; it leaves them in the error's text."""
-
-_POLICY = {"task_acks_late": True, "worker_consumer": "worker.execution.consumer:JobConsumer"}
-"""Celery's settings without which the promises do not hold, and their only values."""
 
 _LANE = f"{QUEUE}\x06\x169"
 _COMMON = {
@@ -85,66 +81,6 @@ _JOBS = {
     "": "TIME PUNSUBSCRIBE",
 }
 """Commands that a worker sends, by their first arguments: keys and channels as they will be."""
-
-
-class StartupError(Exception):
-    """The worker must not start; the text is one sentence with what was found and expected."""
-
-
-class StartupChecks(bootsteps.Step):  # type: ignore[misc] # Celery ships no types
-    """Ends a worker that must not start, before its pool is forked, with status 1."""
-
-    def __init__(self, worker: Any, **options: Any) -> None:
-        """Take the time limit over, before the pool is created.
-
-        The dispatcher enforces it; the pool would keep a timer of each batch until its end.
-        """
-        super().__init__(worker, **options)
-        worker.app.limits = replace(worker.app.limits, seconds=worker.time_limit)
-        worker.time_limit = None
-
-    def create(self, worker: Any) -> None:
-        """Verify options and servers.
-
-        Raises:
-            SystemExit: with one sentence, if the worker must not start.
-        """
-        try:
-            check_options(worker)
-            check_servers(worker.app.settings)
-        except StartupError as error:
-            raise SystemExit(f"The worker cannot start: {error}") from None
-
-
-def check_options(worker: Any) -> None:
-    """Refuse options of the command line and of Celery under which the promises do not hold.
-
-    Args:
-        worker: Celery's, before its pool exists.
-
-    Raises:
-        StartupError: if there is one.
-    """
-    conf = worker.app.conf
-    if not issubclass(worker.pool_cls, TaskPool):
-        pool = worker.pool_cls.__module__.rpartition(".")[2]
-        raise StartupError(f"got the pool {pool} (-P, --pool), expected prefork.")
-    for name, expected in _POLICY.items():
-        if conf[name] != expected:
-            raise StartupError(f"got {name} = {conf[name]!r}, expected {expected!r}.")
-    for name, value, option, expected in (
-        ("soft time limit", worker.soft_time_limit, "--soft-time-limit", "only --time-limit"),
-        ("autoscale", worker.autoscale, "--autoscale", "a number of processes (-c)"),
-    ):
-        if value:
-            raise StartupError(f"got the {name} {value} ({option}), expected {expected}.")
-    if not worker.app.limits.seconds:
-        raise StartupError("got no time limit, expected task_time_limit in seconds.")
-    known = {queue.name for queue in conf.task_queues}
-    consumed = set(worker.app.amqp.queues.consume_from)
-    if not consumed or not consumed <= known:
-        got = ", ".join(sorted(consumed - known)) or "no queue"
-        raise StartupError(f"got {got} (-Q, --queues), expected {', '.join(sorted(known))}.")
 
 
 def check_servers(settings: Settings) -> None:
