@@ -188,17 +188,13 @@ class SentinelChannel(_TolerantChannel, kombu_redis.SentinelChannel):  # type: i
     """A channel to the Redis that the Sentinels name."""
 
 
-class JobTransport:
-    """What both transports have in common: the start-up checks expect one of them."""
-
-
-class Transport(JobTransport, kombu_redis.Transport):  # type: ignore[misc] # kombu ships no types
+class Transport(kombu_redis.Transport):  # type: ignore[misc] # kombu ships no types
     """To one Redis."""
 
     Channel = Channel
 
 
-class SentinelTransport(JobTransport, kombu_redis.SentinelTransport):  # type: ignore[misc] # no types
+class SentinelTransport(kombu_redis.SentinelTransport):  # type: ignore[misc] # no types
     """To the Redis that the Sentinels name."""
 
     Channel = SentinelChannel

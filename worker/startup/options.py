@@ -6,8 +6,6 @@ from typing import Any
 
 from celery.concurrency.prefork import TaskPool
 
-from worker.broker.results import JobResults
-from worker.broker.transport import JobTransport
 from worker.startup import StartupError
 
 _REQUIRED = {
@@ -42,24 +40,8 @@ def check_options(worker: Any) -> None:
             raise StartupError(f"got the {name} {value} ({option}), expected {alternative}.")
     if not worker.app.limits.seconds:
         raise StartupError("got no time limit, expected task_time_limit in seconds.")
-    _check_classes(worker.app)
     known = {queue.name for queue in conf.task_queues}
     consumed = set(worker.app.amqp.queues.consume_from)
     if not consumed or not consumed <= known:
         got = ", ".join(sorted(consumed - known)) or "no queue"
         raise StartupError(f"got {got} (-Q, --queues), expected {', '.join(sorted(known))}.")
-
-
-def _check_classes(app: Any) -> None:
-    """Refuse a transport or a result backend that is not the worker's own."""
-    with app.connection_for_write() as connection:
-        transport = connection.get_transport_cls()
-    for setting, found, expected in (
-        ("broker_transport", transport, JobTransport),
-        ("result_backend", type(app.backend), JobResults),
-    ):
-        if not issubclass(found, expected):
-            raise StartupError(
-                f"got a {setting} of {found.__module__}.{found.__qualname__}, "
-                "expected redis, rediss, redis+socket or sentinel."
-            )
