@@ -1,6 +1,7 @@
-"""Log lines that a message cannot forge: one line for each record, without control characters.
+"""Log formatters: one line for each record, without control characters.
 
-Celery logs task names, IDs and exceptions as they come from a message.
+Celery logs task names, IDs and exceptions of a message unescaped, so that a message could forge log
+lines.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _TRACEBACK_LINES = 200
 
 
 class _Escaping(logging.Formatter):
-    """Escapes and cuts lines. Those of a traceback are indented: none begins like a record."""
+    """Escapes and cuts lines. Lines of a traceback are indented: none begins like a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return shortened(super().formatMessage(record), quoted=False, at_most=_LINE)

@@ -36,14 +36,14 @@ def _names(listed: object) -> object:
 
 
 class SettingsError(Exception):
-    """Settings in the environment are missing or wrong; its text names each, with what came."""
+    """Environment variables are missing or invalid. The text names each with its value."""
 
 
 class DatabaseSettings(BaseModel):
-    """Where the data is: all that a migration needs.
+    """The database's settings: all that a migration needs.
 
     Attributes:
-        database_url: From ``DATABASE_URL``, as SQLAlchemy with psycopg takes it.
+        database_url: ``DATABASE_URL`` in the form of SQLAlchemy with psycopg.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -52,10 +52,10 @@ class DatabaseSettings(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """The settings of this process; an empty variable counts as not set.
+        """Read the environment of this process. An empty variable counts as not set.
 
         Raises:
-            SettingsError: naming each variable that is missing or wrong, its value (passwords
+            SettingsError: if a variable is missing or invalid; names it, its value (passwords
                 masked) and what was expected.
         """
         variables = {name: name.upper() for name in cls.model_fields}
@@ -67,21 +67,21 @@ class DatabaseSettings(BaseModel):
 
 
 class Settings(DatabaseSettings):
-    """A worker's settings; the variable of each is its name in capitals.
+    """A worker's settings. The variable of each is its name in capitals.
 
     Attributes:
         celery_broker_url: The Redis of the queue.
-        celery_result_backend: The Redis of the results; the broker's, unless given.
-        redis_sentinel_password: The password of the Sentinels, where they have one.
+        celery_result_backend: The Redis of the results; by default the broker's.
+        redis_sentinel_password: The password of the Sentinels, if they have one.
         grant_chunk_size: Grants inserted by one statement.
-        grant_max_interview_ids: Grants that one job may request, IDs as given.
-        grant_batch_size: Small jobs of one claim, executed together; 1: each by itself.
+        grant_max_interview_ids: Grants that one job may request, duplicates included.
+        grant_batch_size: Jobs of one claim at most; 1 disables batches.
         grant_retry_limit: Retries of a job during an outage.
         grant_retry_max_delay: Seconds between two attempts at most. They grow from 1 by doubling,
             with full jitter, which makes about ten minutes in all.
         grant_lease_seconds: Lease TTL. After a worker dies its jobs are redelivered within two.
-        grant_attempt_limit: Attempts of a job that ends its worker's process each time.
-        grant_stop_grace: Seconds that running jobs have to finish when the worker stops.
+        grant_attempt_limit: Attempts of a job that ends its pool process or worker each time.
+        grant_stop_grace: Grace period of a graceful shutdown, in seconds.
         grant_callback_queues: Queues, separated by commas, to which the worker may publish the
             callbacks, chains and chords of a message; None: to any queue.
     """
@@ -108,7 +108,7 @@ class Settings(DatabaseSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """See the base class. Refuses what Celery reads by itself, unchecked."""
+        """Read the environment; see the base class. Refuse variables that only Celery reads."""
         for name in ("CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
             if os.environ.get(name):
                 raise SettingsError(f"{name}: got a value, expected CELERY_BROKER_URL alone")

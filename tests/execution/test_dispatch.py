@@ -35,7 +35,8 @@ from tests.support.sessions import (
 from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import DEAD, PREFIX, Action
 from worker.broker.delivery import Delivery, State
-from worker.execution.dispatch import Dispatcher, partition
+from worker.execution.batch import partition
+from worker.execution.dispatch import Dispatcher
 from worker.execution.request import JobRequest, Limits
 from worker.local_stack import LocalStack
 

@@ -43,7 +43,8 @@ from tests.support.sessions import (
 from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import DEAD, PREFIX, Action, Disposition, Heartbeat
 from worker.broker.delivery import Delivery
-from worker.execution.dispatch import Batch, Dispatcher
+from worker.execution.batch import Batch
+from worker.execution.dispatch import Dispatcher
 from worker.execution.request import Limits
 from worker.local_stack import LocalStack
 

@@ -37,7 +37,7 @@ class CircuitBreaker:
     """Stops claims during an outage, then admits a single job as a probe."""
 
     _BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-    """Seconds; the last one repeats. A retry's own delay is as long, so that both end together."""
+    """Seconds; the last one repeats. At most a retry's own delay, so that both end together."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with a closed circuit.

@@ -1,27 +1,26 @@
-"""The queue's protocol in Redis: which worker session has claimed which message.
+"""Claims: which worker session has claimed which message of a queue in Redis.
 
-At any moment a message's bytes are in exactly one place: its queue, one session's claims, the
-delayed messages, the isolated ones, or the dead letters. Each move is one script, so that no crash
-and no lost reply can separate its halves. A script that moves a claimed message does nothing unless
-the caller still has it claimed. This module knows nothing of Celery and never parses a message.
+At any moment a message is in exactly one place: its queue, one session's claims, the delayed
+messages, the isolated ones, or the dead letters. One script makes each move, so that no crash and
+no lost reply leaves half of it. A script that moves a claimed message has no effect unless the
+caller's session still has the claim. This module does not depend on Celery and parses no message.
 
-Keys, beside the queues that kombu's producers write:
+Keys, beside the queues that producers write:
 
 - ``leases``: sorted set, worker session by its heartbeat counter
 - ``held:SESSION``: hash, delivery tag to origin queue, NUL and the message
 - ``deferred`` and ``due``: delayed messages, and the time (ms) at which each is due
-- ``isolated``: list of poison candidates, each with its origin queue: messages with attempts
-- ``tries``: hash, digest of a message to its attempts, those that ended its pool process or worker
-- ``deferrals``: hash, digest of a message to its retries, those that its job asked for
+- ``isolated``: list of poison candidates (messages with attempts), each with its origin queue
+- ``tries``: hash, digest of a message to its attempts that ended a pool process or a worker
+- ``deferrals``: hash, digest of a message to its retries
 - ``dead``: stream of the dead letters
 - ``clock``: hash, the time (ms) when messages were last delayed or checked, and the sum of the
   steps by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
 
-No script judges a session by a clock: observers compare heartbeat counters. Scripts that move
-several messages stop after ``_BYTES_PER_SCRIPT`` and report that there is more, so that Redis
-serves others in between. All carry the flag ``allow-oom``: a full server refuses every other way of
-taking a message off a queue and keeping it.
+No script compares times of sessions: workers observe heartbeat counters. Scripts that move several
+messages end after 4 MiB and report that there is more, so that Redis serves other clients. All have
+the flag ``allow-oom``: a full Redis refuses every other command that moves a message.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ Fields: job_id, task, reason, in_ledger, time, attempts, size, queue, message.""
 ANY_SIZE = 2**53
 
 _ANNOUNCEMENT_SECONDS = 86_400
-"""How long a job's announcement outlives the job: as long as its result."""
+"""Seconds for which a job's announcement is kept after the job, as long as its result."""
 
 
 class Claim(NamedTuple):
@@ -57,10 +56,10 @@ class Claim(NamedTuple):
     Attributes:
         tag: Its delivery tag: a number of this process, as text.
         queue: Key of the list that it came from.
-        message: Its bytes, as the producer wrote them; of a message over the limit its two ends.
-        size: Of the whole message in bytes.
-        attempts: How often it ended its pool process or its worker.
-        retries: How often its job asked for a retry.
+        message: Its bytes as the producer wrote them; the two ends of a message over the limit.
+        size: Bytes of the whole message.
+        attempts: Attempts that ended the pool process or the worker.
+        retries: Retries of its job.
     """
 
     tag: str
@@ -76,9 +75,9 @@ class Claimed(NamedTuple):
 
     Attributes:
         claims: The messages, now claimed by the session.
-        large_wait: Whether large messages wait in the low-priority lane.
-        isolated: Poison candidates that wait.
-        has_more: Whether a next claim may take more: the queues were not read to their ends, or
+        large_wait: Whether large messages are in a low-priority lane.
+        isolated: Number of isolated messages.
+        has_more: Whether the next claim may take more: the queues were not read to their ends, or
             messages were moved to a lane.
     """
 
@@ -89,13 +88,13 @@ class Claimed(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """What a session learns when it renews its lease.
+    """The state of the queues when a session renews its lease.
 
     Attributes:
-        alive: False if the lease was lost: what the session had claimed was requeued.
+        alive: Whether the session has its lease; if not, its claims were requeued.
         has_messages: Whether any are queued, delayed, isolated or claimed by the session.
-        claimed: How many messages the session has claimed.
-        sessions: All sessions, each with its heartbeat counter.
+        claimed: Number of messages that the session has claimed.
+        sessions: Heartbeat counters of all sessions.
     """
 
     alive: bool
@@ -105,18 +104,18 @@ class Heartbeat(NamedTuple):
 
 
 class Action(StrEnum):
-    """What becomes of a delivery's message."""
+    """What is done with a delivery's message."""
 
     ACKNOWLEDGE = "acknowledge"
     """Remove it: its result is stored."""
     REQUEUE = "requeue"
-    """Put it back on its queue, uncounted."""
+    """Requeue it without counting it."""
     DELAY = "delay"
-    """Put it back on its queue after the delay, uncounted."""
+    """Requeue it after the delay without counting it."""
     RETRY = "retry"
-    """Put it back on its queue after the delay, counted as a retry."""
+    """Requeue it after the delay and count a retry."""
     FAILED_ATTEMPT = "failed-attempt"
-    """Isolate it after the delay, counted as an attempt that ended its pool process."""
+    """Isolate it after the delay and count an attempt that ended its pool process."""
     DEAD_LETTER = "dead-letter"
     """Move it to the dead letters."""
 
@@ -127,12 +126,12 @@ class Disposition:
 
     Attributes:
         delay: Seconds, for the actions that have one.
-        job_id: Of its job, where it has one.
+        job_id: ID of its job, if it has one.
         task: Name of its task, for a dead letter.
         reason: Why it is a dead letter.
-        in_ledger: For a dead letter, whether the ledger holds its job's final result; None if the
-            ledger was not queried.
-        attempts: For a dead letter, how often its job was executed.
+        in_ledger: For a dead letter, whether the ledger has its job's outcome; None if the ledger
+            was not queried.
+        attempts: For a dead letter, the number of its job's executions.
     """
 
     action: Action
@@ -145,18 +144,18 @@ class Disposition:
 
 
 class Claims:
-    """The scripts, typed. Each raises what redis-py raises; none is sent twice.
+    """The scripts as typed methods. Each is sent once, and raises the errors of redis-py.
 
     A *session* is one worker process on one connection, identified by a random name. A delivery tag
     is valid only together with the session that claimed it.
     """
 
     def __init__(self, client: Redis, *, prefix: str = PREFIX) -> None:
-        """Connects at the first call.
+        """Connect at the first call.
 
         Args:
-            client: Without retries: a claim that is sent twice claims twice.
-            prefix: Of the keys.
+            client: A client without retries: a claim that is sent twice claims twice.
+            prefix: Prefix of the keys.
         """
         self._client = client
         self._prefix = prefix
@@ -178,13 +177,18 @@ class Claims:
     def open(
         self, session: str, formers: Sequence[str] = (), wanted: Iterable[str] = ()
     ) -> set[str]:
-        """Begin a session, and take over the claims of this process's former sessions.
+        """Begin a session, and transfer claims of this process's former sessions to it.
 
-        Claims that are not wanted are requeued, uncounted: those whose reply was lost, above all.
-        What a former session still sends has no effect.
+        Other claims of theirs, such as those whose reply was lost, are requeued without counting an
+        attempt. Late commands of a former session have no effect.
+
+        Args:
+            session: The new session.
+            formers: The former sessions.
+            wanted: Delivery tags to transfer.
 
         Returns:
-            The tags among the wanted ones that are still claimed.
+            The wanted tags that are still claimed.
         """
         arguments = (session, len(formers), *formers, *wanted)
         while (reply := self._run(self._open, *arguments))[0]:
@@ -192,11 +196,11 @@ class Claims:
         return {tag.decode() for tag in reply[1:]}
 
     def heartbeat(self, session: str, queues: Sequence[str] = ()) -> Heartbeat:
-        """Renew a lease that was not taken over, late or not, and look for messages.
+        """Renew the lease of a session that was not taken over, and look for messages.
 
         Args:
             session: The session.
-            queues: Keys of lists.
+            queues: Keys of the lists to check.
         """
         leases, held = f"{self._prefix}leases", f"{self._prefix}held:{session}"
         others = f"{self._prefix}due", f"{self._prefix}isolated"
@@ -215,7 +219,7 @@ class Claims:
         return Heartbeat(counter is not None, bool(found), claimed, counters)
 
     def claimed_tags(self, session: str) -> set[str]:
-        """The tags of all that a session has claimed, as Redis knows it."""
+        """Return the delivery tags of a session's claims, as stored in Redis."""
         return {tag.decode() for tag in self._run(self._claimed_tags, session)}
 
     def claim(
@@ -238,19 +242,20 @@ class Claims:
 
         Args:
             session: The session.
-            queues: Keys of lists, the most urgent first, those of the several queues in turn.
-            first_tag: Number of the first delivery; the others follow. Never used before by this
-                process.
+            queues: Keys of lists by priority, the most urgent first; within a priority one list of
+                each queue.
+            first_tag: Number of the first delivery tag; others follow. This process must not have
+                used them before.
             room: Messages at most.
             size: Bytes after which no more is claimed.
-            small: Size in bytes up to which a message is small; larger ones have claims of their
-                own.
+            small: Bytes of the largest small message. Small and large messages are claimed apart.
             largest: Bytes of the largest message that is claimed. Larger ones are moved to the
-                low-priority lane, so that others pass them; the large ones of that lane come first.
-            large_size: Bytes up to which large messages are claimed together; the first may be
+                low-priority lane of their queue, so that others pass them. Large messages of that
+                lane are claimed first.
+            large_size: Bytes of large messages that are claimed together; the first one may be
                 larger.
             lanes: Number of queues: the last list of each is its low-priority lane.
-            read_lanes: Whether to claim from these lanes at all.
+            read_lanes: Whether to claim from these lanes.
             isolated_room: Poison candidates at most, 0 or 1.
             max_bytes: Bytes of a message above which only its two ends are returned.
 
@@ -283,7 +288,12 @@ class Claims:
         return None if value is None else bytes(value.partition(b"\0")[2])
 
     def settle(self, session: str, dispositions: Mapping[str, Disposition]) -> None:
-        """Apply dispositions, by delivery tag. One whose delivery is not claimed has no effect."""
+        """Apply dispositions. One for a delivery that is not claimed has no effect.
+
+        Args:
+            session: The session that has claimed the deliveries.
+            dispositions: By delivery tag.
+        """
         fields = (
             (
                 *(tag, one.action.value, round(one.delay * 1000), one.job_id, one.task),
@@ -294,32 +304,41 @@ class Claims:
         self._run(self._settle, session, _ANNOUNCEMENT_SECONDS, *chain.from_iterable(fields))
 
     def wake(self) -> bool:
-        """Put delayed messages that are due back on their queues. Returns whether more are due."""
+        """Requeue delayed messages that are due. Returns whether more are due."""
         return bool(self._run(self._wake))
 
     def take_over(self, session: str, counter: float) -> int:
-        """Requeue what a session has claimed whose heartbeat counter is still ``counter``.
+        """Requeue the claims of a session whose heartbeat counter has not changed.
 
-        Each message counts an attempt: its worker ended while it was claimed.
+        An attempt of each message is counted: its worker ended while it was claimed.
+
+        Args:
+            session: The session.
+            counter: Its heartbeat counter, as observed.
 
         Returns:
-            1 if there is more, 0 if not, -1 if the session is alive or was taken over already.
+            1 if it has more claims, 0 if not, -1 if the counter has changed or the session ended.
         """
         return int(self._run(self._take_over, session, counter))
 
     def close(self, session: str) -> None:
-        """End a session: all that it has claimed is requeued, uncounted."""
+        """End a session: requeue its claims without counting an attempt."""
         while self._run(self._close, session):
             pass
 
     def put(self, queue: str, message: bytes) -> None:
-        """Put a message at the consuming end of a queue, on a full server too."""
+        """Put a message at the consuming end of a queue, also on a full Redis."""
         self._run(self._put, queue.encode() + b"\0" + message)
 
     def requeue_dead_letter(self, letter_id: str, queue: str) -> int:
-        """Move a dead letter to its origin queue, or to ``queue`` if it names none.
+        """Move a dead letter to its origin queue, with its attempts and retries reset.
 
-        Its attempts and retries start anew. Returns 0 if there is no such letter.
+        Args:
+            letter_id: ID of the dead letter in the stream.
+            queue: Queue of a letter that names none.
+
+        Returns:
+            1, or 0 if it does not exist.
         """
         return int(self._run(self._requeue_dead_letter, letter_id, queue))
 

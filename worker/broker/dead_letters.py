@@ -24,16 +24,19 @@ _WHOLE = 2**53
 
 
 class DeadLetter(BaseModel):
-    """A dead letter without its message. Its texts are a producer's, and may hold anything.
+    """A dead letter without its message. Producers chose its texts, which may contain anything.
 
     Attributes:
-        id: Its ID in the stream, by which the commands take it.
-        job_id: The job's, where one could be read.
-        attempts: How often the job was attempted or retried.
-        size: Of the message, in bytes.
-        queue: The list in Redis that the message came from.
-        in_ledger: Whether the ledger has the final result of the job, which requeueing does not
-            change. None in an entry written by an earlier release.
+        id: Its ID in the stream.
+        time: When it was dead-lettered.
+        reason: Why.
+        task: Name of its task; empty if it could not be read.
+        job_id: ID of its job; empty if it could not be read.
+        attempts: Number of executions of the job.
+        size: Bytes of the message.
+        queue: Key of its origin queue.
+        in_ledger: Whether the ledger has an outcome of the job, which a requeue does not change;
+            None if it was not queried, or an earlier release wrote the entry.
     """
 
     id: str
@@ -48,7 +51,7 @@ class DeadLetter(BaseModel):
 
 
 class DeadLetters:
-    """The dead letters of one server. Every method raises the errors of Redis."""
+    """The dead letters of one Redis. Every method raises redis-py's errors."""
 
     def __init__(self, client: Redis) -> None:
         """Connect at the first call."""
@@ -56,29 +59,37 @@ class DeadLetters:
         self._read = client.register_script(script("read_dead_letters"))
 
     def __iter__(self) -> Iterator[DeadLetter]:
-        """Read all dead letters, oldest first, a page at a time and without their messages."""
+        """Read all dead letters, oldest first, in pages and without their messages."""
         start = "-"
         while page := self._entries(start, "+", message_bytes=0):
             yield from (_letter(*entry) for entry in page)
             start = f"({page[-1][0]}"
 
     def get(self, letter_id: str) -> DeadLetter | None:
-        """Read one dead letter, None where it does not exist."""
+        """Read one dead letter; None if it does not exist."""
         entries = self._entries(letter_id, letter_id, message_bytes=0)
         return _letter(*entries[0]) if entries else None
 
     def message(self, letter_id: str, *, at_most: int | None = None) -> bytes | None:
-        """Read a dead letter's message as the producer sent it, cut to so many bytes."""
+        """Read a dead letter's message as the producer sent it.
+
+        Args:
+            letter_id: ID of the dead letter.
+            at_most: Bytes after which it is cut; None: all of it.
+
+        Returns:
+            The message, or None if the dead letter does not exist.
+        """
         limit = _WHOLE if at_most is None else at_most
         entries = self._entries(letter_id, letter_id, message_bytes=limit)
         return entries[0][1].get(b"message", b"") if entries else None
 
     def requeue(self, letter: DeadLetter) -> bool:
-        """Send a message back to its queue with no attempts counted; False if it is gone."""
+        """Requeue a message with its attempts reset. Returns whether it existed."""
         return bool(Claims(self._client).requeue_dead_letter(letter.id, letter.queue))
 
     def drop(self, letter: DeadLetter) -> bool:
-        """Delete a dead letter; False if it is gone."""
+        """Delete a dead letter. Returns whether it existed."""
         return bool(self._client.xdel(DEAD, letter.id))
 
     def _entries(
@@ -111,13 +122,13 @@ def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
 
 
 def readable(message: bytes, *, at_most: int) -> str:
-    """Format a message for a terminal: as indented JSON in ASCII, else as text with escapes.
+    """Format a message for a terminal, as indented JSON in ASCII or as text with escapes.
 
-    A JSON body is decoded. A compressed one is left as it is, because nothing bounds its size.
+    A JSON body is decoded; a compressed body is not, because nothing limits its size.
 
     Args:
         message: Any bytes.
-        at_most: Characters after which the rest may be omitted.
+        at_most: Characters after which the rest may be cut.
     """
     with suppress(ValueError, RecursionError):
         envelope = json.loads(message.decode())
@@ -132,7 +143,7 @@ def readable(message: bytes, *, at_most: int) -> str:
 
 
 def _with_decoded_body(envelope: Any) -> Any:
-    """Decode the body of an envelope and put it last, after the short fields."""
+    """Decode the body of an envelope and move it behind the short fields."""
     with suppress(LookupError, TypeError, AttributeError):
         body = envelope.pop("body")
         envelope["body"] = body

@@ -1,8 +1,8 @@
-"""A worker session: what this process has claimed, its lease, and how it settles and ends.
+"""A worker session: the lease on this process's claims, their settlement, and the shutdown.
 
-One for the main process, whatever becomes of its connections: jobs go on while the worker
-reconnects. Safety does not depend on any of it. A lease that is lost too early makes a job run
-twice, and the ledger in PostgreSQL then gives both runs the same result.
+A main process has one lease. It outlives a lost connection: running jobs continue while the worker
+reconnects. The effect of a job does not depend on it. If a lease expires too early, a job runs
+twice, and the ledger in PostgreSQL gives both runs the same result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from worker.broker.delivery import Delivery, State
 logger = get_logger(__name__)
 
 _LONGEST_PAUSE = 1.0
-"""Seconds between two heartbeats, which also enforce time limits and wake delayed messages."""
+"""Seconds between two heartbeats at most: they also enforce time limits and requeue delayed
+messages."""
 
 _HEARTBEATS = 8
 """Heartbeats in one lease TTL."""
@@ -39,16 +40,16 @@ _EXPIRED_AFTER = 2
 """Lease TTLs without a heartbeat after which a session's messages are requeued."""
 
 _SILENT_LOOP_SECONDS = 120.0
-"""A main loop that has not turned for so long is stuck: its lease is no longer renewed."""
+"""Seconds after which a main loop that has not turned is stuck: its lease is no longer renewed."""
 
 _EXIT_SECONDS = 2.0
-"""How long the main process may take to end by itself after its pool processes were killed."""
+"""Seconds in which the main process ends by itself after its pool processes were killed."""
 
-_NOT_RENEWED_SECONDS = 3.0  # after a heartbeat failed, whose own timeout is as long
+_NOT_RENEWED_SECONDS = 3.0  # of failed heartbeats, after which the worker reconnects
 
 
 class Lease:
-    """The session of this process and the one table of its deliveries. Safe in threads."""
+    """The session of this process and the table of its deliveries. Thread-safe."""
 
     def __init__(
         self,
@@ -60,18 +61,18 @@ class Lease:
         orphaned_after: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Sends nothing to Redis before :meth:`open`.
+        """Send nothing to Redis before :meth:`open`.
 
         Args:
-            ttl: Seconds. A dead worker's messages are requeued after two TTLs and a little.
+            ttl: Seconds. A dead worker's messages are requeued about two TTLs after its death.
             grace: Seconds that running jobs have to finish when the worker stops.
             batch_size: Small messages in one claim.
-            max_bytes: Of a message that is read; of a larger one only its ends are.
+            max_bytes: Size of a message above which only its two ends are read.
             orphaned_after: Seconds after which a delivery without owner is requeued.
             clock: Seconds of this process's monotonic clock.
         """
         self.on_heartbeat: Callable[[], object] = lambda: None
-        """Called at each heartbeat from the lease's thread, whether Redis is reachable or not."""
+        """Called at each heartbeat by the lease's thread, also while Redis is unreachable."""
         self._deliveries: dict[str, Delivery] = {}
         self.policy = ClaimPolicy(self._all, clock)
         self._batch_size = batch_size
@@ -87,10 +88,10 @@ class Lease:
         self._next_tag = 1
         self._queues: Sequence[str] = ()
         self.has_more = False
-        """Whether a claim may take messages: the last one ended before the queues did, or a
-        heartbeat has found some since."""
+        """Whether another claim may find messages: the last one did not read the queues to their
+        ends, or a heartbeat has found some since."""
         self.lock = threading.RLock()
-        """Held while deliveries change hands."""
+        """Held while deliveries change their owner."""
         self._thread: threading.Thread | None = None
         self._wake_up: SimpleQueue[None] = SimpleQueue()  # an Event deadlocks in nested handlers
         self._closed = False
@@ -109,10 +110,10 @@ class Lease:
     # --- Claiming -------------------------------------------------------------------------------
 
     def open(self, client: Redis) -> None:
-        """Begin a session, or continue in a new one after the connection was lost.
+        """Begin a session, or after a lost connection another one that keeps the deliveries.
 
-        Claims whose reply was lost are requeued, as are deliveries not yet dispatched. A command
-        still on its way on the old connection finds its session gone.
+        Claims whose reply was lost are requeued, as are deliveries not yet dispatched. A late
+        command on the old connection has no effect, because its session has ended.
 
         Args:
             client: Without retries: a claim that is sent twice claims twice.
@@ -137,8 +138,8 @@ class Lease:
         for tag in lost:
             claim = self._deliveries.pop(tag).claim
             if self._server not in {None, server} and len(claim.message) == claim.size:
-                # A server that restarted without its last second, or a promoted replica, may have
-                # neither the claim nor the message. A duplicate does no harm.
+                # A restarted server or a promoted replica may have lost both the claim and the
+                # message. A duplicate delivery is harmless.
                 self._claims.put(claim.queue, claim.message)
         if lost:
             logger.warning(
@@ -150,21 +151,21 @@ class Lease:
     def claim(
         self, queues: Sequence[str], lanes: int, processes: int, free: int = 1
     ) -> list[Delivery] | None:
-        """Claim what free pool processes can execute: small messages, or large ones for one.
+        """Claim small messages for the free pool processes, or large ones for one of them.
 
-        The last free pool process executes a large job only if no small job waits.
+        The last free pool process executes a large job only if no small job is queued.
 
         Args:
             queues: See :meth:`worker.broker.claims.Claims.claim`, as for ``lanes``.
             lanes: Likewise.
-            processes: Pool processes, busy ones too.
-            free: Pool processes that are free.
+            processes: Pool processes, including busy ones.
+            free: Free pool processes.
 
         Returns:
             The deliveries, or None if the lease is lost.
 
         Raises:
-            RedisError: if the reply did not come; more may be claimed than is known: open again.
+            RedisError: if the reply was lost: unknown messages may be claimed, call :meth:`open`.
         """
         with self.lock:
             self.has_more = False
@@ -233,7 +234,7 @@ class Lease:
 
     @property
     def is_lost(self) -> bool:
-        """Whether to reconnect: Redis was demoted, or heartbeats have failed for seconds."""
+        """Whether to reconnect: Redis is no longer the primary, or heartbeats have failed."""
         failure = self._failure
         if failure is None or self.is_draining:
             return False
@@ -247,7 +248,11 @@ class Lease:
     # --- Settling -------------------------------------------------------------------------------
 
     def settle(self, dispositions: Mapping[str, Disposition]) -> None:
-        """Apply dispositions by delivery tag, or later if Redis is away: each has effect once."""
+        """Apply dispositions, later if Redis is unreachable. Each has effect once.
+
+        Args:
+            dispositions: By delivery tag.
+        """
         with self.lock:
             for tag, disposition in dispositions.items():
                 delivery = self._deliveries.get(tag)
@@ -259,7 +264,7 @@ class Lease:
                 logger.warning("settlements delayed, Redis is away: %s", error)
 
     def _send_settled(self) -> None:
-        settled = {  # the oldest last: what is requeued is claimed next
+        settled = {  # the oldest last: the last requeued message is claimed next
             tag: one.disposition
             for tag, one in reversed(self._deliveries.items())
             if one.state is State.SETTLED and one.disposition
@@ -274,20 +279,23 @@ class Lease:
 
     @property
     def is_draining(self) -> bool:
-        """Whether the worker is stopping: nothing is claimed, and no attempt is counted."""
+        """Whether the worker stops: it claims nothing and counts no attempts."""
         return self._drained_by is not None
 
     def drain(self, *, at_once: bool = False) -> None:
-        """Stop claiming and let running jobs finish within the grace.
+        """Stop claiming; running jobs may finish within the grace.
 
-        Callable from a signal handler, and more than once: the first call starts the grace.
+        May be called in a signal handler, and repeatedly: the first call starts the grace.
+
+        Args:
+            at_once: End the grace now.
         """
         if self._drained_by is None or at_once:
             self._drained_by = self._clock() + (0 if at_once else self._grace)
             self._wake_up.put(None)
 
     def close(self) -> None:
-        """End the session: requeue all that is still claimed."""
+        """End the session: requeue what is still claimed."""
         with self.lock:
             if self._closed or not self._sessions:
                 return
@@ -300,11 +308,11 @@ class Lease:
                 assert self._claims is not None  # noqa: S101 - set by open()
                 self._claims.close(self._session)
             except RedisError as error:
-                logger.warning("jobs are requeued when the lease has expired: %s", error)
+                logger.warning("jobs are requeued when the lease expires: %s", error)
             self._deliveries.clear()
 
     def _end(self) -> None:
-        """Requeue what did not finish within the grace and end the pool, and so the worker."""
+        """Requeue what did not finish within the grace, and end the pool and the worker."""
         logger.warning(
             "grace over, running jobs are requeued: deliveries=%d", len(self._deliveries)
         )
@@ -312,14 +320,14 @@ class Lease:
         for process in active_children():
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        # The main process ends by itself, with what Celery does at exit; SIGHUP restarts it there.
+        # Celery ends the main process, and after SIGHUP restarts it, once the pool has ended.
         time.sleep(_EXIT_SECONDS)
         os._exit(0)
 
     # --- The heartbeat thread -------------------------------------------------------------------
 
     def _pause(self) -> float:
-        """Seconds until the next heartbeat, or the end of the grace."""
+        """Return the seconds until the next heartbeat or the end of the grace."""
         pause = min(self._ttl / _HEARTBEATS, _LONGEST_PAUSE)
         if self._drained_by is not None:
             pause = min(pause, max(self._drained_by - self._clock(), 0.0))
@@ -336,8 +344,10 @@ class Lease:
                     self.on_heartbeat()
                 finally:
                     self._beat()
-            except Exception as error:  # whatever it is: without this thread every job runs twice
-                # What was observed before does not count: Redis itself may have stalled.
+            except (
+                Exception
+            ) as error:  # without this thread the lease expires: every job runs twice
+                # Redis itself may have stalled: earlier observations of other leases are void.
                 self._observed.clear()
                 if not self._failure:
                     known = isinstance(error, RedisError | OSError)
@@ -375,7 +385,7 @@ class Lease:
         self._send_settled()
 
     def _reconcile(self, heartbeat: Heartbeat) -> None:
-        """Requeue deliveries that nobody owns: each was lost by a defect that is contained here."""
+        """Requeue deliveries without owner: a defect lost each of them and is contained here."""
         assert self._claims is not None  # noqa: S101 - set by open()
         before = self._clock() - self._orphaned_after
         for delivery in self._all():
@@ -383,7 +393,9 @@ class Lease:
                 logger.error("delivery without owner is requeued: %s", delivery)
                 action = Action.REQUEUE
                 if delivery.state is State.DISPATCHED:
-                    action = Action.FAILED_ATTEMPT  # or a job that is lost each time never ends
+                    action = (
+                        Action.FAILED_ATTEMPT
+                    )  # limits the attempts of a job that is lost each time
                 delivery.settle(Disposition(action))
         if heartbeat.claimed == len(self._deliveries):
             return
@@ -396,10 +408,10 @@ class Lease:
             logger.error("delivery without claim is forgotten: %s", self._deliveries.pop(tag))
 
     def _take_over_expired(self, sessions: Mapping[str, float], by: float) -> None:
-        """Requeue the messages of sessions whose heartbeat counter has stood still for too long.
+        """Requeue the messages of sessions whose heartbeat counter has not changed for two TTLs.
 
-        Measured by this process's own clock. After a stall of Redis or of this machine every
-        counter seems to have stood still, so observations before a gap do not count.
+        Time is that of this process's monotonic clock. After a stall of Redis or of this host every
+        counter appears unchanged, so observations before such a gap are discarded.
         """
         assert self._claims is not None  # noqa: S101 - set by open()
         now = self._clock()

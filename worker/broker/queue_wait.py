@@ -1,9 +1,9 @@
-"""Waits until a queue has a message, without receiving the message.
+"""A wait until a queue has a message, without receiving the message.
 
-Redis has no blocking command that leaves the element out of its reply, and an element may have
-512 MB, of which each idle worker would have a copy in Redis. So ``CLIENT REPLY SKIP`` suppresses
-the reply of ``BLMOVE queue queue RIGHT RIGHT``, which moves nothing, and the ``LLEN`` that is sent
-after it is executed when the wait is over.
+Redis has no blocking command whose reply omits the element. An element may have 512 MB, which Redis
+would copy into a reply for each idle worker. ``BLMOVE queue queue RIGHT RIGHT`` blocks and does not
+change the list. ``CLIENT REPLY SKIP`` before it suppresses its reply. The ``LLEN`` after it is
+executed when the wait is over.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 _LINE = b"\r\n"
 _READ_BYTES = 4 * 1024
-_SHORT_WAITS = 5  # in succession; some may be due to other workers that claimed the message
+_SHORT_WAITS = 5  # in succession; single ones are due to other workers' claims
 
 
 class QueueWaitRefusedError(Exception):
-    """Redis refuses to wait: it is full, the key is not a list, or an ACL denies it."""
+    """Redis refuses the wait: it is full, the key is not a list, or an ACL denies a command."""
 
 
 class QueueWait:
     """One connection that waits for one queue at a time."""
 
     def __init__(self, pool: ConnectionPool) -> None:
-        """Connects at the first wait.
+        """Connect at the first wait.
 
         Args:
-            pool: Makes the connection.
+            pool: Provides the connection.
         """
         self._pool = pool
         self._connection: Any = None
@@ -42,11 +42,11 @@ class QueueWait:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has waited, or None if it does not wait."""
+        """Seconds since the wait began; None if there is no wait."""
         return None if self._sent_at is None else time.monotonic() - self._sent_at
 
     def is_lost(self, seconds: float) -> bool:
-        """Whether no reply has come for so long; one that this process has not read yet counts."""
+        """Report whether a wait has had no reply for so many seconds. An unread reply counts."""
         waited = self.seconds
         if waited is None or waited < seconds:
             return False
@@ -79,14 +79,14 @@ class QueueWait:
         return self._connection._sock  # noqa: SLF001 - redis-py has no other way to the socket
 
     def read(self) -> bool | None:
-        """Read what the socket has.
+        """Read what the socket has received.
 
         Returns:
             Whether there is a message, or None if the reply is not complete.
 
         Raises:
-            QueueWaitRefusedError: Redis refused; the next wait has a new connection.
-            RedisConnectionError: the connection is lost.
+            QueueWaitRefusedError: if Redis refused; the next wait has a new connection.
+            RedisConnectionError: if the connection is lost.
         """
         received = self._received()
         if not received:
@@ -112,12 +112,12 @@ class QueueWait:
     def _received(self) -> bytes:
         socket = self._connection._sock  # noqa: SLF001 - see start
         received = bytes(socket.recv(_READ_BYTES))
-        while getattr(socket, "pending", int)():  # TLS: decrypted, and not seen by the event loop
+        while getattr(socket, "pending", int)():  # TLS: decrypted bytes, which no poll reports
             received += socket.recv(_READ_BYTES)
         return received
 
     def close(self) -> None:
-        """Disconnect, and so end the wait."""
+        """Disconnect, which ends the wait."""
         self._sent_at = None
         if self._connection:
             connection, self._connection = self._connection, None

@@ -1,4 +1,4 @@
-"""The result backend: Celery's on Redis, in which only the ledger's outcome of a job is final."""
+"""The result backend: Celery's for Redis, with rules for which result replaces which."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from worker.broker.scripts import script
 logger = get_logger(__name__)
 
 
-_LOOKS = 10
-"""Attempts of the compare-and-set while others write the same key.
+_COMPARE_ATTEMPTS = 10
+"""Attempts of a compare-and-set while others write the same key.
 
-Only duplicate deliveries of one job and its started reporter write it at the same time, so that a
-handful suffices; a key that changes ten times in a row is being overwritten by something else."""
+Only duplicate deliveries of a job and its started reporter write it concurrently. A key that
+changes ten times in a row is overwritten by something else."""
 
 _UNSETTLED, _NOT_DONE, _GIVEN_UP, _ANSWERED = range(4)
-"""How final a result is. A less final one never takes a more final one's place."""
+"""Ranks of results, from not final to final. No result replaces one of a higher rank."""
 
 _OF_CHAIN = "is_of_chain"
-"""Field of a failure that is another task's, before it in a chain."""
+"""Field of a failure that an earlier task of the chain caused."""
 
 _RANKS = {StorageUnavailableException.__name__: _NOT_DONE, JobFailedError.__name__: _GIVEN_UP}
 
 
 class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
-    """Stores what a job's poller reads."""
+    """Stores the results that pollers read."""
 
     _last_stored: tuple[str, bytes] = ("", b"")  # a job's ID and the state that was stored of it
 
     def _get_pool(self, **options: Any) -> Any:
-        """Celery has no setting for the options of its connections."""
+        """Add connection options, for which Celery has no setting."""
         return super()._get_pool(**{**options, **self._transport_options.get("connection", {})})
 
     def store_result(
@@ -59,11 +59,11 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     ) -> Any:
         """Store a state that Celery or a running job reports.
 
-        Of final states only those of Celery's own canvas are stored here, for tasks that never run
-        because another one failed: the results of jobs are :meth:`store_results`'s.
+        The only final state stored here is the failure of a chord; :meth:`store_results` stores
+        those of jobs.
 
         Raises:
-            Exception: the result itself, if it is final and not one of those.
+            Exception: the result itself, if it is another final one.
         """
         if state not in states.READY_STATES:
             self.store_progress(task_id, state, result)
@@ -76,8 +76,13 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
     def store_progress(self, job_id: str, state: str, progress: object) -> bool:
         """Store a state of a running job, if Redis is reachable.
 
+        Args:
+            job_id: The job's ID.
+            state: Celery's name of the state.
+            progress: The result that pollers read with it.
+
         Returns:
-            Whether it was.
+            Whether it was stored.
         """
         try:
             self._store_result(job_id, self.encode_result(progress, state), state)
@@ -89,16 +94,19 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         return True
 
     def mark_as_revoked(self, task_id: str, *_: Any, **__: Any) -> None:
-        """Store nothing: a revoked job is settled through the ledger when it is delivered."""
+        """Store nothing: the ledger settles a revoked job when it is delivered."""
 
     def store_results(
         self, results: Mapping[str, dict[str, Any] | InterviewAccessError]
     ) -> frozenset[str]:
-        """Store the results of jobs, by job ID; a final result is never replaced.
+        """Store the results of jobs. A final result is not replaced.
+
+        Args:
+            results: By job ID.
 
         Returns:
-            The jobs whose results are stored now. Those of the others are not known to be: Redis
-            was away.
+            IDs of the jobs whose results are stored. The others' might not be: Redis was
+            unreachable.
         """
         fresh = {
             job_id: (
@@ -123,9 +131,13 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         return frozenset(stored)
 
     def store_chain_failure(self, task_id: str, error: InterviewAccessError) -> None:
-        """Store a job's failure for a task behind it in a chain, which is never sent.
+        """Store a job's failure as that of a later task of its chain, which is not sent.
 
-        A result of the task's own takes its place.
+        A result of that task replaces it.
+
+        Args:
+            task_id: The later task's ID.
+            error: The job's failure.
 
         Raises:
             BackendStoreError, redis.RedisError: if it cannot be stored.
@@ -134,7 +146,11 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         self._store_result(task_id, encoded, states.FAILURE, request=Context())
 
     def store_retries(self, failures: Mapping[str, Exception]) -> None:
-        """Store that jobs wait for a retry, with what went wrong, if Redis is reachable."""
+        """Store that jobs are to be retried, if Redis is reachable.
+
+        Args:
+            failures: The error of each job, by job ID.
+        """
         state = states.RETRY
         try:
             for job_id, error in failures.items():
@@ -143,14 +159,19 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             logger.warning("retry state is not stored: jobs=%d error=%s", len(failures), error)
 
     def store_started(self, job_ids: Sequence[str], **where: object) -> None:
-        """Store that jobs run, unless more is known of them, and if Redis is reachable."""
+        """Store that jobs run, unless a state is stored, if Redis is reachable.
+
+        Args:
+            job_ids: The jobs' IDs.
+            where: The process that executes them, for pollers.
+        """
         try:
             self._store_where_nothing_is(dict.fromkeys(job_ids, (states.STARTED, where)))
         except (RedisError, OSError) as error:
             logger.warning("started state is not stored: jobs=%d error=%s", len(job_ids), error)
 
     def _store_where_nothing_is(self, fresh: Mapping[str, tuple[str, Any]]) -> set[str]:
-        """Store states and their results by job, in one round trip, and name those that were."""
+        """Store states and results where none is stored. Returns the IDs of these jobs."""
         common: dict[str, dict[str, Any]] = {}  # fields that are equal for all jobs of a state
         arguments: list[Any] = []
         for job_id, (state, result) in fresh.items():
@@ -172,7 +193,7 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         return replaced
 
     def _final_among(self, job_ids: Collection[str]) -> set[str]:
-        """Name the jobs whose final result is stored, as of duplicate deliveries."""
+        """Return the jobs that have a final result, as duplicate deliveries do."""
         if not job_ids:
             return set()
         keys = [self.get_key_for_task(job_id) for job_id in job_ids]
@@ -184,7 +205,7 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         }
 
     def _seconds(self, state: str) -> int:
-        """For how long a result of this state can be polled."""
+        """Return the seconds for which a result of this state can be polled."""
         return int(self.failure_expires if state == states.FAILURE else self.expires)
 
     def _store_result(
@@ -196,9 +217,10 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         request: Any = None,
         **_: Any,
     ) -> Any:
-        """Compare and set. Celery reads, then writes: a zombie's failure replaces a success.
+        """Store a result by compare-and-set, unless the stored one has a higher rank.
 
-        Most often nothing is stored, or the state that this process stored last.
+        Celery's own method reads and then writes, so that a late failure replaces a success. Most
+        often nothing is stored, or the state that this process stored last.
         """
         value = self._value(task_id, result, state, traceback, request)
         rank = _rank(state, result)
@@ -206,7 +228,7 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         expires = self._seconds(state)
         last, self._last_stored = self._last_stored, ("", b"")
         stored = last[1] if last[0] == task_id else b""
-        for _look in range(_LOOKS):
+        for _attempt in range(_COMPARE_ATTEMPTS):
             if self._compare_and_set([task_id], stored, [value, expires])[0]:
                 if rank == _UNSETTLED:
                     self._last_stored = (task_id, value)
@@ -216,23 +238,25 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
             if rank < before or rank == before > _UNSETTLED:
                 return result
         raise BackendStoreError(
-            f"the key was overwritten by others {_LOOKS} times", state=state, task_id=task_id
+            f"the key was overwritten by others {_COMPARE_ATTEMPTS} times",
+            state=state,
+            task_id=task_id,
         )
 
     def _stored(self, key: str) -> bytes:
         try:
             return bytes(self.client.get(key) or b"")
         except ResponseError:
-            return b""  # a key of another type, which the script replaces
+            return b""  # the script replaces a key of another type
 
     def _rank_of(self, stored: bytes) -> int:
-        """How final a stored result is; one that cannot be read is not."""
+        """Return the rank of a stored result; one that cannot be read has the lowest."""
         try:
             meta = self.decode(stored)
             if meta.get("queue") == CONTROL_QUEUE:
                 return _UNSETTLED  # the reply to a control request
             return _rank(meta["status"], meta["result"])
-        except Exception:  # noqa: BLE001 - whatever others have written there
+        except Exception:  # noqa: BLE001 - others may have written anything
             return _UNSETTLED
 
     def _value(
@@ -257,4 +281,4 @@ def _rank(state: str, result: Any) -> int:
 
 
 class SentinelJobResults(JobResults, SentinelBackend):  # type: ignore[misc] # Celery ships no types
-    """Stores results in the Redis that the Sentinels name as the primary."""
+    """Stores results in the primary that the Sentinels name."""

@@ -1,11 +1,10 @@
-"""How Celery's worker consumes the queue: bootsteps that claim, dispatch and stop.
+"""Celery's consumer and the bootsteps that claim, dispatch and stop.
 
 Celery runs the event loop, the prefork pool, remote control and events. Jobs do not pass through
-kombu: a connection of our own waits for a message on the queue and leaves it there; a script then
-claims it. ``BRPOP`` has the message in its reply alone, so a worker that is killed before it reads
-the reply loses it.
+kombu. A separate connection waits until the queue has a message and does not remove it; a script
+then claims it. ``BRPOP`` would lose a message whose worker is killed before it reads the reply.
 
-An idle worker waits at the default priority of one queue. Once a second the heartbeat looks at its
+An idle worker waits for the default priority of one queue. The heartbeat, once a second, checks its
 other queues, priorities and lanes.
 """
 
@@ -36,42 +35,42 @@ logger = get_logger(__name__)
 _TICK_SECONDS = 1.0
 _WAIT_SECONDS = 10.0  # for a message, in one command
 _LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
-_NEXT_SECONDS = 0.001  # until the next claim, where there is more to claim
-_EMPTY_SECONDS = 0.005  # until the next wait, where the message was claimed meanwhile
+_NEXT_SECONDS = 0.001  # until the next claim, if there is more to claim
+_EMPTY_SECONDS = 0.005  # until the next wait, if another worker has claimed the message
 _EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
-"""Events in one message, and seconds that they wait: 24 together take a third of the loop."""
+"""Events in one message, and seconds until it is sent. Celery's 24 take a third of the loop."""
 _RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 5}
-"""Seconds between attempts to reconnect; kombu's grow to 30, during which nothing is claimed."""
+"""Seconds between attempts to reconnect. kombu's back-off grows to 30 s without a claim."""
 _PRIORITY_SEPARATOR = "\x06\x16"
 
 
 class _Queues(kombu.Consumer):  # type: ignore[misc] # kombu ships no types
-    """The queues that the worker consumes, as remote control shows them; kombu claims nothing."""
+    """The queues that the worker consumes, for remote control; kombu itself consumes nothing."""
 
     def consume(self, no_ack: bool | None = None) -> None:
         """Consume nothing."""
 
 
 class JobProtocol(Protocol):
-    """Celery's queues and routes, without a consumer of kombu's."""
+    """Celery's queues and routes, without a kombu consumer."""
 
     Consumer = _Queues
 
 
 class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
-    """Celery's consumer. On a lost connection nothing is forgotten: jobs in the pool go on."""
+    """Celery's consumer, which keeps running jobs when it loses its connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Without gossip, which each worker receives of all others and nothing uses."""
+        """Start without gossip, which nothing uses and each worker receives from all others."""
         super().__init__(*args, **(kwargs | {"without_gossip": True}))
         self._events_due = 0.0
 
     def on_close(self) -> None:
-        """Send the events that wait. Celery's own also drops the pool's jobs, to be redelivered."""
+        """Send the buffered events. Celery's own method also drops the pool's jobs."""
         self._flush_events()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Log the cause. Celery's own names its class, and warns of a setting that is set."""
+        """Log the cause; Celery logs its class, and warns of a setting that is set."""
         logger.warning("connection to Redis lost: %s", exc)
         with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
             super().on_connection_error_after_connected(exc)
@@ -83,12 +82,12 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
         return super().ensure_connected(conn)
 
     def cancel_active_requests(self) -> None:
-        """End the grace: Celery calls this for a cold shutdown, then waits for the pool."""
+        """End the grace: Celery calls this at a cold shutdown, before it waits for the pool."""
         if self.app.lease:
             self.app.lease.drain(at_once=True)
 
     def on_send_event_buffered(self) -> None:
-        """Send events together: Celery's own sends at the end of each turn of the loop."""
+        """Send events together; Celery's own method sends them in each turn of the loop."""
         now = time.monotonic()
         if self.hub and now >= self._events_due:
             self._events_due = now + _EVENTS_SECONDS
@@ -96,7 +95,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
 
 
 class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
-    """Consumer bootstep: waits for messages, claims them and has them dispatched."""
+    """Consumer bootstep: waits for messages, claims them and passes them to the dispatcher."""
 
     requires = (Tasks,)
 
@@ -133,7 +132,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         self._dispatcher.on_free = self._on_free
 
     def register_with_event_loop(self, _: Any, hub: Any) -> None:
-        """Begin to claim; called whenever the event loop starts, after each reconnection."""
+        """Begin to claim; called when the event loop starts, also after each reconnection."""
         self._hub = hub
         dispatcher = self._consumer.event_dispatcher
         if dispatcher:
@@ -142,7 +141,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         hub.call_soon(self._pump)
 
     def stop(self, _: Any) -> None:
-        """Disconnect: the consumer stops, or connects anew."""
+        """Disconnect: the consumer stops or reconnects."""
         if self._wait:
             self._wait.close()
 
@@ -152,7 +151,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             dispatcher.send(kind, **fields)
 
     def _on_free(self) -> None:
-        """A pool process is free. Celery swallows what is raised here, so the loop pumps."""
+        """Claim for a free pool process, in the loop: Celery swallows exceptions raised here."""
         if self._hub and not self.lease.is_draining:
             self._hub.call_soon(self._pump)
 
@@ -165,9 +164,10 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             self._pump()
 
     def _pump(self) -> None:
-        """Claim if there is room, or else wait for the next message.
+        """Claim if a pool process is free, otherwise wait for the next message.
 
-        One claim in a turn of the loop: messages that need no pool process could fill many.
+        One claim in each turn of the loop: a claim of messages that need no pool process leaves
+        all of them free.
         """
         assert self._wait  # noqa: S101 - set by start()
         self.lease.loop_turned()
@@ -176,7 +176,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         if may_have_messages and self._may_claim():
             self._claim()
             if self.lease.has_more:
-                # call_soon would follow a poll; without a delay each tenth claim would, of 1 s.
+                # call_soon runs after the next poll, which may take until the next timer.
                 self._hub.call_later(_NEXT_SECONDS, self._pump)
             elif self._wait.seconds is None:
                 self._start_wait(self._wait)
@@ -196,7 +196,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         """Claim and dispatch. Returns how many messages were claimed."""
         queues = self._queues
         keys = [_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
-        with self.lease.lock:  # or a heartbeat requeues what is claimed and not yet dispatched
+        with self.lease.lock:  # a heartbeat requeues what is claimed and not dispatched
             try:
                 deliveries = self.lease.claim(
                     keys,
@@ -214,16 +214,16 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def _start_wait(self, wait: QueueWait) -> None:
         queues = self._queues
         if time.monotonic() < self._refused_until or not queues:
-            return  # the next tick claims
+            return  # until the next tick
         queue = queues[next(self._turn) % len(queues)]
-        # A tick passes until each of several queues has been waited for.
+        # Each of several queues is waited for within one tick.
         seconds = _WAIT_SECONDS if len(queues) == 1 else _TICK_SECONDS / len(queues)
         connection = wait.start(queue, seconds)
         self._hub.add_reader(connection, self._on_readable, connection, wait)
 
     def _on_readable(self, connection: Any, wait: QueueWait) -> None:
         self.lease.loop_turned()
-        self._hub.remove_reader(connection)  # before a wait that reads may close it
+        self._hub.remove_reader(connection)  # before read() may close it
         try:
             has_message = wait.read()
             self._is_refused = False
@@ -247,12 +247,12 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
 
 
 def _key(queue: str, priority: int) -> str:
-    """The list of a queue's messages of one priority, as kombu names it."""
+    """Return the key of a queue's messages of one priority, as kombu names it."""
     return f"{queue}{_PRIORITY_SEPARATOR}{priority}" if priority else queue
 
 
 class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
-    """Worker bootstep: begins the grace, however the worker is stopped.
+    """Worker bootstep: begins the grace of a graceful shutdown.
 
     ``control shutdown`` and SIGHUP do not send Celery's signal ``worker_shutting_down``.
     """

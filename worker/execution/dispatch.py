@@ -1,127 +1,40 @@
-"""Dispatches claimed deliveries to pool processes in batches, and settles what these report.
+"""Dispatches claimed deliveries to pool processes in batches, and settles what they report.
 
-It never decides a job's result and never dispatches a delivery twice. A pool process executes each
-batch whole and returns one disposition for each delivery; if it ends without, its deliveries are
-isolated, with an attempt counted, and come back to be executed alone.
+A delivery is dispatched once. A pool process executes a batch and reports one disposition for each
+delivery. If it ends without a report, its deliveries are isolated with an attempt counted, and each
+is redelivered in a batch by itself.
 """
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import chain
 from typing import Any
-from weakref import ref
 
 from celery import Celery, signals
 from celery.app import trace
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from interview_access.contracts import is_job_id
-from interview_access.errors import shortened
 
 from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import Action, Disposition
 from worker.broker.delivery import Delivery
 from worker.broker.lease import Lease
-from worker.execution.pool_process import BatchReport, execute
+from worker.execution.batch import Batch, partition
+from worker.execution.pool_process import BatchReport
 from worker.execution.request import JobRequest, Limits
 
 logger = get_logger(__name__)
 
-_ACCEPT_SECONDS = 30.0
-"""Seconds in which a pool process must accept a batch; a new one takes less to start."""
-
 _POOL_SECONDS = 2.0
-"""Until jobs are tried again whose pool process ended, or which the pool did not take."""
-
-
-class Batch:
-    """Requests that one pool process executes together, until it reports."""
-
-    def __init__(
-        self, requests: Sequence[JobRequest], pool: Any, hostname: str, now: float
-    ) -> None:
-        self.requests = requests
-        self.hostname = hostname
-        self.is_revoked = False
-        self._pid: int | None = None
-        self._pool = pool
-        self._time_limit = requests[0].time_limit
-        self._deadline = now + _ACCEPT_SECONDS
-        self._is_terminated = False
-        self._result: Callable[[], Any] = lambda: None
-        for request in requests:
-            request.batch = self
-            request.delivery.dispatch(self)
-
-    def start(self, **callbacks: Callable[..., object]) -> None:
-        """Pass the requests to the pool.
-
-        Args:
-            callbacks: billiard's, called when a pool process accepts or ends the batch.
-        """
-        result = self._pool.apply_async(
-            execute,
-            args=([one.dispatched for one in self.requests], self.hostname),
-            correlation_id=self.requests[0].id,
-            **callbacks,
-        )
-        self._result = ref(result)
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether the pool has forgotten the batch, so that no callback will be called."""
-        return self._result() is None
-
-    def accept(self, pid: int, now: float) -> None:
-        """A pool process has begun: its time limit counts from now."""
-        self._pid, self._deadline = pid, now + self._time_limit
-        if self.is_revoked:
-            self.terminate()
-
-    def enforce_time_limit(self, now: float) -> None:
-        """End the pool process if it is over the time limit, or has not accepted the batch."""
-        if now < self._deadline or self._is_terminated:
-            return
-        reason = "time limit exceeded" if self._pid else "not accepted by a pool process"
-        seconds = self._time_limit if self._pid else _ACCEPT_SECONDS
-        self.terminate()
-        ids = ", ".join(shortened(one.id) for one in self.requests[:5])
-        logger.error(
-            "batch overdue: reason=%s seconds=%s pid=%s jobs=%d (%s)",
-            *(reason, seconds, self._pid, len(self.requests), ids),
-        )
-        self._deadline = now + _ACCEPT_SECONDS
-
-    def revoke(self) -> None:
-        """End the pool process for an operator: no attempt is counted."""
-        self.is_revoked = True
-        self.terminate()
-
-    def terminate(self) -> None:
-        """End the pool process. SIGTERM, by which a whole process group is stopped, is ignored.
-
-        A batch that is not accepted is with the process that the pool writes it to, if any: an
-        idle one, which is frozen perhaps.
-        """
-        result = self._result()
-        if self._is_terminated or result is None:
-            return
-        if not self._pid:
-            process = result._write_to or result._scheduled_for  # noqa: SLF001 - billiard names it nowhere else
-            if not process:
-                return
-            result.terminate(signal.SIGKILL)  # or the pool gives the batch to another process
-            self._pid = process.pid
-        self._is_terminated = True
-        self._pool.terminate_job(self._pid, signal.SIGKILL)
+"""Seconds until the redelivery of jobs whose pool process ended, or that the pool refused."""
 
 
 class Dispatcher:
-    """Gives claimed deliveries to free pool processes."""
+    """Dispatches claimed deliveries to free pool processes."""
 
     def __init__(
         self,
@@ -133,7 +46,7 @@ class Dispatcher:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Dispatches nothing yet.
+        """Dispatch nothing yet.
 
         Args:
             app: The tasks' app.
@@ -151,12 +64,12 @@ class Dispatcher:
         self._lease = lease
         self._limits = limits
         self._clock = clock
-        # One for each busy pool process, also after its deliveries left the lease's table.
+        # One for each busy pool process, also after the lease has settled its deliveries.
         self._batches: dict[Batch, None] = {}
 
     @property
     def processes(self) -> int:
-        """Pool processes, busy ones too."""
+        """Pool processes, including busy ones."""
         return int(self._pool.num_processes)
 
     @property
@@ -241,14 +154,14 @@ class Dispatcher:
                 callback=_logged(lambda report: self._settle(batch, report)),
                 error_callback=_logged(lambda error: self._settle_failed(batch, error.exception)),
             )
-        except Exception as error:  # whatever the pool raises, no job is at fault
+        except Exception as error:  # of the pool: no job has failed
             logger.exception("pool refused a batch: jobs=%d", len(batch.requests))
             self._settle_unexecuted(batch, error, Disposition(Action.DELAY, delay=_POOL_SECONDS))
         else:
             self._batches[batch] = None
 
     def _settle(self, batch: Batch, report: BatchReport) -> None:
-        """A pool process has executed a batch."""
+        """Settle a batch that a pool process has executed."""
         dispositions = {
             request.delivery.claim.tag: settlement.disposition
             for request, settlement in zip(batch.requests, report.settlements, strict=True)
@@ -263,8 +176,8 @@ class Dispatcher:
                 self.send_event(kind, uuid=request.id, **fields)
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
-        """A pool process has ended with a batch: only the ledger knows how far its jobs came."""
-        # An operator who ends the process, or stops the worker, does not count as an attempt.
+        """Settle a batch whose pool process has ended: the ledger knows which jobs committed."""
+        # No attempt is counted if an operator ended the process or stops the worker.
         if self._lease.is_draining or batch.is_revoked:
             disposition = Disposition(Action.REQUEUE)
         else:
@@ -300,7 +213,7 @@ class Dispatcher:
 
 
 def _logged(callback: Callable[..., object]) -> Callable[..., object]:
-    """Log what the callback raises: billiard drops it."""
+    """Log exceptions of a callback, which billiard drops."""
 
     @wraps(callback)
     def logged(*args: Any) -> None:
@@ -311,25 +224,3 @@ def _logged(callback: Callable[..., object]) -> Callable[..., object]:
             raise
 
     return logged
-
-
-def partition(requests: Sequence[JobRequest], processes: int) -> list[Sequence[JobRequest]]:
-    """Share requests out among free pool processes, about as many bytes to each.
-
-    Requests with different time limits are in different batches, because a limit ends a whole
-    batch; so there may be more batches than processes.
-
-    Args:
-        requests: The oldest first.
-        processes: Free pool processes.
-
-    Returns:
-        The batches; the first ones hold the oldest requests.
-    """
-    batches: dict[tuple[float, int], list[JobRequest]] = {}
-    total, before = sum(one.delivery.claim.size for one in requests), 0
-    for request in requests:
-        process = before * processes // total
-        batches.setdefault((request.time_limit, process), []).append(request)
-        before += request.delivery.claim.size
-    return list(batches.values())

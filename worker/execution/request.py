@@ -28,18 +28,19 @@ from interview_access.errors import (
 from worker.broker.delivery import Delivery, State
 
 _ENVELOPE_BYTES, _BYTES_PER_ID = 1024 * 1024, 64
-"""Bytes of a message: a constant for what surrounds the IDs, and each ID as text in Base64."""
+"""Limits in bytes: for the envelope without IDs, and for each ID as text in Base64."""
 
 _ENVELOPE_VALUES, _VALUES_PER_ID = 10_000, 4
-"""Values that an envelope may hold, those of a body in plain JSON included."""
+"""Limits in JSON values: for the envelope without IDs, and for each ID of a plain JSON body."""
 
-_HEADER_LEVELS = 50  # some hundred more overflow the pickler
+_HEADER_LEVELS = 50  # a few hundred overflow the stack of pickle
 _LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _REPRESENTATION = 200  # characters of a job's arguments in events and control replies
 
 _RECORDING_ATTEMPTS = 2
 """Attempts after the last allowed one, which only record the failure: the first decodes the body,
-the second does not. If both end the pool process, the message is a dead letter without a result."""
+the second does not. If both end the pool process, the message becomes a dead letter without a
+result."""
 
 _BRACKETED = re.compile(r"\[.*", re.DOTALL)
 _HEADERS = re.compile(rb'"headers"\s*:\s*\{(.*)', re.DOTALL)
@@ -48,16 +49,16 @@ _TASK = re.compile(rb'"task"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
 
 
 class UnreadableMessageError(Exception):
-    """A message is not one of the contract's; the text says why."""
+    """A message does not follow the contract; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the worker allows a message.
+    """Limits of a message and its job.
 
     Attributes:
         interview_ids: Grants that one job may request.
-        attempts: Attempts that end the pool process or the worker.
+        attempts: Attempts that may end the pool process or the worker.
         seconds: Time limit of a job whose message sets no lower one.
     """
 
@@ -67,11 +68,14 @@ class Limits:
 
     @property
     def message_bytes(self) -> int:
-        """Size of a message in bytes."""
+        """Bytes of a message."""
         return _ENVELOPE_BYTES + _BYTES_PER_ID * self.interview_ids
 
     def check(self, text: str) -> None:
-        """Refuse JSON that takes too much memory to be decoded.
+        """Refuse JSON that would take too much memory to decode.
+
+        Args:
+            text: The JSON.
 
         Raises:
             UnreadableMessageError: if it has too many values.
@@ -81,20 +85,22 @@ class Limits:
 
     @property
     def values(self) -> int:
-        """Commas, and opening brackets of each kind, in a message."""
+        """Commas, opening brackets and opening braces in a message: each at most so many."""
         return _ENVELOPE_VALUES + _VALUES_PER_ID * self.interview_ids
 
 
 class Dispatched(NamedTuple):
-    """What a pool process is given of a delivery.
+    """The part of a request that a pool process receives.
 
     Attributes:
-        body: As it came, or None where it is not to be decoded.
-        encoding: Of the body: ``""``, ``base64`` or ``gzip``.
-        headers: The message's, for Celery's callbacks.
-        attempts: How often the job ended its pool process or its worker.
-        retries: How often the job asked for a retry.
-        failure: Why the job fails without being executed, if it does.
+        job_id: The job's ID.
+        task: The task's name.
+        body: The body in the envelope, or None if it must not be decoded.
+        encoding: Encoding of the body: ``""``, ``base64`` or ``gzip``.
+        headers: The message's headers.
+        attempts: Attempts that ended the pool process or the worker.
+        retries: Retries of the job.
+        failure: Predetermined failure, if the job must not be executed.
     """
 
     job_id: str
@@ -127,7 +133,7 @@ class JobRequest:
         name: The task's name.
         task: The task, if the worker has it.
         headers: The message's headers; empty if they cannot be read.
-        failure: Why the job fails without being executed, if it does.
+        failure: Predetermined failure, if the job must not be executed.
         delay: Seconds until it is due.
         time_limit: Seconds.
         batch: The batch with which it was dispatched.
@@ -136,12 +142,12 @@ class JobRequest:
     """
 
     def __init__(self, delivery: Delivery, app: Celery, limits: Limits) -> None:
-        """Read the envelope, and see whether the job is to be executed.
+        """Read the envelope, and decide whether the job is to be executed.
 
         Args:
             delivery: The claimed message.
-            app: Knows the tasks.
-            limits: What a message is allowed.
+            app: The app with the tasks.
+            limits: Limits of a message.
         """
         self.delivery = delivery
         self.id = ""
@@ -221,7 +227,7 @@ class JobRequest:
         self.time_limit = min([self.time_limit, *_time_limits(headers)])
 
     def _read_identity(self) -> None:
-        """Look for the job ID and the task of a message that is not decoded."""
+        """Search for the job ID and the task's name in a message that cannot be decoded."""
         headers = _HEADERS.search(self._claim.message)
         if not headers:
             return
@@ -249,7 +255,11 @@ class JobRequest:
         return None
 
     def is_hopeless(self, limits: Limits) -> bool:
-        """Whether even recording the job's failure has ended its pool process."""
+        """Report whether recording the job's failure has ended its pool process, too.
+
+        Args:
+            limits: Limits of a message.
+        """
         return self._claim.attempts >= limits.attempts + _RECORDING_ATTEMPTS
 
     @property
@@ -264,13 +274,13 @@ class JobRequest:
 
     @property
     def stamps(self) -> dict[str, Any]:
-        """The message's stamps, by which operators revoke."""
+        """The message's stamps, by which operators revoke jobs."""
         stamps = self.headers.get("stamps")
         return stamps if isinstance(stamps, dict) else {}
 
     @property
     def dispatched(self) -> Dispatched:
-        """What a pool process needs of it."""
+        """The part that a pool process receives."""
         return Dispatched(
             self.id,
             self.name,
@@ -282,7 +292,7 @@ class JobRequest:
             self.failure,
         )
 
-    # --- What Celery's control commands look at ---------------------------------------------------
+    # --- What Celery's control commands read ------------------------------------------------------
 
     @property
     def acknowledged(self) -> bool:
@@ -291,7 +301,7 @@ class JobRequest:
 
     @property
     def arguments(self) -> dict[str, str]:
-        """Its arguments as the producer shows them, escaped and cut where a list begins."""
+        """The producer's representation of the arguments, escaped and cut at the first list."""
         shown = {
             "args": self.headers.get("argsrepr"),
             "kwargs": self.headers.get("kwargsrepr"),
@@ -304,7 +314,7 @@ class JobRequest:
         }
 
     def info(self, safe: bool = False) -> dict[str, Any]:  # noqa: ARG002 - Celery's signature
-        """The reply of ``inspect active`` and ``inspect query_task``."""
+        """Build the reply to ``inspect active`` and ``inspect query_task``."""
         return {
             "id": self.id,
             "name": self.name,
@@ -327,9 +337,9 @@ class JobRequest:
 
 
 def _encoding(envelope: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str:
-    """How the body is encoded, of the few ways that are allowed: ``""``, ``base64`` or ``gzip``.
+    """Return the encoding of the body: ``""``, ``base64`` or ``gzip``.
 
-    Content encodings are codecs of Python, some of which take minutes for a megabyte.
+    Others are refused: content encodings name Python codecs, some of which take minutes for 1 MB.
     """
     expected = {
         "content-type": (envelope.get("content-type"), ("application/json",)),
@@ -347,7 +357,7 @@ def _encoding(envelope: dict[str, Any], headers: dict[str, Any], properties: dic
 
 
 def _time_limits(headers: dict[str, Any]) -> list[float]:
-    """The hard and the soft limit, those that are set: both end the attempt."""
+    """Return the hard and the soft time limit that are set, in seconds. Both end the attempt."""
     match headers.get("timelimit") or [None, None]:
         case [hard, soft]:
             limits = [one for one in (hard, soft) if one is not None]
@@ -382,7 +392,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _is_nested(value: Any, levels: int) -> bool:
-    """Whether a JSON object or list has more levels than that."""
+    """Report whether a JSON object or list has more nesting levels."""
     inner = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(
         _is_nested(one, levels - 1) for one in inner if isinstance(one, dict | list)

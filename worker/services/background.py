@@ -1,4 +1,4 @@
-"""Background services: threads of the worker's main process that do not depend on the pool."""
+"""Background services: threads of the main process, which work while the pool is busy."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class BackgroundService(ABC):
         self._connection: Connection | None = None
         self._client: Redis | None = None
         self._stopping = False
-        self._alarm: socket.socket | None = None  # an Event deadlocks in nested handlers
-        self._wakeup: socket.socket | None = None  # readable once the service stops
+        self._alarm: socket.socket | None = None  # Event.set() in nested signal handlers deadlocks
+        self._wakeup: socket.socket | None = None  # readable after stop()
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
 
     @abstractmethod
@@ -47,7 +47,7 @@ class BackgroundService(ABC):
         """Do the work that is due, or :meth:`pause`.
 
         Args:
-            redis: The server of the queue.
+            redis: Client of the queue's Redis.
         """
 
     def start(self) -> None:
@@ -57,19 +57,23 @@ class BackgroundService(ABC):
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the current :meth:`run_once`. Callable from a signal handler."""
+        """End the thread after the current :meth:`run_once`. May be called in a signal handler."""
         self._stopping = True
         if self._alarm:
-            with suppress(OSError):  # it was called before, and the thread has ended
+            with suppress(OSError):  # the thread has ended
                 self._alarm.send(b"\0")
 
     @property
     def wakeup(self) -> socket.socket | None:
-        """What is readable once the service stops, for a wait elsewhere; None before the start."""
+        """A socket that is readable after :meth:`stop`; None before :meth:`start`."""
         return self._wakeup
 
     def pause(self, seconds: float, *sockets: socket.socket) -> bool:
-        """Sleep until a socket is readable, but not beyond :meth:`stop`.
+        """Sleep until a socket is readable or the service is stopped.
+
+        Args:
+            seconds: The longest sleep.
+            sockets: Sockets to poll.
 
         Returns:
             Whether one of the sockets is readable.
@@ -85,7 +89,7 @@ class BackgroundService(ABC):
         while not self._stopping:
             try:
                 self.run_once(self._redis())
-            except Exception as error:  # a defect in one call must not end the service
+            except Exception as error:  # a defect must not end the service
                 failures += 1
                 if failures == 1:
                     logger.warning(
@@ -109,14 +113,14 @@ class BackgroundService(ABC):
             one.close()
 
     def _redis(self) -> Redis:
-        """Connect, on a connection of this thread, to the server that kombu resolves."""
+        """Return this thread's client of the queue's Redis, which kombu resolves."""
         if self._client is None:
             self._connection = self._app.connection_for_write()
             self._client = self._connection.channel().client
         return self._client
 
     def disconnect(self) -> None:
-        """Disconnect from Redis: a call failed, or the service ends."""
+        """Disconnect from Redis after a failure, or at the end of the service."""
         connection, self._connection, self._client = self._connection, None, None
         if connection is not None:
             with suppress(Exception):
@@ -124,6 +128,6 @@ class BackgroundService(ABC):
 
 
 def _backoff(failures: int) -> float:
-    """Seconds to wait after so many consecutive failures: 0.5 to 1, doubling up to 5."""
+    """Return the seconds to wait after consecutive failures: 0.5 to 1, doubling up to 5."""
     longest = min(2.0 ** min(failures - 1, 10), _LONGEST_BACKOFF_SECONDS)
     return longest * random.uniform(0.5, 1)  # noqa: S311 - jitter

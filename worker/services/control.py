@@ -1,7 +1,7 @@
-"""The control service: answers requests about jobs from a queue of their own.
+"""The control service: executes control requests, which have a queue of their own.
 
-It runs in a thread of the main process, so it answers while every pool process is busy. Requests
-are not persistent: a client whose request is not answered in time sends it again.
+It runs in a thread of the main process and replies while every pool process is busy. A control
+request may be lost: a client without a reply in time sends it again.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from worker.services.job_status import JobStatusService
 logger = get_logger(__name__)
 
 _WAIT_SECONDS = 10.0  # for a request, in one command
-_LOST_SECONDS = _WAIT_SECONDS + 3.0  # after which a wait that got no reply is a lost connection
-_POLL_SECONDS = 0.5  # between two looks at the queue where Redis refuses to wait
+_LOST_SECONDS = _WAIT_SECONDS + 3.0  # without a reply to a wait: the connection is lost
+_POLL_SECONDS = 0.5  # between two polls of the queue while Redis refuses the wait
 _REQUEST_BYTES = 65_536
 _REPLY_SECONDS = 60
-_OUTSTANDING_BYTES = 8 * 1024 * 1024  # of replies in Redis, of all workers
+_OUTSTANDING_BYTES = 8 * 1024 * 1024  # of all replies in Redis
 _REPLIES = f"{PREFIX}replies"
 _CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_user")
 
 
 class ControlService(BackgroundService):
-    """Answers control requests one after another."""
+    """Executes control requests, one at a time."""
 
     def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
         """Connect to nothing before :meth:`start`."""
@@ -73,19 +73,19 @@ class ControlService(BackgroundService):
         }
 
     def run_once(self, redis: Redis) -> None:
-        """Answer the next request, or wait for one."""
+        """Execute the next request, or wait for one."""
         if not self._may_have_request:
             self._may_have_request = self._wait_for_request(redis)
             return
         message: Any = redis.register_script(script("take_control_request"))(
             [CONTROL_QUEUE], [_REQUEST_BYTES]
         )
-        if message is None:  # or another worker took it
+        if message is None:  # another worker may have taken it
             self._may_have_request = False
             return
         try:
             request = _Request.read(message)
-        except Exception as error:  # noqa: BLE001 - any bytes may be on the queue
+        except Exception as error:  # noqa: BLE001 - the queue may contain any bytes
             logger.warning("control request cannot be read: %s", _brief(error))
             return
         if request.expires_at and request.expires_at <= datetime.now(UTC):
@@ -100,7 +100,7 @@ class ControlService(BackgroundService):
             logger.exception("control request failed: %s", request.id)
 
     def _wait_for_request(self, redis: Redis) -> bool:
-        """Wait until the queue may have a request. Returns whether it may.
+        """Wait for a request. Returns whether the queue may have one.
 
         Raises:
             RedisConnectionError: if the connection is lost.
@@ -125,7 +125,7 @@ class ControlService(BackgroundService):
         raise RedisConnectionError("no reply from Redis")
 
     def disconnect(self) -> None:
-        """Disconnect, and end the wait."""
+        """Disconnect, which ends the wait."""
         wait, self._wait = self._wait, None
         if wait:
             wait.close()
@@ -169,7 +169,7 @@ class ControlService(BackgroundService):
 
 @contextmanager
 def _ledger_errors() -> Iterator[None]:
-    """Raise an error of the ledger as one that can be replied."""
+    """Raise an error of the storage as one that a reply can contain."""
     try:
         yield
     except StorageError as error:

@@ -35,7 +35,7 @@ _READ_BYTES = 65_536  # of an announcement or a result: producers may write both
 
 
 class JobStatusService:
-    """Reports and cancels jobs. Every method raises the errors of PostgreSQL and Redis."""
+    """Reports and cancels jobs. Every method raises StorageError and redis-py's errors."""
 
     def __init__(
         self, storage: Callable[[], InterviewStorageInterface], results: RedisBackend
@@ -53,7 +53,7 @@ class JobStatusService:
         """Report a job.
 
         Args:
-            redis: The server of the queue.
+            redis: Client of the queue's Redis.
             job_id: Any valid job ID.
         """
         storage = self._storage()
@@ -68,7 +68,12 @@ class JobStatusService:
         return status
 
     def cancel(self, redis: Redis, job_id: str) -> JobStatus:
-        """Cancel a job and report it; see :func:`ledger.cancel`."""
+        """Cancel a job and report it; see :func:`tasks.ledger.cancel`.
+
+        Args:
+            redis: Client of the queue's Redis.
+            job_id: Any valid job ID.
+        """
         announced = _announced(redis, job_id) or self._requested(job_id)
         entry = (
             JobDTO(job_id, announced.task, None, announced.digest)
@@ -79,14 +84,14 @@ class JobStatusService:
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
             error = ledger.error_of(status.error.model_dump())
-            # If Redis is away, it is stored when the job's message is delivered.
+            # If Redis is unreachable, the job's delivery stores it.
             self._results.store_results({job_id: error})
         elif is_running and not status.final:
             status.state = "running"
         return status
 
     def is_job(self, redis: Redis, job_id: str) -> bool:
-        """Report whether anything is known of a job with this ID."""
+        """Report whether a job with this ID is known."""
         return self.status(redis, job_id) != JobStatus(job_id=job_id, state="unknown")
 
     def _requested(self, job_id: str) -> Announcement | None:
@@ -98,12 +103,12 @@ class JobStatusService:
         return announcement.model_copy(update={"sent_at": request.requested_at})
 
     def _stored(self, job_id: str) -> dict[str, Any]:
-        """Read the result that pollers read; empty where none is stored or it cannot be read."""
+        """Read the stored result; empty if there is none or it cannot be read."""
         key = self._results.get_key_for_task(job_id)
         text = self._results.client.getrange(key, 0, _READ_BYTES - 1)
         with suppress(ValueError, RecursionError):
             stored = json.loads(text)
-            # The reply to a control request without reply_to has the key of a result.
+            # A control request without reply_to has its reply under the key of a result.
             if isinstance(stored, dict) and stored.get("queue") != CONTROL_QUEUE:
                 return stored
         return {}

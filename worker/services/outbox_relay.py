@@ -1,8 +1,8 @@
 """The outbox relay: a background service that enqueues the jobs requested in the database.
 
 The relays of all workers share the requests: each takes rows that no other has locked. PostgreSQL
-notifies them of new ones; a look at the table now and then finds those of which no notification
-came, and those to be sent again.
+notifies them of new requests. A periodic query finds requests whose notification was lost, and
+those to be sent again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from worker.services.background import BackgroundService
 
 logger = get_logger(__name__)
 
-_LOOK_SECONDS = 4.0  # between two looks at the requests without a notification
-_PAUSE_SECONDS = 0.5  # the same where PostgreSQL cannot notify, as through a pooler
-_SEEN_SECONDS = 1.5  # between two looks at Redis
-_SEEN = f"{PREFIX}relay"  # missing where Redis was emptied or is another server
+_QUERY_SECONDS = 4.0  # between two queries without a notification
+_PAUSE_SECONDS = 0.5  # between two queries if PostgreSQL cannot notify, as through a pooler
+_SEEN_SECONDS = 1.5  # between two checks of Redis
+_SEEN = f"{PREFIX}relay"  # missing if Redis was emptied or replaced
 _TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
 
 
@@ -45,7 +45,7 @@ class OutboxRelay(BackgroundService):
         """
         super().__init__(app)
         self._storage = lru_cache(maxsize=1)(new_storage)
-        self._look_at = 0.0
+        self._query_at = 0.0
 
     def run_once(self, redis: Redis) -> None:
         """Enqueue one page of requests, or wait for one."""
@@ -53,18 +53,18 @@ class OutboxRelay(BackgroundService):
         if not redis.exists(_SEEN):
             storage.make_requests_due()
             redis.set(_SEEN, 1)
-            self._look_at = 0.0
-        if time.monotonic() >= self._look_at:
+            self._query_at = 0.0
+        if time.monotonic() >= self._query_at:
             if storage.has_due_requests():
                 if not relay(storage, partial(_announced, redis), partial(_send, redis)):
                     self.pause(_PAUSE_SECONDS)  # others have locked what is due
                 return
-            self._look_at = time.monotonic() + _LOOK_SECONDS
+            self._query_at = time.monotonic() + _QUERY_SECONDS
         is_added = storage.wait_for_requests(_SEEN_SECONDS, self.wakeup)
         if is_added is None:
             self.pause(_PAUSE_SECONDS)
         if is_added is not False:
-            self._look_at = 0.0
+            self._query_at = 0.0
 
 
 def message_of(request: AccessRequestDTO) -> GrantMessage:
@@ -73,7 +73,7 @@ def message_of(request: AccessRequestDTO) -> GrantMessage:
 
 
 def _announced(redis: Redis, job_ids: Sequence[str]) -> Collection[str]:
-    """Find the jobs that the server of the queue knows, in one round trip."""
+    """Return the jobs that have an announcement in Redis."""
     with redis.pipeline(transaction=False) as pipeline:
         for job_id in job_ids:
             pipeline.exists(announcement_key(job_id))
@@ -82,7 +82,7 @@ def _announced(redis: Redis, job_ids: Sequence[str]) -> Collection[str]:
 
 
 def _send(redis: Redis, request: AccessRequestDTO) -> bool:
-    """Enqueue a request's job; False where only this one cannot be enqueued.
+    """Enqueue a request's job. Returns False if only this one cannot be enqueued.
 
     Raises:
         RedisError: if no request could be enqueued now.
@@ -95,7 +95,7 @@ def _send(redis: Redis, request: AccessRequestDTO) -> bool:
             pipeline.execute()
     except Exception as error:
         if isinstance(error, ResponseError) and not str(error).endswith(_TOO_LARGE):
-            raise  # Redis refuses every request: a permission, its memory, its replicas
+            raise  # Redis refuses every write: a permission, its memory, its replicas
         if isinstance(error, RedisError | OSError):
             redis.ping()
         logger.warning(
