@@ -7,7 +7,7 @@ RUN /venv/bin/pip install --no-cache-dir --require-hashes -r requirements.lock
 # What builds our two packages is pinned too, and left behind in this stage.
 RUN python -c "import re; print(re.search(r'^setuptools==(?:.*\\\\\n)+.*', open('requirements-dev.lock').read(), re.M)[0])" > build.lock \
     && pip install --no-cache-dir --require-hashes -r build.lock
-COPY pyproject.toml celeryconfig.py ./
+COPY pyproject.toml README.md LICENSE celeryconfig.py ./
 COPY client ./client
 COPY worker ./worker
 COPY tasks ./tasks
