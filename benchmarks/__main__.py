@@ -32,7 +32,7 @@ from benchmarks import (
 from benchmarks.baselines import plain_url
 from benchmarks.measuring import Figure, three_digits
 from benchmarks.site import Bench, Servers
-from worker.local_stack import LocalStack
+from devstack.servers import LocalStack
 from worker.settings import Settings, SettingsError
 
 _FILE_WIDTH = 140  # of tables that go to a file or a pipe, so that no name is broken

@@ -35,7 +35,7 @@ from benchmarks.site import (
     until,
 )
 from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
-from worker.local_stack import Service
+from devstack.service import Service
 
 _PYTHON = ROOT / ".venv/bench/bin/python"
 _PROCRASTINATE = (
@@ -107,7 +107,7 @@ class _Rival(ABC):
             created = self.collect([job.job_id for job in waiting])
             seconds = time.perf_counter() - started
         except BenchmarkError as error:
-            words = "".join(service.last_words() for service in self._services)
+            words = "".join(service.log_tail() for service in self._services)
             raise BenchmarkError(f"{error}{words}") from error
         if created != jobs * IDS:
             raise BenchmarkError(f"{self.name}: its jobs counted {created:,} rows")

@@ -30,9 +30,10 @@ from redis import Redis
 from redis.client import PubSub
 
 from benchmarks.baselines import plain_url
+from devstack.servers import LocalStack
+from devstack.service import Service
 from storage.samples import load_samples
 from storage.schema import migrate
-from worker.local_stack import LocalStack, Service
 
 ROOT = Path(__file__).parent.parent
 GRANTS = "interview_userinterviewaccess"
@@ -602,6 +603,6 @@ class Bench:
                     crew.time_one(GrantJob(uuid4().hex, database.interviews[:1]))
                 yield crew
             except BenchmarkError as error:
-                raise BenchmarkError(f"{error}{service.last_words()}") from error
+                raise BenchmarkError(f"{error}{service.log_tail()}") from error
             finally:
                 crew.close()

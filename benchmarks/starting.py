@@ -52,7 +52,7 @@ def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[s
         )
         seconds = time.perf_counter() - started
         if not service.alive:
-            raise BenchmarkError(f"{contender.name}: its worker has ended{service.last_words()}")
+            raise BenchmarkError(f"{contender.name}: its worker has ended{service.log_tail()}")
         return {contender.name: seconds}
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import make_url
 
+from devstack.servers import LocalStack
 from storage.schema import migrate
 from tests.support.database import database
 from tests.support.stores import MemoryStore, PostgresStore, Store, postgres_store
-from worker.local_stack import LocalStack
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"worker", "tasks", "storage", "celeryconfig"}
+OURS = {"worker", "tasks", "storage", "devstack", "celeryconfig"}
 ARROWS = {
-    "worker": {"worker", "tasks", "storage", "interview_access"},
+    "devstack": {"devstack", "storage", "interview_access"},
+    "worker": {"worker", "tasks", "storage", "devstack", "interview_access"},
     "tasks": {"tasks", "storage", "interview_access"},
     "storage": {"storage"},
     "client/interview_access": {"interview_access"},
@@ -34,12 +35,17 @@ def sources(folder: str) -> list[Path]:
 
 def imported(path: Path) -> set[str]:
     """The top-level names of all that a file imports, wherever in it."""
+    return imported_by(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported_by(code: ast.AST) -> set[str]:
+    """The top-level names of all that a piece of code imports."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(code):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides where it points"
+            assert node.level == 0, f"{ast.unparse(node)}: a relative import hides where it points"
             names.add((node.module or "").partition(".")[0])
     return names
 
@@ -50,6 +56,17 @@ def test_imports_run_one_way(folder: str) -> None:
     known = OURS | {"interview_access", "tests", "benchmarks"}
     for path in sources(folder):
         assert imported(path) & known <= ARROWS[folder], path
+
+
+def test_only_two_subcommands_import_the_local_servers() -> None:
+    """In worker/ only the functions `demo` and `up` import devstack."""
+    importers = {
+        getattr(statement, "name", "module level")
+        for path in sources("worker")
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        if "devstack" in imported_by(statement)
+    }
+    assert importers == {"demo", "up"}
 
 
 @pytest.mark.parametrize("folder", ["worker", "tasks", "client/interview_access"])

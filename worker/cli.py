@@ -179,16 +179,18 @@ def migrate(dry_run: bool) -> None:
 )
 def up(data: Path) -> None:
     """Run PostgreSQL, Valkey, a worker and Flower here until Ctrl-C."""
-    from worker.up import run_up
+    with _local_extra():
+        from devstack.up import run_up
 
-    # Killed, make tells its commands nothing: what it started ends with it all the same.
+    # A killed `make` does not signal its commands.
     sys.exit(run_up(data, with_parent="MAKELEVEL" in os.environ))
 
 
 @main.command(short_help="Show the main job on real servers, and check it.")
 def demo() -> None:
     """Show the main job on real servers of its own, and check what it shows."""
-    from worker.demo import run_demo
+    with _local_extra():
+        from devstack.demo import run_demo
 
     sys.exit(run_demo())
 
@@ -373,6 +375,18 @@ def _letters() -> Iterator[DeadLetters]:
             yield DeadLetters(redis)
     except (RedisError, OSError) as error:
         _end(_NO_ANSWER, _one_line(f"The dead letters cannot be read: {error}"))
+
+
+@contextmanager
+def _local_extra() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _end(
+            _FAILED,
+            f"No module {error.name}: install the local servers with "
+            "`pip install 'interview-access-worker[local]'`.",
+        )
 
 
 def _read(kind: type[S]) -> S:

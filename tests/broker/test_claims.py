@@ -14,9 +14,9 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from devstack.servers import LocalStack
 from tests.support.stores import until
 from worker.broker.claims import ANY_SIZE, DEAD, PREFIX, Action, Claim, Claimed, Claims, Disposition
-from worker.local_stack import LocalStack
 
 SEEDS = int(os.environ.get("CLAIMS_SEEDS", "8"))
 STEPS = 300

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from devstack.servers import LocalStack
 from tests.support.database import database
 from tests.support.stores import a_job, until
 from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, site, worker
 from worker.cli import main
-from worker.local_stack import LocalStack
 
 UNREADABLE = b"\xff\x00 no message"
 REFUSED = "JobIdReusedException: Job id 'job' was used before"

@@ -10,6 +10,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from devstack.servers import LocalStack
 from tests.support.sessions import (
     GRACE,
     ISOLATED,
@@ -32,7 +33,6 @@ from worker.broker.claim_policy import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, Cir
 from worker.broker.claims import DEAD, PREFIX, Action, Claims, Disposition
 from worker.broker.delivery import Delivery
 from worker.broker.lease import Lease
-from worker.local_stack import LocalStack
 
 ACKNOWLEDGE = Disposition(Action.ACKNOWLEDGE)
 REQUEUE = Disposition(Action.REQUEUE)

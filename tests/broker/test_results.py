@@ -20,12 +20,12 @@ from interview_access.errors import (
 )
 from redis import Redis
 
+from devstack.servers import LocalStack
 from storage.interface import StorageError
 from tasks.celery_tasks import GrantAccessTask, TaskDependencies
 from tests.faults.gates import Relay
 from tests.support.stores import CHUNK_SIZE, Background, PostgresStore, a_job, created
 from worker.broker.results import JobResults
-from worker.local_stack import LocalStack
 
 SUCCESS = {"success": True, "created_access_count": 3}
 UNAVAILABLE = StorageUnavailableException.of(17, "away")

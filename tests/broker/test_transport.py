@@ -14,11 +14,11 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
+from devstack.servers import LocalStack
 from tests.support.sessions import DATABASE, TTL, ManualClock, SteppedLease, connect
 from worker.broker.claims import Action, Disposition
 from worker.broker.transport import QueueRefusedError, refusal_as_connection_error
 from worker.execution.consumer import _key
-from worker.local_stack import LocalStack
 
 TRANSPORT_ALIASES["tolerant"] = "worker.broker.transport:Transport"
 

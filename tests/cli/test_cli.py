@@ -18,11 +18,11 @@ from uuid import uuid4
 
 import pytest
 
+from devstack.servers import LocalStack
 from storage.samples import load_samples
 from tests.support.database import database
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, site, worker
-from worker.local_stack import LocalStack
 
 BOUND = 10.0  # seconds within which a producer fails where Redis is away
 CHUNK = 10

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from devstack.servers import LocalStack
 from tests.support.clients import CLIENTS
 from tests.support.floods import flood
 from tests.support.producing import THREADS
-from worker.local_stack import LocalStack
 
 ROUNDS, EACH = 5, 2_500  # 20,000 jobs in a round
 MEGABYTE = 1_000_000

@@ -21,12 +21,12 @@ from interview_access.errors import (
     NoAnswerInTimeError,
 )
 
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.clients import CLIENTS, Client
 from tests.support.database import database
 from tests.support.stores import Background, until
 from tests.support.workers import ROOT, Site, held_grant, site, worker
-from worker.local_stack import LocalStack
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHUNK = 10

@@ -19,9 +19,9 @@ from interview_access.errors import NoAnswerInTimeError, QueueUnavailableError
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.clients import CLIENTS, Client, longest_gap
 from tests.support.stores import Background, all_at_once
-from worker.local_stack import LocalStack
 
 BOUND = 10.0  # seconds within which a client fails where Redis is away
 PASSWORD = "s3cret"  # noqa: S105 - of servers that live as long as these tests

@@ -19,12 +19,12 @@ from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.clients import CLIENTS, longest_gap
 from tests.support.floods import flood
 from tests.support.producing import CHILDREN, DONE, SENT_BY_EACH, THREADS
 from tests.support.stores import Background, all_at_once
 from tests.support.workers import QUEUE, ROOT
-from worker.local_stack import LocalStack
 
 NUMBER = 15
 MANY = 150  # more than the 100 connections that redis-py's pools allow by themselves

@@ -24,10 +24,10 @@ from interview_access.errors import (
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.faults.gates import Relay
 from tests.support.clients import CLIENTS, Client
 from tests.support.stores import Background, all_at_once, until
-from worker.local_stack import LocalStack
 
 ID = "89d96f4b-c19d-4e69-8eae-e818f3123b09"
 OTHER_ID = "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"

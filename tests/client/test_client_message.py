@@ -32,11 +32,11 @@ from interview_access.producer import InterviewAccessClient
 from interview_access.protocol import announcement_key
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.clients import CLIENTS, Client
 from tests.support.database import database
 from tests.support.stores import Background, all_at_once
 from tests.support.workers import Site, site
-from worker.local_stack import LocalStack
 
 ID = "89d96f4b-c19d-4e69-8eae-e818f3123b09"
 OTHER_ID = "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"

@@ -23,10 +23,10 @@ from jsonschema.validators import validator_for
 from referencing import Registry, Resource
 
 from contract.generate import FAILURES, FOLDER, schemas
+from devstack.servers import LocalStack
 from tests.support.database import database
 from tests.support.stores import an_interview, until
 from tests.support.workers import QUEUE, ROOT, Site, site, worker
-from worker.local_stack import LocalStack
 
 VECTORS: dict[str, Any] = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
 GIVEN: dict[str, Any] = VECTORS["given"]

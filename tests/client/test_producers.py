@@ -19,11 +19,11 @@ from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.database import database
 from tests.support.stores import until
 from tests.support.workers import QUEUE, ROOT, Site, site, worker
-from worker.local_stack import LocalStack
 
 PAGE = (ROOT / "docs/producers.md").read_text(encoding="utf-8")
 NODE = ROOT / ".venv/node"

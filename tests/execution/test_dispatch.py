@@ -18,6 +18,7 @@ from interview_access.contracts import GRANT_ACCESS
 from interview_access.errors import JobCancelledException, JobFailedError
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.pools import SteppedPool, settled, tasks_app
 from tests.support.sessions import (
     DEFERRED,
@@ -38,7 +39,6 @@ from worker.broker.delivery import Delivery, State
 from worker.execution.batch import partition
 from worker.execution.dispatch import Dispatcher
 from worker.execution.request import JobRequest, Limits
-from worker.local_stack import LocalStack
 
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
 PROCESSES = 3

@@ -26,6 +26,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from devstack.servers import LocalStack
 from tests.support.pools import SteppedPool, Work, settled, tasks_app
 from tests.support.sessions import (
     DATABASE,
@@ -46,7 +47,6 @@ from worker.broker.delivery import Delivery
 from worker.execution.batch import Batch
 from worker.execution.dispatch import Dispatcher
 from worker.execution.request import Limits
-from worker.local_stack import LocalStack
 
 SEEDS = int(os.environ.get("OWNERSHIP_SEEDS", "8"))
 STEPS = 150

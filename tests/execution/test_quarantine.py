@@ -15,11 +15,12 @@ from uuid import uuid4
 
 import pytest
 
+from devstack.servers import LocalStack
+from devstack.service import Service
 from tests.support.database import database
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, Site, site, worker
 from worker.broker.claims import DEAD, PREFIX
-from worker.local_stack import LocalStack, Service
 
 MESSAGES = int(os.environ.get("QUARANTINE_MESSAGES", "500"))
 
@@ -185,7 +186,7 @@ def check(here: Site, service: Service, log: Path, messages: list[bytes]) -> Non
     before = log.stat().st_size
     here.redis.lpush(QUEUE, *messages)
     until(lambda: all_done(here) or not service.alive)
-    assert service.alive, service.last_words()
+    assert service.alive, service.log_tail()
     neither = [one for one in (Counter(messages) - buried(here)) if not answered(here, one)]
     assert neither == []
     job_id = here.send("ann", [])

@@ -10,10 +10,10 @@ from uuid import uuid4
 
 import pytest
 
+from devstack.servers import LocalStack
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, Site, ledger_missing, site, worker
 from worker.broker.claims import PREFIX
-from worker.local_stack import LocalStack
 
 LISTENING = "tests.support.listening"
 

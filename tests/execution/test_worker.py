@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import pytest
 from celery import chain, chord
 
+from devstack.servers import LocalStack
 from tests.faults.books import at_rest
 from tests.support.database import database
 from tests.support.stores import until
@@ -29,7 +30,6 @@ from tests.support.workers import (
     worker,
 )
 from worker.broker.claims import DEAD
-from worker.local_stack import LocalStack
 
 USER = "123e4567-e89b-12d3-a456-426614174000"
 ONE, TWO = "89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"

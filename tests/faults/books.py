@@ -21,10 +21,10 @@ import psutil
 from redis import Redis
 from sqlalchemy import text
 
+from devstack.service import Service
 from tests.support.database import connected
 from tests.support.stores import PATIENCE_SECONDS, until
 from tests.support.workers import QUEUE, Site, worker
-from worker.local_stack import Service
 
 PREFIX = f"{QUEUE}:"
 QUEUES = [QUEUE, *(f"{QUEUE}\x06\x16{step}" for step in (3, 6, 9))]
@@ -318,7 +318,7 @@ class Watch:
 
     def assert_runs(self) -> None:
         """It is the process that it was."""
-        assert self._service.alive, self._service.last_words()
+        assert self._service.alive, self._service.log_tail()
         assert self._service.pid == self._pid
 
     def starts_of(self, job_id: str) -> int:

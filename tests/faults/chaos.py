@@ -35,6 +35,8 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, make_url, text
 
+from devstack.servers import LocalStack
+from devstack.service import Service
 from storage.schema import migrate
 from tests.faults.books import (
     PREFIX,
@@ -51,7 +53,6 @@ from tests.support.database import connected
 from tests.support.fuzz import Fuzz
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site, site
-from worker.local_stack import LocalStack, Service
 
 WORKERS = 2
 PRODUCERS = 3
@@ -381,7 +382,7 @@ class Chaos:
         for pid in list(self.frozen):
             self._resume(pid)
         for worker in self.workers:
-            worker.ask_to_stop()
+            worker.request_stop()
         for worker in self.workers:
             worker.stop()
 
@@ -399,7 +400,7 @@ class Chaos:
 
     def _replaced(self, worker: Service) -> bool:
         if worker.pid not in self.ended and _is_ready(worker):
-            self.failures.append(f"{worker.name} ended by itself:{worker.last_words()}")
+            self.failures.append(f"{worker.name} ended by itself:{worker.log_tail()}")
         worker.stop()
         self.old.append(worker)
         return False

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from devstack.servers import LocalStack
 from storage.schema import migrate
 from tests.faults.books import Books
 from tests.support.database import database
 from tests.support.workers import Site, site
 from worker.broker import claims
-from worker.local_stack import LocalStack
 
 NUMBER = 10
 """Of the Redis database."""

@@ -22,13 +22,14 @@ from uuid import UUID
 import click
 from sqlalchemy import text
 
+from devstack.servers import LocalStack
+from devstack.service import Service
 from storage.schema import migrate
 from tests.faults.books import PREFIX, QUEUES, messages_on_their_way, session_keys
 from tests.support.database import connected
 from tests.support.fuzz import ELSEWHERE, KINDS, Fuzz, Message, is_job_id
 from tests.support.stores import until
 from tests.support.workers import Site, site, worker
-from worker.local_stack import LocalStack, Service
 
 INTERVIEWS = [str(UUID(int=(0xF << 124) + number)) for number in range(12)]
 SETTINGS = {"GRANT_ATTEMPT_LIMIT": 2, "GRANT_RETRY_LIMIT": 1, "GRANT_RETRY_MAX_DELAY": 1}
@@ -218,7 +219,7 @@ class Run:
     def _verify_workers(self) -> None:
         for service, pid in zip(self.workers, self._pids, strict=True):
             if not service.alive or service.pid != pid:
-                self.problems.append(f"a worker ended: {service.last_words()[-3_000:]}")
+                self.problems.append(f"a worker ended: {service.log_tail()[-3_000:]}")
         if any(peak > PEAK_MB for peak in self._peaks()):
             self.problems.append(f"main processes had a peak of {self._peaks()} MB")
 

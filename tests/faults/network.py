@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from devstack.service import Service
 from tests.support.relay import Pair, SocketRelay
 from tests.support.stores import until
 from tests.support.workers import ROOT, Site
-from worker.local_stack import Service
 
 SERVERS = ("redis", "postgresql")
 
@@ -152,7 +152,7 @@ class Network(ABC):
         service.start()
         try:
             until(lambda: b" ready." in log.read_bytes() or not service.alive)
-            assert service.alive, service.last_words()
+            assert service.alive, service.log_tail()
             yield service
         finally:
             self.heal()

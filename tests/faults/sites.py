@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import psutil
 
+from devstack.service import Service
 from tests.faults.gates import CLAIM, SETTLEMENT, Gate, Relay, Relays, Traffic
 from tests.support.workers import Site, worker
-from worker.local_stack import Service
 
 QUICK = {"GRANT_LEASE_SECONDS": 1, "GRANT_CHUNK_SIZE": 4}
 """A lease short enough to wait for its end; the promises do not hang on its length."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from devstack.servers import LocalStack
 from tests.faults import fuzzing
 from tests.support.workers import site, worker
-from worker.local_stack import LocalStack
 
 MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "200000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))

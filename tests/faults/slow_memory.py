@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import psutil
 
+from devstack.servers import LocalStack
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, Site, site, worker
-from worker.local_stack import LocalStack
 
 WARM_UP_SECONDS, END_SECONDS = 30.0, 90.0
 GROWTH_MB, GROWTH_BYTES_PER_JOB = 1.0, 100

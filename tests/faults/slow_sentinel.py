@@ -13,11 +13,11 @@ from interview_access.producer import InterviewAccessClient
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
+from devstack.service import Service
 from tests.support.database import connected
 from tests.support.sentinels import Sentinels, sentinels_of
 from tests.support.stores import until
 from tests.support.workers import Site, worker
-from worker.local_stack import Service
 
 PROMOTED_WITHIN = 20.0  # seconds; Sentinels agree after 2 s that the primary is down
 RESUMED_WITHIN = 15.0  # seconds after the promotion

@@ -7,10 +7,10 @@ import signal
 import time
 from pathlib import Path
 
+from devstack.servers import LocalStack
 from tests.faults.books import Books, crash, working
 from tests.support.stores import until
 from tests.support.workers import ledger_missing
-from worker.local_stack import LocalStack
 from worker.settings import Settings
 
 LEASE_SECONDS = float(Settings.model_fields["grant_lease_seconds"].default)

@@ -15,12 +15,12 @@ import pytest
 from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
 from interview_access.producer import InterviewAccessClient
 
+from devstack.servers import LocalStack
 from tests.faults.books import Books, balance
 from tests.faults.gates import Relays
 from tests.faults.sites import another, created, gate_at, relayed
 from tests.support.stores import until
 from tests.support.workers import Site, events, held_grant, site, worker
-from worker.local_stack import LocalStack
 
 POINTS_HERE = ["after COMMIT", "before the result"]
 MANY = 40

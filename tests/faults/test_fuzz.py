@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from devstack.servers import LocalStack
 from tests.faults import fuzzing
 from tests.support.workers import site, worker
-from worker.local_stack import LocalStack
 
 
 def test_messages_of_every_kind(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from devstack.servers import LocalStack
 from tests.faults.books import Books, crash, working
 from tests.support.stores import until
-from worker.local_stack import LocalStack
 
 
 def test_postgresql_stopped_for_a_while(servers: LocalStack, books: Books, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
+from devstack.servers import LocalStack
 from tests.cli.test_cli import status
 from tests.faults.books import INTERVIEWS, Books, crash, working
 from tests.support.stores import until
-from worker.local_stack import LocalStack
 
 
 def test_redis_crashes(servers: LocalStack, books: Books, tmp_path: Path) -> None:

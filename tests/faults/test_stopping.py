@@ -18,11 +18,11 @@ import pytest
 from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
 
+from devstack.service import Service
 from tests.faults.books import INTERVIEWS, PREFIX, Books
 from tests.faults.sites import another, created
 from tests.support.stores import until
 from tests.support.workers import Site
-from worker.local_stack import Service
 
 GRACE, LONG_GRACE = 2.0, 60.0
 END_SECONDS = 5.0

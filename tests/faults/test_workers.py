@@ -119,7 +119,7 @@ class TestStopping:
                 running = here.send("ann", ids)
                 gate.until_reached()
                 os.kill(service.pid, signal.SIGTERM)
-                until(lambda: "Warm shutdown" in service.last_words())
+                until(lambda: "Warm shutdown" in service.log_tail())
                 waiting = here.send("bob", ids)
             assert service.wait(30) == 0
             assert here.answer(running)["result"] == created(10)
@@ -137,7 +137,7 @@ class TestStopping:
                 gate.until_reached()
                 os.kill(service.pid, signal.SIGTERM)
                 if asked == "twice":
-                    until(lambda: "Warm shutdown" in service.last_words())
+                    until(lambda: "Warm shutdown" in service.log_tail())
                     os.kill(service.pid, signal.SIGTERM)
                 assert service.wait(30) == 0
             assert not here.redis.hlen("interview-access:tries")

@@ -12,9 +12,9 @@ from celery import Celery
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from devstack.servers import LocalStack
 from storage.interface import StorageError
 from tests.support.stores import until
-from worker.local_stack import LocalStack
 from worker.services.background import BackgroundService
 
 

@@ -34,12 +34,12 @@ from interview_access.producer import InterviewAccessClient
 from interview_access.protocol import reply_key
 from redis.exceptions import OutOfMemoryError
 
+from devstack.servers import LocalStack
 from storage.postgres import PostgresStorage
 from storage.samples import load_samples
 from tests.support.database import database
 from tests.support.stores import Background, until
 from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site, held_grant, site, worker
-from worker.local_stack import LocalStack
 from worker.services.control import ControlService
 
 CHUNK = 10

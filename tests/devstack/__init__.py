@@ -1,0 +1,1 @@
+"""Tests of the local servers, of `interview-access up` and of the demo."""
