@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {
-    ".": ("worker", "tasks", "storage", "celeryconfig.py"),
+    ".": ("worker", "tasks", "storage", "devstack", "celeryconfig.py"),
     "client": ("client/interview_access",),
 }
 """What each pyproject.toml installs."""

@@ -278,7 +278,7 @@ def test_malformed_id_is_a_wrong_call(here: Site, act: str) -> None:
     """What is no id of the list is told as a wrong call."""
     ended = command(here, act, "yesterday")
     assert ended.returncode == 2
-    assert b"got 'yesterday', expected an id of the list" in ended.stderr
+    assert b"got 'yesterday', expected an ID of the list" in ended.stderr
 
 
 def test_drop_asks_first(here: Site) -> None:

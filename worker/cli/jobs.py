@@ -1,0 +1,81 @@
+"""interview-access status and cancel."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from celery.exceptions import CeleryError
+from interview_access.contracts import JOB_ID_RULE, JobStatus, describe, is_job_id
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import RedisError
+
+from storage.interface import StorageError
+from worker.app import create_app
+from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line, read_settings
+from worker.services.job_status import JobStatusService
+from worker.settings import Settings
+
+
+def _job_id(_: object, __: object, job_id: str) -> str:
+    if not is_job_id(job_id):
+        raise click.BadParameter(f"got {describe(job_id)}, expected {JOB_ID_RULE}.")
+    return job_id
+
+
+@click.command()
+@click.argument("job_id", callback=_job_id)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(job_id: str, *, as_json: bool) -> None:
+    """Report a job's state and result, from the ledger, the result backend and its announcement.
+
+    The exit status is 0 in every state, and 3 if Redis or PostgreSQL is unavailable.
+    """
+    with _job_status() as (jobs, redis):
+        known = jobs.status(redis, job_id)
+    _print_status(known, as_json=as_json)
+
+
+@click.command()
+@click.argument("job_id", callback=_job_id)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def cancel(job_id: str, *, as_json: bool) -> None:
+    """Cancel a job: it does not start, or stops after its current chunk. Report its state.
+
+    The exit status is 0 if the job is cancelled or its cancellation is requested, 1 if it had
+    finished, and 3 if Redis or PostgreSQL is unavailable: cancel it again then.
+    """
+    with _job_status() as (jobs, redis):
+        known = jobs.cancel(redis, job_id)
+    _print_status(known, as_json=as_json)
+    sys.exit(0 if known.cancel_requested or known.state == "cancelled" else FAILED)
+
+
+@contextmanager
+def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
+    app = create_app(read_settings(Settings))
+    try:
+        with app.connection_for_write() as connection:
+            yield JobStatusService(app.storage, app.backend), connection.default_channel.client
+    except StorageError as error:
+        end(UNAVAILABLE, one_line(f"The job's state cannot be read: {error}"))
+    except (CeleryError, OperationalError, RedisError, OSError) as error:
+        reason = error.__cause__ or error
+        end(UNAVAILABLE, one_line(f"The job's state cannot be read: {reason}"))
+
+
+def _print_status(known: JobStatus, *, as_json: bool) -> None:
+    fields = known.model_dump(mode="json", exclude_none=True)
+    if as_json:
+        click.echo(json.dumps(fields))
+        return
+    for name, value in fields.items():
+        if isinstance(value, list):
+            shown = f"{len(value):,} (--json names them)"
+        else:
+            shown = one_line(json.dumps(value) if isinstance(value, dict) else value)
+        click.echo(f"{name:<24} {shown}")

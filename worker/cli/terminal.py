@@ -1,0 +1,52 @@
+"""What the subcommands share: exit statuses, values that are safe to print, settings."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn, TypeVar
+
+import click
+from interview_access.errors import shortened
+
+from worker.settings import DatabaseSettings, SettingsError
+
+S = TypeVar("S", bound=DatabaseSettings)
+
+FAILED, UNAVAILABLE = 1, 3
+"""Exit statuses. 0 is success, and 2 is click's for a wrong call."""
+
+VALUE_CHARACTERS = 2_000
+"""Characters of a value that are printed."""
+
+
+def end(status: int, sentence: str) -> NoReturn:
+    """Print a sentence on standard error, and exit.
+
+    Args:
+        status: The exit status.
+        sentence: What was received, what was expected and what to do.
+    """
+    click.echo(sentence, err=True)
+    sys.exit(status)
+
+
+def one_line(value: object, at_most: int = VALUE_CHARACTERS) -> str:
+    """Escape a value that a producer chose: a terminal executes control sequences.
+
+    Args:
+        value: Any value.
+        at_most: Characters after which it is cut.
+    """
+    return shortened(str(value), quoted=False, at_most=at_most)
+
+
+def read_settings(kind: type[S]) -> S:
+    """Read settings from the environment; exit with status 2 if one is missing or invalid.
+
+    Args:
+        kind: The settings' class.
+    """
+    try:
+        return kind.from_environment()
+    except SettingsError as error:
+        end(2, str(error))
