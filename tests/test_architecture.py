@@ -1,9 +1,10 @@
-"""The house: who may import what."""
+"""The directions of imports, and the sizes of packages."""
 
 from __future__ import annotations
 
 import ast
 import json
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ ARROWS = {
 }
 DRIVERS = {"sqlalchemy", "psycopg", "alembic"}
 CELERY = {"celery", "kombu", "billiard"}
-ASKS_IN_SQL = "client/interview_access/outbox.py"
-"""Holds the INSERT that a service runs in its own transaction, and names its connection's type."""
+CLIENT_WITH_SQL = "client/interview_access/outbox.py"
+"""Has the INSERT that a service executes in its own transaction."""
 MAY_KNOW_CELERY = {"tasks/celery_tasks.py"}
 MAY_KNOW_REDIS = {f"client/interview_access/{name}.py" for name in ("aio", "producer", "protocol")}
 
@@ -34,53 +35,112 @@ def sources(folder: str) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level names of all that a file imports, wherever in it."""
+    """The top-level names of all modules that a file imports."""
     return imported_by(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def imported_by(code: ast.AST) -> set[str]:
-    """The top-level names of all that a piece of code imports."""
+    """The top-level names of all modules that a piece of code imports."""
     names: set[str] = set()
     for node in ast.walk(code):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{ast.unparse(node)}: a relative import hides where it points"
+            assert node.level == 0, f"{ast.unparse(node)}: expected an absolute import"
             names.add((node.module or "").partition(".")[0])
     return names
 
 
 @pytest.mark.parametrize("folder", ARROWS)
 def test_imports_run_one_way(folder: str) -> None:
-    """A folder imports only what stands below it: worker, tasks, storage; and the contract."""
+    """A folder imports only those below it: worker, tasks, storage, and the client."""
     known = OURS | {"interview_access", "tests", "benchmarks"}
     for path in sources(folder):
         assert imported(path) & known <= ARROWS[folder], path
 
 
+WORKER_ARROWS = {
+    "broker": set(),
+    "execution": {"broker"},
+    "services": {"broker"},
+    "startup": {"broker"},
+    "cli": {"broker", "services"},
+}
+"""The sub-packages of worker/, each with those that it may import."""
+MOST_FILES = 8
+
+
+@pytest.mark.parametrize("name", WORKER_ARROWS)
+def test_sub_packages_of_the_worker_import_one_way(name: str) -> None:
+    """A sub-package imports only those below it."""
+    for path in sources(f"worker/{name}"):
+        found = {
+            module.split(".")[1]
+            for module in imported_modules(path)
+            if module.startswith("worker.") and module.split(".")[1] in WORKER_ARROWS
+        }
+        assert found <= WORKER_ARROWS[name] | {name}, path
+
+
+@pytest.mark.parametrize("name", WORKER_ARROWS)
+def test_sub_packages_of_the_worker_are_small(name: str) -> None:
+    """A sub-package has at most eight modules beside its own docstring."""
+    modules = [path for path in (ROOT / "worker" / name).glob("*.py") if path.stem[0] != "_"]
+    assert len(modules) <= MOST_FILES, sorted(path.name for path in modules)
+
+
+def test_there_is_no_circular_import() -> None:
+    """No module imports itself through others, also where only types are imported."""
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for root, folders in (
+            (ROOT, [*OURS - {"celeryconfig"}]),
+            (ROOT / "client", ["interview_access"]),
+        )
+        for folder in folders
+        for path in sorted((root / folder).rglob("*.py"))
+    }
+    graph = {
+        name: {module for module in imported_modules(path) if module in modules} - {name}
+        for name, path in modules.items()
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The dotted names of all modules, and of all names, that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
 def test_only_two_subcommands_import_the_local_servers() -> None:
     """In worker/ only the functions `demo` and `up` import devstack."""
     importers = {
-        getattr(statement, "name", "module level")
+        (path.name, getattr(statement, "name", "module level"))
         for path in sources("worker")
         for statement in ast.parse(path.read_text(encoding="utf-8")).body
         if "devstack" in imported_by(statement)
     }
-    assert importers == {"demo", "up"}
+    assert importers == {("local.py", "demo"), ("local.py", "up")}
 
 
 @pytest.mark.parametrize("folder", ["worker", "tasks", "client/interview_access"])
 def test_the_database_is_known_to_storage_only(folder: str) -> None:
     """No file outside storage/ imports SQLAlchemy, a driver or Alembic, or holds an INSERT."""
     for path in sources(folder):
-        if str(path.relative_to(ROOT)) != ASKS_IN_SQL:
+        if str(path.relative_to(ROOT)) != CLIENT_WITH_SQL:
             assert not imported(path) & DRIVERS, path
             assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("folder", ["tasks", "storage", "client/interview_access"])
 def test_celery_is_known_where_messages_are_made_and_read(folder: str) -> None:
-    """Business, data and contract know nothing of Celery, kombu or Redis."""
+    """Business rules, storage and client do not import Celery, kombu or Redis, with exceptions."""
     for path in sources(folder):
         name = str(path.relative_to(ROOT))
         assert name in MAY_KNOW_CELERY or not imported(path) & CELERY, path
@@ -98,7 +158,7 @@ def test_the_lock_files_name_packages_and_hashes_only() -> None:
 
 
 def test_the_lock_of_node_names_packages_and_hashes_only() -> None:
-    """Likewise; where a package comes from is the machine's to know."""
+    """The lock of npm packages holds no address, and every package has a hash."""
     lock = json.loads((ROOT / "tests/node/package-lock.json").read_text(encoding="utf-8"))
     packages = [package for path, package in lock["packages"].items() if path]
     assert len(packages) > 20
