@@ -16,7 +16,8 @@ from redis.exceptions import RedisError
 from storage.interface import StorageError
 from storage.postgres import PostgresStorage
 from worker.broker.dead_letters import DeadLetter, DeadLetters, readable
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line, read_settings
+from worker.cli.environment import read_settings
+from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
 from worker.settings import DatabaseSettings, Settings
 
 _REASON_CHARACTERS = 100  # in the list

@@ -16,7 +16,8 @@ from redis.exceptions import RedisError
 
 from storage.interface import StorageError
 from worker.app import create_app
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line, read_settings
+from worker.cli.environment import read_settings
+from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
 from worker.services.job_status import JobStatusService
 from worker.settings import Settings
 

@@ -6,7 +6,8 @@ import click
 
 from storage.interface import StorageError
 from storage.schema import migrate as migrate_schema
-from worker.cli.terminal import FAILED, end, read_settings
+from worker.cli.environment import read_settings
+from worker.cli.terminal import FAILED, end
 from worker.settings import DatabaseSettings
 
 

@@ -1,16 +1,12 @@
-"""What the subcommands share: exit statuses, values that are safe to print, settings."""
+"""Exit statuses, and values that are safe to print."""
 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import click
 from interview_access.errors import shortened
-
-from worker.settings import DatabaseSettings, SettingsError
-
-S = TypeVar("S", bound=DatabaseSettings)
 
 FAILED, UNAVAILABLE = 1, 3
 """Exit statuses. 0 is success, and 2 is click's for a wrong call."""
@@ -38,15 +34,3 @@ def one_line(value: object, at_most: int = VALUE_CHARACTERS) -> str:
         at_most: Characters after which it is cut.
     """
     return shortened(str(value), quoted=False, at_most=at_most)
-
-
-def read_settings(kind: type[S]) -> S:
-    """Read settings from the environment; exit with status 2 if one is missing or invalid.
-
-    Args:
-        kind: The settings' class.
-    """
-    try:
-        return kind.from_environment()
-    except SettingsError as error:
-        end(2, str(error))
