@@ -18,7 +18,7 @@ from interview_access.contracts import (
     RequestedInterviews,
     request_digest,
 )
-from interview_access.protocol import GrantMessage
+from interview_access.protocol.messages import GrantMessage
 
 from benchmarks.baselines.copy import copy_grants
 from benchmarks.measuring import Bar, Figure, Judge, Trial, measure

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import psycopg
 from celery import Celery
-from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob
+from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob, result_key
 from interview_access.errors import InvalidInterviewIdException
 from interview_access.producer import InterviewAccessClient
 from psycopg import sql
@@ -46,7 +46,6 @@ _HELD_BACK = "benchmark-held-back"  # a list that no worker looks at
 _COPIES = "benchmark-copies"  # likewise
 _GRANTS_EACH = 100  # of a user that only fills the table
 _RESULT_EXPIRES = 86_400  # seconds: ours, and Celery's default
-_PREFIX = "celery-task-meta-"  # Celery's own, of a result's key
 
 
 class BenchmarkError(Exception):
@@ -301,7 +300,7 @@ class Crew:
         )
 
     def _timed(self, job_id: str, enqueue: Callable[[], object]) -> float:
-        key = f"{_PREFIX}{job_id}"
+        key = result_key(job_id)
         with self.redis.pubsub() as channel:  # type: ignore[no-untyped-call] # redis-py's
             channel.subscribe(key)
             channel.get_message(timeout=_PATIENCE)  # that it listens
@@ -321,7 +320,7 @@ class Crew:
             self._see_that_it_runs()
             while left:
                 window = [left.popleft() for _ in range(min(_WINDOW, len(left)))]
-                stored: Any = self.redis.mget([f"{_PREFIX}{job_id}" for job_id in window])
+                stored: Any = self.redis.mget([result_key(job_id) for job_id in window])
                 counts = [read(raw) for raw in stored]
                 self.created += sum(count for count in counts if count is not None)
                 late = [one for one, count in zip(window, counts, strict=True) if count is None]
@@ -334,13 +333,13 @@ class Crew:
 
     def delete_results(self, job_ids: Sequence[str]) -> None:
         """Delete the stored results of the jobs."""
-        self.redis.unlink(*(f"{_PREFIX}{job_id}" for job_id in job_ids))
+        self.redis.unlink(*(result_key(job_id) for job_id in job_ids))
 
     def stored_at(self, job_ids: Sequence[str]) -> list[float]:
         """When Redis took each result, in seconds since 1970, to half a millisecond."""
         with self.redis.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
-                pipeline.pexpiretime(f"{_PREFIX}{job_id}")
+                pipeline.pexpiretime(result_key(job_id))
             forgotten = pipeline.execute()
         return [(at + 0.5) / 1_000 - _RESULT_EXPIRES for at in forgotten]
 

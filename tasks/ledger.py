@@ -16,8 +16,8 @@ from interview_access.errors import (
     InterviewAccessError,
     JobCancelledException,
     JobIdReusedException,
-    error_class,
 )
+from interview_access.stored_errors import from_record, to_record
 
 from storage.dtos import AnswerDTO, FinishedJobDTO, JobDTO, RejectedIdsDTO
 from storage.interface import (
@@ -266,18 +266,9 @@ def failure(error: InterviewAccessError, rejected: RejectedIdsDTO | None = None)
     """The answer of a job that ended for cause, with all ids that it rejected, if any."""
     return AnswerDTO(
         error.state,
-        error={
-            "type": type(error).__name__,
-            "sentence": error.sentence,
-            "details": error.details,
-        },
+        error=to_record(error),
         rejected=rejected,
     )
-
-
-def error_of(stored: Mapping[str, Any]) -> InterviewAccessError:
-    """Rebuild an error from the ledger's form of it: ``type``, ``sentence`` and ``details``."""
-    return error_class(stored["type"])(stored["sentence"], stored["details"])
 
 
 def result_of(answer: AnswerDTO) -> dict[str, Any]:
@@ -287,5 +278,5 @@ def result_of(answer: AnswerDTO) -> dict[str, Any]:
         InterviewAccessError: the error that it holds instead, in its own class.
     """
     if answer.error:
-        raise error_of(answer.error)
+        raise from_record(answer.error)
     return answer.result or {}

@@ -23,10 +23,7 @@ from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError, WatchError
 
-from interview_access import protocol
-from interview_access.contracts import GrantJob, JobProgress, JobStatus
-from interview_access.producer import (
-    ANSWER_SECONDS,
+from interview_access.connections import (
     CLIENT_NAME,
     CONNECT_SECONDS,
     KEEPALIVE,
@@ -34,18 +31,16 @@ from interview_access.producer import (
     redis_addresses,
     sentinel_options,
 )
-from interview_access.protocol import (
-    Commands,
-    Conversation,
-    GrantMessage,
-    Pause,
-    grant_messages,
-)
+from interview_access.contracts import GrantJob, JobProgress, JobStatus
+from interview_access.producer import REPLY_SECONDS
+from interview_access.protocol import control_requests, enqueueing, polling
+from interview_access.protocol.commands import Commands, Conversation, Pause
+from interview_access.protocol.messages import GrantMessage, grant_messages
 from interview_access.redis_address import RedisAddress
 
 T = TypeVar("T")
 
-MOST_CONNECTIONS = 50
+MAX_CONNECTIONS = 50
 
 _WRITTEN_AT_ONCE = 100  # jobs: of 20 ids, in 8 ms
 
@@ -61,7 +56,7 @@ class AsyncInterviewAccessClient:
         queue, results = redis_addresses(broker_url, result_backend)
         self._queue = _connect(queue)
         self._results = self._queue if results == queue else _connect(results)
-        self._turns = asyncio.Semaphore(MOST_CONNECTIONS)
+        self._turns = asyncio.Semaphore(MAX_CONNECTIONS)
 
     async def enqueue(
         self,
@@ -82,7 +77,7 @@ class AsyncInterviewAccessClient:
             countdown=countdown,
             expires=expires,
         )
-        return await self._hold(protocol.enqueue(message))
+        return await self._converse(enqueueing.enqueue(message))
 
     async def enqueue_cohort(
         self,
@@ -102,7 +97,7 @@ class AsyncInterviewAccessClient:
             countdown=countdown,
             expires=expires,
         )
-        return await self._hold(protocol.enqueue(message))
+        return await self._converse(enqueueing.enqueue(message))
 
     async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
         """See the blocking client; the jobs are encoded in other threads."""
@@ -111,7 +106,7 @@ class AsyncInterviewAccessClient:
         # In slices: a thread that generates many UUIDs in a row hardly yields the GIL to the loop.
         while part := await asyncio.to_thread(list, islice(writing, _WRITTEN_AT_ONCE)):
             messages += part
-        return await self._hold(protocol.enqueue_many(messages))
+        return await self._converse(enqueueing.enqueue_many(messages))
 
     async def wait(
         self,
@@ -121,15 +116,16 @@ class AsyncInterviewAccessClient:
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
         """See the blocking client."""
-        return await self._hold(protocol.result(job_id, timeout=timeout, on_progress=on_progress))
+        poll = polling.result(job_id, timeout=timeout, on_progress=on_progress)
+        return await self._converse(poll)
 
-    async def status(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
+    async def status(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
         """See the blocking client."""
-        return await self._hold(protocol.status(job_id, timeout=timeout))
+        return await self._converse(control_requests.status(job_id, timeout=timeout))
 
-    async def cancel(self, job_id: str, *, timeout: float = ANSWER_SECONDS) -> JobStatus:
+    async def cancel(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
         """See the blocking client."""
-        return await self._hold(protocol.cancel(job_id, timeout=timeout))
+        return await self._converse(control_requests.cancel(job_id, timeout=timeout))
 
     async def close(self) -> None:
         """Close the connections; another call opens new ones."""
@@ -137,7 +133,7 @@ class AsyncInterviewAccessClient:
         if self._results is not self._queue:
             await self._results.aclose()
 
-    async def _hold(self, conversation: Conversation[T]) -> T:
+    async def _converse(self, conversation: Conversation[T]) -> T:
         replies: Any = None
         failed: Exception | None = None
         cancelled_before = _cancellations()
@@ -161,18 +157,31 @@ class AsyncInterviewAccessClient:
             return done.value  # type: ignore[no-any-return] # a generator's return value
 
     async def _execute(self, step: Commands) -> list[Any]:
-        client = self._results if step.results else self._queue
-        if len(step.commands) == 1 and not step.provided:
-            return [await client.execute_command(*step.commands[0])]  # type: ignore[no-untyped-call] # redis-py's
-        async with client.pipeline(transaction=True) as pipeline:
-            if step.provided:
-                await pipeline.watch(*step.provided)
-                if await pipeline.mget(step.provided) != [*step.provided.values()]:
-                    raise WatchError
-                pipeline.multi()  # type: ignore[no-untyped-call] # redis-py's
-            for command in step.commands:
-                pipeline.execute_command(*command)
-            return await pipeline.execute()
+        """Execute the round trips of a step on one connection."""
+        pool = (self._results if step.results else self._queue).connection_pool
+        connection = await pool.get_connection()  # type: ignore[no-untyped-call] # redis-py's
+        round_trips = step.round_trips()
+        try:
+            commands = next(round_trips)
+            while True:
+                await connection.send_packed_command(connection.pack_commands(commands))
+                commands = round_trips.send([await _reply(connection) for _ in commands])
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return] # a generator's return value
+        except (ResponseError, WatchError):
+            raise  # all replies have been read
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            await pool.release(connection)
+
+
+async def _reply(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error
 
 
 def _cancellations() -> int:
@@ -191,7 +200,7 @@ def _connect(address: RedisAddress) -> Redis:
         "redis_connect_func": _introduce,
     }
     if address.master_name:
-        # Not a pool that blocks: at most MOST_CONNECTIONS tasks use it at once.
+        # Not a pool that blocks: at most MAX_CONNECTIONS tasks use it at once.
         sentinels = Sentinel(  # type: ignore[no-untyped-call] # redis-py's
             address.hosts,
             sentinel_kwargs={**sentinel_options(address, SOCKET_SECONDS), **once},
@@ -213,7 +222,7 @@ def _connect(address: RedisAddress) -> Redis:
     return Redis.from_pool(
         BlockingConnectionPool(
             connection_class=kind,
-            max_connections=MOST_CONNECTIONS,
+            max_connections=MAX_CONNECTIONS,
             timeout=SOCKET_SECONDS,
             **options,
         )

@@ -1,8 +1,7 @@
-"""What can go wrong with a job, as producers of every language read it.
+"""The errors of jobs and of the clients.
 
-Each class here that a worker stores is read from a result as ``exc_type`` (the class's name),
-``exc_module`` (this module's) and ``exc_message`` (``[sentence, details]``). Its arguments are
-therefore plain JSON values, and nothing else may ever be put into them.
+Workers store errors of these classes as results, which producers in any language read; see
+:mod:`interview_access.stored_errors`. Their arguments are plain JSON values.
 """
 
 from __future__ import annotations
@@ -10,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
+from interview_access.text import shortened as shortened  # noqa: PLC0414 - worker/ imports it from here
+
 Details = dict[str, Any]
-"""A JSON object for programs: at least ``total``, the number of offending values."""
+"""A JSON object for programs; its keys depend on the error's class."""
 
 NAMED_AT_MOST = 20
-"""Offending values that an error names; ``total`` counts the rest."""
+"""Offending values that an error lists; the ``total`` in its details counts all of them."""
 
 _SENTENCE = 30_000  # characters: more than that many offending values take
 
 
 class InterviewAccessError(Exception):
-    """Base of every error of this package.
+    """Base class of the errors of this package.
 
     Attributes:
-        sentence: One sentence for people, on one line and without control characters, whatever
-            values it names.
-        details: The same as a JSON object for programs.
-        state: The state of a job that ended with it.
+        sentence: The error for people: one line without control characters.
+        details: The error for programs: a JSON object.
+        state: The state of a job that ended with this error.
     """
 
     state: ClassVar[Literal["failed", "cancelled", "expired"]] = "failed"
@@ -40,38 +40,42 @@ class InterviewAccessError(Exception):
         return self.sentence
 
     def with_account(self, job_ids: Sequence[str], *, sent: int, perhaps_sent: int = 0) -> Self:
-        """The same error, met while many jobs were sent, with what became of each of them.
+        """Copy an error of a call for many jobs, and add which of the jobs were sent.
 
         Args:
-            job_ids: All of them, in the order in which they are sent.
-            sent: How many are on the queue.
-            perhaps_sent: How many after those may be, because no answer came.
+            job_ids: The IDs of all jobs, in the order of sending.
+            sent: Number of jobs that are on the queue.
+            perhaps_sent: Number of jobs after these for which the reply was lost.
+
+        Returns:
+            The error, with the job IDs under ``sent``, ``perhaps_sent`` and ``not_sent`` in its
+            details.
         """
-        asked = sent + perhaps_sent
+        attempted = sent + perhaps_sent
         return type(self)(
-            f"{self.sentence} Of {len(job_ids):,} jobs {sent:,} were sent, {perhaps_sent:,} may "
-            f"have been, and {len(job_ids) - asked:,} were not; the details name them. "
-            "A job that is sent again under its id counts once.",
+            f"{self.sentence} Of {len(job_ids):,} jobs {sent:,} were sent, {perhaps_sent:,} might "
+            f"have been sent, and {len(job_ids) - attempted:,} were not; the details list them. "
+            "A job that is sent again under its ID takes effect once.",
             {
                 **self.details,
                 "sent": [*job_ids[:sent]],
-                "perhaps_sent": [*job_ids[sent:asked]],
-                "not_sent": [*job_ids[asked:]],
+                "perhaps_sent": [*job_ids[sent:attempted]],
+                "not_sent": [*job_ids[attempted:]],
             },
         )
 
 
 class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the contract's name
-    """An argument is missing, unknown or of the wrong type or size. Permanent."""
+    """An argument is missing, unknown, or has a wrong type or size. Permanent."""
 
     @classmethod
     def of(cls, problems: Sequence[tuple[str, str, str]], total: int | None = None) -> Self:
-        """The error that names what is wrong with a request.
+        """Create the error that lists what is wrong with a request.
 
         Args:
-            problems: For each: the argument (an element as ``interview_ids[3]``), what was
-                expected, what came.
-            total: How many there are, where not all were collected.
+            problems: For each problem the argument (an element as ``interview_ids[3]``), what was
+                expected, and what was received.
+            total: Number of all problems; by default that of `problems`.
         """
         total = len(problems) if total is None else total
         named = problems[:NAMED_AT_MOST]
@@ -89,18 +93,18 @@ class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the co
 
 
 class InvalidInterviewIdException(InterviewAccessError):  # noqa: N818 - the contract's name
-    """Interview ids are malformed (no UUID) or unknown (no interview has them). Permanent.
+    """Interview IDs are malformed (not a UUID) or unknown (no interview has them). Permanent.
 
-    The whole job failed with it, and nothing was granted.
+    The whole job failed, and nothing was granted.
     """
 
     @classmethod
     def of(cls, malformed: Sequence[str], unknown: Sequence[str]) -> Self:
-        """The error that names the offending ids, malformed ones first, each with its reason.
+        """Create the error that lists the offending IDs, malformed ones first.
 
         Args:
-            malformed: Strings that are no UUID, as given.
-            unknown: Canonical ids that no interview has.
+            malformed: Strings that are not UUIDs, as given.
+            unknown: Canonical IDs that no interview has.
         """
         total = len(malformed) + len(unknown)
         named = [(value, "malformed") for value in malformed[:NAMED_AT_MOST]]
@@ -123,17 +127,17 @@ class InvalidInterviewIdException(InterviewAccessError):  # noqa: N818 - the con
 
 
 class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's name
-    """A job id came again with another request. Permanent: the first answer stays."""
+    """A job ID was used for another request. Permanent: the first request keeps its result."""
 
     @classmethod
     def of(cls, job_id: str, first_digest: str, digest: str, others: Sequence[str] = ()) -> Self:
-        """The refusal of a second request under one job id, both named by their digests.
+        """Create the error for a second request under one job ID.
 
         Args:
-            job_id: The id.
-            first_digest: Of the request that has it.
-            digest: Of the request that was to have it.
-            others: Job ids sent with this one that are refused likewise.
+            job_id: The job ID.
+            first_digest: The digest of the request that has the ID.
+            digest: The digest of the refused request.
+            others: IDs of other jobs of the same call that are refused for the same reason.
         """
         likewise = f" So were {len(others):,} more ids that came with it." if others else ""
         return cls(
@@ -152,98 +156,107 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
 
 
 class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the contract's name
-    """The database could not do the job within all of its tries.
+    """The database was unavailable.
 
-    Not final: nothing was granted, and the same job can be sent again under its id.
+    As a job's result it is not final: nothing was granted, and the job can be sent again under the
+    same ID. As the reply to a control request it says nothing about the job.
     """
 
     @classmethod
     def of(cls, tries: int, reason: str) -> Self:
-        """The error of a job whose tries are used up.
+        """Create the error of a job that has no attempts left.
 
         Args:
-            tries: How often it was tried.
-            reason: What the database said the last time.
+            tries: Number of attempts.
+            reason: The error of the last attempt.
         """
         return cls(
-            f"The database could not do the job in {tries} tries; the last said: {reason}. "
+            f"The database was unavailable in all {tries} attempts; the last error: {reason}. "
             "Nothing was granted; send the job again under the same id.",
             {"total": 1, "tries": tries, "reason": reason},
         )
 
+    @classmethod
+    def of_ledger(cls, reason: str) -> Self:
+        """Create the error of a control request.
+
+        Args:
+            reason: The error of the database.
+        """
+        return cls(
+            f"The ledger cannot be read now: {reason}. The job's state is not known; ask again.",
+            {"total": 1, "reason": reason},
+        )
+
 
 class JobFailedError(InterviewAccessError):
-    """The job failed for a cause that is none of the contract's, such as a lost worker."""
+    """The job failed for a reason that has no class of its own, such as a poison message."""
 
 
 class JobCancelledException(InterviewAccessError):  # noqa: N818 - beside the contract's names
-    """The job was cancelled before it was done. Permanent: nothing was granted."""
+    """The job was cancelled before it finished. Permanent: nothing was granted."""
 
     state = "cancelled"
 
     @classmethod
     def of(cls, job_id: str) -> Self:
-        """The error of a job that somebody had cancelled."""
+        """Create the error of a cancelled job.
+
+        Args:
+            job_id: The job's ID.
+        """
         return cls(
             f"Job {shortened(job_id)} was cancelled before it was done; nothing was granted. "
-            "To have it done after all, send the request under a new job id.",
+            "If it is still needed, send the request under a new job id.",
             {"total": 1, "job_id": job_id},
         )
 
 
 class JobExpiredException(InterviewAccessError):  # noqa: N818 - beside the contract's names
-    """The job's own expiry passed before it began. Permanent: nothing was granted."""
+    """The job's expiry passed before the job started. Permanent: nothing was granted."""
 
     state = "expired"
 
     @classmethod
     def of(cls, job_id: str, expires_at: str) -> Self:
-        """The error of a job that no worker was free for in time.
+        """Create the error of an expired job.
 
         Args:
-            job_id: The job's id.
+            job_id: The job's ID.
             expires_at: Its expiry, in ISO 8601.
         """
         return cls(
             f"Job {shortened(job_id)} expired at {expires_at}, before a worker began it; nothing "
-            "was granted. To have it done after all, send the request under a new job id.",
+            "was granted. If it is still needed, send the request under a new job id.",
             {"total": 1, "job_id": job_id, "expires_at": expires_at},
         )
 
 
 class QueueUnavailableError(InterviewAccessError):
-    """Redis did not take the job, or did not answer, in time. It may have been queued all the same.
+    """Redis did not accept the command or did not reply in time.
 
-    Sending it again under the same job id is safe: it takes effect once.
+    The job might have been queued. Sending it again under the same job ID is safe: it takes effect
+    once.
     """
 
 
 class NoAnswerInTimeError(InterviewAccessError):
-    """No answer came by the caller's deadline: the job may still run, or no worker is there."""
+    """No result or reply was received by the caller's deadline.
+
+    The job might still run, or no worker is running.
+    """
 
 
 def error_class(name: object) -> type[InterviewAccessError]:
-    """Find an error's class by any name; JobFailedError where no class here has it."""
+    """Find the class with a name; JobFailedError if no class of this module has it.
+
+    Args:
+        name: Any value, as read from a stored result.
+    """
     found = globals().get(name) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, InterviewAccessError):
         return found
     return JobFailedError
-
-
-def shortened(text: str, *, quoted: bool = True, at_most: int = 80) -> str:
-    """Cut a text to ``at_most`` characters, and escape those that do not print.
-
-    The result is one line, safe in logs, on terminals and in every JSON reader: line breaks,
-    terminal control sequences, NUL and lone surrogates come as escapes.
-    """
-    shown = text if len(text) <= at_most else text[:at_most] + "…"
-    if quoted:
-        return repr(shown)
-    if shown.isprintable():
-        return shown
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown
-    )
 
 
 def _and_more(total: int, named: int) -> str:

@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from interview_access.contracts import GrantAccessRequest, as_texts, describe
+from interview_access.contracts import MAX_JOB_ID_LENGTH, GrantAccessRequest
+from interview_access.contracts.identifiers import as_texts
+from interview_access.text import describe
 
 if TYPE_CHECKING:  # an optional dependency
     from sqlalchemy import Connection
@@ -24,7 +26,7 @@ INSERT = """
 """
 """The INSERT, with psycopg's parameters; without ``job_id`` the database makes a UUID."""
 
-_JOB_ID = re.compile("[ -~]{1,255}")
+_JOB_ID = re.compile(f"[ -~]{{1,{MAX_JOB_ID_LENGTH}}}")
 
 
 def enqueue_in_django(

@@ -21,6 +21,7 @@ from interview_access.contracts import (
     GRANT_ACCESS,
     GRANT_COHORT_ACCESS,
     QUEUE,
+    announcement_key,
     request_digest,
 )
 from interview_access.errors import (
@@ -29,7 +30,6 @@ from interview_access.errors import (
     NoAnswerInTimeError,
 )
 from interview_access.producer import InterviewAccessClient
-from interview_access.protocol import announcement_key
 from redis import Redis
 
 from devstack.servers import LocalStack

@@ -15,9 +15,12 @@ import yaml
 from interview_access import contracts, errors
 from interview_access.contracts import (
     JobStatus,
+    announcement_key,
+    reply_key,
     request_digest,
+    result_key,
 )
-from interview_access.protocol import GrantMessage, announcement_key, reply_key, result_key
+from interview_access.protocol.messages import GrantMessage
 from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
 from referencing import Registry, Resource
@@ -98,7 +101,7 @@ def test_an_errors_details_are_the_schemas(error: errors.InterviewAccessError) -
 def test_a_status_and_an_announcement_are_their_schemas() -> None:
     """What the models write fits."""
     message = GrantMessage.of("ann", [], job_id="job", countdown=1, expires=60)
-    assert not wrong("announcement", json.loads(message.commands[0][2]))
+    assert not wrong("announcement", json.loads(message.announce_command[2]))
     status = JobStatus(
         job_id="job", state="failed", error=contracts.JobFailure(type="x", sentence="y")
     )

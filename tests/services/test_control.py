@@ -20,6 +20,7 @@ from interview_access.contracts import (
     JOB_STATUS,
     REPLY_BYTES,
     JobStatus,
+    reply_key,
 )
 from interview_access.errors import (
     InvalidGrantRequestException,
@@ -31,7 +32,6 @@ from interview_access.errors import (
     StorageUnavailableException,
 )
 from interview_access.producer import InterviewAccessClient
-from interview_access.protocol import reply_key
 from redis.exceptions import OutOfMemoryError
 
 from devstack.servers import LocalStack

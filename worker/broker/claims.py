@@ -31,12 +31,13 @@ from enum import StrEnum
 from itertools import chain
 from typing import Any, NamedTuple
 
+from interview_access.contracts import KEY_PREFIX
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
 from worker.broker.scripts import claims_script
 
-PREFIX = "interview-access:"
+PREFIX = KEY_PREFIX
 """Prefix of every key of this protocol."""
 
 DEAD = f"{PREFIX}dead"

@@ -10,13 +10,13 @@ from celery.app.task import Context
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.exceptions import BackendStoreError, ChordError
 from celery.utils.log import get_logger
-from interview_access import errors
 from interview_access.contracts import CONTROL_QUEUE
 from interview_access.errors import (
     InterviewAccessError,
     JobFailedError,
     StorageUnavailableException,
 )
+from interview_access.stored_errors import stored_type, to_result
 from redis.exceptions import RedisError, ResponseError
 
 from worker.broker.scripts import script
@@ -72,6 +72,12 @@ class JobResults(RedisBackend):  # type: ignore[misc] # Celery ships no types
         else:
             raise result
         return result
+
+    def prepare_exception(self, exc: Exception, serializer: str | None = None) -> Any:
+        """Encode an error as the value of a result."""
+        if isinstance(exc, InterviewAccessError):
+            return to_result(exc)
+        return super().prepare_exception(exc, serializer)
 
     def store_progress(self, job_id: str, state: str, progress: object) -> bool:
         """Store a state of a running job, if Redis is reachable.
@@ -273,11 +279,10 @@ def _rank(state: str, result: Any) -> int:
         return _ANSWERED
     if state not in states.READY_STATES:
         return _UNSETTLED
-    if not isinstance(result, dict) or result.get("exc_module") != errors.__name__:
-        return _NOT_DONE  # Celery's own, as of a chord whose part failed
-    if result.get(_OF_CHAIN):
-        return _NOT_DONE
-    return _RANKS.get(str(result.get("exc_type")), _ANSWERED)
+    kind = stored_type(result)
+    if kind is None or result.get(_OF_CHAIN):
+        return _NOT_DONE  # Celery's own error, as of a chord whose part failed; or another task's
+    return _RANKS.get(kind, _ANSWERED)
 
 
 class SentinelJobResults(JobResults, SentinelBackend):  # type: ignore[misc] # Celery ships no types

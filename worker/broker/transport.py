@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import kombu
 from celery.app.amqp import AMQP
 from celery.utils.log import get_logger
+from interview_access.contracts import result_key
 from interview_access.errors import shortened
-from interview_access.producer import KEEPALIVE, sentinel_options
+from interview_access.connections import KEEPALIVE, sentinel_options
 from interview_access.redis_address import RedisAddress, masked
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -29,7 +30,7 @@ from worker.settings import Settings
 
 logger = get_logger(__name__)
 
-_RESERVED = (PREFIX, "celery-task-meta-", "_kombu.", "unacked")
+_RESERVED = (PREFIX, result_key(""), "_kombu.", "unacked")
 """Beginnings of keys that no message may be published to: the protocol's, results, kombu's."""
 
 _REFUSED_SECONDS = 1.0  # before a server that takes no writes is connected to again

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 from celery import Celery, states
 from celery.utils.log import get_logger
-from interview_access import errors
 from interview_access.contracts import (
     CANCEL_JOB,
     CONTROL_QUEUE,
@@ -26,6 +25,8 @@ from interview_access.contracts import (
     JobStatus,
     describe,
     is_job_id,
+    reply_key,
+    result_key,
 )
 from interview_access.errors import (
     InterviewAccessError,
@@ -33,7 +34,7 @@ from interview_access.errors import (
     StorageUnavailableException,
     shortened,
 )
-from interview_access.protocol import reply_key, result_key
+from interview_access.stored_errors import to_result
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
@@ -143,12 +144,7 @@ class ControlService(BackgroundService):
                     return
                 reply = _reply(request, states.SUCCESS, _cut(self._execute(redis, request)))
         except InterviewAccessError as error:
-            failure = {
-                "exc_type": type(error).__name__,
-                "exc_module": errors.__name__,
-                "exc_message": [error.sentence, error.details],
-            }
-            reply = _reply(request, states.FAILURE, failure)
+            reply = _reply(request, states.FAILURE, to_result(error))
         arguments = (reply, _REPLY_SECONDS, _OUTSTANDING_BYTES)
         if not server.register_script(script("reply_to_control_request"))(
             [key, _REPLIES], arguments
@@ -173,11 +169,7 @@ def _ledger_errors() -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        raise StorageUnavailableException(
-            f"The ledger cannot be read now: {_brief(error)}. The job's state is not known; "
-            "ask again.",
-            {"total": 1, "reason": _brief(error)},
-        ) from error
+        raise StorageUnavailableException.of_ledger(_brief(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,11 @@ from interview_access.contracts import (
     Announcement,
     JobFailure,
     JobProgress,
-    JobState,
     JobStatus,
+    announcement_key,
 )
-from interview_access.errors import error_class, shortened
-from interview_access.protocol import announcement_key
+from interview_access.errors import error_class
+from interview_access.stored_errors import from_record, record_of_result
 from pydantic import ValidationError
 from redis import Redis
 
@@ -83,7 +83,7 @@ class JobStatusService:
         is_running = ledger.cancel(self._storage(), job_id, entry)
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
-            error = ledger.error_of(status.error.model_dump())
+            error = from_record(status.error.model_dump())
             # If Redis is unreachable, the job's delivery stores it.
             self._results.store_results({job_id: error})
         elif is_running and not status.final:
@@ -165,16 +165,6 @@ def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | N
         case states.SUCCESS if isinstance(result, dict):
             status.state, status.result = "succeeded", result
         case states.FAILURE | states.REVOKED if isinstance(result, dict):
-            status.state, status.error = _failed(result)
+            status.error = JobFailure.model_validate(record_of_result(result))
+            status.state = error_class(status.error.type).state
     return status
-
-
-def _failed(stored: dict[str, Any]) -> tuple[JobState, JobFailure]:
-    name = str(stored.get("exc_type"))
-    match stored.get("exc_message"):
-        case [str(sentence), dict(details)]:
-            failure = JobFailure(type=name, sentence=sentence, details=details)
-            return error_class(name).state, failure
-        case message:
-            sentence = f"The job failed: {shortened(str(message), quoted=False, at_most=500)}"
-            return "failed", JobFailure(type=name, sentence=sentence)

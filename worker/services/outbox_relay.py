@@ -13,8 +13,9 @@ from functools import lru_cache, partial
 
 from celery import Celery
 from celery.utils.log import get_logger
+from interview_access.contracts import announcement_key
 from interview_access.errors import shortened
-from interview_access.protocol import GrantMessage, announcement_key
+from interview_access.protocol.messages import GrantMessage, enqueue_commands
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
@@ -88,7 +89,7 @@ def _send(redis: Redis, request: AccessRequestDTO) -> bool:
         RedisError: if no request could be enqueued now.
     """
     try:
-        commands = message_of(request).commands
+        commands = enqueue_commands([message_of(request)])
         with redis.pipeline(transaction=True) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's

@@ -11,10 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from celery.utils.log import get_logger
-from interview_access.contracts import CONTROL_QUEUE, QUEUE
+from interview_access.connections import connect
+from interview_access.contracts import (
+    CONTROL_QUEUE,
+    QUEUE,
+    announcement_key,
+    reply_key,
+    result_key,
+)
 from interview_access.errors import shortened
-from interview_access.producer import connect
-from interview_access.protocol import announcement_key, reply_key
 from interview_access.redis_address import RedisAddress
 from redis import Redis
 from redis.exceptions import (
@@ -51,7 +56,7 @@ _COMMON = {
     f"x 1 {PREFIX}": "EVALSHA",
     f"{PREFIX}replies": "LINDEX RPUSH LPOP EXPIRE",
 }
-_RESULTS = {"celery-task-meta-x": "GET MGET GETRANGE SET SETEX DEL PUBLISH"}
+_RESULTS = {result_key("x"): "GET MGET GETRANGE SET SETEX DEL PUBLISH"}
 _JOBS = {
     QUEUE: "LPUSH RPUSH LLEN LINDEX LTRIM EXISTS",
     _LANE: "RPUSH LLEN LINDEX LTRIM EXISTS",

@@ -1,0 +1,257 @@
+"""Requests of the three tasks: the only place that decides which arguments are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Annotated, LiteralString, Self
+from uuid import UUID, uuid4
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+from interview_access.contracts.identifiers import (
+    USER_ID_RULE,
+    UUID_PATTERN,
+    as_text,
+    as_texts,
+    is_user_id,
+    strings_of,
+)
+from interview_access.contracts.names import DEFAULT_MAX_INTERVIEW_IDS, MAX_USER_ID_LENGTH
+from interview_access.errors import NAMED_AT_MOST, InvalidGrantRequestException
+from interview_access.text import describe, shortened
+
+
+def _user_id(value: object) -> object:
+    text = as_text(value)
+    if not is_user_id(text):
+        raise PydanticCustomError("user_id", USER_ID_RULE)
+    return text
+
+
+def _user_ids(value: object, info: ValidationInfo) -> tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("user_ids", "a list of user ids")
+    texts = tuple(map(as_text, value))
+    wrong = [(at, text) for at, text in enumerate(texts) if not is_user_id(text)]
+    if wrong:
+        raise _wrong_elements(USER_ID_RULE, wrong)
+    _check_count(len(texts), info)
+    return texts
+
+
+def _interview_id(value: object) -> str:
+    if isinstance(value, UUID):
+        return str(value)
+    if not isinstance(value, str):
+        raise PydanticCustomError("interview_id", "a UUID as a string")
+    return value
+
+
+def _interview_ids(value: object, info: ValidationInfo) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("interview_ids", "a list of UUIDs as strings")
+    texts = strings_of(value)
+    if texts is None:
+        wrong = [(at, item) for at, item in enumerate(value) if not isinstance(item, str | UUID)]
+        raise _wrong_elements("a UUID as a string", wrong)
+    _check_count(len(texts), info)
+    return texts
+
+
+def _wrong_elements(
+    expected: LiteralString, wrong: Sequence[tuple[int, object]]
+) -> PydanticCustomError:
+    named = {"elements": wrong[:NAMED_AT_MOST], "total": len(wrong)}
+    return PydanticCustomError("elements", expected, named)
+
+
+def _check_count(ids: int, info: ValidationInfo) -> None:
+    """Check the number of requested grants: interview IDs as given, times user IDs as given."""
+    limit: int = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
+    users = len(info.data.get("user_ids", ())) or 1
+    if ids * users > limit:
+        expected: LiteralString = "at most {limit} ids (GRANT_MAX_INTERVIEW_IDS)"
+        if users > 1:
+            expected = "at most {each} ids for {users} users (GRANT_MAX_INTERVIEW_IDS is {limit})"
+        values = {"limit": f"{limit:,}", "each": f"{limit // users:,}", "users": f"{users:,}"}
+        raise PydanticCustomError("ids", expected, values)
+
+
+_INTERVIEW_ID_SCHEMA = {
+    "type": "string",
+    "pattern": f"^(?:{UUID_PATTERN})$",
+    "description": "A UUID: 32 ASCII hex digits, or 8-4-4-4-12 of them, in any case.",
+}
+
+_USER_ID_SCHEMA = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_USER_ID_LENGTH,
+    "pattern": "^[^\\u0000]*$",
+    "description": "Used literally. NUL and lone surrogates are not allowed.",
+}
+
+UserId = Annotated[str, PlainValidator(_user_id), WithJsonSchema(_USER_ID_SCHEMA)]
+
+InterviewIds = Annotated[
+    tuple[str, ...],
+    PlainValidator(_interview_ids),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": _INTERVIEW_ID_SCHEMA,
+            "maxItems": DEFAULT_MAX_INTERVIEW_IDS,
+            "description": "In any order; a duplicate counts once. The limit is the worker's "
+            "GRANT_MAX_INTERVIEW_IDS, by default the number here.",
+        }
+    ),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def read(
+        cls,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        *,
+        max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
+    ) -> Self:
+        """Validate the arguments of a message.
+
+        Args:
+            args: Positional arguments, in the order of the fields.
+            kwargs: Named arguments.
+            max_interview_ids: Grants that one job may request: interview IDs as given, times user
+                IDs as given.
+
+        Raises:
+            InvalidGrantRequestException: if an argument is missing, unknown, given twice or
+                invalid; it names each such argument.
+        """
+        names = list(cls.model_fields)
+        if len(args) > len(names):
+            expected = f"at most {len(names)} in order ({', '.join(names)})"
+            raise InvalidGrantRequestException.of([("arguments", expected, f"{len(args)}")])
+        given = dict(zip(names, args, strict=False))
+        twice = [(name, "one value", "two") for name in given if name in kwargs]
+        if twice:
+            raise InvalidGrantRequestException.of(twice)
+        try:
+            return cls.model_validate(
+                {**given, **kwargs}, context={"max_interview_ids": max_interview_ids}
+            )
+        except ValidationError as error:
+            raise _invalid(error, names) from None
+
+
+def _invalid(error: ValidationError, names: Sequence[str]) -> InvalidGrantRequestException:
+    problems: list[tuple[str, str, str]] = []
+    total = 0
+    known = f"only {' and '.join(names)}"
+    for problem in error.errors(include_url=False):
+        total += 1
+        if not problem["loc"]:  # a name with a lone surrogate, at which pydantic stops
+            name = shortened(str(problem["input"]), quoted=False)
+            problems.append((name, known, "this one too"))
+            continue
+        argument = shortened(str(problem["loc"][0]), quoted=False)
+        if problem["type"] == "missing":
+            problems.append((argument, "a value", "nothing"))
+        elif problem["type"] == "extra_forbidden":
+            problems.append((argument, known, f"this one too, {describe(problem['input'])}"))
+        elif problem["type"] == "elements":
+            total += problem["ctx"]["total"] - 1
+            for at, item in problem["ctx"]["elements"]:
+                problems.append((f"{argument}[{at}]", problem["msg"], describe(item)))
+        else:
+            problems.append((argument, problem["msg"], describe(problem["input"])))
+    return InvalidGrantRequestException.of(problems, total)
+
+
+class GrantAccessRequest(_Request):
+    """The arguments of ``interview_access.grant_access``: one user and many interviews.
+
+    Attributes:
+        user_id: 1 to 36 characters, used literally.
+        interview_ids: Strings as given: in any order and spelling, with duplicates, also malformed.
+    """
+
+    user_id: UserId
+    interview_ids: InterviewIds
+
+
+class GrantCohortAccessRequest(_Request):
+    """The arguments of ``interview_access.grant_cohort_access``: many users and many interviews.
+
+    Each user is granted access to each interview. The number of user IDs times that of interview
+    IDs, both as given, is at most the worker's GRANT_MAX_INTERVIEW_IDS.
+
+    Attributes:
+        user_ids: Each of 1 to 36 characters, used literally; in any order, with duplicates.
+        interview_ids: As of ``interview_access.grant_access``.
+    """
+
+    user_ids: Annotated[
+        tuple[str, ...],
+        PlainValidator(_user_ids),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": _USER_ID_SCHEMA,
+                "maxItems": DEFAULT_MAX_INTERVIEW_IDS,
+                "description": "In any order; a duplicate counts once.",
+            }
+        ),
+    ]
+    interview_ids: InterviewIds
+
+
+class CreateInterviewAttemptRequest(_Request):
+    """The arguments of ``interview_access.create_interview_attempt``: an attempt that starts now.
+
+    Attributes:
+        interview_id: A string as given, also malformed.
+        user_id: 1 to 36 characters, used literally.
+    """
+
+    interview_id: Annotated[
+        str, PlainValidator(_interview_id), WithJsonSchema(_INTERVIEW_ID_SCHEMA)
+    ]
+    user_id: UserId
+
+
+@dataclass(frozen=True, slots=True)
+class GrantJob:
+    """A job for ``enqueue_many``: one user's access to interviews, not validated yet.
+
+    Attributes:
+        user_id: 1 to 36 characters.
+        interview_ids: UUIDs. An iterable is read once, when the job is created.
+        job_id: 1 to 255 printable characters, unique to the request; by default a random UUID. With
+            it the job can be polled, and sent again.
+        countdown: Seconds before which no worker starts the job.
+        expires: Seconds, or a datetime (UTC if naive), after which no worker starts the job.
+    """
+
+    user_id: str | UUID
+    interview_ids: Iterable[str | UUID]
+    job_id: str = field(default_factory=lambda: str(uuid4()))
+    countdown: float | None = None
+    expires: float | datetime | None = None
+
+    def __post_init__(self) -> None:
+        # A generator would be empty when the job is sent again.
+        object.__setattr__(self, "interview_ids", as_texts(self.interview_ids))

@@ -1,0 +1,4 @@
+"""The protocol of the clients: which Redis commands a call sends, and how it reads the replies.
+
+It does no I/O: each conversation is a generator that both clients execute.
+"""
