@@ -86,6 +86,12 @@ class RequestedInterviews:
         content.update(b"]")
         return content.hexdigest()
 
+    def given_json(self) -> str:
+        """Encode the IDs as given as a JSON array."""
+        if self.given and not self.malformed:  # UUIDs need no escapes, in any spelling
+            return '["' + '", "'.join(self.given) + '"]'
+        return json.dumps(self.given)
+
     def spelled(self, interview_ids: Collection[str]) -> dict[str, InterviewId]:
         """Map each spelling as given to its canonical ID, in order, for these canonical IDs."""
         spellings = {text: canonical_interview_id(text) for text in self.given}

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from json.encoder import encode_basestring_ascii as _quoted
+from secrets import token_hex
+from typing import TypeGuard
 from uuid import UUID, uuid4
 
 from interview_access.contracts import (
@@ -25,15 +27,21 @@ from interview_access.contracts import (
     GrantAccessRequest,
     GrantCohortAccessRequest,
     GrantJob,
+    RequestedInterviews,
     announcement_key,
     is_job_id,
     reply_key,
     unreadable_request_digest,
 )
-from interview_access.contracts.identifiers import as_text, as_texts
+from interview_access.contracts.identifiers import are_strings, as_text, as_texts
 from interview_access.errors import InvalidGrantRequestException
 from interview_access.protocol.commands import Command
 from interview_access.text import describe, shortened
+
+_MODELS: dict[str, type[GrantAccessRequest | GrantCohortAccessRequest]] = {
+    GRANT_ACCESS: GrantAccessRequest,
+    GRANT_COHORT_ACCESS: GrantCohortAccessRequest,
+}
 
 _NO_CANVAS = json.dumps({"callbacks": None, "errbacks": None, "chain": None, "chord": None})
 
@@ -118,7 +126,9 @@ class GrantMessage:
             InvalidGrantRequestException: if an argument cannot be encoded as JSON.
         """
         kwargs = {"user_id": as_text(user_id), "interview_ids": as_texts(interview_ids)}
-        return cls._of_task(GRANT_ACCESS, kwargs, job_id, countdown, expires)
+        return cls._of_request(
+            GRANT_ACCESS, kwargs, job_id=job_id, countdown=countdown, expires=expires
+        )
 
     @classmethod
     def of_cohort(
@@ -143,13 +153,16 @@ class GrantMessage:
             ValueError, InvalidGrantRequestException: see :meth:`of`.
         """
         kwargs = {"user_ids": as_texts(user_ids), "interview_ids": as_texts(interview_ids)}
-        return cls._of_task(GRANT_COHORT_ACCESS, kwargs, job_id, countdown, expires)
+        return cls._of_request(
+            GRANT_COHORT_ACCESS, kwargs, job_id=job_id, countdown=countdown, expires=expires
+        )
 
     @classmethod
-    def _of_task(
+    def _of_request(
         cls,
         task: str,
         kwargs: Mapping[str, object],
+        *,
         job_id: str | None,
         countdown: float | None,
         expires: float | datetime | None,
@@ -162,14 +175,13 @@ class GrantMessage:
         expires_at = None if expires is None else _expiry(now, expires)
         kwargsrepr = ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items())
         try:
-            envelope = _envelope(
-                task, job_id, QUEUE, kwargs, kwargsrepr, eta=eta, expires_at=expires_at
-            )
-            digest = unreadable_request_digest(task, (), kwargs)
+            arguments, digest = _encoded(task, kwargs)
         except (TypeError, ValueError, RecursionError):
-            request = GrantAccessRequest if task == GRANT_ACCESS else GrantCohortAccessRequest
-            request.read((), kwargs)  # raises with the argument that JSON cannot encode
+            _MODELS[task].read((), kwargs)  # raises with the argument that JSON cannot encode
             raise
+        envelope = _envelope(
+            task, job_id, QUEUE, arguments, kwargsrepr, eta=eta, expires_at=expires_at
+        )
         announcement = Announcement(
             task=task, digest=digest, sent_at=now, eta=eta, expires_at=expires_at
         )
@@ -248,7 +260,7 @@ def control_message(task: str, request_id: str, job_id: str, expires_at: datetim
         task,
         request_id,
         CONTROL_QUEUE,
-        {"job_id": job_id},
+        json.dumps({"job_id": job_id}),
         f"job_id={shortened(job_id)}",
         eta=None,
         expires_at=expires_at,
@@ -266,11 +278,21 @@ def check_job_id(job_id: object) -> None:
         raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
 
 
+def _encoded(task: str, kwargs: Mapping[str, object]) -> tuple[str, str]:
+    """Encode a request's arguments as JSON, and compute its digest."""
+    (parameter, users), (_, interview_ids) = kwargs.items()
+    if not _are_texts(interview_ids) or not (isinstance(users, str) or _are_texts(users)):
+        return json.dumps(kwargs), unreadable_request_digest(task, (), kwargs)
+    requested = RequestedInterviews.among(interview_ids)
+    encoded = f'{{"{parameter}": {json.dumps(users)}, "interview_ids": {requested.given_json()}}}'
+    return encoded, requested.digest(task, users)
+
+
 def _envelope(
     task: str,
     job_id: str,
     queue: str,
-    kwargs: Mapping[str, object],
+    arguments: str,
     kwargsrepr: str,
     *,
     eta: datetime | None,
@@ -283,27 +305,30 @@ def _envelope(
         task: The task's name.
         job_id: The ID under which the result is stored.
         queue: The queue.
-        kwargs: The task's arguments.
+        arguments: The task's named arguments, in JSON.
         kwargsrepr: The arguments for events and log lines. Celery's own text would have the first
             thousand characters of the IDs.
         eta: Time before which it is not started.
         expires_at: Time after which it is not started.
         reply_to: The key of the reply to a control request.
     """
-    body = f"[[], {json.dumps(kwargs)}, {_NO_CANVAS}]"
     values = {
-        "body": body,
+        "body": f"[[], {arguments}, {_NO_CANVAS}]",
         "task": task,
         "id": job_id,
         "eta": eta.isoformat() if eta else None,
         "expires": expires_at.isoformat() if expires_at else None,
         "kwargsrepr": kwargsrepr,
         "queue": queue,
-        "delivery_tag": str(uuid4()),
+        "delivery_tag": token_hex(16),  # unique, and cheaper than a UUID
         "reply_to": reply_to,
     }
     encoded = {name: "null" if one is None else _quoted(one) for name, one in values.items()}
     return ((_CONTROL_ENVELOPE if reply_to else _ENVELOPE) % encoded).encode()
+
+
+def _are_texts(values: object) -> TypeGuard[list[str]]:
+    return isinstance(values, list) and are_strings(values)
 
 
 def _shown(value: object) -> str:
