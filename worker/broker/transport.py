@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import kombu
 from celery.app.amqp import AMQP
 from celery.utils.log import get_logger
+from interview_access.connections import KEEPALIVE, sentinel_options
 from interview_access.contracts import result_key
 from interview_access.errors import shortened
-from interview_access.connections import KEEPALIVE, sentinel_options
 from interview_access.redis_address import RedisAddress, masked
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import ConnectionError as RedisConnectionError

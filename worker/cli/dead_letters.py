@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 import click
-from interview_access.contracts import is_job_id
 from interview_access.connections import CLIENT_NAME, connect
+from interview_access.contracts import is_job_id
 from redis.exceptions import RedisError
 
 from storage.interface import StorageError
