@@ -1,7 +1,7 @@
-"""Writes the JSON Schemas of this folder, from the models that workers and the client run on.
+"""Generate the JSON Schemas of this folder from the models of the client package.
 
-``make contract`` runs it; a test fails where a file is not what it writes. What no model says is
-said here: the envelope, and what Celery stores around a result.
+``make contract`` runs it, and a test compares the files with its output. The envelope, the failures
+and the value that Celery stores around a result have no model and are defined here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from interview_access.contracts import (
     GRANT_COHORT_ACCESS,
     JOB_ID_RULE,
     JOB_STATUS,
+    MAX_JOB_ID_LENGTH,
     PROGRESS,
     Announcement,
     CreateInterviewAttemptRequest,
@@ -30,6 +31,8 @@ from interview_access.contracts import (
     InterviewAttemptResult,
     JobProgress,
     JobStatus,
+    reply_key,
+    result_key,
 )
 from interview_access.errors import NAMED_AT_MOST
 from pydantic import BaseModel
@@ -46,14 +49,14 @@ _TEXT: Schema = {"type": "string"}
 _JOB_ID: Schema = {
     "type": "string",
     "minLength": 1,
-    "maxLength": 255,
+    "maxLength": MAX_JOB_ID_LENGTH,
     "description": f"{JOB_ID_RULE[0].upper()}{JOB_ID_RULE[1:]}.",
 }
 _TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
 
 
 class _Plain(GenerateJsonSchema):
-    """Of the models as they are written: None is left out, and fields need no title."""
+    """Omits null, which the JSON of a model omits, and the titles of fields."""
 
     def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002 - pydantic's name
         return False
@@ -67,7 +70,7 @@ class _Plain(GenerateJsonSchema):
 
 
 def _model(model: type[BaseModel], *, request: bool = False) -> Schema:
-    """A model's schema, its docstring read for people: the first part, and each attribute's."""
+    """Generate the schema of a model, with the descriptions in its docstring."""
     schema = model.model_json_schema(
         schema_generator=_Plain, mode="validation" if request else "serialization"
     )
@@ -78,14 +81,14 @@ def _model(model: type[BaseModel], *, request: bool = False) -> Schema:
 
 
 def _describe(schema: Schema) -> None:
-    told, _, attributes = schema.get("description", "").partition("\n\nAttributes:\n")
-    schema["description"] = _plain(told)
+    summary, _, attributes = schema.get("description", "").partition("\n\nAttributes:\n")
+    schema["description"] = _plain(summary)
     for name, words in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
         schema["properties"][name].setdefault("description", _plain(words))
 
 
 def _plain(words: str) -> str:
-    """A docstring's words without their markup."""
+    """Remove the markup of a docstring."""
     words = re.sub(r":\w+:`~?([\w.]+)`", r"\1", " ".join(words.split()))
     return words.replace("``", "`")
 
@@ -124,11 +127,17 @@ FAILURES: dict[str, Schema] = {
         {"total": _COUNT, "job_id": _TEXT, "expires_at": _TEXT}
     ),
     errors.StorageUnavailableException.__name__: _object(
-        {"total": _COUNT, "tries": _COUNT, "reason": _TEXT}
+        {"total": _COUNT, "reason": _TEXT},
+        {
+            "tries": {
+                **_COUNT,
+                "description": "Attempts of a job; not in the reply to a control request.",
+            }
+        },
     ),
     errors.JobFailedError.__name__: {"type": "object"},
 }
-"""The details of each error that a worker stores."""
+"""Schemas of the details of each error that a worker stores, by the name of its class."""
 
 
 def _failure() -> Schema:
@@ -141,8 +150,8 @@ def _failure() -> Schema:
     ]
     return {
         "title": "Failure",
-        "description": "The result of a job whose status is FAILURE. A reader takes an exc_type "
-        "that it does not know for a JobFailedError, and lets keys pass that it does not know.",
+        "description": "The result of a job whose status is FAILURE. A reader treats an unknown "
+        "exc_type as JobFailedError, and ignores unknown keys.",
         **_object(
             {
                 "exc_type": {"type": "string", "examples": list(FAILURES)},
@@ -150,8 +159,11 @@ def _failure() -> Schema:
                 "exc_message": {
                     "type": "array",
                     "prefixItems": [
-                        {"type": "string", "description": "One sentence for people."},
-                        {"type": "object", "description": "The same for programs."},
+                        {
+                            "type": "string",
+                            "description": "The reason for people, in one sentence.",
+                        },
+                        {"type": "object", "description": "The reason for programs."},
                     ],
                     "minItems": 2,
                     "maxItems": 2,
@@ -176,12 +188,15 @@ def _stored_result() -> Schema:
     }
     return {
         "title": "StoredResult",
-        "description": "What GET celery-task-meta-JOB_ID gives, and likewise the reply to a "
-        "control request. Only SUCCESS and FAILURE are final; with any other status, or with no "
-        "value, the job waits or runs.",
+        "description": f"The value of {result_key('JOB_ID')}, and the reply to a control request. "
+        "Only SUCCESS and FAILURE are final. With any other status, or without a value, the job is "
+        "queued or running.",
         **_object(
             {
-                "task_id": {**_JOB_ID, "description": "The job's id."},
+                "task_id": {
+                    **_JOB_ID,
+                    "description": "The ID of the job, or of the control request.",
+                },
                 "status": {"type": "string", "examples": [*results, "STARTED", "RETRY"]},
                 "result": {},
             },
@@ -225,18 +240,24 @@ def _envelope() -> Schema:
             "id": _JOB_ID,
         },
         {
-            "eta": {**_TIME, "description": "Not begun before; UTC where it has no zone."},
-            "expires": {**_TIME, "description": "Not begun after; UTC where it has no zone."},
+            "eta": {
+                **_TIME,
+                "description": "Time before which the job is not started; UTC if it has no zone.",
+            },
+            "expires": {
+                **_TIME,
+                "description": "Time after which the job is not started; UTC if it has no zone.",
+            },
             "timelimit": {
                 "type": "array",
                 "items": {"type": ["number", "null"], "exclusiveMinimum": 0},
                 "minItems": 2,
                 "maxItems": 2,
-                "description": "Seconds, hard and soft, in place of the worker's own limit.",
+                "description": "Hard and soft time limit in seconds, instead of the worker's.",
             },
             "ignore_result": {
                 "type": ["boolean", "null"],
-                "description": "With true no result is stored in Redis.",
+                "description": "If true, no result is stored in Redis.",
             },
         },
     )
@@ -246,17 +267,17 @@ def _envelope() -> Schema:
             "body_encoding": {"enum": ["base64", None]},
             "reply_to": {
                 "type": ["string", "null"],
-                "description": "Of a control request: `interview-access:reply:ID`, with the "
-                "request's own ID, has the reply stored there. With any other value, or none, it "
-                "is stored as a result under `celery-task-meta-ID`, unless the ID is a job's.",
+                "description": f"The key of the reply to a control request: `{reply_key('ID')}`, "
+                "with the request's own ID. With any other value, or none, the reply is stored "
+                f"under `{result_key('ID')}`, unless the ID is a job's.",
             },
         },
-        "description": "May be empty, and may not be missing.",
+        "description": "Required, and may be empty.",
     }
     body = {
         "type": "string",
-        "description": "JSON: [args, kwargs, embed]; in base64 where properties.body_encoding says "
-        "so, else as it is. With args empty and embed an empty object, as best.",
+        "description": "JSON: [args, kwargs, embed], in base64 if properties.body_encoding is "
+        "base64. Recommended: args is empty, and embed is an empty object.",
         "contentMediaType": "application/json",
         "contentSchema": {
             "type": "array",
@@ -271,8 +292,8 @@ def _envelope() -> Schema:
     }
     return {
         "title": "Envelope",
-        "description": "One element of the queue's list: a message of Celery's protocol 2. What is "
-        "not named here is allowed and not looked at.",
+        "description": "An element of the queue's list: a message of Celery's protocol 2. Other "
+        "fields are allowed and ignored.",
         **_object(
             {
                 "body": body,
@@ -295,7 +316,7 @@ def _job_question() -> Schema:
 
 
 def schemas() -> dict[str, str]:
-    """The text of every schema file, by its name."""
+    """Generate the text of each schema file, by file name."""
     content = {
         "grant-access-request": _model(GrantAccessRequest, request=True),
         "grant-access-result": _model(GrantAccessResult),
@@ -319,7 +340,7 @@ def schemas() -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the files, and remove those that are generated no more."""
+    """Write the schema files, and delete those that are no longer generated."""
     texts = schemas()
     for path in FOLDER.glob("*.schema.json"):
         if path.name not in texts:

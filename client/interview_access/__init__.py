@@ -1,4 +1,4 @@
-"""Enqueue grant-access jobs of the Interview Access Worker, and learn what became of them.
+"""Enqueue grant-access jobs of the Interview Access Worker, and read their results.
 
 >>> from interview_access.producer import InterviewAccessClient
 >>> client = InterviewAccessClient("redis://localhost:6379/0")  # doctest: +SKIP

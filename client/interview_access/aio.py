@@ -1,4 +1,4 @@
-"""The asyncio client: sends the same commands as the blocking one without blocking the loop."""
+"""The asyncio client, which sends the same commands as the blocking one."""
 
 from __future__ import annotations
 
@@ -41,18 +41,28 @@ from interview_access.redis_address import RedisAddress
 T = TypeVar("T")
 
 MAX_CONNECTIONS = 50
+"""Connections to a server; more tasks than that wait for one another."""
 
-_WRITTEN_AT_ONCE = 100  # jobs: of 20 ids, in 8 ms
+_SLICE_JOBS = 100  # encoded in one turn of a thread: 3 ms for jobs of 20 IDs
 
 
 class AsyncInterviewAccessClient:
     """:class:`~interview_access.producer.InterviewAccessClient` for asyncio.
 
-    Create one for each event loop: connections belong to the loop that opened them.
+    Its methods have the arguments, return values and exceptions of the methods of that class.
+    Create one client for each event loop: connections belong to the loop that opened them.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
-        """See the blocking client."""
+        """Connect at the first call.
+
+        Args:
+            broker_url: See :class:`~interview_access.producer.InterviewAccessClient`.
+            result_backend: Likewise.
+
+        Raises:
+            ValueError: if no broker is given, or a URL is invalid.
+        """
         queue, results = redis_addresses(broker_url, result_backend)
         self._queue = _connect(queue)
         self._results = self._queue if results == queue else _connect(results)
@@ -67,7 +77,7 @@ class AsyncInterviewAccessClient:
         countdown: float | None = None,
         expires: float | datetime | None = None,
     ) -> str:
-        """See the blocking client."""
+        """Enqueue a job; see :meth:`~.producer.InterviewAccessClient.enqueue`."""
         # In a thread, because encoding 100,000 IDs would block the loop.
         message = await asyncio.to_thread(
             GrantMessage.of,
@@ -88,7 +98,7 @@ class AsyncInterviewAccessClient:
         countdown: float | None = None,
         expires: float | datetime | None = None,
     ) -> str:
-        """See the blocking client."""
+        """Enqueue a cohort job; see :meth:`~.producer.InterviewAccessClient.enqueue_cohort`."""
         message = await asyncio.to_thread(
             GrantMessage.of_cohort,
             user_ids,
@@ -100,11 +110,14 @@ class AsyncInterviewAccessClient:
         return await self._converse(enqueueing.enqueue(message))
 
     async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
-        """See the blocking client; the jobs are encoded in other threads."""
+        """Enqueue many jobs; see :meth:`~.producer.InterviewAccessClient.enqueue_many`.
+
+        The jobs, also those of a generator, are encoded in other threads.
+        """
         messages: list[GrantMessage] = []
-        writing = grant_messages(jobs)
-        # In slices: a thread that generates many UUIDs in a row hardly yields the GIL to the loop.
-        while part := await asyncio.to_thread(list, islice(writing, _WRITTEN_AT_ONCE)):
+        encoding = grant_messages(jobs)
+        # In slices: a thread that encodes many jobs in a row rarely releases the GIL to the loop.
+        while part := await asyncio.to_thread(list, islice(encoding, _SLICE_JOBS)):
             messages += part
         return await self._converse(enqueueing.enqueue_many(messages))
 
@@ -115,16 +128,16 @@ class AsyncInterviewAccessClient:
         timeout: float,
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
-        """See the blocking client."""
+        """Wait for a job's result; see :meth:`~.producer.InterviewAccessClient.wait`."""
         poll = polling.result(job_id, timeout=timeout, on_progress=on_progress)
         return await self._converse(poll)
 
     async def status(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
-        """See the blocking client."""
+        """Report a job's status; see :meth:`~.producer.InterviewAccessClient.status`."""
         return await self._converse(control_requests.status(job_id, timeout=timeout))
 
     async def cancel(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
-        """See the blocking client."""
+        """Cancel a job; see :meth:`~.producer.InterviewAccessClient.cancel`."""
         return await self._converse(control_requests.cancel(job_id, timeout=timeout))
 
     async def close(self) -> None:
@@ -134,6 +147,7 @@ class AsyncInterviewAccessClient:
             await self._results.aclose()
 
     async def _converse(self, conversation: Conversation[T]) -> T:
+        """Execute the steps that the conversation yields until it returns."""
         replies: Any = None
         failed: Exception | None = None
         cancelled_before = _cancellations()
@@ -150,8 +164,8 @@ class AsyncInterviewAccessClient:
                 except (RedisError, OSError) as error:
                     failed = error
                 if _cancellations() > cancelled_before:
-                    # redis-py writes within asyncio.wait_for, which may swallow it: where the
-                    # write is done in the same turn of the loop, before Python 3.12.
+                    # Before Python 3.12 asyncio.wait_for, in which redis-py writes, can swallow a
+                    # cancellation.
                     raise asyncio.CancelledError
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return] # a generator's return value
@@ -200,7 +214,7 @@ def _connect(address: RedisAddress) -> Redis:
         "redis_connect_func": _introduce,
     }
     if address.master_name:
-        # Not a pool that blocks: at most MAX_CONNECTIONS tasks use it at once.
+        # This pool does not block; the semaphore limits the tasks that use it at once.
         sentinels = Sentinel(  # type: ignore[no-untyped-call] # redis-py's
             address.hosts,
             sentinel_kwargs={**sentinel_options(address, SOCKET_SECONDS), **once},
@@ -218,7 +232,7 @@ def _connect(address: RedisAddress) -> Redis:
     else:
         ((options["host"], options["port"]),) = address.hosts
         options |= KEEPALIVE
-    # A thousand tasks at once share these connections; redis-py's other pool would fail the 101st.
+    # Tasks wait for a connection; redis-py's default pool would raise an error instead.
     return Redis.from_pool(
         BlockingConnectionPool(
             connection_class=kind,
@@ -230,7 +244,7 @@ def _connect(address: RedisAddress) -> Redis:
 
 
 class _SentinelPool(SentinelConnectionPool):
-    """Closes its connections to the Sentinels as well."""
+    """A pool that also closes its connections to the Sentinels."""
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
         await super().disconnect(inuse_connections)

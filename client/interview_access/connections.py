@@ -52,8 +52,11 @@ def redis_addresses(
         broker_url: One of Celery's URLs; by default ``CELERY_BROKER_URL`` of the environment.
         result_backend: Likewise, ``CELERY_RESULT_BACKEND``; by default the broker.
 
+    Returns:
+        The address of the queue's server, and that of the results' server.
+
     Raises:
-        ValueError: if no broker is given, or a URL is invalid; passwords are masked.
+        ValueError: if no broker is given, or a URL is invalid. The text masks passwords.
     """
     broker = _address(broker_url, "broker_url", "CELERY_BROKER_URL")
     results = _address(result_backend, "result_backend", "CELERY_RESULT_BACKEND")
@@ -126,7 +129,7 @@ def connect(
 
 
 class _SentinelPool(SentinelConnectionPool):
-    """Closes its connections to the Sentinels as well."""
+    """A pool that also closes its connections to the Sentinels."""
 
     def disconnect(self, inuse_connections: bool = True) -> None:
         super().disconnect(inuse_connections)

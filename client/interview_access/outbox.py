@@ -1,4 +1,4 @@
-"""Transactional outbox: requests a job inside a transaction of a service that shares the database.
+"""Transactional outbox: request a job in a transaction of a service that shares the database.
 
 The request is committed or rolled back with the transaction. After COMMIT a worker enqueues the
 job, and enqueues it again until it is in the ledger, so that an outage or a loss of Redis loses no
@@ -24,7 +24,7 @@ INSERT = """
     INSERT INTO grant_access_request (job_id, user_id, interview_ids)
     VALUES (%(job_id)s, %(user_id)s, %(interview_ids)s)
 """
-"""The INSERT, with psycopg's parameters; without ``job_id`` the database makes a UUID."""
+"""The INSERT, with parameters of psycopg. The column ``job_id`` defaults to a random UUID."""
 
 _JOB_ID = re.compile(f"[ -~]{{1,{MAX_JOB_ID_LENGTH}}}")
 
@@ -45,7 +45,7 @@ def enqueue_in_django(
         using: The name of the database; by default Django's default.
 
     Returns:
-        The job's id, to poll it by when the transaction is committed.
+        The job's ID, with which it can be polled after the commit.
 
     Raises:
         ValueError: if `job_id` is invalid.
@@ -71,13 +71,13 @@ def enqueue_in_sqlalchemy(
     """Request a grant-access job in a transaction of SQLAlchemy, with psycopg.
 
     Args:
-        connection: The transaction's; of a session, ``session.connection()``.
-        user_id: As for :func:`enqueue_in_django`, like all that follow.
-        interview_ids: Likewise.
-        job_id: Likewise.
+        connection: The connection of the transaction; of a session, ``session.connection()``.
+        user_id: 1 to 36 characters.
+        interview_ids: UUIDs.
+        job_id: 1 to 255 printable ASCII characters, unique to the request; by default a UUID.
 
     Returns:
-        The job's id, to poll it by when the transaction is committed.
+        The job's ID, with which it can be polled after the commit.
 
     Raises:
         ValueError: if `job_id` is invalid.

@@ -98,7 +98,6 @@ class InterviewAccessClient:
         """Enqueue one job that grants each of the users access to each of the interviews.
 
         The job is atomic and has one count; :meth:`status` reports the count of each user.
-        Arguments, return value and exceptions are those of :meth:`enqueue`.
 
         Args:
             user_ids: Each of 1 to 36 characters.
@@ -106,6 +105,10 @@ class InterviewAccessClient:
             job_id: See :meth:`enqueue`.
             countdown: Likewise.
             expires: Likewise.
+
+        Raises:
+            ValueError, InvalidGrantRequestException, JobIdReusedException, QueueUnavailableError:
+                see :meth:`enqueue`.
         """
         message = GrantMessage.of_cohort(
             user_ids, interview_ids, job_id=job_id, countdown=countdown, expires=expires
@@ -130,10 +133,9 @@ class InterviewAccessClient:
             InvalidGrantRequestException: likewise; or if two of these requests have one ID.
             JobIdReusedException: if other requests have some of the IDs; nothing was sent, unless
                 another client used an ID during the call.
-            QueueUnavailableError: if Redis did not accept all of them in time.
-
-        The details of the last two list every ID once, in order, under ``sent``, ``perhaps_sent``
-        (the reply was lost) or ``not_sent``.
+            QueueUnavailableError: if Redis did not accept all of them in time. Its details, like
+                those of JobIdReusedException, list every ID once, in order, under ``sent``,
+                ``perhaps_sent`` (the reply was lost) or ``not_sent``.
         """
         return self._converse(enqueueing.enqueue_many(list(grant_messages(jobs))))
 
@@ -149,12 +151,13 @@ class InterviewAccessClient:
         Args:
             job_id: The job's ID.
             timeout: Seconds to wait at most.
-            on_progress: Called with each progress that was read.
+            on_progress: Called with each progress that is read. Its exceptions end the call.
 
         Returns:
-            The result as the contract defines it.
+            The result: ``{"success": True, "created_access_count": N}`` for a grant-access job.
 
         Raises:
+            ValueError: if `job_id` is invalid.
             InterviewAccessError: if the job failed, in the class that its worker stored, or
                 :class:`JobFailedError` if this package does not define that class.
             NoAnswerInTimeError: if the job has no result by the timeout.
@@ -170,6 +173,7 @@ class InterviewAccessClient:
             timeout: Seconds to wait for a worker's reply.
 
         Raises:
+            ValueError: if `job_id` is invalid.
             NoAnswerInTimeError: if no worker replied.
             StorageUnavailableException: if a worker replied that it cannot read the ledger now.
             QueueUnavailableError: if Redis is unavailable.
@@ -189,6 +193,7 @@ class InterviewAccessClient:
             ``cancel_requested`` is true: the job will stop, or will not start.
 
         Raises:
+            ValueError: if `job_id` is invalid.
             NoAnswerInTimeError: if no worker replied; the job might not have been cancelled.
             StorageUnavailableException: if a worker replied that it cannot reach the ledger now.
             QueueUnavailableError: if Redis is unavailable.
@@ -201,7 +206,7 @@ class InterviewAccessClient:
         self._results.close()
 
     def _converse(self, conversation: Conversation[T]) -> T:
-        """Execute the commands that the conversation yields until it returns."""
+        """Execute the steps that the conversation yields until it returns."""
         replies: Any = None
         failed: Exception | None = None
         try:

@@ -1,7 +1,6 @@
-"""The address of a Redis, as Celery's URLs spell it: one parser for producers and workers.
+"""Addresses of Redis servers in Celery's URLs: one parser for producers and workers.
 
-Nothing that leaves this module as text holds any part of a password, also of one that is
-malformed: see :func:`masked`.
+No text that this module produces contains a part of a password, even if the URL is malformed.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ _PORTS = {"redis": 6379, "rediss": 6379, "sentinel": 26379}
 _LIKE_A_SECRET = re.compile(r"pass|pw|secret|token|auth|cred|key(?!file)", re.IGNORECASE)
 _HOST = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
 _PLAIN = re.compile(
-    # What may follow the last @: hosts, and a path that cannot be the end of a password.
+    # Allowed after the last @: hosts, and a path that cannot be the end of a password.
     rf"(?P<hosts>{_HOST}(?:[;,](?:sentinel://)?{_HOST})*)?(?P<path>/[\w./-]*)?"
 )
 
 
 def masked(url: str) -> str:
-    """The URL as a message may show it: whatever could be a part of a password reads ``***``."""
+    """Mask the parts of a URL that could belong to a password, for an error or a log line."""
     scheme, separator, rest = url.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,30}", scheme):
         return "no URL" if url else "an empty value"
@@ -51,7 +50,7 @@ def masked(url: str) -> str:
     if "#" in rest or "@" in query:  # any part may belong to a password
         return repr(f"{scheme}://***")
     before, at, after = head.rpartition("@")
-    # Of a Redis URL the user name is masked as well: a password may stand in its place.
+    # The user name of a Redis URL is masked as well: it might be a misplaced password.
     user = None if scheme in FORMS else re.match(r"[\w.-]{1,64}(?=:.)", before)
     credentials = f"{user[0]}:***@" if user else "***@" if at else ""
     plain = _PLAIN.fullmatch(after)
@@ -65,18 +64,18 @@ def masked(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Where a Redis is, and what it takes to connect to it.
+    """The address and credentials of a Redis server.
 
     Attributes:
         scheme: ``redis``, ``rediss``, ``redis+socket`` or ``sentinel``.
-        hosts: Names and ports, of the Sentinels where there are any; empty for a socket.
-        path: The socket's.
-        database: The database's number.
-        username: The Redis user, where not the default one.
-        password: Its password.
+        hosts: Names and ports, of the Sentinels if there are any; empty for a socket.
+        path: Path of the socket.
+        database: Number of the database.
+        username: The Redis user; None for the default one.
+        password: The user's password.
         tls: redis-py's ``ssl_…`` options; None without TLS.
-        master_name: The name by which Sentinels know the Redis.
-        sentinel_password: The Sentinels' own.
+        master_name: Name of the Redis server among the Sentinels.
+        sentinel_password: Password of the Sentinels.
     """
 
     scheme: str
@@ -91,14 +90,15 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, url: str, *, sentinel_password: str | None = None) -> Self:
-        """Read one of Celery's URLs.
+        """Parse one of Celery's URLs.
 
         Args:
-            url: The URL, with ``master_name`` in its query where it names Sentinels.
-            sentinel_password: The password of the Sentinels, where they have one.
+            url: The URL. For Sentinels its query has ``master_name``.
+            sentinel_password: The password of the Sentinels, if they have one.
 
         Raises:
-            ValueError: if it names no Redis. The text says what was expected and quotes nothing.
+            ValueError: if the URL is invalid. The text says what was expected, and does not quote
+                the URL.
         """
         scheme, separator, rest = url.partition("://")
         if not separator or scheme not in FORMS:
@@ -142,7 +142,7 @@ class RedisAddress:
 
     @property
     def celery_url(self) -> str:
-        """The URL as Celery and kombu read it: each Sentinel in full, without the options."""
+        """The URL for Celery and kombu: without their options, and each Sentinel in full."""
         user, word = (quote(one or "", safe="") for one in (self.username, self.password))
         credentials = f"{user}:{word}@" if word else f"{user}@" if user else ""
         if self.scheme == "redis+socket":
@@ -156,13 +156,13 @@ class RedisAddress:
 
     @property
     def connection_options(self) -> dict[str, Any]:
-        """Arguments of redis-py's client, without a host or a path."""
+        """Arguments of redis-py's client, except host and path."""
         options = {"db": self.database, "username": self.username, "password": self.password}
         return {**options, **self._tls_options}
 
     @property
     def sentinel_credentials(self) -> dict[str, Any]:
-        """The password and TLS options of redis-py's clients of the Sentinels."""
+        """Password and TLS options of redis-py's clients of the Sentinels."""
         return {"password": self.sentinel_password, **self._tls_options}
 
     @property
@@ -177,11 +177,11 @@ class RedisAddress:
 
 
 class _UnexpectedError(ValueError):
-    """A part of the URL is not as expected; the text says what was expected."""
+    """A part of the URL is invalid; the text says what was expected."""
 
 
 def _split(urls: list[str]) -> list[SplitResult]:
-    """The parts of each host's URL."""
+    """Split the URL of each host."""
     try:
         parts = [urlsplit("//" + url.removeprefix("sentinel://")) for url in urls]
     except ValueError:  # brackets that enclose no IPv6 address
@@ -206,7 +206,7 @@ def _options(scheme: str, parts: list[SplitResult]) -> dict[str, str]:
     for part in parts:
         options |= parse_qsl(part.query, keep_blank_values=True)
     if unknown := options.keys() - set(_OPTIONS[scheme]):
-        # Next to a secret, what looks like another option may be the rest of it.
+        # Beside a secret, an unknown option might be a part of it.
         secret = any(_LIKE_A_SECRET.search(name) for name in options)
         names = "" if secret else f", without {', '.join(sorted(unknown))[:100]}"
         raise _UnexpectedError(f"no options but {', '.join(_OPTIONS[scheme])}{names}")
