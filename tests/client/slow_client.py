@@ -1,4 +1,4 @@
-"""A producer that runs for long: 100,000 jobs from one process. ``make soak`` runs it."""
+"""A long-running producer: 100,000 jobs from one process. ``make soak`` runs it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MEGABYTE = 1_000_000
 def test_100_000_jobs_leave_memory_and_connections_flat(stack: LocalStack, kind: str) -> None:
     """After 100,000 jobs the process has the memory and connections that it had after 20,000."""
     marks = flood(stack, kind, rounds=ROUNDS, each=EACH)
-    print(f"\n{kind}, {THREADS} threads or tasks, 20 ids in a job")  # noqa: T201 - to be read
+    print(f"\n{kind}, {THREADS} threads or tasks, 20 IDs in a job")  # noqa: T201 - the figures are the result
     for mark in marks:
-        print(  # noqa: T201 - to be read
+        print(  # noqa: T201 - the figures are the result
             f"{mark.sent:>7,} sent, {mark.rate:,.0f}/s, RSS {mark.rss / MEGABYTE:.1f} MB,"
             f" {mark.connections} connections, {mark.subscriptions} subscriptions"
         )

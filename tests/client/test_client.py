@@ -1,4 +1,4 @@
-"""Both clients and the README's examples, on a real worker."""
+"""Both clients, and the README's examples, with a real worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from interview_access.contracts import JobProgress
+from interview_access.contracts import JobProgress, result_key
 from interview_access.errors import (
     InvalidGrantRequestException,
     InvalidInterviewIdException,
@@ -21,12 +21,11 @@ from interview_access.errors import (
     NoAnswerInTimeError,
 )
 
-from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
-from tests.support.clients import CLIENTS, Client
-from tests.support.database import database
+from tests.support.clients import Client
 from tests.support.stores import Background, until
-from tests.support.workers import ROOT, Site, held_grant, site, worker
+from tests.support.workers import ROOT, Site, held_grant, site_with_worker
+from devstack.servers import LocalStack
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHUNK = 10
@@ -37,45 +36,42 @@ def here(
     stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     """A site with a worker and sample interviews."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 6) as here,
-        worker(here, tmp_path_factory.mktemp("client") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
-    ):
+    folder = tmp_path_factory.mktemp("client")
+    with site_with_worker(stack, _migrated, 6, folder, GRANT_CHUNK_SIZE=CHUNK) as here:
         yield here
+
+
+@pytest.fixture
+def broker(here: Site) -> str:
+    """The URL of the site's queue."""
+    return here.broker
 
 
 @pytest.fixture(scope="module")
 def samples(here: Site) -> list[str]:
-    """Ids of interviews that stand, sorted."""
+    """IDs of existing interviews, sorted."""
     return sorted(load_samples(here.store.database_url, 3 * CHUNK))
 
 
-@pytest.fixture(params=CLIENTS)
-def client(here: Site, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of the site: the blocking one and the asyncio one in turn."""
-    client = CLIENTS[request.param](here.broker)
-    yield client
-    client.close()
-
-
-def test_it_enqueues_and_waits(client: Client, samples: list[str]) -> None:
-    """A job's result comes back by its id."""
+def test_a_result_is_read_by_its_job_id(client: Client, samples: list[str]) -> None:
+    """The result of a job is returned to whoever waits for its ID."""
     job_id = client.enqueue(uuid.uuid4(), samples[:2])
     assert client.wait(job_id, timeout=30) == {"success": True, "created_access_count": 2}
 
 
 @pytest.mark.usefixtures("samples")
-def test_uuid_objects_are_their_strings(here: Site, client: Client) -> None:
-    """A caller may give UUID objects, as user and as interviews."""
+def test_uuid_objects_count_as_their_strings(here: Site, client: Client) -> None:
+    """User and interviews can be UUID objects."""
     user = uuid.uuid4()
     job_id = client.enqueue(user, [uuid.UUID(one) for one in NAMED_SAMPLES])
     assert client.wait(job_id, timeout=30)["created_access_count"] == len(NAMED_SAMPLES)
     assert here.store.granted(str(user)) == sorted(NAMED_SAMPLES)
 
 
-def test_a_cohort_is_told_user_by_user(here: Site, client: Client, samples: list[str]) -> None:
-    """One count is the result, and each user's the status, from a worker's answer."""
+def test_the_status_of_a_cohort_counts_each_user(
+    here: Site, client: Client, samples: list[str]
+) -> None:
+    """The result has one count, and the status has the count of each user."""
     users = [f"{name}-{uuid.uuid4()}"[:36] for name in ("ann", "bob")]
     client.wait(client.enqueue(users[0], samples[:1]), timeout=30)
     job_id = client.enqueue_cohort(users, samples[:2])
@@ -86,8 +82,8 @@ def test_a_cohort_is_told_user_by_user(here: Site, client: Client, samples: list
     assert here.store.granted(users[1]) == sorted(samples[:2])
 
 
-def test_the_same_job_id_counts_once(client: Client, samples: list[str]) -> None:
-    """A job sent twice under one id has one effect and one answer."""
+def test_a_job_sent_twice_takes_effect_once(client: Client, samples: list[str]) -> None:
+    """A job that is sent twice under one ID has one effect and one result."""
     user = job_id = str(uuid.uuid4())
     client.enqueue(user, samples, job_id=job_id)
     client.wait(job_id, timeout=30)
@@ -103,10 +99,10 @@ def test_the_same_job_id_counts_once(client: Client, samples: list[str]) -> None
     ],
     ids=["interview id", "request"],
 )
-def test_a_failure_comes_back_in_its_class(
+def test_a_failure_is_raised_in_its_class(
     client: Client, user_id: str, ids: list[str], kind: type[Exception], says: str
 ) -> None:
-    """A failure for cause is raised as what the worker raised, with its details."""
+    """A failure is raised as the error that the worker stored, with its details."""
     job_id = client.enqueue(user_id, ids)
     with pytest.raises(kind, match=says) as caught:
         client.wait(job_id, timeout=30)
@@ -121,27 +117,27 @@ def test_a_failure_comes_back_in_its_class(
         ("REVOKED", "TaskRevokedError", "celery.exceptions"),
     ],
 )
-def test_a_foreign_failure_is_told_as_one(
+def test_an_unknown_failure_is_a_job_failed_error(
     here: Site, client: Client, status: str, kind: str, module: str
 ) -> None:
-    """A failure that is none of the contract's, a lost worker say, comes as JobFailedError."""
+    """A failure that is not of the contract, such as a lost worker, is a JobFailedError."""
     error = {"exc_type": kind, "exc_module": module, "exc_message": ["Exit 9"]}
     meta = {"status": status, "result": error, "traceback": None, "task_id": kind}
-    here.redis.set(f"celery-task-meta-{kind}", json.dumps(meta))
+    here.redis.set(result_key(kind), json.dumps(meta))
     with pytest.raises(JobFailedError, match=f"{kind}: Exit 9") as caught:
         client.wait(kind, timeout=5)
     assert caught.value.details == {"exc_type": kind}
 
 
-def test_a_wait_has_an_end(client: Client) -> None:
-    """Where no answer comes, the wait ends at its time and says the state."""
+def test_waiting_ends_at_the_timeout(client: Client) -> None:
+    """Without a result the wait ends at its timeout, with the state in the error."""
     with pytest.raises(NoAnswerInTimeError, match="nothing is stored of it") as caught:
         client.wait("client-4", timeout=0.05)
     assert caught.value.details == {"job_id": "client-4", "state": "PENDING"}
 
 
-def test_progress_is_passed_on(here: Site, client: Client, samples: list[str]) -> None:
-    """A caller that asks for it sees the progress of a job of several chunks."""
+def test_progress_is_reported(here: Site, client: Client, samples: list[str]) -> None:
+    """The callback receives the progress of a job of several chunks."""
     seen: list[JobProgress] = []
     user = str(uuid.uuid4())
     with held_grant(here, user, samples[-1]):
@@ -153,8 +149,8 @@ def test_progress_is_passed_on(here: Site, client: Client, samples: list[str]) -
     assert {one.done for one in seen} <= {CHUNK, 2 * CHUNK}
 
 
-def test_a_countdown_is_waited_for(client: Client, here: Site) -> None:
-    """A job with a countdown is not begun before it is over."""
+def test_a_job_starts_after_its_countdown(client: Client, here: Site) -> None:
+    """A job with a countdown is not started before the countdown has passed."""
     before = time.time()
     job_id = client.enqueue("client-6", [], countdown=1.5)
     assert client.wait(job_id, timeout=30)["created_access_count"] == 0
@@ -169,14 +165,14 @@ def test_a_countdown_is_waited_for(client: Client, here: Site) -> None:
 def test_an_expired_job_fails(
     client: Client, samples: list[str], expires: float | datetime
 ) -> None:
-    """A job that no worker began in time is not done, and says so."""
+    """A job that no worker started before its expiry fails as expired."""
     job_id = client.enqueue("client-7", samples, expires=expires)
     with pytest.raises(JobExpiredException, match="new job id"):
         client.wait(job_id, timeout=30)
 
 
-def test_a_job_in_time_is_done(client: Client, samples: list[str]) -> None:
-    """An expiry that lies ahead changes nothing."""
+def test_a_job_before_its_expiry_is_executed(client: Client, samples: list[str]) -> None:
+    """An expiry in the future changes nothing."""
     in_a_minute = datetime.now(timezone(timedelta(hours=9))) + timedelta(minutes=1)
     for user_id, expires in (("client-8", 60), ("client-9", in_a_minute)):
         job_id = client.enqueue(f"{user_id}-{uuid.uuid4().hex[:8]}", samples[:1], expires=expires)
@@ -184,8 +180,8 @@ def test_a_job_in_time_is_done(client: Client, samples: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_readmes_examples_run(here: Site, samples: list[str], number: int) -> None:
-    """The README's Python, run as it stands, enqueues and prints a result."""
+def test_an_example_of_the_readme_runs(here: Site, samples: list[str], number: int) -> None:
+    """The Python of the README enqueues a job and prints its result, unchanged."""
     assert NAMED_SAMPLES[0] in samples
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2

@@ -1,4 +1,4 @@
-"""The documents in contract/: as the models say, and as a real worker does."""
+"""The documents in contract/, checked against the models and a real worker."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from interview_access.contracts import (
     result_key,
 )
 from interview_access.protocol.messages import GrantMessage
+from interview_access.stored_errors import to_result
 from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
 from referencing import Registry, Resource
 
 from contract.generate import FAILURES, FOLDER, schemas
-from devstack.servers import LocalStack
-from tests.support.database import database
 from tests.support.stores import an_interview, until
-from tests.support.workers import QUEUE, ROOT, Site, site, worker
+from tests.support.workers import QUEUE, ROOT, Site, site_with_worker
+from devstack.servers import LocalStack
 
 VECTORS: dict[str, Any] = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
 GIVEN: dict[str, Any] = VECTORS["given"]
@@ -44,8 +44,8 @@ REGISTRY: Registry[Any] = Registry().with_resources(
 )
 
 
-def wrong(name: str, value: object) -> list[str]:
-    """What is wrong with a value by one of the schemas."""
+def violations(name: str, value: object) -> list[str]:
+    """Collect the violations of a schema by a value."""
     checker = Draft202012Validator.FORMAT_CHECKER
     validator = Draft202012Validator(
         FILES[f"{name}.schema.json"], registry=REGISTRY, format_checker=checker
@@ -56,20 +56,20 @@ def wrong(name: str, value: object) -> list[str]:
 # --- Without a server -----------------------------------------------------------------------------
 
 
-def test_the_schemas_are_the_models() -> None:
-    """Each file is what the models make; `make contract` writes them anew."""
+def test_the_schemas_are_generated_from_the_models() -> None:
+    """Each file is what `make contract` generates."""
     written = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.schema.json")}
     assert written == schemas()
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_schema_is_one(name: str) -> None:
+def test_each_schema_is_valid(name: str) -> None:
     """Each file is a JSON Schema of its dialect."""
     Draft202012Validator.check_schema(FILES[name])
 
 
-def test_the_failures_are_those_that_workers_store() -> None:
-    """The schema names the errors that a worker stores, and none that only a client raises."""
+def test_the_failure_schema_has_the_errors_that_workers_store() -> None:
+    """The schema has no error that only a client raises."""
     stored = {
         *(errors.InvalidGrantRequestException, errors.InvalidInterviewIdException),
         *(errors.JobCancelledException, errors.JobExpiredException, errors.JobFailedError),
@@ -86,27 +86,31 @@ def test_the_failures_are_those_that_workers_store() -> None:
         errors.JobCancelledException.of("job"),
         errors.JobExpiredException.of("job", "2026-01-01T00:00:00+00:00"),
         errors.StorageUnavailableException.of(17, "away"),
+        errors.StorageUnavailableException.of_ledger("away"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_errors_details_are_the_schemas(error: errors.InterviewAccessError) -> None:
-    """What an error says for programs is what its schema names, no more and no less."""
+def test_the_details_of_an_error_have_the_keys_of_its_schema(
+    error: errors.InterviewAccessError,
+) -> None:
+    """The details have the keys that the schema names, and no others."""
     name = type(error).__name__
-    stored = {"exc_type": name, "exc_module": errors.__name__, "exc_message": list(error.args)}
-    assert not wrong("failure", stored)
-    assert FAILURES[name]["required"] == list(error.details)
-    assert wrong("failure", {**stored, "exc_message": [error.sentence, {}]})
+    stored = to_result(error)
+    assert not violations("failure", stored)
+    properties, required = FAILURES[name]["properties"], FAILURES[name]["required"]
+    assert set(required) <= error.details.keys() <= properties.keys()
+    assert violations("failure", {**stored, "exc_message": [error.sentence, {}]})
 
 
-def test_a_status_and_an_announcement_are_their_schemas() -> None:
-    """What the models write fits."""
+def test_a_status_and_an_announcement_are_valid() -> None:
+    """A status and an announcement of the client package are valid by their schemas."""
     message = GrantMessage.of("ann", [], job_id="job", countdown=1, expires=60)
-    assert not wrong("announcement", json.loads(message.announce_command[2]))
+    assert not violations("announcement", json.loads(message.announce_command[2]))
     status = JobStatus(
         job_id="job", state="failed", error=contracts.JobFailure(type="x", sentence="y")
     )
-    assert not wrong("job-status", json.loads(status.model_dump_json(exclude_none=True)))
-    assert wrong("job-status", {"job_id": "job", "state": "lost"})
+    assert not violations("job-status", json.loads(status.model_dump_json(exclude_none=True)))
+    assert violations("job-status", {"job_id": "job", "state": "lost"})
 
 
 FOR_SCHEMAS = [  # arguments by name, and not the limit of these tests' own worker
@@ -117,18 +121,18 @@ FOR_SCHEMAS = [  # arguments by name, and not the limit of these tests' own work
 
 
 @pytest.mark.parametrize("vector", FOR_SCHEMAS, ids=lambda vector: vector["name"])
-def test_a_request_schema_takes_what_can_be_read(vector: dict[str, Any]) -> None:
-    """It refuses the vectors that fail for what they are, and no other."""
+def test_a_request_schema_refuses_invalid_vectors(vector: dict[str, Any]) -> None:
+    """The request schemas refuse the vectors with invalid arguments, and no others."""
     result, message = vector["result"]["result"], vector["message"]
     details = result["exc_message"][1] if "exc_type" in result else {}
     name = message["task"].rpartition(".")[2].replace("_", "-")
     refused = bool(details.get("problems") or details.get("malformed_total"))
-    assert bool(wrong(f"{name}-request", message["kwargs"])) == refused
+    assert bool(violations(f"{name}-request", message["kwargs"])) == refused
 
 
 @pytest.mark.parametrize("vector", VECTORS["digests"], ids=lambda vector: vector["name"])
 def test_a_digest(vector: dict[str, Any]) -> None:
-    """The digest of a request is that of the text that the vector shows."""
+    """The digest of a request is the SHA-256 of the text in the vector."""
     whose = vector.get("user_ids") or vector["user_id"]
     assert request_digest(vector["task"], whose, vector["interview_ids"]) == vector["digest"]
     assert hashlib.sha256(vector["hashed"].encode("ascii")).hexdigest() == vector["digest"]
@@ -138,7 +142,7 @@ def test_a_digest(vector: dict[str, Any]) -> None:
 
 
 def resolved(reference: str) -> Any:
-    """What a reference of the AsyncAPI file names."""
+    """Resolve a reference of the AsyncAPI file."""
     if not reference.startswith("#/"):
         return FILES[reference]
     value: Any = ASYNCAPI
@@ -148,7 +152,7 @@ def resolved(reference: str) -> Any:
 
 
 def references(value: Any) -> Iterator[str]:
-    """All references within a value."""
+    """Find all references in a value."""
     if isinstance(value, dict):
         if "$ref" in value:
             yield value["$ref"]
@@ -158,8 +162,8 @@ def references(value: Any) -> Iterator[str]:
             yield from references(one)
 
 
-def test_the_asyncapi_file_is_one() -> None:
-    """AsyncAPI's own schema takes it, and every reference in it leads somewhere."""
+def test_the_asyncapi_file_is_valid() -> None:
+    """The file is valid by AsyncAPI's own schema, and each of its references can be resolved."""
     assert ASYNCAPI_SCHEMA.exists(), "make .venv/node/ready installs AsyncAPI's schema"
     schema = json.loads(ASYNCAPI_SCHEMA.read_text(encoding="utf-8"))
     validator_for(schema)(schema).validate(ASYNCAPI)
@@ -168,7 +172,7 @@ def test_the_asyncapi_file_is_one() -> None:
 
 
 def test_the_asyncapi_file_has_the_names_of_the_contract() -> None:
-    """Its addresses are the queues and keys that both sides use, and its messages their tasks."""
+    """Its addresses are the queues and keys of the client package, and its messages the tasks."""
     channels, messages = ASYNCAPI["channels"], ASYNCAPI["components"]["messages"]
     assert {name: channel["address"] for name, channel in channels.items()} == {
         "jobs": contracts.QUEUE,
@@ -181,15 +185,15 @@ def test_the_asyncapi_file_has_the_names_of_the_contract() -> None:
     assert {one["name"] for one in messages.values() if "name" in one} == set(tasks)
 
 
-def test_the_asyncapi_examples_fit() -> None:
-    """Each example is one by its payload's schema."""
+def test_the_asyncapi_examples_are_valid() -> None:
+    """Each example is valid by the schema of its payload."""
     messages = ASYNCAPI["components"]["messages"].values()
     examples = [
         (one["payload"]["$ref"], case) for one in messages for case in one.get("examples", [])
     ]
     assert len(examples) == 5
     for schema, case in examples:
-        assert not wrong(schema.removesuffix(".schema.json"), case["payload"])
+        assert not violations(schema.removesuffix(".schema.json"), case["payload"])
 
 
 # --- On a worker ----------------------------------------------------------------------------------
@@ -200,28 +204,25 @@ def here(
     stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     """A site with a worker and the interviews of the vectors."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 10) as here,
-        worker(here, tmp_path_factory.mktemp("contract") / "worker.log", **GIVEN["settings"]),
-    ):
+    folder = tmp_path_factory.mktemp("contract")
+    with site_with_worker(stack, _migrated, 10, folder, **GIVEN["settings"]) as here:
         for interview_id in GIVEN["interviews"]:
             here.store.add_interview(replace(an_interview(), id=interview_id))
         yield here
 
 
 def sent(here: Site, message: dict[str, Any], job_id: str) -> dict[str, Any]:
-    """What is stored of a message's job in the end, but for when and under which id."""
+    """Send a message, and return the result of its job without times and ID."""
     here.redis.delete(result_key(job_id))
     here.send(*message["args"], task=message["task"], job_id=job_id, **message["kwargs"])
     meta = here.answer(job_id)
-    assert not wrong("stored-result", meta)
+    assert not violations("stored-result", meta)
     return {key: meta[key] for key in ("status", "result", "traceback")}
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["name"])
 def test_a_vector(here: Site, vector: dict[str, Any]) -> None:
-    """A worker's answer to a vector's message is the vector's result."""
+    """A worker stores the result of the vector for its message."""
     job_id = str(uuid4())
     message = vector["message"]
     if "granted" in vector:
@@ -240,13 +241,13 @@ def test_a_vector(here: Site, vector: dict[str, Any]) -> None:
 
 
 def refusals(here: Site, job_id: str) -> list[str]:
-    """Why messages of the job are dead letters."""
+    """Find the reasons of the job's dead letters."""
     letters = here.dead_letters()
     return [one["reason"].partition(":")[0] for one in letters if one["job_id"] == job_id]
 
 
 def envelope(job_id: str) -> dict[str, Any]:
-    """All that a worker needs, and no more."""
+    """Build an envelope with the required fields only."""
     return {
         "body": json.dumps([[], {"user_id": job_id, "interview_ids": []}, {}]),
         "content-type": "application/json",
@@ -255,8 +256,8 @@ def envelope(job_id: str) -> dict[str, Any]:
     }
 
 
-def other(**fields: object) -> Change:
-    """Other fields of the envelope, or more; None takes one away."""
+def with_fields(**fields: object) -> Change:
+    """Change fields of the envelope, or add them; None removes one."""
 
     def change(message: dict[str, Any]) -> None:
         for name, value in fields.items():
@@ -267,71 +268,71 @@ def other(**fields: object) -> Change:
     return change
 
 
-def header(**fields: object) -> Change:
-    """Other headers, likewise."""
-    return lambda message: other(**fields)(message["headers"])
+def with_headers(**fields: object) -> Change:
+    """Change headers of the envelope, likewise."""
+    return lambda message: with_fields(**fields)(message["headers"])
 
 
-def encoded(message: dict[str, Any]) -> None:
-    """Its body in base64, and told to be."""
+def with_base64(message: dict[str, Any]) -> None:
+    """Encode the body in base64."""
     message["body"] = base64.b64encode(message["body"].encode()).decode()
     message["properties"]["body_encoding"] = "base64"
 
 
-TAKEN: dict[str, Change] = {
-    "smallest": other(),
-    "base64": encoded,
-    "encoding": other(content_encoding="utf-8"),
+VALID: dict[str, Change] = {
+    "smallest": with_fields(),
+    "base64": with_base64,
+    "encoding": with_fields(content_encoding="utf-8"),
     "embed null": lambda message: message.update(body=message["body"].replace("{}]", "null]")),
-    "eta": header(eta="2020-01-01T00:00:00Z"),
-    "expires": header(expires="2099-01-01T00:00:00+00:00"),
-    "limits": header(timelimit=[5, None]),
-    "more": header(lang="go"),
+    "eta": with_headers(eta="2020-01-01T00:00:00Z"),
+    "expires": with_headers(expires="2099-01-01T00:00:00+00:00"),
+    "limits": with_headers(timelimit=[5, None]),
+    "more": with_headers(lang="go"),
 }
 
 
-@pytest.mark.parametrize("change", TAKEN.values(), ids=TAKEN)
-def test_an_envelope_by_the_schema_is_taken(here: Site, change: Change) -> None:
-    """What the schema allows, a worker does."""
+@pytest.mark.parametrize("change", VALID.values(), ids=VALID)
+def test_a_valid_envelope_is_executed(here: Site, change: Change) -> None:
+    """A worker executes a message that is valid by the schema."""
     message = envelope(str(uuid4()))
     change(message)
-    assert not wrong("envelope", message)
+    assert not violations("envelope", message)
     here.redis.lpush(QUEUE, json.dumps(message))
     assert here.answer(message["headers"]["id"])["status"] == "SUCCESS"
 
 
-REFUSED: dict[str, Change] = {
-    "no body": other(body=None),
-    "no content type": other(content_type=None),
-    "no headers": other(headers=None),
-    "no properties": other(properties=None),
-    "no task": header(task=None),
-    "no id": header(id=None),
-    "another type": other(content_type="application/x-yaml"),
-    "body as a list": other(body=[[], {}, {}]),
-    "another task": header(task="no.such_task"),
-    "id as a number": header(id=7),
-    "eta as a number": header(eta=5),
-    "one limit": header(timelimit=[5]),
+INVALID: dict[str, Change] = {
+    "no body": with_fields(body=None),
+    "no content type": with_fields(content_type=None),
+    "no headers": with_fields(headers=None),
+    "no properties": with_fields(properties=None),
+    "no task": with_headers(task=None),
+    "no id": with_headers(id=None),
+    "another type": with_fields(content_type="application/x-yaml"),
+    "body as a list": with_fields(body=[[], {}, {}]),
+    "another task": with_headers(task="no.such_task"),
+    "id as a number": with_headers(id=7),
+    "eta as a number": with_headers(eta=5),
+    "one limit": with_headers(timelimit=[5]),
 }
 
 
-@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
-def test_an_envelope_against_the_schema_is_a_dead_letter(here: Site, change: Change) -> None:
-    """What the schema requires, a worker needs: the message is kept for the operators."""
+@pytest.mark.parametrize("change", INVALID.values(), ids=INVALID)
+def test_an_invalid_envelope_is_dead_lettered(here: Site, change: Change) -> None:
+    """A message without what the schema requires becomes a dead letter."""
     message = envelope(str(uuid4()))
     change(message)
-    assert wrong("envelope", message)
+    assert violations("envelope", message)
     text = json.dumps(message)
     here.redis.lpush(QUEUE, text)
     until(lambda: text in [one["message"] for one in here.dead_letters()])
 
 
-def test_every_producers_envelope_fits(here: Site) -> None:
-    """What Celery and the client package send is an envelope by the schema."""
+def test_the_envelopes_of_producers_are_valid(here: Site) -> None:
+    """The envelopes of Celery and of the client package are valid by the schema."""
     celery = str(uuid4())
     here.producer.send_task(contracts.GRANT_ACCESS, task_id=celery, queue="sample")
     raw: Any = here.redis.rpop("sample")
     ours = GrantMessage.of("ann", [], countdown=1, expires=60).envelope
     for message in json.loads(raw), json.loads(ours):
-        assert not wrong("envelope", message)
+        assert not violations("envelope", message)

@@ -1,4 +1,4 @@
-"""Every block of docs/producers.md, run as it stands, on a real worker."""
+"""Every block of docs/producers.md, unchanged, with a real worker."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
-from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
-from tests.support.database import database
 from tests.support.stores import until
-from tests.support.workers import QUEUE, ROOT, Site, site, worker
+from tests.support.workers import QUEUE, ROOT, Site, site_with_worker
+from devstack.servers import LocalStack
 
 PAGE = (ROOT / "docs/producers.md").read_text(encoding="utf-8")
 NODE = ROOT / ".venv/node"
@@ -31,15 +30,15 @@ NUMBER = 11  # of the Redis database
 
 
 def blocks(section: str, language: str) -> list[str]:
-    """The page's blocks in one language under one heading."""
+    """Find the blocks of the page in one language under one heading."""
     under = PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", under, re.DOTALL | re.MULTILINE)
     assert found, f"no {language} under {section}"
     return found
 
 
-def said(redis: Redis, block: str) -> list[Any]:
-    """What Redis answers to each line of a block, sent as redis-cli sends it."""
+def replies_to(redis: Redis, block: str) -> list[Any]:
+    """Send each line of a block to Redis, as redis-cli does, and return the replies."""
     words = [shlex.split(line) for line in block.splitlines()]
     return [redis.execute_command(*line) for line in words]  # type: ignore[no-untyped-call] # redis-py's
 
@@ -48,19 +47,16 @@ def said(redis: Redis, block: str) -> list[Any]:
 def here(
     stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
-    """A site with a worker and the interviews that the page names."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, NUMBER) as here,
-        worker(here, tmp_path_factory.mktemp("producers") / "worker.log"),
-    ):
-        load_samples(url, len(NAMED_SAMPLES))
+    """A site with a worker and the interviews that the page uses."""
+    folder = tmp_path_factory.mktemp("producers")
+    with site_with_worker(stack, _migrated, NUMBER, folder) as here:
+        load_samples(here.store.database_url, len(NAMED_SAMPLES))
         yield here
 
 
 @pytest.fixture(scope="module")
 def port(here: Site) -> Iterator[int]:
-    """A port of loopback on which Redis listens meanwhile: not every client knows sockets."""
+    """A loopback port on which Redis listens: not every client supports sockets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -71,7 +67,7 @@ def port(here: Site) -> Iterator[int]:
 
 
 def run(command: list[str], program: str, url: str, **environment: str) -> list[str]:
-    """The lines that a program prints, whose text is given on standard input."""
+    """Run a program from standard input, and return the lines that it prints."""
     done = subprocess.run(
         command,
         input=program,
@@ -90,12 +86,12 @@ PYTHON = [sys.executable, "-"]
 
 @pytest.fixture(scope="module")
 def url(port: int) -> str:
-    """The page's CELERY_BROKER_URL."""
+    """CELERY_BROKER_URL for the page."""
     return f"redis://127.0.0.1:{port}/{NUMBER}"
 
 
 def test_the_client_package(here: Site, url: str) -> None:
-    """Both clients enqueue, wait, and are told the status."""
+    """Both clients enqueue a job, wait for it and read its status."""
     blocking, asyncio = blocks("Python, with our package", "python")
     assert run(PYTHON, blocking, url) == ["1 created", "succeeded", "succeeded"]
     assert run(PYTHON, asyncio, url) == [
@@ -106,14 +102,14 @@ def test_the_client_package(here: Site, url: str) -> None:
 
 
 def test_a_cohort(here: Site, url: str) -> None:
-    """Two users are granted two interviews in one job, and each is counted."""
+    """One job grants two users access to two interviews, and counts each user."""
     (program,) = blocks("A cohort in one job", "python")
     assert run(PYTHON, program, url) == ["4 created", "{'page-eve': 2, 'page-fay': 2}"]
     assert here.store.granted("page-fay") == sorted(NAMED_SAMPLES[:2])
 
 
-def test_thousands_at_once(here: Site, url: str) -> None:
-    """A thousand jobs are sent in one call, and done."""
+def test_thousands_of_jobs_at_once(here: Site, url: str) -> None:
+    """One call enqueues a thousand jobs, which are executed."""
     (program,) = blocks("Thousands of jobs at once", "python")
     assert run(PYTHON, program, url) == ["1 created"]
     for number in range(0, 1_000, 100):
@@ -122,15 +118,15 @@ def test_thousands_at_once(here: Site, url: str) -> None:
 
 
 def test_celery_alone(here: Site, url: str) -> None:
-    """A producer of Celery's sends, and reads a failure with its details."""
+    """A Celery app enqueues a job, and reads a failure with its details."""
     (program,) = blocks("Python, with Celery alone", "python")
-    told = "InvalidInterviewIdException [{'value': 'no-uuid', 'reason': 'malformed'}]"
-    assert run(PYTHON, program, url) == [told]
+    printed = "InvalidInterviewIdException [{'value': 'no-uuid', 'reason': 'malformed'}]"
+    assert run(PYTHON, program, url) == [printed]
     assert here.store.granted("cem") == []
 
 
 def test_node(here: Site, url: str) -> None:
-    """celery-node's messages are done, and it reads results and failures."""
+    """celery-node enqueues jobs, and reads a result and a failure."""
     assert (NODE / "ready").exists(), "make .venv/node/ready installs celery-node"
     (program,) = blocks("Node.js", "js")
     node = [str(Path(sys.executable).with_name("node")), "-"]
@@ -142,25 +138,25 @@ def test_node(here: Site, url: str) -> None:
 
 
 @contextmanager
-def speaker(url: str, user: str = "") -> Iterator[Redis]:
-    """One connection to Redis, as redis-cli has."""
+def redis_cli(url: str, user: str = "") -> Iterator[Redis]:
+    """A single connection to Redis, as redis-cli has."""
     url = url.replace("//", f"//{user}@") if user else url
     with Redis.from_url(url, single_connection_client=True) as redis:
         yield redis
 
 
 def test_any_redis_client(here: Site, url: str) -> None:
-    """An LPUSH is a job, and a GET its result, as the page shows it."""
+    """An LPUSH enqueues a job, and a GET reads the result that the page shows."""
     push, get, announced = blocks("Any Redis client", "redis")
     (shown,) = blocks("Any Redis client", "json")
-    with speaker(url) as redis:
-        said(redis, push)
+    with redis_cli(url) as redis:
+        replies_to(redis, push)
         here.answer("page-redis-1")
-        (stored,) = said(redis, get)
+        (stored,) = replies_to(redis, get)
         wanted, got = json.loads(shown), json.loads(stored)
         assert list(wanted) == list(got)
         assert {**wanted, "date_done": got["date_done"]} == got
-        said(redis, announced)
+        replies_to(redis, announced)
         raw: Any = redis.get("interview-access:job:page-redis-2")
     assert Announcement.model_validate_json(raw).task == "interview_access.grant_access"
     assert here.answer("page-redis-2")["result"]["created_access_count"] == 0
@@ -172,26 +168,26 @@ def test_any_redis_client(here: Site, url: str) -> None:
 
 
 def test_a_control_request_from_any_redis_client(here: Site, url: str) -> None:
-    """An LPUSH asks for a job's state, and a GET reads the reply, as the page shows it."""
+    """An LPUSH requests a job's status, and a GET reads the reply."""
     ask, read = blocks("Ask for a job's state from any Redis client", "redis")
     job_id = here.send("hal", [NAMED_SAMPLES[0]])
     here.answer(job_id)
-    with speaker(url) as redis:
-        said(redis, ask.replace("page-redis-1", job_id))
-        until(lambda: said(redis, read) != [None])
-        (reply,) = said(redis, read)
+    with redis_cli(url) as redis:
+        replies_to(redis, ask.replace("page-redis-1", job_id))
+        until(lambda: replies_to(redis, read) != [None])
+        (reply,) = replies_to(redis, read)
         assert json.loads(reply)["result"]["state"] == "succeeded"
         assert 0 < redis.ttl("interview-access:reply:page-request-1") <= 60
 
 
-def test_what_status_tells_of_a_job_that_waits(url: str) -> None:
-    """Announced it is queued; a job that nobody announced is unknown until a worker begins it."""
+def test_the_status_of_a_scheduled_job(url: str) -> None:
+    """A scheduled job is queued if it was announced, and unknown otherwise."""
     push, _, announced = blocks("Any Redis client", "redis")
     later = '"headers": {"eta": "2099-01-01T00:00:00Z", '
     client = InterviewAccessClient(url)
-    with speaker(url) as redis:
+    with redis_cli(url) as redis:
         for block in push, announced:
-            said(redis, block.replace('"headers": {', later).replace("page-", "later-"))
+            replies_to(redis, block.replace('"headers": {', later).replace("page-", "later-"))
     assert client.status("later-redis-1").state == "unknown"
     assert client.status("later-redis-2").state == "queued"
     cancelled = client.cancel("later-redis-1")
@@ -199,8 +195,8 @@ def test_what_status_tells_of_a_job_that_waits(url: str) -> None:
     client.close()
 
 
-def test_what_status_tells_between_two_tries(here: Site, url: str) -> None:
-    """Once a worker has begun it, a job that nobody announced is told like any other."""
+def test_the_status_between_two_attempts(here: Site, url: str) -> None:
+    """A job that was not announced is queued while it waits for a retry."""
     here.store.raise_for_grants("NEW.user_id = 'fay'", "40001")
     job_id = here.send("fay", [NAMED_SAMPLES[0]])
     client = InterviewAccessClient(url)
@@ -208,11 +204,11 @@ def test_what_status_tells_between_two_tries(here: Site, url: str) -> None:
     client.close()
 
 
-def test_a_redis_user_needs_no_more(here: Site, url: str) -> None:
-    """Each of the page's users can do its work, and not another's."""
+def test_the_redis_users_have_sufficient_permissions(here: Site, url: str) -> None:
+    """Each Redis user of the page can do its work, and not that of another."""
     ours, plain, celery = blocks("A Redis user for producers", "redis")
     for block in ours, plain, celery:
-        assert said(here.redis, block) == [b"OK"]
+        assert replies_to(here.redis, block) == [b"OK"]
     names = [re.findall(r"SETUSER (\w+)", block)[0] for block in (ours, plain, celery)]
     client, pusher, sender = (f"{name}:secret" for name in names)
     try:
@@ -220,16 +216,16 @@ def test_a_redis_user_needs_no_more(here: Site, url: str) -> None:
         for block in (block for section in sections for block in blocks(section, "python")):
             run(PYTHON, block, url.replace("//", f"//{client}@"))
         push, get, announced = blocks("Any Redis client", "redis")
-        with speaker(url, pusher) as redis:
-            said(redis, push)
+        with redis_cli(url, pusher) as redis:
+            replies_to(redis, push)
             here.answer("page-redis-1")
-            assert said(redis, get)[0]
+            assert replies_to(redis, get)[0]
             for refused in announced, f"LPOP {QUEUE}", "KEYS *":
                 with pytest.raises(NoPermissionError):
-                    said(redis, refused)
+                    replies_to(redis, refused)
         (program,) = blocks("Python, with Celery alone", "python")
         assert run(PYTHON, program, url.replace("//", f"//{sender}@"))
-        with speaker(url, client) as redis, pytest.raises(NoPermissionError):
-            said(redis, "XRANGE interview-access:dead - +")
+        with redis_cli(url, client) as redis, pytest.raises(NoPermissionError):
+            replies_to(redis, "XRANGE interview-access:dead - +")
     finally:
         here.redis.acl_deluser(*names)

@@ -1,4 +1,4 @@
-"""Both clients, called the same way."""
+"""Both clients behind one interface."""
 
 from __future__ import annotations
 
@@ -15,65 +15,65 @@ T = TypeVar("T")
 
 
 class Client(Protocol):
-    """What both can do."""
+    """The methods of both clients; see InterviewAccessClient."""
 
     @property
     def enqueue(self) -> Callable[..., str]:
-        """See the blocking client, as all of these."""
+        """Enqueue a job and return its ID."""
 
     @property
     def enqueue_cohort(self) -> Callable[..., str]:
-        """An id."""
+        """Enqueue a cohort job and return its ID."""
 
     @property
     def enqueue_many(self) -> Callable[[Iterable[GrantJob]], list[str]]:
-        """Ids."""
+        """Enqueue jobs and return their IDs."""
 
     @property
     def wait(self) -> Callable[..., dict[str, Any]]:
-        """A result."""
+        """Wait for a result."""
 
     @property
     def status(self) -> Callable[..., JobStatus]:
-        """What is known."""
+        """Report a job's status."""
 
     @property
     def cancel(self) -> Callable[..., JobStatus]:
-        """What is known then."""
+        """Cancel a job and report its status."""
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Close the connections."""
 
 
 class Awaited:
-    """The asyncio client on a loop of its own; for one thread at a time."""
+    """The asyncio client with an event loop of its own, for one thread at a time."""
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
         self._runner = asyncio.Runner()
         self._client = AsyncInterviewAccessClient(broker_url, result_backend)
 
     def enqueue(self, user_id: Any, interview_ids: Any, **options: Any) -> str:
-        """See the blocking client."""
+        """Enqueue a job and return its ID."""
         return self._runner.run(self._client.enqueue(user_id, interview_ids, **options))
 
     def enqueue_cohort(self, user_ids: Any, interview_ids: Any, **options: Any) -> str:
-        """See the blocking client."""
+        """Enqueue a cohort job and return its ID."""
         return self._runner.run(self._client.enqueue_cohort(user_ids, interview_ids, **options))
 
     def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
-        """See the blocking client."""
+        """Enqueue jobs and return their IDs."""
         return self._runner.run(self._client.enqueue_many(jobs))
 
     def wait(self, job_id: str, **options: Any) -> dict[str, Any]:
-        """See the blocking client."""
+        """Wait for a result."""
         return self._runner.run(self._client.wait(job_id, **options))
 
     def status(self, job_id: str, *, timeout: float) -> JobStatus:
-        """See the blocking client."""
+        """Report a job's status."""
         return self._runner.run(self._client.status(job_id, timeout=timeout))
 
     def cancel(self, job_id: str, *, timeout: float) -> JobStatus:
-        """See the blocking client."""
+        """Cancel a job and report its status."""
         return self._runner.run(self._client.cancel(job_id, timeout=timeout))
 
     def close(self) -> None:
@@ -86,7 +86,11 @@ CLIENTS: dict[str, Callable[..., Client]] = {"blocking": InterviewAccessClient, 
 
 
 async def longest_gap(call: Coroutine[Any, Any, T]) -> tuple[float, T | BaseException]:
-    """For how long the call kept its loop from other tasks; and what it returned or raised."""
+    """Measure the longest time (seconds) for which a call blocks its loop.
+
+    Returns:
+        The time, and what the call returned or raised.
+    """
     longest, last = 0.0, time.perf_counter()
     task = asyncio.ensure_future(call)
     while not task.done():

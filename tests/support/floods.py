@@ -1,4 +1,4 @@
-"""A flood of jobs from one process, watched from outside."""
+"""Run a process that enqueues many jobs, and measure it from outside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from interview_access.contracts import result_key
 from redis import Redis
 
 from devstack.servers import LocalStack
@@ -18,13 +19,14 @@ DATABASE = 9
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What was seen when so many jobs had been sent.
+    """Measurements after a round.
 
     Attributes:
-        rate: Jobs sent in a second since the mark before.
-        rss: Of the process, in bytes.
-        connections: That it has open.
-        subscriptions: That these have.
+        sent: Jobs sent so far.
+        rate: Jobs per second in the round.
+        rss: Resident memory of the process in bytes.
+        connections: Its open connections to Redis.
+        subscriptions: The subscriptions of these connections.
     """
 
     sent: int
@@ -35,12 +37,12 @@ class Mark:
 
 
 def flood(stack: LocalStack, kind: str, *, rounds: int, each: int) -> list[Mark]:
-    """Send from eight threads (or tasks), each so many in a round; the marks of all rounds."""
+    """Enqueue from eight threads or tasks, `each` jobs in each of them and each round."""
     path = stack.broker_url.removeprefix("redis+socket://")
     with Redis(unix_socket_path=path, db=DATABASE) as redis:
         redis.flushdb()
         result = {"success": True, "created_access_count": 0}
-        redis.set(f"celery-task-meta-{DONE}", json.dumps({"status": "SUCCESS", "result": result}))
+        redis.set(result_key(DONE), json.dumps({"status": "SUCCESS", "result": result}))
         marks: list[Mark] = []
         with subprocess.Popen(
             [
@@ -55,7 +57,7 @@ def flood(stack: LocalStack, kind: str, *, rounds: int, each: int) -> list[Mark]
             assert process.stdout
             assert process.stdin
             for line in process.stdout:
-                said = json.loads(line)
+                measured = json.loads(line)
                 ours = redis.client_id()
                 clients = [
                     one
@@ -67,8 +69,8 @@ def flood(stack: LocalStack, kind: str, *, rounds: int, each: int) -> list[Mark]
                 marks.append(
                     Mark(
                         sent=len(marks) * each * THREADS + each * THREADS,
-                        rate=each * THREADS / said["seconds"],
-                        rss=said["rss"],
+                        rate=each * THREADS / measured["seconds"],
+                        rss=measured["rss"],
                         connections=len(clients),
                         subscriptions=sum(int(one["sub"]) + int(one["psub"]) for one in clients),
                     )

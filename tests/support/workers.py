@@ -15,10 +15,10 @@ from celery import Celery
 from redis import Redis
 from sqlalchemy import text
 
+from tests.support.database import connected, database
+from tests.support.stores import Background, PostgresStore, postgres_store, until
 from devstack.servers import LocalStack
 from devstack.service import Service
-from tests.support.database import connected
-from tests.support.stores import Background, PostgresStore, postgres_store, until
 
 ROOT = Path(__file__).parents[2]
 QUEUE = "interview-access"
@@ -165,3 +165,24 @@ def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
         yield service
     finally:
         service.stop()
+
+
+@contextmanager
+def site_with_worker(
+    stack: LocalStack, template: str, number: int, folder: Path, **settings: object
+) -> Iterator[Site]:
+    """A site with a database of its own and a worker.
+
+    Args:
+        stack: The servers.
+        template: Name of the database that is copied.
+        number: Number of the Redis database.
+        folder: Where the worker logs.
+        settings: Environment variables of the worker.
+    """
+    with (
+        database(stack.database_url, template=template) as url,
+        site(stack, url, number) as here,
+        worker(here, folder / "worker.log", **settings),
+    ):
+        yield here

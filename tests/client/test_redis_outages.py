@@ -1,4 +1,4 @@
-"""Both clients where Redis is away, refuses, or is none: one error, in time, without a password."""
+"""Both clients during outages of Redis: the same error, in time, without a password."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.contracts import result_key
 from interview_access.errors import NoAnswerInTimeError, QueueUnavailableError
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
@@ -23,7 +24,7 @@ from devstack.servers import LocalStack
 from tests.support.clients import CLIENTS, Client, longest_gap
 from tests.support.stores import Background, all_at_once
 
-BOUND = 10.0  # seconds within which a client fails where Redis is away
+BOUND = 10.0  # seconds within which a call fails while Redis is unavailable
 PASSWORD = "s3cret"  # noqa: S105 - of servers that live as long as these tests
 
 CALLS: dict[str, Callable[[Client], object]] = {
@@ -42,31 +43,8 @@ SAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """A Redis of these tests' own, which they may stop."""
-    with LocalStack(tmp_path_factory.mktemp("server") / "data", durable=False) as stack:
-        yield stack
-
-
-@pytest.fixture
-def redis(server: LocalStack) -> Iterator[Redis]:
-    """A connection to it."""
-    with Redis(unix_socket_path=server.broker_url.removeprefix("redis+socket://")) as redis:
-        redis.flushall()
-        yield redis
-
-
-@pytest.fixture(params=CLIENTS)
-def client(server: LocalStack, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of it: the blocking one and the asyncio one in turn."""
-    client = CLIENTS[request.param](server.broker_url)
-    yield client
-    client.close()
-
-
 def fails_in_time(client: Client, call: str) -> str:
-    """What the call says when it fails as it must."""
+    """Check that a call fails as expected within the limit; return the sentence."""
     began = time.monotonic()
     with pytest.raises(QueueUnavailableError, match=SAYS[call]) as caught:
         CALLS[call](client)
@@ -77,7 +55,7 @@ def fails_in_time(client: Client, call: str) -> str:
 
 @contextmanager
 def stopped(server: LocalStack) -> Iterator[None]:
-    """The server is gone meanwhile."""
+    """Stop the server meanwhile."""
     server.valkey.stop()
     try:
         yield
@@ -87,7 +65,7 @@ def stopped(server: LocalStack) -> Iterator[None]:
 
 @contextmanager
 def frozen(server: LocalStack) -> Iterator[None]:
-    """The server answers nothing meanwhile."""
+    """Suspend the server meanwhile."""
     os.kill(server.valkey.pid, signal.SIGSTOP)
     try:
         yield
@@ -97,7 +75,7 @@ def frozen(server: LocalStack) -> Iterator[None]:
 
 @contextmanager
 def full(redis: Redis) -> Iterator[None]:
-    """The server refuses what needs memory meanwhile."""
+    """Let the server refuse commands that need memory meanwhile."""
     redis.config_set("maxmemory", 1)
     try:
         yield
@@ -107,7 +85,7 @@ def full(redis: Redis) -> Iterator[None]:
 
 @contextmanager
 def read_only(redis: Redis) -> Iterator[None]:
-    """The server is a replica meanwhile."""
+    """Make the server a replica meanwhile."""
     redis.replicaof("127.0.0.1", 1)
     try:
         yield
@@ -115,8 +93,8 @@ def read_only(redis: Redis) -> Iterator[None]:
         redis.replicaof("NO", "ONE")
 
 
-def test_a_server_that_is_gone(server: LocalStack, client: Client) -> None:
-    """Every call fails at once, and the same client goes on when the server is back."""
+def test_a_stopped_server(server: LocalStack, client: Client) -> None:
+    """Each call fails at once, and the same client works when the server is back."""
     client.enqueue("ann", ["i"])
     with stopped(server):
         for call in CALLS:
@@ -125,10 +103,10 @@ def test_a_server_that_is_gone(server: LocalStack, client: Client) -> None:
 
 
 @pytest.mark.parametrize(("refusing", "reason"), [(full, "maxmemory"), (read_only, "read only")])
-def test_a_server_that_takes_nothing(
+def test_a_server_that_refuses_writes(
     redis: Redis, client: Client, refusing: Callable[[Redis], Any], reason: str
 ) -> None:
-    """A full server and a read-only one are told by their reason, and nothing was sent."""
+    """The error of a full or read-only server has the reason, and nothing is sent."""
     with refusing(redis):
         for call in CALLS.keys() - {"wait"}:
             assert reason in fails_in_time(client, call)
@@ -137,19 +115,19 @@ def test_a_server_that_takes_nothing(
 
 
 @pytest.mark.parametrize("refusing", [full, read_only])
-def test_a_wait_needs_no_writing(
+def test_waiting_needs_no_writes(
     redis: Redis, client: Client, refusing: Callable[[Redis], Any]
 ) -> None:
-    """A wait goes on where only reading is possible: results may stand there, or come."""
-    redis.set("celery-task-meta-done", '{"status": "SUCCESS", "result": {"success": true}}')
+    """A result is read from a full or read-only server, and waiting for one goes on."""
+    redis.set(result_key("done"), '{"status": "SUCCESS", "result": {"success": true}}')
     with refusing(redis):
         assert client.wait("done", timeout=5) == {"success": True}
         with pytest.raises(NoAnswerInTimeError, match="nothing is stored of it"):
             client.wait("chosen", timeout=0.1)
 
 
-def test_a_frozen_server(server: LocalStack) -> None:
-    """Every call of either client ends within 10 s, connected before or not; the loop goes on."""
+def test_a_suspended_server(server: LocalStack) -> None:
+    """Each call of either client fails within 10 s, and the event loop is not blocked."""
     connected = {
         (kind, call): CLIENTS[kind](server.broker_url) for kind in CLIENTS for call in CALLS
     }
@@ -178,9 +156,9 @@ def test_a_frozen_server(server: LocalStack) -> None:
                 lambda client=client, call=call: fails_in_time(client, call)  # type: ignore[misc] # a loop's
                 for (_, call), client in clients.items()
             ]
-        told = all_at_once(calls)
-    assert told[0] < 0.5
-    assert told[1] > 2
+        results = all_at_once(calls)
+    assert results[0] < 0.5
+    assert results[1] > 2
     for client in (*connected.values(), *fresh.values()):
         assert client.enqueue("ann", ["i"])
         client.close()
@@ -189,7 +167,7 @@ def test_a_frozen_server(server: LocalStack) -> None:
 
 @contextmanager
 def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """Something else on a TCP port, that does so with each connection."""
+    """Another server on a TCP port, which handles each connection with a function."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as open_ones:
 
         def serve() -> None:
@@ -207,36 +185,36 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         serving.result()
 
 
-def silent(_: socket.socket) -> None:
-    """Accepts and says nothing."""
+def accepts_only(_: socket.socket) -> None:
+    """Accept and send nothing."""
 
 
-def hangs_up(connection: socket.socket) -> None:
-    """Hears a little and closes."""
+def closes(connection: socket.socket) -> None:
+    """Read a little and close."""
     connection.recv(10)
     connection.close()
 
 
-def speaks_http(connection: socket.socket) -> None:
-    """A web server."""
+def replies_http(connection: socket.socket) -> None:
+    """Reply as a web server."""
     connection.recv(10)
     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
-def speaks_ssh(connection: socket.socket) -> None:
-    """Speaks first."""
+def greets_as_ssh(connection: socket.socket) -> None:
+    """Send first, as an SSH server."""
     connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
 
 
-def speaks_nonsense(connection: socket.socket) -> None:
-    """Begins as a Redis does, and goes wrong."""
+def replies_invalid(connection: socket.socket) -> None:
+    """Begin as a Redis, and continue with an invalid reply."""
     connection.sendall(b":no number\r\n*\xff\r\n$-7\r\n" * 5)
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
-@pytest.mark.parametrize("answer", [hangs_up, speaks_http, speaks_ssh, speaks_nonsense])
-def test_what_is_no_redis(answer: Callable[[socket.socket], None], scheme: str) -> None:
-    """Anything else that listens there is told as a Redis that cannot be reached."""
+@pytest.mark.parametrize("answer", [closes, replies_http, greets_as_ssh, replies_invalid])
+def test_a_server_that_is_not_a_redis(answer: Callable[[socket.socket], None], scheme: str) -> None:
+    """A server with another protocol is an unavailable Redis."""
     with listening(answer) as port:
         for make in CLIENTS.values():
             client = make(f"{scheme}://:{PASSWORD}@127.0.0.1:{port}/0")
@@ -245,9 +223,9 @@ def test_what_is_no_redis(answer: Callable[[socket.socket], None], scheme: str) 
             client.close()
 
 
-def test_what_accepts_and_never_answers() -> None:
-    """A connection that is accepted and left alone ends within 10 s, with TLS too."""
-    with listening(silent) as port:
+def test_a_server_that_never_replies() -> None:
+    """Each call fails within 10 s if connections are accepted and never served, also with TLS."""
+    with listening(accepts_only) as port:
         clients = [
             make(f"{scheme}://:{PASSWORD}@127.0.0.1:{port}/0")
             for make in CLIENTS.values()
@@ -263,8 +241,8 @@ def test_what_accepts_and_never_answers() -> None:
             client.close()
 
 
-def test_a_port_where_nobody_listens(tmp_path: Path) -> None:
-    """No server at all is told at once, on a port as on a socket."""
+def test_a_closed_port_or_missing_socket(tmp_path: Path) -> None:
+    """A refused connection is an error at once."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     for url in (f"redis://:{PASSWORD}@127.0.0.1:{port}/0", f"redis+socket://{tmp_path}/none.sock"):
@@ -275,8 +253,8 @@ def test_a_port_where_nobody_listens(tmp_path: Path) -> None:
             client.close()
 
 
-def test_a_host_that_has_no_address() -> None:
-    """A host's name that stands for nothing is told as well."""
+def test_an_unknown_host() -> None:
+    """The error names a host that cannot be resolved."""
     for make in CLIENTS.values():
         client = make(f"redis://:{PASSWORD}@no-such-host.invalid/0")
         assert "no-such-host.invalid" in fails_in_time(client, "enqueue")
@@ -288,10 +266,10 @@ def test_a_host_that_has_no_address() -> None:
     [("", "authenticated"), (f":{PASSWORD}x@", "invalid username-password pair")],
 )
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_a_password_that_is_missing_or_wrong(
+def test_a_missing_or_wrong_password(
     server: LocalStack, redis: Redis, kind: str, user: str, reason: str
 ) -> None:
-    """A server that wants another password is told by its reason, and the right one serves."""
+    """The error has the reason, and the right password works."""
     path = server.broker_url.removeprefix("redis+socket://")
     redis.config_set("requirepass", "right:/@pass")
     try:

@@ -1,4 +1,4 @@
-"""Both clients under load, in threads, in forked processes and on an event loop."""
+"""Both clients under load: in threads, forked processes and an event loop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,7 +14,8 @@ from uuid import uuid4
 
 import pytest
 from interview_access.aio import AsyncInterviewAccessClient
-from interview_access.contracts import GrantJob
+from interview_access.connections import CLIENT_NAME
+from interview_access.contracts import GrantJob, result_key
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
@@ -26,39 +26,22 @@ from tests.support.producing import CHILDREN, DONE, SENT_BY_EACH, THREADS
 from tests.support.stores import Background, all_at_once
 from tests.support.workers import QUEUE, ROOT
 
-NUMBER = 15
 MANY = 150  # more than the 100 connections that redis-py's pools allow by themselves
 
 
-@pytest.fixture
-def redis(stack: LocalStack) -> Iterator[Redis]:
-    """An empty Redis database, to which no other test connects."""
-    path = stack.broker_url.removeprefix("redis+socket://")
-    with Redis(unix_socket_path=path, db=NUMBER) as redis:
-        redis.flushdb()
-        yield redis
-        redis.flushdb()
-
-
-@pytest.fixture
-def url(stack: LocalStack) -> str:
-    """That database, as Celery writes it."""
-    return f"{stack.broker_url}?virtual_host={NUMBER}"
-
-
 def connections(redis: Redis) -> int:
-    """How many there are to that database, this one included."""
-    return len([one for one in redis.client_list() if one["db"] == str(NUMBER)])
+    """Count the connections of clients to the server."""
+    return len([one for one in redis.client_list() if one["name"] == CLIENT_NAME])
 
 
-def sent(redis: Redis) -> list[str]:
-    """The ids of the jobs in the queue, sorted."""
+def queued(redis: Redis) -> list[str]:
+    """Collect the IDs of the jobs on the queue, sorted."""
     raws: Any = redis.lrange(QUEUE, 0, -1)
     return sorted(json.loads(raw)["headers"]["id"] for raw in raws)
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_much_leaves_nothing_behind(stack: LocalStack, kind: str) -> None:
+def test_many_calls_leak_nothing(stack: LocalStack, kind: str) -> None:
     """After 4,000 jobs and 400 waits, memory and connections are as after 2,000."""
     marks = flood(stack, kind, rounds=2, each=250)
     assert {mark.subscriptions for mark in marks} == {0}
@@ -66,7 +49,7 @@ def test_much_leaves_nothing_behind(stack: LocalStack, kind: str) -> None:
     assert marks[1].rss - marks[0].rss < 3_000_000
 
 
-def test_many_at_once_leave_nothing_behind(stack: LocalStack) -> None:
+def test_large_calls_leak_nothing(stack: LocalStack) -> None:
     """After 20,000 jobs in four calls, memory is as after 10,000."""
     marks = flood(stack, "many", rounds=4, each=625)
     assert {mark.connections for mark in marks} == {1}
@@ -74,12 +57,12 @@ def test_many_at_once_leave_nothing_behind(stack: LocalStack) -> None:
 
 
 @pytest.mark.parametrize("how", ["fork", "pool"])
-def test_a_client_goes_on_in_forked_processes(url: str, redis: Redis, how: str) -> None:
-    """Processes forked off a client's, and its own, send at once and hear only their answers."""
+def test_a_client_works_in_forked_processes(broker: str, redis: Redis, how: str) -> None:
+    """A process and its forks send at once with one client, and each reads only its own replies."""
     result = {"success": True, "created_access_count": 0}
-    redis.set(f"celery-task-meta-{DONE}", json.dumps({"status": "SUCCESS", "result": result}))
+    redis.set(result_key(DONE), json.dumps({"status": "SUCCESS", "result": result}))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.producing", how, url],
+        [sys.executable, "-m", "tests.support.producing", how, broker],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -87,13 +70,13 @@ def test_a_client_goes_on_in_forked_processes(url: str, redis: Redis, how: str) 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    job_ids = sent(redis)
+    job_ids = queued(redis)
     assert len(job_ids) == len(set(job_ids)) == 1 + (CHILDREN + 1) * SENT_BY_EACH
 
 
-def test_a_web_server_of_many_threads_shares_a_client(url: str, redis: Redis) -> None:
-    """Requests that a web server handles in threads of their own enqueue with one client."""
-    client = InterviewAccessClient(url)
+def test_threads_of_a_web_server_share_a_client(broker: str, redis: Redis) -> None:
+    """Requests that a web server handles in threads enqueue with one client."""
+    client = InterviewAccessClient(broker)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -116,47 +99,47 @@ def test_a_web_server_of_many_threads_shares_a_client(url: str, redis: Redis) ->
                 return str(answer.read().decode())
 
         try:
-            told = all_at_once([lambda n=n: ask(n) for n in range(MANY)])  # type: ignore[misc] # n
+            returned = all_at_once([lambda n=n: ask(n) for n in range(MANY)])  # type: ignore[misc] # n
         finally:
             server.shutdown()
             serving.result()
     client.close()
-    assert told == [f"/{number}" for number in range(MANY)]
-    assert sent(redis) == sorted(told)
+    assert returned == [f"/{number}" for number in range(MANY)]
+    assert queued(redis) == sorted(returned)
 
 
-def test_more_threads_than_a_pool_has_connections(url: str, redis: Redis) -> None:
-    """Every one of very many threads that call at the same moment is served."""
-    client = InterviewAccessClient(url)
-    told = all_at_once([lambda: client.enqueue("ann", []) for _ in range(MANY)])
+def test_more_threads_than_the_default_number_of_connections(broker: str, redis: Redis) -> None:
+    """Each of many threads that call at once is served."""
+    client = InterviewAccessClient(broker)
+    returned = all_at_once([lambda: client.enqueue("ann", []) for _ in range(MANY)])
     client.close()
-    assert sent(redis) == sorted(told)
+    assert queued(redis) == sorted(returned)
 
 
-def test_more_tasks_than_a_pool_has_connections(url: str, redis: Redis) -> None:
-    """A thousand tasks that call at the same moment are served on few connections."""
+def test_more_tasks_than_connections(broker: str, redis: Redis) -> None:
+    """A thousand tasks that call at once share few connections."""
 
     async def send() -> list[str]:
-        client = AsyncInterviewAccessClient(url)
-        told = await asyncio.gather(*(client.enqueue("ann", []) for _ in range(1_000)))
-        assert connections(redis) <= 51
+        client = AsyncInterviewAccessClient(broker)
+        returned = await asyncio.gather(*(client.enqueue("ann", []) for _ in range(1_000)))
+        assert connections(redis) <= 50
         await client.close()
-        return told
+        return returned
 
-    assert sorted(asyncio.run(send())) == sent(redis)
+    assert sorted(asyncio.run(send())) == queued(redis)
 
 
-def test_the_loop_goes_on_while_100_000_ids_are_enqueued(url: str, redis: Redis) -> None:
-    """The asyncio client lets other tasks run during its largest job; the blocking one does not."""
+def test_a_job_of_100_000_ids_does_not_block_the_loop(broker: str, redis: Redis) -> None:
+    """The asyncio client blocks the loop for less time than the blocking client."""
     ids = [str(uuid4()) for _ in range(100_000)]
-    blocking = InterviewAccessClient(url)
+    blocking = InterviewAccessClient(broker)
 
     async def block() -> str:
         return blocking.enqueue("ann", ids)
 
     async def is_shorter() -> bool:
         """Whether one of its gaps is, the shortest: others share this machine."""
-        client = AsyncInterviewAccessClient(url)
+        client = AsyncInterviewAccessClient(broker)
         await client.enqueue("ann", [])
         blocked = min([(await longest_gap(block()))[0] for _ in range(3)])
         for _ in range(60):
@@ -171,10 +154,10 @@ def test_the_loop_goes_on_while_100_000_ids_are_enqueued(url: str, redis: Redis)
     blocking.close()
 
 
-def test_the_loop_goes_on_while_2_000_jobs_are_enqueued(url: str, redis: Redis) -> None:
-    """The asyncio client lets other tasks run during a call for many; the blocking one does not."""
+def test_2_000_jobs_do_not_block_the_loop(broker: str, redis: Redis) -> None:
+    """The asyncio client blocks the loop for less time than the blocking client."""
     ids = [str(uuid4()) for _ in range(20)]
-    blocking = InterviewAccessClient(url)
+    blocking = InterviewAccessClient(broker)
 
     def jobs() -> list[GrantJob]:
         return [GrantJob("ann", ids) for _ in range(2_000)]
@@ -183,7 +166,7 @@ def test_the_loop_goes_on_while_2_000_jobs_are_enqueued(url: str, redis: Redis) 
         return blocking.enqueue_many(jobs())
 
     async def gaps() -> tuple[float, float]:
-        client = AsyncInterviewAccessClient(url)
+        client = AsyncInterviewAccessClient(broker)
         await client.enqueue("ann", [])
         awaited = [(await longest_gap(client.enqueue_many(jobs())))[0] for _ in range(3)]
         blocked = [(await longest_gap(block()))[0] for _ in range(3)]
@@ -196,11 +179,11 @@ def test_the_loop_goes_on_while_2_000_jobs_are_enqueued(url: str, redis: Redis) 
     assert redis.llen(QUEUE) == 1 + 6 * 2_000
 
 
-def test_a_task_that_is_cancelled_leaves_the_client_whole(url: str, redis: Redis) -> None:
-    """Calls that their callers give up at any moment do not mix up the answers of later ones."""
+def test_cancelled_tasks_do_not_mix_up_replies(broker: str, redis: Redis) -> None:
+    """Calls that are cancelled at any moment do not affect the replies to later calls."""
 
     async def give_up() -> None:
-        client = AsyncInterviewAccessClient(url)
+        client = AsyncInterviewAccessClient(broker)
         for number in range(200):
             job_id = f"given-up-{number}"
             given_up = asyncio.timeout(number / 40_000)
@@ -209,11 +192,11 @@ def test_a_task_that_is_cancelled_leaves_the_client_whole(url: str, redis: Redis
                     await client.enqueue("ann", [str(number)], job_id=job_id)
                     await client.wait(job_id, timeout=30)
             assert given_up.expired()
-        redis.set("celery-task-meta-whole", '{"status": "SUCCESS", "result": {"success": true}}')
+        redis.set(result_key("whole"), '{"status": "SUCCESS", "result": {"success": true}}')
         for _ in range(60):
             assert await client.wait("whole", timeout=5) == {"success": True}
         assert await client.enqueue("ann", [], job_id="after") == "after"
         await client.close()
 
     asyncio.run(give_up())
-    assert connections(redis) == 1
+    assert connections(redis) == 0

@@ -1,4 +1,4 @@
-"""Both clients sending many jobs at once: what stands in Redis, and what is told of a failure."""
+"""`enqueue_many` of both clients: what it writes, refuses and reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from interview_access.contracts import GRANT_ACCESS, QUEUE, GrantJob, request_digest
+from interview_access.contracts import (
+    GRANT_ACCESS,
+    QUEUE,
+    GrantJob,
+    announcement_key,
+    request_digest,
+    result_key,
+)
 from interview_access.errors import (
     InterviewAccessError,
     InvalidGrantRequestException,
@@ -31,36 +38,13 @@ from tests.support.stores import Background, all_at_once, until
 
 ID = "89d96f4b-c19d-4e69-8eae-e818f3123b09"
 OTHER_ID = "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"
-AT_ONCE = 500  # jobs that are sent in one round trip
+BATCH = 500  # jobs in one transaction
 EXEC = b"EXEC\r\n"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """A Redis of these tests' own, which they may fill."""
-    with LocalStack(tmp_path_factory.mktemp("server") / "data", durable=False) as stack:
-        yield stack
-
-
-@pytest.fixture
-def redis(server: LocalStack) -> Iterator[Redis]:
-    """A connection to it, empty."""
-    with Redis(unix_socket_path=server.broker_url.removeprefix("redis+socket://")) as redis:
-        redis.flushall()
-        yield redis
-
-
-@pytest.fixture(params=CLIENTS)
-def client(server: LocalStack, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of it: the blocking one and the asyncio one in turn."""
-    client = CLIENTS[request.param](server.broker_url)
-    yield client
-    client.close()
 
 
 @pytest.fixture
 def address() -> Iterator[Path]:
-    """Where a relay may listen; short, as sockets need it."""
+    """Where a relay can listen: a short path, as sockets require."""
     folder = Path(tempfile.mkdtemp(prefix="many-"))
     yield folder / "queue"
     shutil.rmtree(folder)
@@ -68,48 +52,48 @@ def address() -> Iterator[Path]:
 
 @pytest.fixture
 def relay(server: LocalStack, address: Path) -> Iterator[Relay]:
-    """A relay before the server."""
+    """A relay in front of the server."""
     relay = Relay(Path(server.broker_url.removeprefix("redis+socket://")), address)
     yield relay
     relay.close()
 
 
 @pytest.fixture(params=CLIENTS)
-def behind(address: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client that comes by the relay: the blocking one and the asyncio one in turn."""
+def client_of_relay(address: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
+    """The blocking client and the asyncio client in turn, connected through the relay."""
     client = CLIENTS[request.param](f"redis+socket://{address}")
     yield client
     client.close()
 
 
 def jobs_of(count: int) -> list[GrantJob]:
-    """As many jobs, of a user each."""
+    """Build so many jobs, each of a user of its own."""
     return [GrantJob(f"user-{number}", [ID]) for number in range(count)]
 
 
 def ids_of(jobs: list[GrantJob]) -> list[str]:
-    """Their ids."""
+    """Collect the IDs of jobs."""
     return [job.job_id for job in jobs]
 
 
 def messages(redis: Redis) -> list[dict[str, Any]]:
-    """The messages in the queue, the next one first."""
+    """Decode the messages on the queue, in the order of delivery."""
     raws: Any = redis.lrange(QUEUE, 0, -1)
     return [json.loads(raw) for raw in reversed(raws)]
 
 
 def queued(redis: Redis) -> list[str]:
-    """The ids of the jobs in the queue, the next one first."""
+    """Collect the IDs of the jobs on the queue, in the order of delivery."""
     return [message["headers"]["id"] for message in messages(redis)]
 
 
 def user_of(message: dict[str, Any]) -> str:
-    """Whom a message grants."""
+    """Read the user of a message."""
     return str(json.loads(message["body"])[1]["user_id"])
 
 
 def account(error: InterviewAccessError) -> tuple[list[str], list[str], list[str]]:
-    """The jobs that were sent, may have been, and were not."""
+    """Read the IDs of the jobs that were sent, might have been sent, and were not sent."""
     return error.details["sent"], error.details["perhaps_sent"], error.details["not_sent"]
 
 
@@ -117,7 +101,7 @@ def account(error: InterviewAccessError) -> tuple[list[str], list[str], list[str
 def second_batch(
     relay: Relay, call: Callable[[], list[str]], *, answered: bool = False
 ) -> Iterator[Background[list[str]]]:
-    """The call, held where Redis is to do its second batch, or to answer that it is done."""
+    """Hold a call before Redis executes its second batch, or before the reply to it."""
     with relay.gate(EXEC) as first:
         calling = Background(call)
         first.until_reached()
@@ -127,20 +111,20 @@ def second_batch(
             yield calling
 
 
-# --- What is sent -------------------------------------------------------------------------------
+# --- Sending --------------------------------------------------------------------------------------
 
 
-def test_ids_come_in_step(redis: Redis, client: Client) -> None:
-    """The ids come in the order of the jobs, and so do the messages: chosen ids and random ones."""
-    jobs = [GrantJob("ann", [ID], job_id="first"), *jobs_of(2 * AT_ONCE), GrantJob("bob", [])]
-    told = client.enqueue_many(iter(jobs))
-    assert told == ids_of(jobs) == queued(redis)
-    assert all(UUID(job_id).version == 4 for job_id in told[1:])
+def test_ids_and_messages_are_in_the_order_of_the_jobs(redis: Redis, client: Client) -> None:
+    """The returned IDs and the messages, with chosen and random IDs, have the order of the jobs."""
+    jobs = [GrantJob("ann", [ID], job_id="first"), *jobs_of(2 * BATCH), GrantJob("bob", [])]
+    returned = client.enqueue_many(iter(jobs))
+    assert returned == ids_of(jobs) == queued(redis)
+    assert all(UUID(job_id).version == 4 for job_id in returned[1:])
     assert [user_of(message) for message in messages(redis)] == [job.user_id for job in jobs]
 
 
-def test_a_message_is_what_enqueue_sends(redis: Redis, client: Client) -> None:
-    """One of many jobs has the message that it has alone."""
+def test_a_message_equals_that_of_enqueue(redis: Redis, client: Client) -> None:
+    """A job has the same message alone and among many."""
     ids: list[str | UUID] = [UUID(ID), "no-uuid", "é"]
     at = datetime(2099, 1, 1, tzinfo=UTC)
     client.enqueue("ann", ids, job_id="one", expires=at)
@@ -150,11 +134,11 @@ def test_a_message_is_what_enqueue_sends(redis: Redis, client: Client) -> None:
     assert alone == among
 
 
-def test_each_is_announced(redis: Redis, client: Client) -> None:
-    """Every job is announced with its own digest and times."""
-    jobs = [*jobs_of(AT_ONCE), GrantJob("ann", iter([ID]), countdown=60, expires=90)]
-    told = client.enqueue_many(jobs)
-    texts: Any = redis.mget([f"interview-access:job:{job_id}" for job_id in told])
+def test_each_job_is_announced(redis: Redis, client: Client) -> None:
+    """Each job is announced with its own digest and times."""
+    jobs = [*jobs_of(BATCH), GrantJob("ann", iter([ID]), countdown=60, expires=90)]
+    returned = client.enqueue_many(jobs)
+    texts: Any = redis.mget([announcement_key(job_id) for job_id in returned])
     known = [json.loads(text) for text in texts]
     users = [str(job.user_id) for job in jobs]
     assert [one["digest"] for one in known] == [
@@ -166,59 +150,59 @@ def test_each_is_announced(redis: Redis, client: Client) -> None:
     assert ((eta - sent).total_seconds(), (end - sent).total_seconds()) == (60, 90)
 
 
-def test_none_are_none(redis: Redis, client: Client) -> None:
-    """No jobs have no ids, and Redis is asked nothing."""
+def test_no_jobs_send_no_commands(redis: Redis, client: Client) -> None:
+    """A call without jobs returns no IDs, and sends nothing."""
     redis.config_resetstat()
     assert client.enqueue_many([]) == []
     assert "cmdstat_exec" not in redis.info("commandstats")
 
 
-def test_thousands_take_few_round_trips(redis: Redis, client: Client) -> None:
-    """10,000 jobs are sent in 20 transactions, with three questions before each."""
+def test_10_000_jobs_are_sent_in_20_transactions(redis: Redis, client: Client) -> None:
+    """500 jobs take one transaction, and two lookups of their IDs."""
     redis.config_resetstat()
-    told = client.enqueue_many(jobs_of(10_000))
-    assert len(set(told)) == redis.llen(QUEUE) == redis.dbsize() - 1 == 10_000
+    returned = client.enqueue_many(jobs_of(10_000))
+    assert len(set(returned)) == redis.llen(QUEUE) == redis.dbsize() - 1 == 10_000
     stats: Any = redis.info("commandstats")
     asked = {name: stats[f"cmdstat_{name}"]["calls"] for name in ("exec", "watch", "mget")}
     assert asked == {"exec": 20, "watch": 20, "mget": 40}
 
 
-def test_large_jobs_go_in_smaller_parts(redis: Redis, client: Client) -> None:
-    """At most 4 MB are sent at once; a job that is larger goes alone."""
+def test_a_batch_has_at_most_4_mb(redis: Redis, client: Client) -> None:
+    """A batch has at most 4 MB; a larger job is a batch of its own."""
     redis.config_resetstat()
     sizes = [30_000, 30_000, 30_000, 30_000, 110_000, 1]  # ids; 42 bytes each
-    told = client.enqueue_many(GrantJob("ann", [ID] * size) for size in sizes)
-    assert queued(redis) == told
+    returned = client.enqueue_many(GrantJob("ann", [ID] * size) for size in sizes)
+    assert queued(redis) == returned
     stats: Any = redis.info("commandstats")
     assert stats["cmdstat_exec"]["calls"] == 4
 
 
-# --- Ids that come again ------------------------------------------------------------------------
+# --- Used IDs -------------------------------------------------------------------------------------
 
 
 def test_a_job_given_twice_is_sent_once(redis: Redis, client: Client) -> None:
-    """One request that stands twice among the jobs has its id told twice, and one message."""
+    """A request that is given twice has its ID twice in the result, and one message."""
     job = GrantJob("ann", [ID, OTHER_ID])
     other = GrantJob("bob", [ID])
     again = replace(job, interview_ids=[OTHER_ID.upper(), ID, ID])
-    told = client.enqueue_many([job, other, again])
-    assert told == [job.job_id, other.job_id, job.job_id]
+    returned = client.enqueue_many([job, other, again])
+    assert returned == [job.job_id, other.job_id, job.job_id]
     assert queued(redis) == [job.job_id, other.job_id]
 
 
-def test_a_job_that_is_known_is_sent_again(redis: Redis, client: Client) -> None:
-    """Jobs sent before go under their ids once more, beside new ones; first announcements stay."""
+def test_a_job_of_an_earlier_call_is_sent_again(redis: Redis, client: Client) -> None:
+    """It is sent beside new jobs, and the first announcement stays."""
     jobs = jobs_of(3)
     client.enqueue_many(jobs[:2])
-    keys = [f"interview-access:job:{job.job_id}" for job in jobs[:2]]
+    keys = [announcement_key(job.job_id) for job in jobs[:2]]
     before = redis.mget(keys)
     assert client.enqueue_many(jobs) == ids_of(jobs)
     assert queued(redis) == [*ids_of(jobs[:2]), *ids_of(jobs)]
     assert redis.mget(keys) == before
 
 
-def test_a_job_is_whole_when_it_is_sent_again(redis: Redis, client: Client) -> None:
-    """A job whose ids came from a generator has them each time it is sent."""
+def test_a_job_keeps_the_ids_of_a_generator(redis: Redis, client: Client) -> None:
+    """A job whose IDs came from a generator has them each time it is sent."""
     job = GrantJob("ann", (one for one in [ID, OTHER_ID]))
     client.enqueue_many([job])
     client.enqueue_many([job])
@@ -228,10 +212,10 @@ def test_a_job_is_whole_when_it_is_sent_again(redis: Redis, client: Client) -> N
 
 
 @pytest.mark.parametrize("many", [True, False])
-def test_a_job_that_was_given_up_is_waited_for_anew(
+def test_a_retryable_failure_is_deleted_when_the_job_is_sent_again(
     redis: Redis, client: Client, many: bool
 ) -> None:
-    """Sent again, a job has not the failure any more with which it was given up; others' stay."""
+    """Sending a job again deletes a StorageUnavailableException, and no other failure."""
     client.enqueue("ann", [ID], job_id="given-up")
     client.enqueue("ann", [ID], job_id="failed")
     for job_id, kind in ("given-up", "StorageUnavailableException"), ("failed", "JobFailedError"):
@@ -241,28 +225,28 @@ def test_a_job_that_was_given_up_is_waited_for_anew(
             "exc_message": ["", {}],
         }
         meta = {"status": "FAILURE", "result": result}
-        redis.set(f"celery-task-meta-{job_id}", json.dumps(meta))
+        redis.set(result_key(job_id), json.dumps(meta))
     if many:
         client.enqueue_many([GrantJob("ann", [ID], job_id=one) for one in ("given-up", "failed")])
     else:
         for job_id in "given-up", "failed":
             client.enqueue("ann", [ID], job_id=job_id)
-    assert not redis.exists("celery-task-meta-given-up")
-    assert redis.exists("celery-task-meta-failed")
+    assert not redis.exists(result_key("given-up"))
+    assert redis.exists(result_key("failed"))
 
 
 @pytest.mark.parametrize("announced", ["1", "x", "[]", '{"digest": 7}'])
-def test_what_others_wrote_there_is_no_announcement(
+def test_an_invalid_announcement_refuses_no_job(
     redis: Redis, client: Client, announced: str
 ) -> None:
-    """A key that holds something else than an announcement refuses no job."""
-    redis.set("interview-access:job:odd", announced)
+    """A key that does not hold an announcement refuses no job."""
+    redis.set(announcement_key("odd"), announced)
     assert client.enqueue("ann", [ID], job_id="odd") == "odd"
     assert client.enqueue_many([GrantJob("ann", [ID], job_id="odd")]) == ["odd"]
 
 
-def test_two_requests_of_one_id_are_a_fault(redis: Redis, client: Client) -> None:
-    """Jobs of one id that ask for different things are told by position, and nothing is sent."""
+def test_two_requests_with_one_id_are_refused(redis: Redis, client: Client) -> None:
+    """Two requests with one ID in a call are an error with the position, and nothing is sent."""
     jobs = jobs_of(5)
     jobs[3] = replace(jobs[3], job_id=jobs[1].job_id)
     with pytest.raises(InvalidGrantRequestException, match=r"jobs\[3\].*of its own, got") as caught:
@@ -271,9 +255,9 @@ def test_two_requests_of_one_id_are_a_fault(redis: Redis, client: Client) -> Non
     assert redis.keys() == []
 
 
-def test_ids_of_other_requests_are_refused(redis: Redis, client: Client) -> None:
-    """Ids that are known of other requests are all named, and no job at all is sent."""
-    jobs = jobs_of(2 * AT_ONCE)
+def test_used_ids_are_refused(redis: Redis, client: Client) -> None:
+    """The error lists all IDs that other requests have, and nothing is sent."""
+    jobs = jobs_of(2 * BATCH)
     taken = [jobs[700].job_id, jobs[900].job_id]
     for job_id in taken:
         client.enqueue("bob", [], job_id=job_id)
@@ -288,29 +272,29 @@ def test_ids_of_other_requests_are_refused(redis: Redis, client: Client) -> None
 
 
 @pytest.mark.parametrize("taken", [100, 700], ids=["in this batch", "in the next"])
-def test_an_id_taken_meanwhile_is_refused(
-    redis: Redis, server: LocalStack, relay: Relay, behind: Client, taken: int
+def test_an_id_used_during_the_call_is_refused(
+    redis: Redis, server: LocalStack, relay: Relay, client_of_relay: Client, taken: int
 ) -> None:
-    """An id that another request takes during the call is refused, with all of its batch."""
-    jobs = jobs_of(3 * AT_ONCE)
+    """An ID that another request uses during the call is refused together with its batch."""
+    jobs = jobs_of(3 * BATCH)
     direct = InterviewAccessClient(server.broker_url)
     with relay.gate(EXEC) as gate:
-        calling = Background(lambda: behind.enqueue_many(jobs))
+        calling = Background(lambda: client_of_relay.enqueue_many(jobs))
         gate.until_reached()
         direct.enqueue("bob", [], job_id=jobs[taken].job_id)
     direct.close()
     with pytest.raises(JobIdReusedException) as caught:
         calling.result()
     assert caught.value.details["job_id"] == jobs[taken].job_id
-    ids, sent = ids_of(jobs), taken // AT_ONCE * AT_ONCE
+    ids, sent = ids_of(jobs), taken // BATCH * BATCH
     assert account(caught.value) == (ids[:sent], [], ids[sent:])
     assert sorted(queued(redis)) == sorted([*ids[:sent], ids[taken]])
 
 
 def test_calls_that_race_for_ids_share_none(redis: Redis, server: LocalStack) -> None:
-    """Of calls that race for the same ids, one has each; the others raise."""
+    """Of calls that race for the same IDs, one has each; the others raise."""
     client = InterviewAccessClient(server.broker_url)
-    ids = [str(uuid4()) for _ in range(2 * AT_ONCE)]
+    ids = [str(uuid4()) for _ in range(2 * BATCH)]
 
     def send(user: str) -> list[str]:
         # Half of them go the other way round, so that batches cross.
@@ -320,16 +304,16 @@ def test_calls_that_race_for_ids_share_none(redis: Redis, server: LocalStack) ->
         except JobIdReusedException as error:
             return list(error.details["sent"])
 
-    told = all_at_once([lambda user=user: send(user) for user in "abcd"])  # type: ignore[misc] # user
+    returned = all_at_once([lambda user=user: send(user) for user in "abcd"])  # type: ignore[misc] # user
     client.close()
     owners = {
         user: {m["headers"]["id"] for m in messages(redis) if user_of(m) == user} for user in "abcd"
     }
-    assert [owners[user] for user in "abcd"] == [set(one) for one in told]
-    assert sum(map(len, told)) == len(set().union(*owners.values())) == redis.llen(QUEUE) > 0
+    assert [owners[user] for user in "abcd"] == [set(one) for one in returned]
+    assert sum(map(len, returned)) == len(set().union(*owners.values())) == redis.llen(QUEUE) > 0
 
 
-# --- What cannot be sent ------------------------------------------------------------------------
+# --- Invalid jobs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,95 +321,99 @@ def test_calls_that_race_for_ids_share_none(redis: Redis, server: LocalStack) ->
     [
         (GrantJob("ann", [], job_id=""), ValueError, r"jobs\[700\]: job id: expected 1 to 255"),
         (GrantJob("ann", [], countdown=float("nan")), ValueError, "countdown: .* got the number"),
-        (GrantJob("ann", [], expires="soon"), ValueError, "expires: .* got the string 'soon'"),  # type: ignore[arg-type] # a wrong one
+        (GrantJob("ann", [], expires="soon"), ValueError, "expires: .* got the string 'soon'"),  # type: ignore[arg-type] # deliberately wrong
         (
-            GrantJob("ann", [ID, object()]),  # type: ignore[list-item] # a wrong one
+            GrantJob("ann", [ID, object()]),  # type: ignore[list-item] # deliberately wrong
             InvalidGrantRequestException,
             r"jobs\[700\]: .*interview_ids\[1\]: expected a UUID",
         ),
-        (GrantJob({1}, []), InvalidGrantRequestException, "user_id: expected"),  # type: ignore[arg-type] # a wrong one
+        (GrantJob({1}, []), InvalidGrantRequestException, "user_id: expected"),  # type: ignore[arg-type] # deliberately wrong
         (("ann", [ID]), InvalidGrantRequestException, r"jobs\[700\]: .*expected a GrantJob, got"),
     ],
     ids=["job id", "countdown", "expires", "interview id", "user", "no job"],
 )
-def test_a_fault_is_told_by_its_position(
+def test_an_invalid_job_is_named_by_its_position(
     redis: Redis, client: Client, job: GrantJob, kind: type[Exception], says: str
 ) -> None:
-    """A job that cannot be sent is told with its position and its fault, and none is sent."""
+    """An invalid job is an error with its position and the reason, and nothing is sent."""
     with pytest.raises(kind, match=says) as caught:
         client.enqueue_many([*jobs_of(700), job, *jobs_of(1)])
     assert "jobs[700]: " in str(caught.value)
     assert redis.keys() == []
 
 
-# --- Where Redis fails --------------------------------------------------------------------------
+# --- Outages --------------------------------------------------------------------------------------
 
 
-def test_a_redis_that_goes_away_on_the_way(
-    redis: Redis, server: LocalStack, relay: Relay, address: Path, behind: Client
+def test_an_outage_during_the_call_is_accounted_for(
+    redis: Redis, server: LocalStack, relay: Relay, address: Path, client_of_relay: Client
 ) -> None:
-    """What was sent, may have been and was not is told, and a second call sends the rest."""
-    jobs = jobs_of(3 * AT_ONCE)
+    """The error lists which jobs were sent, and a second call sends the others."""
+    jobs = jobs_of(3 * BATCH)
     ids = ids_of(jobs)
-    with second_batch(relay, lambda: behind.enqueue_many(jobs)) as calling:
+    with second_batch(relay, lambda: client_of_relay.enqueue_many(jobs)) as calling:
         address.unlink()
         relay.cut()
     says = "1,500 jobs 500 were sent, 500 might have been sent"
     with pytest.raises(QueueUnavailableError, match=says) as caught:
         calling.result()
     sent, perhaps, not_sent = account(caught.value)
-    assert (sent, perhaps, not_sent) == (ids[:AT_ONCE], ids[AT_ONCE:-AT_ONCE], ids[-AT_ONCE:])
+    assert (sent, perhaps, not_sent) == (ids[:BATCH], ids[BATCH:-BATCH], ids[-BATCH:])
     assert queued(redis) == sent
     direct = InterviewAccessClient(server.broker_url)
     left = {*perhaps, *not_sent}
-    assert direct.enqueue_many(job for job in jobs if job.job_id in left) == ids[AT_ONCE:]
+    assert direct.enqueue_many(job for job in jobs if job.job_id in left) == ids[BATCH:]
     direct.close()
     assert queued(redis) == ids
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["asked", "done"])
 def test_a_connection_that_is_lost_on_the_way(
-    redis: Redis, relay: Relay, behind: Client, answered: bool
+    redis: Redis, relay: Relay, client_of_relay: Client, answered: bool
 ) -> None:
     """Lost before Redis was asked or with its answer, the call goes on: each job is sent once."""
-    jobs = jobs_of(3 * AT_ONCE)
-    with second_batch(relay, lambda: behind.enqueue_many(jobs), answered=answered) as calling:
-        until(lambda: redis.llen(QUEUE) == (2 if answered else 1) * AT_ONCE)
+    jobs = jobs_of(3 * BATCH)
+    with second_batch(
+        relay, lambda: client_of_relay.enqueue_many(jobs), answered=answered
+    ) as calling:
+        until(lambda: redis.llen(QUEUE) == (2 if answered else 1) * BATCH)
         relay.cut()
     assert calling.result() == ids_of(jobs) == queued(redis)
 
 
-def test_a_refusal_after_a_lost_connection(redis: Redis, relay: Relay, behind: Client) -> None:
+def test_a_refusal_after_a_lost_connection(
+    redis: Redis, relay: Relay, client_of_relay: Client
+) -> None:
     """A batch whose first try was lost may have been sent, even if the second was refused."""
-    jobs = jobs_of(3 * AT_ONCE)
+    jobs = jobs_of(3 * BATCH)
     ids = ids_of(jobs)
     try:
-        with second_batch(relay, lambda: behind.enqueue_many(jobs)) as calling:
+        with second_batch(relay, lambda: client_of_relay.enqueue_many(jobs)) as calling:
             redis.config_set("maxmemory", 1)
             relay.cut()
         with pytest.raises(QueueUnavailableError) as caught:
             calling.result()
     finally:
         redis.config_set("maxmemory", 0)
-    assert account(caught.value) == (ids[:AT_ONCE], ids[AT_ONCE:-AT_ONCE], ids[-AT_ONCE:])
+    assert account(caught.value) == (ids[:BATCH], ids[BATCH:-BATCH], ids[-BATCH:])
 
 
 @pytest.mark.parametrize("job_id", [None, "chosen"])
-def test_a_single_job_whose_answer_is_lost(
-    redis: Redis, relay: Relay, behind: Client, job_id: str | None
+def test_a_single_job_whose_reply_is_lost_is_sent_once(
+    redis: Redis, relay: Relay, client_of_relay: Client, job_id: str | None
 ) -> None:
-    """It is the same for one job: where only the answer was lost, it is not sent twice."""
+    """If only the reply was lost, the job is not sent twice."""
     with relay.gate(EXEC, answered=True) as gate:
-        calling = Background(lambda: behind.enqueue("ann", [ID], job_id=job_id))
+        calling = Background(lambda: client_of_relay.enqueue("ann", [ID], job_id=job_id))
         gate.until_reached()
         until(lambda: redis.llen(QUEUE) == 1)
         relay.cut()
     assert [calling.result()] == queued(redis)
 
 
-def test_a_redis_that_is_full(redis: Redis, client: Client) -> None:
-    """A full Redis takes none, and the account says so; with room again, the same call serves."""
-    jobs = jobs_of(2 * AT_ONCE)
+def test_a_full_redis_accepts_no_job(redis: Redis, client: Client) -> None:
+    """The error says that nothing was sent, and the same call succeeds later."""
+    jobs = jobs_of(2 * BATCH)
     redis.config_set("maxmemory", 1)
     try:
         with pytest.raises(QueueUnavailableError, match="maxmemory") as caught:
@@ -437,16 +425,18 @@ def test_a_redis_that_is_full(redis: Redis, client: Client) -> None:
     assert client.enqueue_many(jobs) == ids_of(jobs) == queued(redis)
 
 
-def test_a_redis_that_becomes_full_on_the_way(redis: Redis, relay: Relay, behind: Client) -> None:
-    """A batch that Redis refuses was not sent, and the account says so for certain."""
-    jobs = jobs_of(3 * AT_ONCE)
+def test_a_batch_that_redis_refuses_was_not_sent(
+    redis: Redis, relay: Relay, client_of_relay: Client
+) -> None:
+    """The error says for certain that a refused batch was not sent."""
+    jobs = jobs_of(3 * BATCH)
     ids = ids_of(jobs)
     try:
-        with second_batch(relay, lambda: behind.enqueue_many(jobs)) as calling:
+        with second_batch(relay, lambda: client_of_relay.enqueue_many(jobs)) as calling:
             redis.config_set("maxmemory", 1)
         with pytest.raises(QueueUnavailableError, match="maxmemory") as caught:
             calling.result()
     finally:
         redis.config_set("maxmemory", 0)
-    assert account(caught.value) == (ids[:AT_ONCE], [], ids[AT_ONCE:])
-    assert queued(redis) == ids[:AT_ONCE]
+    assert account(caught.value) == (ids[:BATCH], [], ids[BATCH:])
+    assert queued(redis) == ids[:BATCH]

@@ -1,4 +1,4 @@
-"""The contract's rules, without a server."""
+"""The rules of the contract for requests: IDs, digests, validation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from interview_access.errors import InvalidGrantRequestException, InvalidIntervi
 
 ONE = "89d96f4b-c19d-4e69-8eae-e818f3123b09"
 
-RUBBISH = st.recursive(
+ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.uuids(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=8,
@@ -30,8 +30,8 @@ RUBBISH = st.recursive(
 
 
 @given(st.uuids(), st.booleans())
-def test_spellings_of_one_id_are_one(value: UUID, upper: bool) -> None:
-    """With hyphens or without, in any case, a UUID has one canonical form."""
+def test_a_uuid_has_one_canonical_form(value: UUID, upper: bool) -> None:
+    """A UUID with or without hyphens, in any case, has one canonical form."""
     for text in (str(value), value.hex):
         assert canonical_interview_id(text.upper() if upper else text) == str(value)
 
@@ -53,14 +53,16 @@ def test_spellings_of_one_id_are_one(value: UUID, upper: bool) -> None:
     ],
     ids=repr,
 )
-def test_what_only_looks_like_a_uuid_is_malformed(text: str) -> None:
-    """Nothing but the two forms is a UUID, whatever other parsers take for one."""
+def test_other_spellings_of_a_uuid_are_malformed(text: str) -> None:
+    """A spelling that only other parsers accept is malformed."""
     assert canonical_interview_id(text) is None
 
 
 @given(st.lists(st.uuids(), max_size=8), st.randoms(use_true_random=False))
-def test_order_spelling_and_repetition_make_no_other_request(ids: list[UUID], random: Any) -> None:
-    """The digest is the same however one request is written."""
+def test_order_spelling_and_duplicates_do_not_change_the_digest(
+    ids: list[UUID], random: Any
+) -> None:
+    """The digest does not depend on order, spelling or duplicates of the IDs."""
     texts = [str(value) for value in ids]
     others = [random.choice([text, text.upper(), text.replace("-", "")]) for text in texts * 2]
     random.shuffle(others)
@@ -68,8 +70,8 @@ def test_order_spelling_and_repetition_make_no_other_request(ids: list[UUID], ra
     assert len(digests) == 1
 
 
-def test_task_user_and_ids_make_the_request() -> None:
-    """Another task, user or id makes another digest."""
+def test_task_user_and_ids_change_the_digest() -> None:
+    """Another task, user or ID has another digest."""
     requests = [("t", "u", [ONE]), ("x", "u", [ONE]), ("t", "x", [ONE]), ("t", "u", [])]
     assert len({request_digest(*request) for request in requests}) == len(requests)
 
@@ -79,8 +81,8 @@ def test_task_user_and_ids_make_the_request() -> None:
     ["", "x" * 37, "a\0b", "a\ud800", None, 7, True, ["ann"], {"id": "ann"}],
     ids=repr,
 )
-def test_a_wrong_user_id_is_named(user_id: object) -> None:
-    """What is no string of 1 to 36 storable characters is refused with what came."""
+def test_an_invalid_user_id_is_refused(user_id: object) -> None:
+    """The error of an invalid user ID names the argument and what was received."""
     with pytest.raises(InvalidGrantRequestException) as caught:
         GrantAccessRequest.read([], {"user_id": user_id, "interview_ids": []})
     (problem,) = caught.value.details["problems"]
@@ -89,8 +91,8 @@ def test_a_wrong_user_id_is_named(user_id: object) -> None:
 
 
 @pytest.mark.parametrize("user_id", ["x", "x" * 36, " ann ", "Zoë-😀", UUID(ONE)], ids=repr)
-def test_a_user_id_is_taken_to_the_letter(user_id: object) -> None:
-    """A storable user id is neither trimmed nor folded; a UUID object counts as its string."""
+def test_a_user_id_is_used_literally(user_id: object) -> None:
+    """A user ID is neither trimmed nor folded; a UUID object counts as its string."""
     assert GrantAccessRequest.read([user_id, []], {}).user_id == str(user_id)
 
 
@@ -107,19 +109,19 @@ def test_a_user_id_is_taken_to_the_letter(user_id: object) -> None:
     ],
     ids=["none", "missing", "extra", "too many", "twice", "both", "elements"],
 )
-def test_every_wrong_argument_is_named(
+def test_each_invalid_argument_is_named(
     args: list[object], kwargs: dict[str, object], named: list[str]
 ) -> None:
-    """An error names each argument that is missing, extra, doubled or ill-typed."""
+    """The error names each argument that is missing, unknown, given twice or invalid."""
     with pytest.raises(InvalidGrantRequestException) as caught:
         GrantAccessRequest.read(args, kwargs)
     assert [problem["argument"] for problem in caught.value.details["problems"]] == named
     assert all(name in caught.value.sentence for name in named)
 
 
-@given(st.lists(RUBBISH, max_size=3), st.dictionaries(st.text(), RUBBISH, max_size=3))
+@given(st.lists(ANYTHING, max_size=3), st.dictionaries(st.text(), ANYTHING, max_size=3))
 def test_errors_are_plain_json(args: list[object], kwargs: dict[str, object]) -> None:
-    """Whatever came, an error's arguments are JSON that every strict reader takes."""
+    """The arguments of an error are JSON that strict parsers accept, whatever was received."""
     try:
         request = GrantAccessRequest.read(args, kwargs)
     except InvalidGrantRequestException as error:
@@ -132,12 +134,12 @@ def test_errors_are_plain_json(args: list[object], kwargs: dict[str, object]) ->
 
 
 @pytest.mark.parametrize("value", ["x", "x" * 255, "größe-1", "with space"])
-def test_a_printable_id_is_a_job_id(value: str) -> None:
-    """1 to 255 printable characters are a job's id."""
+def test_1_to_255_printable_characters_are_a_job_id(value: str) -> None:
+    """1 to 255 printable characters are a valid job ID."""
     assert is_job_id(value)
 
 
 @pytest.mark.parametrize("value", ["", "x" * 256, "a\nb", "a\0", "\ud800", None, 7], ids=repr)
-def test_anything_else_is_no_job_id(value: object) -> None:
-    """Nothing else is."""
+def test_other_values_are_not_a_job_id(value: object) -> None:
+    """Other strings and values are not a valid job ID."""
     assert not is_job_id(value)
