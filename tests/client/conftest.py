@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
-from tests.support.clients import CLIENTS, Client
 from devstack.servers import LocalStack
+from tests.support.clients import CLIENTS, Client
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from interview_access.contracts import result_key
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
-from tests.support.clients import CLIENTS
 from devstack.servers import LocalStack
+from tests.support.clients import CLIENTS
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from interview_access.errors import (
     NoAnswerInTimeError,
 )
 
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.clients import Client
 from tests.support.stores import Background, until
 from tests.support.workers import ROOT, Site, held_grant, site_with_worker
-from devstack.servers import LocalStack
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHUNK = 10

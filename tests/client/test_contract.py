@@ -27,9 +27,9 @@ from jsonschema.validators import validator_for
 from referencing import Registry, Resource
 
 from contract.generate import FAILURES, FOLDER, schemas
+from devstack.servers import LocalStack
 from tests.support.stores import an_interview, until
 from tests.support.workers import QUEUE, ROOT, Site, site_with_worker
-from devstack.servers import LocalStack
 
 VECTORS: dict[str, Any] = json.loads((FOLDER / "vectors.json").read_text(encoding="utf-8"))
 GIVEN: dict[str, Any] = VECTORS["given"]

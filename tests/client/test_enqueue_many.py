@@ -367,11 +367,11 @@ def test_an_outage_during_the_call_is_accounted_for(
     assert queued(redis) == ids
 
 
-@pytest.mark.parametrize("answered", [False, True], ids=["asked", "done"])
-def test_a_connection_that_is_lost_on_the_way(
+@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+def test_a_lost_connection_is_reopened(
     redis: Redis, relay: Relay, client_of_relay: Client, answered: bool
 ) -> None:
-    """Lost before Redis was asked or with its answer, the call goes on: each job is sent once."""
+    """If it is lost before Redis executes a batch, or before the reply, each job is sent once."""
     jobs = jobs_of(3 * BATCH)
     with second_batch(
         relay, lambda: client_of_relay.enqueue_many(jobs), answered=answered
@@ -381,10 +381,10 @@ def test_a_connection_that_is_lost_on_the_way(
     assert calling.result() == ids_of(jobs) == queued(redis)
 
 
-def test_a_refusal_after_a_lost_connection(
+def test_a_refusal_after_a_lost_connection_is_uncertain(
     redis: Redis, relay: Relay, client_of_relay: Client
 ) -> None:
-    """A batch whose first try was lost may have been sent, even if the second was refused."""
+    """A batch might have been sent if its first attempt was lost and the second was refused."""
     jobs = jobs_of(3 * BATCH)
     ids = ids_of(jobs)
     try:

@@ -19,10 +19,10 @@ from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from redis.exceptions import NoPermissionError
 
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.stores import until
 from tests.support.workers import QUEUE, ROOT, Site, site_with_worker
-from devstack.servers import LocalStack
 
 PAGE = (ROOT / "docs/producers.md").read_text(encoding="utf-8")
 NODE = ROOT / ".venv/node"

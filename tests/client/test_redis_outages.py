@@ -25,7 +25,7 @@ from tests.support.clients import CLIENTS, Client, longest_gap
 from tests.support.stores import Background, all_at_once
 
 BOUND = 10.0  # seconds within which a call fails while Redis is unavailable
-PASSWORD = "s3cret"  # noqa: S105 - of servers that live as long as these tests
+PASSWORD = "s3cret"  # noqa: S105 - of servers that only these tests use
 
 CALLS: dict[str, Callable[[Client], object]] = {
     "enqueue": lambda client: client.enqueue("ann", ["i"]),

@@ -15,10 +15,10 @@ from celery import Celery
 from redis import Redis
 from sqlalchemy import text
 
-from tests.support.database import connected, database
-from tests.support.stores import Background, PostgresStore, postgres_store, until
 from devstack.servers import LocalStack
 from devstack.service import Service
+from tests.support.database import connected, database
+from tests.support.stores import Background, PostgresStore, postgres_store, until
 
 ROOT = Path(__file__).parents[2]
 QUEUE = "interview-access"

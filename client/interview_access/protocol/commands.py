@@ -48,10 +48,10 @@ class Commands:
         if len(self.commands) == 1 and not self.provided:
             return _checked((yield self.commands))
         if self.provided:
-            watch, values = yield ("WATCH", *self.provided), ("MGET", *self.provided)
-            _checked([watch, values])
-            if values != [*self.provided.values()]:
-                yield (("UNWATCH",),)
+            watched, values = yield ("WATCH", *self.provided), ("MGET", *self.provided)
+            if isinstance(watched, RedisError) or values != [*self.provided.values()]:
+                yield (("UNWATCH",),)  # the connection goes back to its pool
+                _checked([watched, values])
                 raise WatchError("a watched key has another value than expected")
         *queued, executed = yield ("MULTI",), *self.commands, ("EXEC",)
         if isinstance(executed, ExecAbortError):
