@@ -1,4 +1,4 @@
-"""A worker session's lease, its deliveries and what recovers them, on the real server."""
+"""A worker session's lease: claims, settlements, reconciliation, takeover, heartbeats."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def redis(stack: LocalStack) -> Iterator[Redis]:
 
 @pytest.fixture
 def client(stack: LocalStack) -> Iterator[Redis]:
-    """The lease's client, which a test may cut off."""
+    """The lease's client, which a test may disconnect."""
     with connect(stack) as client:
         yield client
 
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """The clock of all leases."""
+    """The clock of both leases."""
     return ManualClock()
 
 
@@ -82,14 +82,14 @@ def other(redis: Redis, stack: LocalStack, clock: ManualClock) -> Iterator[Stepp
 
 
 def claim(lease: Lease, queues: tuple[str, ...] = KEYS) -> list[Delivery]:
-    """What a session that is alive claims for one pool process."""
+    """Claim for one pool process, with a valid lease."""
     deliveries = lease.claim(queues, 1, PROCESSES)
     assert deliveries is not None
     return deliveries
 
 
 class Batch:
-    """A batch, as far as the lease looks at it."""
+    """A batch, with the attributes that the lease reads."""
 
     def __init__(self, *deliveries: Delivery, is_abandoned: bool = False) -> None:
         self.is_abandoned = is_abandoned
@@ -98,7 +98,7 @@ class Batch:
 
 
 def dispatched(lease: Lease) -> list[Delivery]:
-    """Claimed deliveries that a pool process executes."""
+    """Claim, and dispatch the deliveries to a pool process."""
     deliveries = claim(lease)
     Batch(*deliveries)
     return deliveries
@@ -120,7 +120,7 @@ def lose(redis: Redis, lease: SteppedLease) -> None:
 
 
 def test_a_lost_lease_claims_nothing(lease: SteppedLease, redis: Redis) -> None:
-    """A session that was taken over learns it from its claim."""
+    """A claim of a session that was taken over returns None."""
     lose(redis, lease)
     redis.lpush(QUEUE, "message")
     assert lease.claim(KEYS, 1, PROCESSES) is None
@@ -128,7 +128,7 @@ def test_a_lost_lease_claims_nothing(lease: SteppedLease, redis: Redis) -> None:
 
 
 def test_a_lost_lease_is_followed_by_another_session(lease: SteppedLease, redis: Redis) -> None:
-    """A heartbeat that finds the lease lost begins another session, which claims."""
+    """A heartbeat that finds the lease lost opens another session, which can claim."""
     former = lease.session
     lose(redis, lease)
     lease.beat()
@@ -139,7 +139,7 @@ def test_a_lost_lease_is_followed_by_another_session(lease: SteppedLease, redis:
 
 
 def test_deliveries_of_a_lost_lease_are_forgotten(lease: SteppedLease, redis: Redis) -> None:
-    """A job that runs while its lease is lost is redelivered; its end has no effect."""
+    """A job that runs when its lease is lost is redelivered; its settlement has no effect."""
     redis.lpush(QUEUE, "message")
     (delivery,) = dispatched(lease)
     lose(redis, lease)
@@ -150,7 +150,7 @@ def test_deliveries_of_a_lost_lease_are_forgotten(lease: SteppedLease, redis: Re
 
 
 def test_a_settlement_after_the_takeover_has_no_effect(lease: SteppedLease, redis: Redis) -> None:
-    """Also before the worker knows that its lease is lost."""
+    """A settlement of a lost session has no effect, also before the worker detects the loss."""
     redis.lpush(QUEUE, "message")
     deliveries = dispatched(lease)
     lose(redis, lease)
@@ -160,7 +160,7 @@ def test_a_settlement_after_the_takeover_has_no_effect(lease: SteppedLease, redi
 
 
 def test_delivery_tags_are_never_reused(lease: SteppedLease, redis: Redis, client: Redis) -> None:
-    """A late command of a former session cannot name a delivery of the current one."""
+    """New sessions continue the delivery tags, so that late commands name no other delivery."""
     redis.lpush(QUEUE, "a", "b", "c")
     tags = [one.claim.tag for one in claim(lease)]
     lease.open(client)
@@ -177,7 +177,7 @@ def test_delivery_tags_are_never_reused(lease: SteppedLease, redis: Redis, clien
 def test_a_reconnection_keeps_running_jobs(
     lease: SteppedLease, redis: Redis, stack: LocalStack
 ) -> None:
-    """What runs continues in the new session; what was not dispatched is requeued."""
+    """A new session keeps dispatched deliveries and requeues those that were not dispatched."""
     redis.lpush(QUEUE, "running")
     deliveries = dispatched(lease)
     redis.lpush(QUEUE, "not dispatched")
@@ -195,7 +195,7 @@ def test_a_reconnection_keeps_running_jobs(
 def test_a_reconnection_requeues_a_claim_without_reply(
     lease: SteppedLease, redis: Redis, client: Redis
 ) -> None:
-    """A claim that Redis executed but whose reply was lost is requeued without an attempt."""
+    """A claim whose reply was lost is requeued without counting an attempt."""
     redis.lpush(QUEUE, "message")
     Claims(redis).claim(lease.session, KEYS, first_tag=100, room=1, size=1)
     lease.open(client)
@@ -206,7 +206,7 @@ def test_a_reconnection_requeues_a_claim_without_reply(
 def test_a_late_claim_of_a_former_session_claims_nothing(
     lease: SteppedLease, redis: Redis, client: Redis
 ) -> None:
-    """A command that is still on its way on the old connection finds its session ended."""
+    """A late command on the old connection has no effect: its session has ended."""
     former = lease.session
     lease.open(client)
     redis.lpush(QUEUE, "message")
@@ -217,7 +217,7 @@ def test_a_late_claim_of_a_former_session_claims_nothing(
 def test_a_session_that_could_not_be_opened_is_replaced(
     lease: SteppedLease, redis: Redis, client: Redis, *, is_opened: bool
 ) -> None:
-    """The next heartbeat continues all former sessions in a new one, opened or not."""
+    """The next heartbeat opens a new session that takes over all former ones, opened or not."""
     redis.lpush(QUEUE, "running")
     (delivery,) = dispatched(lease)
     with unreachable(client), pytest.raises(RedisConnectionError):
@@ -231,10 +231,10 @@ def test_a_session_that_could_not_be_opened_is_replaced(
     assert messages(redis) == {}
 
 
-def test_a_server_that_lost_a_claim_gets_the_message_again(
+def test_a_message_that_the_server_lost_is_enqueued_again(
     lease: SteppedLease, redis: Redis, client: Redis
 ) -> None:
-    """After a restart or failover without its last second a server may lack claim and message."""
+    """A server that lost its last second in a restart or failover gets the claimed message back."""
     redis.lpush(QUEUE, "running")
     dispatched(lease)
     redis.flushdb()
@@ -248,7 +248,7 @@ def test_a_server_that_lost_a_claim_gets_the_message_again(
 
 
 def test_a_delivery_is_settled_once(lease: SteppedLease, redis: Redis) -> None:
-    """The first disposition applies."""
+    """Of two dispositions the first one applies."""
     redis.lpush(QUEUE, "message")
     (delivery,) = dispatched(lease)
     settle(lease, ACKNOWLEDGE, delivery)
@@ -258,7 +258,7 @@ def test_a_delivery_is_settled_once(lease: SteppedLease, redis: Redis) -> None:
 
 
 def test_settlements_wait_for_redis(lease: SteppedLease, redis: Redis, client: Redis) -> None:
-    """What is settled while Redis is away is sent by a later heartbeat; the first one applies."""
+    """A later heartbeat sends the settlements of an outage; the first of each delivery applies."""
     redis.lpush(QUEUE, "a", "b", "c")
     one, two, three = dispatched(lease)
     with unreachable(client):
@@ -279,7 +279,7 @@ def test_settlements_wait_for_redis(lease: SteppedLease, redis: Redis, client: R
 def test_settlements_survive_a_reconnection(
     lease: SteppedLease, redis: Redis, client: Redis
 ) -> None:
-    """What was settled while Redis was away is sent in the new session."""
+    """A new session sends the settlements of an outage."""
     redis.lpush(QUEUE, "a")
     deliveries = dispatched(lease)
     with unreachable(client):
@@ -294,7 +294,7 @@ def test_settlements_survive_a_reconnection(
 def test_claims_without_delivery_are_requeued(
     lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A heartbeat requeues, as an error, what is claimed in Redis and not in the table."""
+    """A heartbeat requeues claims that the worker does not know of, and logs an error."""
     redis.lpush(QUEUE, "lost", "known")
     Claims(redis).claim(lease.session, KEYS, first_tag=100, room=1, size=1)
     (known,) = claim(lease)
@@ -307,7 +307,7 @@ def test_claims_without_delivery_are_requeued(
 def test_a_delivery_without_claim_is_forgotten(
     lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A heartbeat removes, as an error, what is in the table and not claimed in Redis."""
+    """A heartbeat removes deliveries that Redis does not know of, and logs an error."""
     redis.lpush(QUEUE, "lost", "known")
     lost, known = claim(lease)
     redis.hdel(f"{PREFIX}held:{lease.session}", lost.claim.tag)
@@ -317,14 +317,14 @@ def test_a_delivery_without_claim_is_forgotten(
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """The errors that were logged."""
+    """Return the logged errors."""
     return [one.message for one in caplog.records if one.levelno >= logging.ERROR]
 
 
 def test_a_delivery_that_was_never_dispatched_is_requeued(
     lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A claimed delivery that is not dispatched within seconds was dropped by a defect."""
+    """A claimed delivery that is not dispatched within seconds is requeued, and an error logged."""
     redis.lpush(QUEUE, "dropped")
     claim(lease)
     lease.beat_for(ORPHANED_AFTER)
@@ -338,7 +338,7 @@ def test_a_delivery_that_was_never_dispatched_is_requeued(
 def test_a_delivery_that_the_pool_forgot_counts_an_attempt(
     lease: SteppedLease, redis: Redis
 ) -> None:
-    """Its job may have ended the pool process: it comes back isolated."""
+    """A delivery of an abandoned batch is isolated: its job may have ended the pool process."""
     redis.lpush(QUEUE, "forgotten")
     Batch(*claim(lease), is_abandoned=True)
     lease.beat(ORPHANED_AFTER + 1)
@@ -347,7 +347,7 @@ def test_a_delivery_that_the_pool_forgot_counts_an_attempt(
 
 
 def test_a_running_delivery_is_kept(lease: SteppedLease, redis: Redis) -> None:
-    """A long job has an owner for as long as it runs."""
+    """The delivery of a long job stays claimed for as long as the job runs."""
     redis.lpush(QUEUE, "long")
     dispatched(lease)
     lease.beat_for(10 * ORPHANED_AFTER)
@@ -360,7 +360,7 @@ def test_a_running_delivery_is_kept(lease: SteppedLease, redis: Redis) -> None:
 def test_a_dead_workers_messages_are_taken_over(
     lease: SteppedLease, other: SteppedLease, redis: Redis
 ) -> None:
-    """A session whose counter has stood still for two TTLs is taken over; its messages isolated."""
+    """A session that sends no heartbeat for two TTLs is taken over, its messages isolated."""
     redis.lpush(QUEUE, "message")
     claim(other)
     dead = other.session
@@ -375,7 +375,7 @@ def test_a_dead_workers_messages_are_taken_over(
 def test_a_slow_worker_is_not_taken_over(
     lease: SteppedLease, other: SteppedLease, redis: Redis
 ) -> None:
-    """Any heartbeat within two TTLs keeps the lease."""
+    """One heartbeat within two TTLs keeps the lease."""
     for _ in range(3):
         lease.beat_for(2 * TTL - 1)
         other.beat()
@@ -383,10 +383,10 @@ def test_a_slow_worker_is_not_taken_over(
 
 
 @pytest.mark.parametrize("gap", [TTL, 100 * TTL])
-def test_a_gap_between_observations_starts_them_anew(
+def test_a_gap_restarts_the_observation_of_other_sessions(
     lease: SteppedLease, other: SteppedLease, redis: Redis, gap: float
 ) -> None:
-    """After a stall of Redis or of this machine all counters seem to have stood still."""
+    """After a stall of Redis or of this machine other sessions get another two TTLs."""
     dead = other.session
     lease.beat()
     lease.beat_for(2 * TTL - 2)
@@ -398,7 +398,7 @@ def test_a_gap_between_observations_starts_them_anew(
 
 
 def test_an_earlier_versions_session_is_taken_over(lease: SteppedLease, redis: Redis) -> None:
-    """The first version wrote deadlines: one that stands still expires, however far in future."""
+    """A session of the first version expires if its deadline does not change for two TTLs."""
     deadline = 4_000_000_000_000
     redis.zadd(LEASES, {"renewed": deadline, "dead": deadline})
     redis.hset(f"{PREFIX}held:dead", "1", f"{QUEUE}\0message")
@@ -409,10 +409,10 @@ def test_an_earlier_versions_session_is_taken_over(lease: SteppedLease, redis: R
     assert redis.lrange(ISOLATED, 0, -1) == [f"{QUEUE}\0message".encode()]
 
 
-def test_a_large_session_is_taken_over_by_several_workers(
+def test_two_workers_take_over_a_large_session(
     lease: SteppedLease, other: SteppedLease, redis: Redis
 ) -> None:
-    """Takeovers at the same time move each message once."""
+    """Simultaneous takeovers move each message once."""
     sizes = [2_000_000 + at for at in range(6)]
     redis.zadd(LEASES, {"dead": 7})
     for at, size in enumerate(sizes):
@@ -424,7 +424,7 @@ def test_a_large_session_is_taken_over_by_several_workers(
 
 
 def test_delayed_messages_are_woken_by_a_heartbeat(lease: SteppedLease, redis: Redis) -> None:
-    """Large ones too: one heartbeat wakes all that are due."""
+    """One heartbeat wakes all messages that are due, large ones too."""
     redis.lpush(LANE, *[b"." * 2_000_000] * 5)
     for _ in range(5):
         deliveries = lease.claim(KEYS, 1, 100)
@@ -438,7 +438,7 @@ def test_delayed_messages_are_woken_by_a_heartbeat(lease: SteppedLease, redis: R
 
 
 def test_a_stuck_main_loop_loses_the_lease(lease: SteppedLease, redis: Redis) -> None:
-    """A worker whose main loop does not turn is dead to others, whatever its threads do."""
+    """A worker whose event loop does not turn stops renewing its lease."""
     lease.clock.now += 121
     before = sessions(redis)
     lease._beat()
@@ -451,7 +451,7 @@ def test_a_stuck_main_loop_loses_the_lease(lease: SteppedLease, redis: Redis) ->
 def test_a_draining_worker_claims_nothing_and_keeps_its_lease(
     lease: SteppedLease, redis: Redis
 ) -> None:
-    """Running jobs go on under the lease, though the main loop may not turn any more."""
+    """A draining worker renews its lease for its running jobs, also if its event loop has ended."""
     redis.lpush(QUEUE, "running")
     deliveries = dispatched(lease)
     redis.lpush(QUEUE, "waiting")
@@ -470,7 +470,7 @@ def test_a_draining_worker_claims_nothing_and_keeps_its_lease(
 def test_a_draining_worker_requeues_what_is_not_dispatched(
     lease: SteppedLease, redis: Redis
 ) -> None:
-    """A delivery that no pool process has begun runs elsewhere, without an attempt counted."""
+    """A draining worker requeues undispatched deliveries without counting an attempt."""
     redis.lpush(QUEUE, "message")
     claim(lease)
     lease.drain()
@@ -478,8 +478,8 @@ def test_a_draining_worker_requeues_what_is_not_dispatched(
     assert redis.lrange(QUEUE, 0, -1) == [b"message"]
 
 
-def test_the_grace_begins_with_the_first_drain(lease: SteppedLease) -> None:
-    """A second request to stop does not extend it; a cold shutdown ends it."""
+def test_the_grace_period_begins_with_the_first_drain(lease: SteppedLease) -> None:
+    """A second warm shutdown does not extend the grace period; a cold shutdown ends it."""
     lease.drain()
     lease.clock.now += GRACE / 2
     lease.drain()
@@ -489,7 +489,7 @@ def test_the_grace_begins_with_the_first_drain(lease: SteppedLease) -> None:
 
 
 def test_a_closed_session_leaves_nothing(lease: SteppedLease, redis: Redis) -> None:
-    """What is still claimed is requeued, without an attempt; a late end has no effect."""
+    """A close requeues what is claimed without an attempt; later settlements have no effect."""
     redis.lpush(QUEUE, "a", "b")
     deliveries = dispatched(lease)
     lease.close()
@@ -501,7 +501,7 @@ def test_a_closed_session_leaves_nothing(lease: SteppedLease, redis: Redis) -> N
 
 
 def test_a_close_sends_settlements_first(lease: SteppedLease, redis: Redis, client: Redis) -> None:
-    """A job that ended while Redis was away does not run again."""
+    """A close sends the settlements of an outage before it requeues the other deliveries."""
     redis.lpush(QUEUE, "ended", "running")
     ended, _ = dispatched(lease)
     with unreachable(client):
@@ -510,10 +510,10 @@ def test_a_close_sends_settlements_first(lease: SteppedLease, redis: Redis, clie
     assert messages(redis) == {b"running": 1}
 
 
-def test_a_close_while_redis_is_away_is_a_takeover_later(
+def test_a_session_that_could_not_be_closed_is_taken_over(
     lease: SteppedLease, other: SteppedLease, redis: Redis, client: Redis
 ) -> None:
-    """The messages of a session that could not be closed are taken over."""
+    """Another worker takes over the messages of a session that was closed during an outage."""
     redis.lpush(QUEUE, "message")
     dispatched(lease)
     with unreachable(client):
@@ -523,10 +523,10 @@ def test_a_close_while_redis_is_away_is_a_takeover_later(
     assert sessions(redis).keys() == {other.session}
 
 
-def test_a_close_between_two_sessions_leaves_nothing(
+def test_a_close_after_a_failed_reconnection_leaves_nothing(
     lease: SteppedLease, redis: Redis, client: Redis
 ) -> None:
-    """Also where the last reconnection failed, settlements are sent and all sessions end."""
+    """After a failed reconnection a close sends the settlements and ends all sessions."""
     redis.lpush(QUEUE, "ended", "running")
     ended, _ = dispatched(lease)
     with unreachable(client):
@@ -543,7 +543,7 @@ def test_a_close_between_two_sessions_leaves_nothing(
 
 
 def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) -> None:
-    """Another is claimed when the first has ended; other messages meanwhile."""
+    """A worker claims a second poison candidate only after it has settled the first one."""
     redis.lpush(QUEUE, "poison 1", "poison 2")
     claim(lease)
     lose(redis, lease)
@@ -558,7 +558,7 @@ def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) 
 
 
 def claim_while_more(lease: SteppedLease) -> list[Delivery]:
-    """Claim as the consumer does: once more where messages were only moved to the lane."""
+    """Claim as the consumer does: again, if the claim only moved messages to the lane."""
     deliveries = claim(lease)
     while not deliveries and lease.has_more:
         deliveries = claim(lease)
@@ -566,12 +566,12 @@ def claim_while_more(lease: SteppedLease) -> list[Delivery]:
 
 
 def sizes_claimed(lease: SteppedLease, claims: int) -> list[list[int]]:
-    """The sizes of what each of so many claims takes."""
+    """Return the sizes of the messages that each of several claims takes."""
     return [[one.claim.size for one in claim_while_more(lease)] for _ in range(claims)]
 
 
 def test_large_messages_take_all_pool_processes(lease: SteppedLease, redis: Redis) -> None:
-    """Where no small message comes, no pool process is kept for one."""
+    """Large messages take every pool process as long as no small message arrives."""
     redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * (PROCESSES + 1))
     assert sizes_claimed(lease, PROCESSES + 1) == [*[[BATCH_BYTES]] * PROCESSES, []]
 
@@ -579,15 +579,17 @@ def test_large_messages_take_all_pool_processes(lease: SteppedLease, redis: Redi
 def test_a_small_message_is_claimed_before_the_last_large_one(
     lease: SteppedLease, redis: Redis
 ) -> None:
-    """The last free pool process is for a small message that waits, behind large ones or not."""
+    """The last free pool process takes a waiting small message, also from behind large ones."""
     redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * 40, b"small")
     sizes = sizes_claimed(lease, PROCESSES + 3)
     assert sizes[: PROCESSES - 1] == [[BATCH_BYTES]] * (PROCESSES - 1)
     assert [taken for taken in sizes[PROCESSES - 1 :] if taken] == [[5]]
 
 
-def test_after_a_small_message_one_pool_process_is_kept(lease: SteppedLease, redis: Redis) -> None:
-    """Large messages leave it free for a second."""
+def test_a_small_message_reserves_a_pool_process_for_a_second(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """For a second after a small message, large messages leave one pool process free."""
     redis.lpush(QUEUE, b"small")
     settle(lease, ACKNOWLEDGE, *claim(lease))
     redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
@@ -596,15 +598,15 @@ def test_after_a_small_message_one_pool_process_is_kept(lease: SteppedLease, red
     assert sizes_claimed(lease, 1) == [[BATCH_BYTES]]
 
 
-def test_the_last_pool_process_takes_nothing_huge(lease: SteppedLease, redis: Redis) -> None:
-    """A job that may take long leaves one pool process to others."""
+def test_the_last_pool_process_takes_no_huge_message(lease: SteppedLease, redis: Redis) -> None:
+    """Huge messages leave one pool process to other jobs."""
     huge = HUGE_BYTES + 1
     redis.lpush(QUEUE, *[b"." * huge] * PROCESSES)
     assert sizes_claimed(lease, PROCESSES) == [*[[huge]] * (PROCESSES - 1), []]
 
 
-def test_a_huge_message_is_not_passed_for_ever(lease: SteppedLease, redis: Redis) -> None:
-    """It needs a pool process that no huge job has, whatever the others execute."""
+def test_a_huge_message_is_not_starved(lease: SteppedLease, redis: Redis) -> None:
+    """A huge message takes the next free pool process if no other huge job runs."""
     huge = HUGE_BYTES + 1
     redis.lpush(QUEUE, *[b"." * BATCH_BYTES] * PROCESSES)
     running = [claim_while_more(lease) for _ in range(PROCESSES)]
@@ -614,7 +616,7 @@ def test_a_huge_message_is_not_passed_for_ever(lease: SteppedLease, redis: Redis
 
 
 def test_the_last_pool_process_takes_no_poison_candidate(lease: SteppedLease, redis: Redis) -> None:
-    """It may take as long as a huge job."""
+    """A poison candidate counts as a huge job."""
     redis.lpush(QUEUE, *[b"." * (HUGE_BYTES + 1)] * (PROCESSES - 1))
     running = [claim(lease) for _ in range(PROCESSES - 1)]
     redis.lpush(f"{PREFIX}isolated", f"{QUEUE}\0poison")
@@ -623,8 +625,10 @@ def test_the_last_pool_process_takes_no_poison_candidate(lease: SteppedLease, re
     assert [one.claim.message for one in claim(lease)] == [b"poison"]
 
 
-def test_large_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
-    """They make one batch of at most so many bytes, which counts as one large job."""
+def test_large_messages_are_claimed_up_to_a_number_of_bytes(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """A claim of large messages is one batch of at most BATCH_BYTES, which counts as one job."""
     size = BATCH_BYTES // 3
     redis.lpush(QUEUE, *[b"." * size] * 4, b"small")
     first = dispatched(lease)
@@ -633,8 +637,10 @@ def test_large_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: R
     assert [one.claim.size for one in claim(lease)] == [5]
 
 
-def test_small_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: Redis) -> None:
-    """As many bytes as the free pool processes execute together, and one message more at most."""
+def test_small_messages_are_claimed_up_to_a_number_of_bytes(
+    lease: SteppedLease, redis: Redis
+) -> None:
+    """A claim of small messages takes BATCH_BYTES for each free pool process."""
     redis.lpush(QUEUE, *[b"." * SMALL_BYTES] * 10)
     deliveries = lease.claim(KEYS, 1, PROCESSES, free=2)
     assert deliveries is not None
@@ -642,7 +648,7 @@ def test_small_messages_are_claimed_up_to_a_budget(lease: SteppedLease, redis: R
 
 
 def test_the_lane_is_read_once_a_second_without_room(lease: SteppedLease, redis: Redis) -> None:
-    """Reading a message of 5 MB takes the server as long as the rest of a claim."""
+    """A claim without room for large messages reads the lane, which is slow, once a second."""
     redis.lpush(QUEUE, "small")
     settle(lease, ACKNOWLEDGE, *claim(lease))
     redis.lpush(LANE, *[b"." * BATCH_BYTES] * PROCESSES)
@@ -656,10 +662,10 @@ def test_the_lane_is_read_once_a_second_without_room(lease: SteppedLease, redis:
     assert [one.claim.size for one in claim(lease)] == [BATCH_BYTES]
 
 
-def test_of_an_oversized_message_the_ends_are_claimed(
+def test_an_oversized_message_is_not_transferred(
     redis: Redis, client: Redis, clock: ManualClock
 ) -> None:
-    """A message that is not decoded is not transferred whole."""
+    """The worker receives only both ends of an oversized message."""
     lease = SteppedLease(clock, max_bytes=200_000)
     lease.open(client)
     redis.lpush(QUEUE, b"." * 200_001)
@@ -671,7 +677,7 @@ def test_of_an_oversized_message_the_ends_are_claimed(
 
 
 def test_an_outage_stops_claims_and_one_job_probes(lease: SteppedLease, redis: Redis) -> None:
-    """After the back-off a single job is claimed, and others when it has succeeded."""
+    """After the back-off one job is claimed, and further ones once it has succeeded."""
     redis.lpush(QUEUE, "a", "b", "c")
     lease.policy.breaker.record_failure("PostgreSQL is away")
     assert claim(lease) == []
@@ -684,10 +690,8 @@ def test_an_outage_stops_claims_and_one_job_probes(lease: SteppedLease, redis: R
     assert len(claim(lease)) == 2
 
 
-def test_a_job_that_runs_since_before_an_outage_is_no_probe(
-    lease: SteppedLease, redis: Redis
-) -> None:
-    """A long job does not keep the worker from probing, and so from all others."""
+def test_a_job_that_began_before_an_outage_is_no_probe(lease: SteppedLease, redis: Redis) -> None:
+    """A job that began before the outage does not prevent another job from probing."""
     redis.lpush(QUEUE, "long")
     dispatched(lease)
     lease.clock.now += 1
@@ -699,7 +703,7 @@ def test_a_job_that_runs_since_before_an_outage_is_no_probe(
 
 
 def test_the_back_off_grows(clock: ManualClock) -> None:
-    """It doubles up to 30 s; failures while the circuit is open do not extend it."""
+    """The back-off doubles up to 30 s; failures while the circuit is open do not extend it."""
     breaker = CircuitBreaker(clock)
     waits = []
     for _ in range(7):
@@ -731,12 +735,12 @@ def running(redis: Redis, stack: LocalStack) -> Iterator[Any]:
 
 @pytest.mark.usefixtures("running")
 def test_the_thread_renews_the_lease(redis: Redis) -> None:
-    """Heartbeats come without the main loop."""
+    """The heartbeat thread renews the lease without the event loop."""
     until(lambda: sessions(redis).popitem()[1] > 3)
 
 
-def test_the_thread_survives_what_is_raised(running: Lease, redis: Redis) -> None:
-    """A defect in what is called at a heartbeat does not end the lease."""
+def test_the_thread_survives_an_exception(running: Lease, redis: Redis) -> None:
+    """The lease is renewed although the heartbeat's callback raises."""
     calls = []
 
     def fail() -> None:
@@ -752,7 +756,7 @@ def test_the_thread_survives_what_is_raised(running: Lease, redis: Redis) -> Non
 def test_the_thread_survives_an_outage(
     running: Lease, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Heartbeats continue when Redis is back; the outage is logged once."""
+    """Heartbeats continue after an outage of Redis, which is logged once."""
     assert running._client
     beats = []
     running.on_heartbeat = lambda: beats.append(1)
@@ -765,7 +769,7 @@ def test_the_thread_survives_an_outage(
 
 
 def test_a_demoted_server_is_a_lost_connection(running: Lease, redis: Redis) -> None:
-    """No wait for a message reports it: the heartbeat does, until Redis is a primary again."""
+    """The heartbeat reports a lost connection for as long as its server is a replica."""
     assert not running.is_lost
     redis.replicaof("127.0.0.1", "1")
     try:
@@ -777,7 +781,7 @@ def test_a_demoted_server_is_a_lost_connection(running: Lease, redis: Redis) -> 
 
 @pytest.mark.parametrize("queue", KEYS)
 def test_a_heartbeat_reports_messages(lease: SteppedLease, redis: Redis, queue: str) -> None:
-    """After a heartbeat a claim may take more if a list has a message, and only then."""
+    """A heartbeat sets ``has_more`` only if a queue has a message."""
     claim(lease)
     lease.beat()
     assert not lease.has_more
@@ -787,7 +791,7 @@ def test_a_heartbeat_reports_messages(lease: SteppedLease, redis: Redis, queue: 
 
 
 def test_an_idle_heartbeat_is_three_commands(lease: SteppedLease, redis: Redis) -> None:
-    """Without messages a heartbeat renews the lease, reads the sessions and looks, no more."""
+    """Without messages a heartbeat renews the lease, reads the sessions and checks the queues."""
     claim(lease)
     lease.beat()
     redis.config_resetstat()

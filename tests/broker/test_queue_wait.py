@@ -1,4 +1,4 @@
-"""Waiting for a queue: when a wait is over, and that it receives and keeps nothing."""
+"""Blocking waits for a queue: when they end, and that they leave the messages in Redis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG_SECONDS, SHORT_SECONDS = 60.0, 0.05
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of a server of the tests' own."""
+    """The port of a server for these tests alone."""
     with redis_of(tmp_path_factory.mktemp("redis")) as port:
         yield port
 
@@ -38,19 +38,19 @@ def redis(port: int) -> Iterator[Redis]:
 
 @pytest.fixture
 def wait(port: int) -> Iterator[QueueWait]:
-    """Waits on a connection of its own."""
+    """Waits on a separate connection."""
     with closing(QueueWait(ConnectionPool(port=port))) as wait:
         yield wait
 
 
 def blocked(redis: Redis) -> int:
-    """Clients that wait."""
+    """Count the blocked clients."""
     info: Any = redis.info("clients")
     return int(info["blocked_clients"])
 
 
 def read(wait: QueueWait, socket: Any) -> bool:
-    """What a wait returns when it is over."""
+    """Return the result of a wait, as soon as it ends."""
     result = None
     while result is None:
         select([socket], [], [])
@@ -69,14 +69,14 @@ def test_a_message_ends_the_wait_and_stays(redis: Redis, wait: QueueWait) -> Non
 
 
 def test_a_message_that_is_there_ends_the_wait(redis: Redis, wait: QueueWait) -> None:
-    """A wait on a queue with messages is over at once, time and again."""
+    """A wait on a queue with messages ends at once, also when repeated."""
     redis.lpush(QUEUE, "a", "b")
     assert [read(wait, wait.start(QUEUE, LONG_SECONDS)) for _ in range(3)] == [True] * 3
 
 
 @pytest.mark.usefixtures("redis")
 def test_a_wait_ends_without_a_message(wait: QueueWait) -> None:
-    """A wait for an empty queue is over after its timeout, time and again."""
+    """A wait for an empty queue ends after its timeout, also when repeated."""
     assert [read(wait, wait.start(QUEUE, SHORT_SECONDS)) for _ in range(3)] == [False] * 3
 
 
@@ -93,7 +93,7 @@ def test_a_key_of_another_type_is_refused(redis: Redis, wait: QueueWait) -> None
 def test_a_refusal_to_suppress_a_reply_leaves_the_connection_usable(
     port: int, redis: Redis
 ) -> None:
-    """Redis then sends the replies of all three commands: the next wait does not read them."""
+    """Redis then sends the replies of all three commands; the next wait does not read them."""
     redis.acl_setuser(
         "narrow", enabled=True, nopass=True, keys="*", commands=["+@all", "-client|reply"]
     )
@@ -108,7 +108,7 @@ def test_a_refusal_to_suppress_a_reply_leaves_the_connection_usable(
 
 
 def test_a_full_server_refuses_to_wait(redis: Redis, wait: QueueWait) -> None:
-    """A server that executes no BLMOVE is not asked in a loop: the fifth refusal is reported."""
+    """A server that refuses BLMOVE is not polled in a loop: the fifth refusal is raised."""
     redis.config_set("maxmemory", 1)
     try:
         for _ in range(4):  # another worker may have been quicker
@@ -120,7 +120,7 @@ def test_a_full_server_refuses_to_wait(redis: Redis, wait: QueueWait) -> None:
 
 
 def test_a_full_server_reports_its_messages(redis: Redis, wait: QueueWait) -> None:
-    """A full server's messages are found without a wait."""
+    """A wait reports messages on a server whose memory is full."""
     redis.lpush(QUEUE, "a")
     redis.config_set("maxmemory", 1)
     try:
@@ -139,9 +139,9 @@ def test_a_lost_connection_is_an_error(redis: Redis, wait: QueueWait) -> None:
 
 
 def test_redis_holds_no_more_of_a_large_message_than_its_enqueuing_takes(tmp_path: Path) -> None:
-    """Whoever waits for a message, claims and acknowledges it: Redis holds three copies at most.
+    """Waiting for, claiming and acknowledging a message needs three copies of it at most.
 
-    The client's MULTI takes these by itself: list, query buffer, entry of the append-only file.
+    The client's MULTI alone needs these: list, query buffer, entry of the append-only file.
     """
     size = 20_000_000
     with redis_of(tmp_path) as port, Redis(port=port) as redis:

@@ -1,4 +1,4 @@
-"""What a poller reads is the ledger's answer, whoever else has something to say later."""
+"""The result backend: a poller reads the ledger's result, whatever is stored before or after."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GIVEN_UP = JobFailedError("It ended its worker.", {})
 
 
 def results_at(url: str, **settings: object) -> JobResults:
-    """A worker's results there."""
+    """Return a worker's result backend at this URL."""
     app = Celery(set_as_current=False)
     app.loader.override_backends = {"redis": "worker.broker.results:JobResults"}
     app.conf.update(result_backend=url, **settings)
@@ -44,34 +44,34 @@ def results_at(url: str, **settings: object) -> JobResults:
 
 @pytest.fixture
 def results(stack: LocalStack) -> JobResults:
-    """A worker's results."""
+    """A worker's result backend."""
     return results_at(stack.broker_url)
 
 
 @pytest.fixture
 def redis(stack: LocalStack) -> Iterator[Redis]:
-    """What a poller asks."""
+    """The server that pollers read."""
     with Redis(unix_socket_path=stack.broker_url.removeprefix("redis+socket://")) as one:
         yield one
 
 
 def stored(redis: Redis, job_id: str) -> tuple[str, Any]:
-    """The state that a poller reads, and its result."""
+    """Read a job's state and result as a poller does."""
     meta: Any = redis.get(f"celery-task-meta-{job_id}")
-    told = json.loads(meta)
-    return told["status"], told["result"]
+    decoded = json.loads(meta)
+    return decoded["status"], decoded["result"]
 
 
-def store(results: JobResults, job_id: str, answer: object) -> None:
+def store(results: JobResults, job_id: str, result: object) -> None:
     """Store a job's result."""
-    assert isinstance(answer, dict | InterviewAccessError)
-    assert results.store_results({job_id: answer}) == {job_id}
+    assert isinstance(result, dict | InterviewAccessError)
+    assert results.store_results({job_id: result}) == {job_id}
 
 
 def test_progress_is_reported_until_a_report_fails(
     postgres: PostgresStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A Redis that does not reply delays a running job once, not after each chunk."""
+    """A Redis that does not reply delays a running job once, not once for each chunk."""
     ids = postgres.add_interviews(5 * CHUNK_SIZE)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never replies
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
@@ -87,7 +87,7 @@ def test_progress_is_reported_until_a_report_fails(
 def test_late_failure_does_not_replace_a_success(
     stack: LocalStack, results: JobResults, redis: Redis
 ) -> None:
-    """A failure that was looked for before a success and comes after it is not stored."""
+    """A failure is not stored if another worker stores a success between its read and its write."""
     job_id = str(uuid4())
     relay = Relay(
         Path(stack.broker_url.removeprefix("redis+socket://")),
@@ -107,7 +107,7 @@ def test_late_failure_does_not_replace_a_success(
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "stands"),
+    ("first", "second", "stored_one"),
     [
         (SUCCESS, UNAVAILABLE, 1),
         (SUCCESS, GIVEN_UP, 1),
@@ -119,29 +119,29 @@ def test_late_failure_does_not_replace_a_success(
         (GIVEN_UP, SUCCESS, 2),
     ],
 )
-def test_the_more_final_answer_stands(
-    results: JobResults, redis: Redis, first: object, second: object, stands: int
+def test_a_result_of_the_ledger_replaces_any_other(
+    results: JobResults, redis: Redis, first: object, second: object, stored_one: int
 ) -> None:
-    """An answer of the ledger stands; that the database was away gives way to an answer."""
+    """A result of the ledger is kept; a failure for lack of the database is replaced."""
     job_id = str(uuid4())
     store(results, job_id, first)
     store(results, job_id, second)
     state, result = stored(redis, job_id)
-    wanted = first if stands == 1 else second
-    if isinstance(wanted, InterviewAccessError):
-        assert (state, result["exc_type"]) == (states.FAILURE, type(wanted).__name__)
+    expected = first if stored_one == 1 else second
+    if isinstance(expected, InterviewAccessError):
+        assert (state, result["exc_type"]) == (states.FAILURE, type(expected).__name__)
     else:
-        assert (state, result) == (states.SUCCESS, wanted)
+        assert (state, result) == (states.SUCCESS, expected)
 
 
 @pytest.mark.parametrize("state", [states.STARTED, states.RETRY, "PROGRESS"])
-@pytest.mark.parametrize("answer", [SUCCESS, UNAVAILABLE], ids=["success", "failure"])
-def test_no_state_replaces_an_answer(
-    results: JobResults, redis: Redis, state: str, answer: object
+@pytest.mark.parametrize("final", [SUCCESS, UNAVAILABLE], ids=["success", "failure"])
+def test_no_other_state_replaces_a_final_result(
+    results: JobResults, redis: Redis, state: str, final: object
 ) -> None:
-    """A job that is delivered again does not read as running, once it was answered."""
+    """A redelivered job that has a final result is not reported as running."""
     job_id = str(uuid4())
-    store(results, job_id, answer)
+    store(results, job_id, final)
     before = stored(redis, job_id)
     results.store_result(job_id, {"done": 1}, state)
     assert stored(redis, job_id) == before
@@ -152,13 +152,13 @@ def test_no_state_replaces_an_answer(
     [
         (states.FAILURE, StorageError("away")),
         (states.REVOKED, TaskRevokedError("revoked")),
-        (states.SUCCESS, ValueError("a result of no job")),
+        (states.SUCCESS, ValueError("not a job's result")),
     ],
 )
-def test_only_the_ledger_makes_a_result_final(
+def test_celery_stores_no_final_state(
     results: JobResults, redis: Redis, state: str, result: Exception
 ) -> None:
-    """A final state that Celery itself would store of a job is raised, not stored."""
+    """A final state that Celery itself stores for a job is raised instead of stored."""
     job_id = str(uuid4())
     with pytest.raises(type(result)):
         results.store_result(job_id, result, state)
@@ -166,14 +166,14 @@ def test_only_the_ledger_makes_a_result_final(
 
 
 def test_a_revocation_stores_nothing(results: JobResults, redis: Redis) -> None:
-    """Celery's revoke leaves the result to the ledger."""
+    """Celery's revoke stores no result: the ledger decides."""
     job_id = str(uuid4())
     results.mark_as_revoked(job_id, reason="revoked", store_result=True)
     assert not redis.exists(f"celery-task-meta-{job_id}")
 
 
 def test_the_body_of_a_failed_chord_fails(results: JobResults, redis: Redis) -> None:
-    """A chord's body that never runs reads why."""
+    """The error of a failed chord is stored as the result of its body, which never runs."""
     job_id = str(uuid4())
     results.store_result(job_id, ChordError("a part failed"), states.FAILURE)
     state, result = stored(redis, job_id)
@@ -183,10 +183,8 @@ def test_the_body_of_a_failed_chord_fails(results: JobResults, redis: Redis) -> 
 
 
 @pytest.mark.parametrize("value", [b"\xff", b"[]", b"{}", b'{"status": 1}'])
-def test_a_value_that_is_no_result_is_replaced(
-    results: JobResults, redis: Redis, value: bytes
-) -> None:
-    """Whatever others wrote under the key, the ledger's result takes its place."""
+def test_an_invalid_value_is_replaced(results: JobResults, redis: Redis, value: bytes) -> None:
+    """The ledger's result replaces any value under the result's key that is not a result."""
     job_id = str(uuid4())
     redis.set(f"celery-task-meta-{job_id}", value)
     store(results, job_id, SUCCESS)
@@ -194,38 +192,38 @@ def test_a_value_that_is_no_result_is_replaced(
 
 
 def test_a_key_of_another_type_is_replaced(results: JobResults, redis: Redis) -> None:
-    """A list under the result's key does not keep the result from being stored."""
+    """The ledger's result replaces a list under the result's key."""
     job_id = str(uuid4())
     redis.lpush(f"celery-task-meta-{job_id}", "x")
     store(results, job_id, SUCCESS)
     assert stored(redis, job_id) == (states.SUCCESS, SUCCESS)
 
 
-def test_state_that_cannot_be_stored_stops_nothing(tmp_path: Path) -> None:
-    """With the results' Redis away, that a job runs is not told, and it runs."""
+def test_a_state_that_cannot_be_stored_raises_nothing(tmp_path: Path) -> None:
+    """During an outage of the results' Redis the state of a running job is dropped."""
     results_at(f"redis+socket://{tmp_path}/none").store_result(str(uuid4()), {}, states.STARTED)
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
-def test_answers_of_several_jobs_are_stored_together(
+def test_results_of_several_jobs_are_stored_together(
     redis: Redis, results: JobResults, forgotten: bool
 ) -> None:
-    """Each takes the place of nothing, or of where its job was, also on a server begun anew."""
-    new, told = str(uuid4()), str(uuid4())
-    results.store_started([told], pid=1)
-    assert stored(redis, told) == ("STARTED", {"pid": 1})
+    """Results of a batch replace earlier states, also on a server that has lost its scripts."""
+    new, started = str(uuid4()), str(uuid4())
+    results.store_started([started], pid=1)
+    assert stored(redis, started) == ("STARTED", {"pid": 1})
     if forgotten:
         redis.script_flush()
     failure = json.loads(results.encode(results.encode_result(MALFORMED, states.FAILURE)))
-    assert results.store_results({new: SUCCESS, told: MALFORMED}) == {new, told}
+    assert results.store_results({new: SUCCESS, started: MALFORMED}) == {new, started}
     assert stored(redis, new) == ("SUCCESS", SUCCESS)
-    assert stored(redis, told) == ("FAILURE", failure)
-    metas: list[Any] = [redis.get(f"celery-task-meta-{job_id}") for job_id in (new, told)]
+    assert stored(redis, started) == ("FAILURE", failure)
+    metas: list[Any] = [redis.get(f"celery-task-meta-{job_id}") for job_id in (new, started)]
     assert [json.loads(meta)["children"] for meta in metas] == [[], []]
 
 
-def test_results_of_duplicates_are_read_together(redis: Redis, results: JobResults) -> None:
-    """Final results that are stored already cost one command, however many they are."""
+def test_stored_results_cost_one_command(redis: Redis, results: JobResults) -> None:
+    """Results that are stored already are read by one command, however many they are."""
     jobs = [str(uuid4()) for _ in range(10)]
     results.store_results(dict.fromkeys(jobs, SUCCESS))
     redis.config_resetstat()
@@ -237,7 +235,7 @@ def test_results_of_duplicates_are_read_together(redis: Redis, results: JobResul
 def test_a_result_that_is_not_final_is_replaced_in_a_batch(
     redis: Redis, results: JobResults
 ) -> None:
-    """A job that was given up, and has its result after all, has that one."""
+    """A result of the ledger replaces an earlier failure for lack of the database in a batch."""
     given_up, done = str(uuid4()), str(uuid4())
     results.store_results({given_up: StorageUnavailableException.of(3, "away"), done: SUCCESS})
     assert results.store_results(dict.fromkeys((given_up, done), SUCCESS)) == {given_up, done}
@@ -245,10 +243,10 @@ def test_a_result_that_is_not_final_is_replaced_in_a_batch(
 
 
 @pytest.mark.parametrize("forgotten", [True, False])
-def test_that_a_job_runs_is_told_where_no_more_is_known(
+def test_a_started_state_replaces_no_final_result(
     redis: Redis, results: JobResults, forgotten: bool
 ) -> None:
-    """A job that has its answer by then keeps it."""
+    """A job that has a final result by then keeps it."""
     running, done = str(uuid4()), str(uuid4())
     results.store_results({done: SUCCESS})
     if forgotten:
@@ -258,8 +256,8 @@ def test_that_a_job_runs_is_told_where_no_more_is_known(
     assert stored(redis, done) == ("SUCCESS", SUCCESS)
 
 
-def test_answers_that_cannot_be_stored_are_none(tmp_path: Path) -> None:
-    """Where Redis is away no job is told as answered, and nothing is raised."""
+def test_results_that_cannot_be_stored_are_not_reported(tmp_path: Path) -> None:
+    """During an outage no job is reported as stored, and nothing is raised."""
     away = results_at(f"redis+socket://{tmp_path}/none")
     assert away.store_results({str(uuid4()): SUCCESS}) == frozenset()
     away.store_started([str(uuid4())])

@@ -1,4 +1,4 @@
-"""Kombu's transport beside the worker's own claims: a server that refuses writes, and strangers."""
+"""The worker's transport: reserved keys, servers that refuse writes, stock kombu clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRANSPORT_ALIASES["tolerant"] = "worker.broker.transport:Transport"
 
 @pytest.fixture
 def url(stack: LocalStack) -> str:
-    """An empty database's, for kombu's own transport."""
+    """The URL of an empty database, for kombu's own transport."""
     with connect(stack) as redis:
         redis.flushdb()
     return f"{stack.broker_url}?virtual_host={DATABASE}"
@@ -33,7 +33,7 @@ def url(stack: LocalStack) -> str:
 
 @pytest.fixture
 def redis(stack: LocalStack, url: str) -> Iterator[Redis]:
-    """A client of it."""
+    """A client of this database."""
     assert url
     with connect(stack) as redis:
         yield redis
@@ -41,7 +41,7 @@ def redis(stack: LocalStack, url: str) -> Iterator[Redis]:
 
 @pytest.fixture
 def full(redis: Redis) -> Iterator[None]:
-    """The server refuses every write meanwhile."""
+    """During the test the server refuses every write."""
     redis.config_set("maxmemory", 1)
     yield
     redis.config_set("maxmemory", 0)
@@ -49,7 +49,7 @@ def full(redis: Redis) -> Iterator[None]:
 
 @pytest.fixture
 def demoted(redis: Redis) -> Iterator[None]:
-    """The server is a replica meanwhile."""
+    """During the test the server is a replica."""
     redis.replicaof("127.0.0.1", "1")
     yield
     redis.replicaof("NO", "ONE")
@@ -59,7 +59,7 @@ def demoted(redis: Redis) -> Iterator[None]:
     "queue", ["interview-access:tries", "celery-task-meta-x", "_kombu.binding.x", "unacked"]
 )
 def test_nothing_is_published_to_a_reserved_key(url: str, redis: Redis, queue: str) -> None:
-    """The keys of the protocol, of results and of kombu are no queues."""
+    """The keys of the protocol, of results and of kombu are refused as queues."""
     with (
         Connection(url.replace("redis+", "tolerant+")) as connection,
         pytest.raises(QueueRefusedError, match="expected one that is not reserved"),
@@ -69,19 +69,19 @@ def test_nothing_is_published_to_a_reserved_key(url: str, redis: Redis, queue: s
 
 
 def declare(url: str) -> None:
-    """Declare a queue as remote control does at the worker's start."""
+    """Declare a queue as Celery's remote control does when a worker starts."""
     with Connection(url) as connection, closing(connection.channel()) as channel:
         Queue("replies", Exchange("replies"), routing_key="replies")(channel).declare()
 
 
 def tolerant(url: str) -> str:
-    """The URL for the worker's transport."""
+    """Return the URL for the worker's transport."""
     return url.replace("redis+", "tolerant+")
 
 
 @pytest.mark.usefixtures("full")
-def test_a_full_server_does_not_stop_a_start(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A worker that starts or reconnects declares its queues, and then drains the full server."""
+def test_a_worker_can_start_on_a_full_server(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Declaring the queues succeeds on a full server, so that the worker can drain it."""
     with pytest.raises(OutOfMemoryError):
         declare(url)
     declare(tolerant(url))
@@ -90,7 +90,7 @@ def test_a_full_server_does_not_stop_a_start(url: str, caplog: pytest.LogCapture
 
 @pytest.mark.usefixtures("demoted")
 def test_a_demoted_server_is_a_lost_connection(url: str) -> None:
-    """The worker connects again, perhaps to the server that took over, and does not end."""
+    """A write to a replica raises a lost connection, which makes the worker reconnect."""
     with pytest.raises(ReadOnlyError):
         declare(url)
     with pytest.raises(RedisConnectionError):
@@ -98,13 +98,13 @@ def test_a_demoted_server_is_a_lost_connection(url: str) -> None:
 
 
 def test_other_errors_are_not_changed() -> None:
-    """Only a refusal by the server is taken for a lost connection."""
+    """Only a refusal by the server is translated into a lost connection."""
     with pytest.raises(ValueError, match="other"), refusal_as_connection_error():
         raise ValueError("other")
 
 
 def test_all_priorities_of_several_queues_are_claimed(url: str, stack: LocalStack) -> None:
-    """What kombu's producers publish at any priority is claimed, the urgent messages first."""
+    """Messages that kombu's producers publish at any priority are claimed in order of priority."""
     names = ("a", "b")
     with Connection(url) as stock:
         producer = stock.Producer()
@@ -127,8 +127,10 @@ def test_all_priorities_of_several_queues_are_claimed(url: str, stack: LocalStac
         assert not list(client.scan_iter("interview-access:*"))
 
 
-def test_a_stock_consumers_messages_are_its_own(url: str, redis: Any, stack: LocalStack) -> None:
-    """What a stock worker has claimed on the same Redis is neither restored nor touched."""
+def test_messages_of_a_stock_consumer_are_not_touched(
+    url: str, redis: Any, stack: LocalStack
+) -> None:
+    """Messages that a stock worker has claimed on the same Redis are not restored."""
     with Connection(url) as stock:
         stock.Producer().publish("theirs", routing_key="theirs")
         message = stock.SimpleQueue(Queue("theirs", Exchange(""), routing_key="theirs")).get()

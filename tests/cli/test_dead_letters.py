@@ -1,4 +1,4 @@
-"""The commands on the dead-letter list, on a real queue."""
+"""The ``dead-letters`` commands, on a real queue."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\nforged line\r\x7f"
 
 @pytest.fixture(scope="module")
 def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
-    """A queue that no worker takes from."""
+    """A site without a worker."""
     with (
         database(stack.database_url, template=_migrated) as url,
         site(stack, url, 11) as one,
@@ -39,7 +39,7 @@ def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
 
 @pytest.fixture
 def here(shared_site: Site) -> Site:
-    """The same, empty."""
+    """The site, with an empty Redis database."""
     shared_site.redis.flushdb()
     return shared_site
 
@@ -77,15 +77,15 @@ def command(
     )
 
 
-def test_empty_list_says_so(here: Site) -> None:
-    """Without dead letters there is nothing on standard output, and a word on the other."""
+def test_an_empty_list_is_reported_on_standard_error(here: Site) -> None:
+    """Without dead letters standard output is empty, and standard error says so."""
     ended = command(here, "list")
     assert (ended.returncode, ended.stdout) == (0, b"")
     assert ended.stderr == b"There are no dead letters.\n"
 
 
-def test_list_tells_each_in_a_line(here: Site) -> None:
-    """Each letter is one line, the oldest first, with its id, size, job and reason."""
+def test_list_prints_a_line_for_each_letter(here: Site) -> None:
+    """Each letter is one line with its ID, size, job and reason; the oldest is the first."""
     ids = [dead_letter(here, b"{}"), dead_letter(here, UNREADABLE, reason="Two\nlines")]
     first, second = command(here, "list").stdout.decode().splitlines()
     assert first.startswith(ids[0])
@@ -94,8 +94,8 @@ def test_list_tells_each_in_a_line(here: Site) -> None:
     assert second.endswith("Two lines")
 
 
-def test_list_as_json_is_an_object_a_line(here: Site) -> None:
-    """For programs each letter is a JSON object, without its message."""
+def test_list_as_json_prints_an_object_for_each_letter(here: Site) -> None:
+    """With --json each letter is a JSON object without its message."""
     letter_id = dead_letter(here, UNREADABLE)
     (line,) = command(here, "list", "--json").stdout.splitlines()
     letter = json.loads(line)
@@ -113,7 +113,7 @@ def test_list_as_json_is_an_object_a_line(here: Site) -> None:
 
 
 def test_list_is_read_in_pages(here: Site) -> None:
-    """More letters than one page holds are all told, each once."""
+    """Letters of several pages are all printed, each once."""
     for _ in range(250):
         here.redis.xadd("interview-access:dead", {"message": "x", "reason": "r", "time": 1,
                         "attempts": 1, "size": 1, "job_id": "j", "task": "t"})  # fmt: skip
@@ -122,7 +122,7 @@ def test_list_is_read_in_pages(here: Site) -> None:
 
 
 def test_show_decodes_what_it_can(here: Site) -> None:
-    """A message is shown with its body decoded; one that cannot be is shown all the same."""
+    """A message is shown with its body decoded; an undecodable one is shown escaped."""
     here.send("ann", ["x"])
     message: Any = here.redis.rpop(QUEUE)
     shown = command(here, "show", dead_letter(here, message)).stdout.decode()
@@ -135,12 +135,12 @@ def test_show_decodes_what_it_can(here: Site) -> None:
 
 
 def test_show_raw_is_the_bytes(here: Site) -> None:
-    """The message's own bytes can be had and nothing else."""
+    """With --raw the output is exactly the bytes of the message."""
     assert command(here, "show", "--raw", dead_letter(here, UNREADABLE)).stdout == UNREADABLE
 
 
 def test_requeue_sends_the_same_bytes(here: Site) -> None:
-    """A letter goes back to its queue as it was, and is a letter no more."""
+    """A requeued letter is on its queue, unchanged, and no longer among the dead letters."""
     letter_id = dead_letter(here, UNREADABLE)
     ended = command(here, "requeue", letter_id)
     assert (ended.returncode, ended.stderr) == (0, b"")
@@ -148,8 +148,8 @@ def test_requeue_sends_the_same_bytes(here: Site) -> None:
     assert here.dead_letters() == []
 
 
-def test_requeue_says_that_the_ledger_has_a_result(here: Site) -> None:
-    """A requeued job with a result in the ledger is reported, whatever the reason's words are."""
+def test_requeue_reports_a_result_in_the_ledger(here: Site) -> None:
+    """A requeued job with a result in the ledger is reported, whatever the letter's reason is."""
     reported = command(here, "requeue", dead_letter(here, b"{}", in_ledger="1"))
     assert "send it under a new job ID" in reported.stderr.decode()
     silent = command(here, "requeue", dead_letter(here, b"{}", in_ledger="0", reason=REFUSED))
@@ -157,7 +157,7 @@ def test_requeue_says_that_the_ledger_has_a_result(here: Site) -> None:
 
 
 def test_an_entry_of_an_earlier_release_is_looked_up_in_the_ledger(here: Site) -> None:
-    """Where the entry does not say whether the ledger has a result, the ledger is asked."""
+    """If an entry lacks ``in_ledger``, the command queries the ledger."""
     here.store.grant(a_job("finished", "ann", []))
     reported = command(here, "requeue", dead_letter(here, b"{}", job_id="finished"))
     assert "the ledger has a result of job finished" in reported.stderr.decode()
@@ -166,7 +166,7 @@ def test_an_entry_of_an_earlier_release_is_looked_up_in_the_ledger(here: Site) -
 
 
 def test_an_entry_of_an_earlier_release_without_the_database(here: Site) -> None:
-    """Where the ledger cannot be asked either, that is reported, and the message is requeued."""
+    """If the ledger cannot be queried, that is reported, and the message is requeued."""
     nowhere = "postgresql://nobody@127.0.0.1:1/none"
     ended = command(here, "requeue", dead_letter(here, b"{}"), DATABASE_URL=nowhere)
     assert ended.returncode == 0
@@ -175,8 +175,8 @@ def test_an_entry_of_an_earlier_release_without_the_database(here: Site) -> None
 
 
 @pytest.mark.parametrize("words", [("list",), ("list", "--json"), ("show",), ("requeue",)])
-def test_no_field_reaches_the_terminal_as_it_came(here: Site, words: tuple[str, ...]) -> None:
-    """Control characters of each field are escaped, and no field forges a line."""
+def test_control_characters_are_escaped(here: Site, words: tuple[str, ...]) -> None:
+    """Control characters of every field are escaped, and no field forges a line."""
     fields = dict.fromkeys(("job_id", "task", "reason"), HOSTILE)
     letter_id = dead_letter(here, HOSTILE.encode(), in_ledger="1", **fields)
     arguments = words if words[0] == "list" else (*words, letter_id)
@@ -188,19 +188,19 @@ def test_no_field_reaches_the_terminal_as_it_came(here: Site, words: tuple[str, 
 
 
 def test_a_giant_field_is_cut(here: Site) -> None:
-    """A field of megabytes is a few hundred characters in a list."""
+    """A field of megabytes is cut to a few hundred characters in the list."""
     fields = dict.fromkeys(("job_id", "task", "reason"), "G" * 3_000_000)
     dead_letter(here, b"{}", **fields)
     assert len(command(here, "list").stdout) < 1_000
 
 
 def nested(depth: int) -> bytes:
-    """A list in a list, and so on, as JSON."""
+    """Return nested lists as JSON."""
     return b"[" * depth + b"]" * depth
 
 
 def envelope(body: bytes, **headers: str) -> bytes:
-    """A message with such a body in base64."""
+    """Return a message with this body in Base64."""
     text = base64.b64encode(body).decode()
     properties = {"body_encoding": "base64"}
     return json.dumps({"body": text, "headers": headers, "properties": properties}).encode()
@@ -228,14 +228,14 @@ def envelope(body: bytes, **headers: str) -> bytes:
     ],
 )
 def test_show_any_message(here: Site, message: bytes, shown: str) -> None:
-    """Any bytes are shown, nothing is decompressed, and what is printed is bounded."""
+    """Messages of any bytes are shown; nothing is decompressed, and the output is bounded."""
     ended = command(here, "show", dead_letter(here, message))
     assert (ended.returncode, len(ended.stdout) < 100_000) == (0, True)
     assert shown in ended.stdout.decode()
 
 
 def test_show_cuts_a_long_message(here: Site) -> None:
-    """A message of many IDs is cut on the terminal, and --raw has all of it."""
+    """A message of many IDs is cut on the terminal, and complete with --raw."""
     message = envelope(json.dumps([[], {"interview_ids": ["x" * 36] * 10_000}, {}]).encode())
     letter_id = dead_letter(here, message)
     ended = command(here, "show", letter_id)
@@ -245,7 +245,7 @@ def test_show_cuts_a_long_message(here: Site) -> None:
 
 
 def test_raw_bytes_are_not_written_to_a_terminal(here: Site) -> None:
-    """On a terminal --raw is refused: the bytes may hold its control sequences."""
+    """On a terminal --raw is refused, because the bytes may contain control sequences."""
     letter_id = dead_letter(here, HOSTILE.encode())
     reader, terminal = pty.openpty()
     ended = subprocess.run(
@@ -264,8 +264,8 @@ def test_raw_bytes_are_not_written_to_a_terminal(here: Site) -> None:
 
 
 @pytest.mark.parametrize("act", ["requeue", "drop"])
-def test_unknown_letter_stops_no_other(here: Site, act: str) -> None:
-    """An id that is none is named, the others are done, and the command fails."""
+def test_an_unknown_letter_does_not_stop_the_others(here: Site, act: str) -> None:
+    """An unknown ID is reported, the other letters are processed, and the command fails."""
     letter_id = dead_letter(here, b"{}")
     ended = command(here, act, "1-1", letter_id, *(["--yes"] if act == "drop" else []))
     assert ended.returncode == 1
@@ -274,15 +274,15 @@ def test_unknown_letter_stops_no_other(here: Site, act: str) -> None:
 
 
 @pytest.mark.parametrize("act", ["show", "requeue", "drop"])
-def test_malformed_id_is_a_wrong_call(here: Site, act: str) -> None:
-    """What is no id of the list is told as a wrong call."""
+def test_a_malformed_id_is_a_usage_error(here: Site, act: str) -> None:
+    """A malformed ID is a usage error."""
     ended = command(here, act, "yesterday")
     assert ended.returncode == 2
     assert b"got 'yesterday', expected an ID of the list" in ended.stderr
 
 
-def test_drop_asks_first(here: Site) -> None:
-    """Nothing is deleted unless it is said so."""
+def test_drop_asks_for_confirmation(here: Site) -> None:
+    """A letter is deleted only after confirmation."""
     letter_id = dead_letter(here, b"{}")
     assert command(here, "drop", letter_id, given="n\n").returncode == 1
     assert here.dead_letters()
@@ -290,16 +290,16 @@ def test_drop_asks_first(here: Site) -> None:
     assert here.dead_letters() == []
 
 
-def test_redis_away_is_one_line(here: Site, tmp_path: Path) -> None:
-    """Without Redis there is one line that says so, and no trace."""
+def test_an_outage_of_redis_is_one_line(here: Site, tmp_path: Path) -> None:
+    """During an outage of Redis the command prints one line and no traceback."""
     ended = command(here, "list", CELERY_BROKER_URL=f"redis+socket://{tmp_path}/none")
     assert ended.returncode == 3
     (line,) = ended.stderr.decode().splitlines()
     assert line.startswith("The dead letters cannot be read: ")
 
 
-def test_requeued_job_is_done(here: Site, tmp_path: Path) -> None:
-    """A job that was given up while the database was away succeeds when it is requeued."""
+def test_a_requeued_job_succeeds(here: Site, tmp_path: Path) -> None:
+    """A job that failed in an outage of the database succeeds after it is requeued."""
     settings = {"GRANT_RETRY_LIMIT": 0, "GRANT_LEASE_SECONDS": 1}
     with worker(here, tmp_path / "worker.log", **settings):
         with ledger_missing(here):
