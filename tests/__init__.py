@@ -1,1 +1,1 @@
-"""The proofs: every promise of the project, on the real servers and on the reference model."""
+"""Tests on real servers and on the reference model."""

@@ -1,8 +1,9 @@
-"""Fixtures: the real servers out of the wheels, and databases on them."""
+"""Fixtures: real servers from wheels, databases on them, stores and sites."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import make_url
@@ -11,11 +12,15 @@ from devstack.servers import LocalStack
 from storage.schema import migrate
 from tests.support.database import database
 from tests.support.stores import MemoryStore, PostgresStore, Store, postgres_store
+from tests.support.workers import Site, site
+
+IDLE_NUMBER = 3
+"""Number of the Redis database of sites for one test."""
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """PostgreSQL and Valkey of this process's own, for the whole run."""
+    """PostgreSQL and Valkey for all tests of this process."""
     with LocalStack(tmp_path_factory.mktemp("stack"), durable=False) as stack:
         yield stack
 
@@ -43,7 +48,7 @@ def migrated_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
 
 @pytest.fixture(params=["memory", "postgres"])
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    """An empty store: the reference model and PostgreSQL in turn."""
+    """An empty store: once the reference model, once PostgreSQL."""
     if request.param == "memory":
         yield MemoryStore()
         return
@@ -53,9 +58,22 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
 
 @pytest.fixture
 def postgres(migrated_url: str) -> Iterator[PostgresStore]:
-    """PostgreSQL with a database of the test's own, which it may bend."""
+    """A PostgreSQL store with a separate database, which the test may change."""
     with postgres_store(migrated_url) as store:
         yield store
+
+
+@pytest.fixture
+def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
+    """A site without a worker, for one test."""
+    with site(stack, migrated_url, IDLE_NUMBER) as idle:
+        yield idle
+
+
+@pytest.fixture
+def user() -> str:
+    """A user ID that no other test uses."""
+    return str(uuid4())
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.claims import DATABASE
 from worker.broker.claims import Claims
-from devstack.servers import LocalStack
 
 
 @pytest.fixture

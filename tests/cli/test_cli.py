@@ -1,4 +1,4 @@
-"""The command, on a real worker."""
+"""The commands ``grant``, ``status`` and ``migrate``, on a real worker."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ import pytest
 
 from devstack.servers import LocalStack
 from storage.samples import load_samples
-from tests.support.database import database
 from tests.support.stores import until
-from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, site, worker
+from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, migrated_site, worker
 
-BOUND = 10.0  # seconds within which a producer fails where Redis is away
+FAILS_WITHIN = 10.0  # seconds in which a producer fails during an outage of Redis
 CHUNK = 10
 
 
@@ -34,8 +33,7 @@ def here(
 ) -> Iterator[Site]:
     """A site with a worker and sample interviews."""
     with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 2) as here,
+        migrated_site(stack, _migrated, 2) as here,
         worker(here, tmp_path_factory.mktemp("cli") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
     ):
         yield here
@@ -43,26 +41,19 @@ def here(
 
 @pytest.fixture(scope="module")
 def samples(here: Site) -> list[str]:
-    """Ids of interviews that stand, sorted."""
+    """IDs of existing interviews, sorted."""
     return sorted(load_samples(here.store.database_url, 3 * CHUNK))
 
 
-@pytest.fixture
-def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with site(stack, migrated_url, 3) as idle:
-        yield idle
-
-
 def run(
-    environment: dict[str, str], *words: str, told: str = ""
+    environment: dict[str, str], *words: str, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command as a shell in a pipe does."""
+    """Run the command without a terminal."""
     return subprocess.run(
         [sys.executable, "-m", "worker.cli", *words],
         env=environment,
         cwd=ROOT,
-        input=told,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=60,
@@ -71,7 +62,7 @@ def run(
 
 
 def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
-    """What the command tells of a job."""
+    """Return the status of a job as the command prints it with --json."""
     done = run(here.environment(**settings), "status", job_id, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -79,12 +70,12 @@ def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
 
 
 def by_interview(ids: list[str]) -> list[str]:
-    """The options that name interviews."""
+    """Return the options that name interviews."""
     return [word for one in ids for word in ("--interview", one)]
 
 
 def progress_is_shown(terminal: int) -> bool:
-    """Whether what a terminal was told since the last look has a count of grants done."""
+    """Whether the terminal's output since the last call contains a count of grants."""
     if not select.select([terminal], [], [], 0)[0]:
         return False
     return re.search(rb"[12]0/30", os.read(terminal, 65_536)) is not None
@@ -94,14 +85,14 @@ class TestGrant:
     """interview-access grant."""
 
     def test_it_prints_the_job_id(self, here: Site, samples: list[str]) -> None:
-        """Without --wait it prints the job's id and nothing else."""
+        """Without --wait the output is the job's ID and nothing else."""
         done = run(here.environment(), "grant", "--user", "cli-1", *by_interview(samples[:2]))
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout.splitlines()) == 1
         assert here.answer(done.stdout.strip())["status"] == "SUCCESS"
 
     def test_it_waits_and_prints_the_result(self, here: Site, samples: list[str]) -> None:
-        """With --wait standard output is the result as one line of JSON, in a pipe without bar."""
+        """With --wait the output is the result as one line of JSON; a pipe gets no progress bar."""
         words = ["--user", "cli-2", *by_interview(samples), "--wait", "--job-id", "cli-2"]
         done = run(here.environment(), "grant", *words)
         assert done.returncode == 0
@@ -112,17 +103,17 @@ class TestGrant:
     def test_it_reads_interviews_from_a_file(
         self, here: Site, samples: list[str], tmp_path: Path, source: str
     ) -> None:
-        """Ids come from a file or from standard input, one a line."""
+        """IDs are read from a file or from standard input, one from each line."""
         lines = "\n".join([*samples, ""])
         file = tmp_path / "ids"
         file.write_text(lines, encoding="ascii")
-        name, told = (str(file), "") if source == "file" else ("-", lines)
+        name, stdin = (str(file), "") if source == "file" else ("-", lines)
         words = ["grant", "--user", source, "--interviews-from", name, "--wait"]
-        done = run(here.environment(), *words, told=told)
+        done = run(here.environment(), *words, stdin=stdin)
         assert json.loads(done.stdout)["created_access_count"] == len(samples)
 
     def test_a_failed_job_ends_1(self, here: Site, samples: list[str]) -> None:
-        """A job that failed ends 1 with its reason; a malformed id is sent as it is."""
+        """The exit status for a failed job is 1; a malformed ID is sent unchanged."""
         words = ["--user", "cli-3", *by_interview([samples[0], "no-uuid"]), "--wait"]
         done = run(here.environment(), "grant", *words)
         assert (done.returncode, done.stdout) == (1, "")
@@ -141,31 +132,31 @@ class TestGrant:
         ],
         ids=["no interviews", "both", "no user", "job id", "timeout"],
     )
-    def test_a_wrong_call_ends_2(self, idle: Site, words: list[str], says: str) -> None:
-        """A wrong call ends 2, says what is wrong, and sends nothing."""
+    def test_a_usage_error_ends_2(self, idle: Site, words: list[str], says: str) -> None:
+        """The exit status for a usage error is 2; the error is described and nothing is sent."""
         done = run(idle.environment(), "grant", *words)
         assert done.returncode == 2
         assert says in done.stderr
         assert idle.redis.llen("interview-access") == 0
 
     def test_no_broker_ends_2(self, idle: Site) -> None:
-        """Without a broker in the environment it says which variable to set."""
+        """Without a broker in the environment the error names the variable."""
         environment = idle.environment()
         del environment["CELERY_BROKER_URL"]
         done = run(environment, "grant", "--user", "x", "--interview", "i")
         assert done.returncode == 2
         assert "CELERY_BROKER_URL" in done.stderr
 
-    def test_no_answer_in_time_ends_3(self, idle: Site) -> None:
-        """Where no worker listens, the wait ends 3 at its time."""
+    def test_no_result_in_time_ends_3(self, idle: Site) -> None:
+        """The exit status for a result that does not come in time is 3."""
         words = ["--user", "x", "--interview", "i", "--wait", "--timeout", "0.3"]
         done = run(idle.environment(), "grant", *words)
         assert (done.returncode, done.stdout) == (3, "")
         assert "had no result within 0.3 s" in done.stderr
 
     @pytest.mark.parametrize("how", ["refuses", "is frozen"])
-    def test_redis_away_fails_in_time(self, idle: Site, tmp_path: Path, how: str) -> None:
-        """Where Redis refuses or never answers, it fails in time with one clear error."""
+    def test_an_outage_of_redis_fails_in_time(self, idle: Site, tmp_path: Path, how: str) -> None:
+        """If Redis refuses or never replies, the command fails in time with one line."""
         path = tmp_path / "redis.sock"
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
@@ -174,14 +165,14 @@ class TestGrant:
             environment = idle.environment(CELERY_BROKER_URL=f"redis+socket://:secret@{path}")
             started = time.monotonic()
             done = run(environment, "grant", "--user", "x", "--interview", "i", "--job-id", "j")
-        assert time.monotonic() - started < BOUND
+        assert time.monotonic() - started < FAILS_WITHIN
         assert (done.returncode, done.stdout) == (3, "")
         assert "Job j might not have been queued: " in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert "secret" not in done.stderr
 
-    def test_a_terminal_sees_a_bar(self, here: Site, samples: list[str]) -> None:
-        """On a terminal a job of several chunks shows its progress."""
+    def test_a_terminal_shows_a_progress_bar(self, here: Site, samples: list[str]) -> None:
+        """On a terminal a job of several chunks has a progress bar."""
         ours, theirs = pty.openpty()
         words = ["grant", "--user", "cli-bar", "--wait", *by_interview(samples)]
         with held_grant(here, "cli-bar", samples[-1]):
@@ -203,34 +194,34 @@ class TestGrant:
 class TestStatus:
     """interview-access status."""
 
-    def test_a_finished_job_is_told_from_the_ledger(self, here: Site, samples: list[str]) -> None:
-        """A success has its figures and its result, also when Redis no longer has it."""
+    def test_a_finished_job_is_read_from_the_ledger(self, here: Site, samples: list[str]) -> None:
+        """A succeeded job has its figures and its result, also if Redis no longer has it."""
         job_id = here.send("status-1", [*samples[:3], samples[0]])
         here.answer(job_id)
         here.redis.delete(f"celery-task-meta-{job_id}")
-        told = status(here, job_id)
-        assert (told["job_id"], told["state"]) == (job_id, "succeeded")
+        known = status(here, job_id)
+        assert (known["job_id"], known["state"]) == (job_id, "succeeded")
         figures = ("requested", "repeated", "already_granted", "created")
-        assert [told[figure] for figure in figures] == [4, 1, 0, 3]
-        assert told["result"] == {"success": True, "created_access_count": 3}
+        assert [known[figure] for figure in figures] == [4, 1, 0, 3]
+        assert known["result"] == {"success": True, "created_access_count": 3}
 
-    def test_a_failed_job_is_told_with_its_reason(self, here: Site) -> None:
-        """A failure has its class and its sentence."""
+    def test_a_failed_job_has_its_reason(self, here: Site) -> None:
+        """A failed job has its error's class."""
         job_id = here.send("status-2", ["no-uuid"])
         here.answer(job_id)
-        told = status(here, job_id)
-        assert told["state"] == "failed"
-        assert told["error"]["type"] == "InvalidInterviewIdException"
+        known = status(here, job_id)
+        assert known["state"] == "failed"
+        assert known["error"]["type"] == "InvalidInterviewIdException"
 
-    def test_a_waiting_job_is_queued(self, idle: Site) -> None:
-        """A job that no worker has taken is queued, with what its sender announced."""
+    def test_an_unclaimed_job_is_queued(self, idle: Site) -> None:
+        """A job that no worker has claimed is queued, with what its producer announced."""
         job_id = run(idle.environment(), "grant", "--user", "x", "--interview", "i").stdout.strip()
-        told = status(idle, job_id)
-        assert (told["job_id"], told["state"], told["task"]) == (job_id, "queued", GRANT_ACCESS)
-        assert told.keys() == {"job_id", "state", "task", "sent_at"}
+        known = status(idle, job_id)
+        assert (known["job_id"], known["state"], known["task"]) == (job_id, "queued", GRANT_ACCESS)
+        assert known.keys() == {"job_id", "state", "task", "sent_at"}
 
-    def test_an_id_that_nobody_sent_is_unknown(self, idle: Site) -> None:
-        """An id that nobody has announced, begun or finished is unknown, never queued."""
+    def test_an_id_without_a_job_is_unknown(self, idle: Site) -> None:
+        """The status of an ID that was never sent is unknown, not queued."""
         job_id = str(uuid4())
         assert status(idle, job_id) == {"job_id": job_id, "state": "unknown"}
         words = run(idle.environment(), "status", job_id).stdout
@@ -241,7 +232,7 @@ class TestMigrate:
     """interview-access migrate."""
 
     def test_it_needs_the_database_only(self, database_url: str) -> None:
-        """With DATABASE_URL alone it tells what it would do, does it, then has nothing to do."""
+        """With only DATABASE_URL set, --dry-run prints the steps, and a second run does nothing."""
         environment = {"PATH": os.environ["PATH"], "DATABASE_URL": database_url}
         would = run(environment, "migrate", "--dry-run")
         assert would.returncode == 0
@@ -249,8 +240,8 @@ class TestMigrate:
         assert run(environment, "migrate").returncode == 0
         assert "nothing to do" in run(environment, "migrate").stdout
 
-    def test_a_bad_address_is_named_without_its_password(self) -> None:
-        """A database that cannot be reached is one line, without the password."""
+    def test_an_unreachable_database_is_named_without_its_password(self) -> None:
+        """The error for an unreachable database contains its host and no password."""
         url = "postgresql://me:secret@127.0.0.1:1/x"
         done = run({"PATH": os.environ["PATH"], "DATABASE_URL": url}, "migrate")
         assert done.returncode == 1

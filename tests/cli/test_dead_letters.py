@@ -17,9 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from devstack.servers import LocalStack
-from tests.support.database import database
 from tests.support.stores import a_job, until
-from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, site, worker
+from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, migrated_site, worker
 from worker.cli import main
 
 UNREADABLE = b"\xff\x00 no message"
@@ -30,10 +29,7 @@ HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\nforged line\r\x7f"
 @pytest.fixture(scope="module")
 def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
     """A site without a worker."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 11) as one,
-    ):
+    with migrated_site(stack, _migrated, 11) as one:
         yield one
 
 

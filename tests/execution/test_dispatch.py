@@ -1,4 +1,4 @@
-"""Dispatch and settlement of batches, with a pool in steps and the real server."""
+"""Dispatch and settlement of batches, with a stepped pool and the real Redis."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def redis(stack: LocalStack) -> Iterator[Any]:
 
 
 class Site(SimpleNamespace):
-    """A worker's main process without its event loop."""
+    """A worker's main process without an event loop."""
 
     redis: Any
     lease: SteppedLease
@@ -82,12 +82,12 @@ class Site(SimpleNamespace):
         return deliveries
 
     def kinds(self, job_id: str) -> list[str]:
-        """The events of a job."""
+        """Return the types of a job's events."""
         return [kind for kind, fields in self.events if fields["uuid"] == job_id]
 
 
 def message(job_id: object, **headers: Any) -> str:
-    """A message in Celery's protocol."""
+    """Return a message in Celery's protocol."""
     return json.dumps(
         {
             "body": json.dumps([[], {}, {}]),
@@ -147,7 +147,7 @@ def is_idle(site: Site) -> bool:
     ],
 )
 def test_partition(sizes: list[int], processes: int, batches: list[list[int]]) -> None:
-    """Free pool processes share deliveries in their order, by bytes."""
+    """Deliveries are divided among the free pool processes in their order, by bytes."""
     shared = partition([sized(size) for size in sizes], processes)
     assert [[one.delivery.claim.size for one in batch] for batch in shared] == batches
 
@@ -156,22 +156,22 @@ def test_partition(sizes: list[int], processes: int, batches: list[list[int]]) -
     ("limits", "processes", "batches"),
     [([9, 1, 9, 9], 1, [[9] * 3, [1]]), ([1, 9, 9, 9], 2, [[1], [9], [9] * 2])],
 )
-def test_time_limits_are_kept_apart(
+def test_a_batch_has_one_time_limit(
     limits: list[float], processes: int, batches: list[list[float]]
 ) -> None:
-    """Deliveries of different time limits are in different batches, the oldest's first."""
+    """Deliveries with different time limits are in different batches; the oldest is first."""
     shared = partition([sized(1, limit) for limit in limits], processes)
     assert [[one.time_limit for one in batch] for batch in shared] == batches
 
 
 def sized(size: int, time_limit: float = 9.0) -> Any:
-    """A request of a message of so many bytes."""
+    """Return a request whose message has this size in bytes."""
     delivery = SimpleNamespace(claim=SimpleNamespace(size=size))
     return SimpleNamespace(time_limit=time_limit, delivery=delivery)
 
 
-def test_large_jobs_of_a_claim_have_one_pool_process(site: Site) -> None:
-    """The others are for small jobs."""
+def test_large_jobs_of_a_claim_are_one_batch(site: Site) -> None:
+    """Large jobs take one pool process; the others are for small jobs."""
     site.send(*"abc", filling="." * SMALL_BYTES)
     site.pump()
     assert [work.job_ids for work in site.pool.works] == [[*"abc"]]
@@ -179,7 +179,7 @@ def test_large_jobs_of_a_claim_have_one_pool_process(site: Site) -> None:
 
 
 def test_a_batch_keeps_the_order_of_its_messages(site: Site) -> None:
-    """Jobs are shared out in the order of their claim."""
+    """Jobs are divided in the order in which they were claimed."""
     site.send(*"abcdefg")
     site.pump()
     assert [work.job_ids for work in site.pool.works] == [[*"abc"], [*"de"], [*"fg"]]
@@ -190,7 +190,7 @@ def test_a_batch_keeps_the_order_of_its_messages(site: Site) -> None:
 
 
 def test_a_batch_is_settled_as_it_reports(site: Site) -> None:
-    """Each delivery by its own disposition; then a pool process is free."""
+    """Each delivery is settled by its own disposition, and the pool process is free."""
     site.send("a", "b", "c", "d", "e")
     site.pool.num_processes = 1
     site.pump()
@@ -213,7 +213,7 @@ def test_a_batch_is_settled_as_it_reports(site: Site) -> None:
 
 
 def test_events_of_a_job(site: Site) -> None:
-    """Received, started, and what the pool process reports, in this order."""
+    """The events of a job are received, started and those that the pool process reports."""
     site.send("a", root_id="r", parent_id="p", argsrepr="(…)", kwargsrepr="{…}")
     site.pump()
     (work,) = site.pool.works
@@ -241,15 +241,15 @@ def test_events_of_a_job(site: Site) -> None:
 
 @pytest.mark.parametrize("value", [{"x": 1}, "x" * 10_000, "\x1b[2J", 5])
 def test_events_contain_no_arbitrary_values(site: Site, value: object) -> None:
-    """A message's headers reach events only where they are short printable text."""
+    """Events contain a message's headers only if they are short printable text."""
     site.send("a", root_id=value, parent_id=value)
     site.pump()
     ((_, fields),) = site.events
     assert (fields["root_id"], fields["parent_id"]) == (None, None)
 
 
-def test_what_operators_see_of_a_running_job(site: Site) -> None:
-    """Control commands find a request from its dispatch until its settlement."""
+def test_control_commands_find_a_running_job(site: Site) -> None:
+    """Celery's control commands find a request from its dispatch until its settlement."""
     site.send("a")
     (delivery,) = site.pump()
     assert worker_state.requests.keys() == {"a"}
@@ -269,7 +269,7 @@ def test_what_operators_see_of_a_running_job(site: Site) -> None:
 
 
 def test_an_outage_opens_the_circuit(site: Site) -> None:
-    """A batch that could not be executed for lack of a server stops further claims."""
+    """A batch that failed in an outage opens the circuit breaker."""
     site.send("a", "b")
     site.pool.num_processes = 1
     site.pump()
@@ -291,7 +291,7 @@ def test_an_outage_opens_the_circuit(site: Site) -> None:
 
 
 def test_an_eta_delays_in_redis(site: Site) -> None:
-    """A job whose ETA is ahead takes no pool process and counts no retry."""
+    """A job with a future ETA is delayed in Redis without a pool process or a retry."""
     site.send("a", eta=(datetime.now(UTC) + HOUR).isoformat())
     site.pump()
     assert site.pool.works == []
@@ -305,7 +305,7 @@ def test_an_eta_delays_in_redis(site: Site) -> None:
 
 
 def test_a_message_without_job_id_is_a_dead_letter(site: Site) -> None:
-    """Nobody polls for its result; the ledger has none."""
+    """A message without a job ID is dead-lettered without a result."""
     site.send(5)  # type: ignore[arg-type]
     site.pump()
     ((_, letter),) = site.redis.xrange(DEAD)
@@ -320,7 +320,7 @@ def test_a_message_without_job_id_is_a_dead_letter(site: Site) -> None:
 
 
 def test_an_unreadable_message_with_job_id_gets_a_result(site: Site) -> None:
-    """A pool process records its failure in the ledger."""
+    """An unreadable message with a job ID is dispatched, so that its failure is recorded."""
     site.send("a", task="unknown")
     site.pump()
     ((dispatched,),) = [work.deliveries for work in site.pool.works]
@@ -328,7 +328,7 @@ def test_an_unreadable_message_with_job_id_gets_a_result(site: Site) -> None:
 
 
 def test_unknown_tasks_leave_no_statistics(site: Site) -> None:
-    """Celery keeps the count of each task for as long as the worker runs."""
+    """Unknown task names are not counted in Celery's statistics, which never shrink."""
     for at in range(5):
         site.send(f"job {at}", task=f"unknown {at}")
         site.pump()
@@ -342,7 +342,7 @@ def test_unknown_tasks_leave_no_statistics(site: Site) -> None:
 
 
 def lose(site: Site, job_id: str) -> None:
-    """End a job's pool process, and its delay."""
+    """End a job's pool process, and then the delay of its redelivery."""
     site.pool.running(job_id).fail(RuntimeError("Worker exited prematurely: signal 9"))
     end_delays(site.redis)
     site.lease.beat()
@@ -351,7 +351,7 @@ def lose(site: Site, job_id: str) -> None:
 def test_a_lost_pool_process_isolates_its_jobs(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each job of the batch comes back with an attempt counted, and runs alone."""
+    """Each job of a lost pool process counts an attempt, is isolated and runs alone."""
     site.pool.num_processes = 1
     site.send("a", "b")
     site.pump()
@@ -373,7 +373,7 @@ def test_a_lost_pool_process_isolates_its_jobs(
 
 
 def test_poison_ends_as_a_dead_letter(site: Site) -> None:
-    """A job that ends its pool process each time fails, if need be without a result."""
+    """A job that ends its pool process each time becomes a dead letter, even without a result."""
     site.send("poison")
     failures = []
     while site.redis.xlen(DEAD) == 0:
@@ -394,7 +394,7 @@ def test_poison_ends_as_a_dead_letter(site: Site) -> None:
 
 
 def test_a_worker_that_stops_counts_no_attempt(site: Site) -> None:
-    """What its pool processes leave behind is requeued."""
+    """Jobs of a draining worker's ended pool processes are requeued without an attempt."""
     site.send("a")
     site.pump()
     site.lease.drain()
@@ -403,8 +403,8 @@ def test_a_worker_that_stops_counts_no_attempt(site: Site) -> None:
     assert is_idle(site)
 
 
-def test_an_operator_ends_a_job(site: Site) -> None:
-    """``revoke --terminate`` ends the pool process once; the job comes back as cancelled."""
+def test_an_operator_terminates_a_job(site: Site) -> None:
+    """``revoke --terminate`` kills the pool process once; the redelivered job is cancelled."""
     site.pool.num_processes = 1
     site.send("a", "other")
     site.pump()
@@ -424,7 +424,7 @@ def test_an_operator_ends_a_job(site: Site) -> None:
 
 
 def test_a_poison_job_that_is_revoked_counts_attempts(site: Site) -> None:
-    """Revocation does not end the process: if it ends by itself, an attempt is counted."""
+    """A revoked job that ends its pool process by itself counts an attempt."""
     worker_state.revoked.add("poison")
     site.send("poison")
     for _ in range(LIMITS.attempts + 2):
@@ -435,7 +435,7 @@ def test_a_poison_job_that_is_revoked_counts_attempts(site: Site) -> None:
 
 
 def test_a_revoked_job_that_is_not_running_is_not_terminated(site: Site) -> None:
-    """Its delivery may be settled by now, and its pool process execute another batch."""
+    """Terminating a settled job kills no process, which may execute another batch by now."""
     site.send("a")
     site.pump()
     request = worker_state.requests["a"]
@@ -448,7 +448,7 @@ def test_a_revoked_job_that_is_not_running_is_not_terminated(site: Site) -> None
 
 @pytest.mark.parametrize("is_full", [False, True])
 def test_a_job_revoked_before_it_runs_is_terminated(site: Site, is_full: bool) -> None:
-    """Its pool process is ended as soon as it is known, and no attempt is counted."""
+    """The pool process is killed as soon as it is known, and no attempt is counted."""
     site.pool.is_full = is_full
     site.send("a")
     site.pump()
@@ -461,8 +461,8 @@ def test_a_job_revoked_before_it_runs_is_terminated(site: Site, is_full: bool) -
     assert site.redis.hlen(f"{PREFIX}tries") == 0
 
 
-def test_celery_revokes_what_is_not_accepted(site: Site) -> None:
-    """``revoke`` asks the backend of such a job's task for its state."""
+def test_celery_revokes_an_unaccepted_job(site: Site) -> None:
+    """Celery's ``revoke`` command works on jobs that no pool process has accepted."""
     site.send("a", "b")
     site.pump()
     state = SimpleNamespace(consumer=SimpleNamespace(pool=site.pool), app=None)
@@ -471,7 +471,7 @@ def test_celery_revokes_what_is_not_accepted(site: Site) -> None:
 
 
 def test_a_frozen_pool_process_is_replaced(site: Site) -> None:
-    """One that accepts nothing is ended; until then it is not free, and has no second batch."""
+    """A pool process that does not accept its batch is killed after 30 s; until then it is busy."""
     site.send("a")
     site.pump()
     (work,) = site.pool.works
@@ -489,7 +489,7 @@ def test_a_frozen_pool_process_is_replaced(site: Site) -> None:
 
 
 def test_a_batch_that_waits_in_the_pool_ends_no_process(site: Site) -> None:
-    """Where the pool has no process for it, none is at fault."""
+    """A batch that waits in a full pool for longer than 30 s kills no process."""
     site.pool.is_full = True
     site.send("a")
     site.pump()
@@ -503,7 +503,7 @@ def test_a_batch_that_waits_in_the_pool_ends_no_process(site: Site) -> None:
 
 
 def test_a_pool_that_refuses_a_batch(site: Site) -> None:
-    """Whatever the pool raises, the jobs come back, and no attempt is counted."""
+    """Jobs of a batch that the pool refuses are redelivered without an attempt."""
     site.send("a")
     site.pool.error = OSError("too many open files")
     site.pump()
@@ -518,7 +518,7 @@ def test_a_pool_that_refuses_a_batch(site: Site) -> None:
 
 
 def test_a_time_limit_ends_the_pool_process(site: Site) -> None:
-    """Once, at the first heartbeat after the limit; an attempt is counted."""
+    """The first heartbeat after the time limit kills the pool process; an attempt is counted."""
     site.send("a", timelimit=[60, None])
     site.pump()
     (work,) = site.pool.works
@@ -534,7 +534,7 @@ def test_a_time_limit_ends_the_pool_process(site: Site) -> None:
 
 
 def test_a_time_limit_ends_no_other_job(site: Site) -> None:
-    """Jobs with another limit are in another batch."""
+    """A time limit kills no pool process of jobs with a longer limit."""
     site.pool.num_processes = 1
     site.send("short", timelimit=[1, None])
     site.send("long")
@@ -546,7 +546,7 @@ def test_a_time_limit_ends_no_other_job(site: Site) -> None:
 
 
 def test_the_oldest_job_is_executed_first(site: Site) -> None:
-    """Whatever the time limits: others return to the queue as they were, and are not announced."""
+    """Jobs whose time limit differs from the oldest one's are requeued without an event."""
     site.pool.num_processes = 1
     site.send("old", "old too")
     site.send("new", "newer", timelimit=[1, None])
@@ -562,7 +562,7 @@ def test_the_oldest_job_is_executed_first(site: Site) -> None:
 
 
 def test_a_forgotten_batch_frees_its_pool_process(site: Site) -> None:
-    """Its jobs come back with an attempt counted, and no state of it remains."""
+    """Jobs of a batch that the pool forgot count an attempt, and the pool process is free."""
     site.send("a", "b")
     site.pump()
     site.pool.running("a").forget()
@@ -576,7 +576,7 @@ def test_a_forgotten_batch_frees_its_pool_process(site: Site) -> None:
 
 
 def test_a_report_of_another_length_is_contained(site: Site) -> None:
-    """A report that does not fit its batch settles nothing; the jobs come back."""
+    """A report whose length differs from its batch settles nothing; the jobs are redelivered."""
     site.send("a")
     site.pump()
     with pytest.raises(ValueError, match="zip"):
@@ -587,7 +587,7 @@ def test_a_report_of_another_length_is_contained(site: Site) -> None:
 
 
 def test_a_late_report_has_no_effect(site: Site) -> None:
-    """After the session was closed, its deliveries are others'."""
+    """A report after the session was closed has no effect."""
     site.send("a")
     (delivery,) = site.pump()
     site.lease.close()

@@ -1,8 +1,8 @@
-"""Every delivery has one owner: a random walk through faults in any order, on the real scripts.
+"""Every delivery has one owner: a random walk through faults, on the real scripts.
 
-Two workers, each with a real lease and dispatcher and a pool in steps, claim, dispatch, complete,
-lose replies, connections and pool processes, freeze, die, drain and stop. After each run, with no
-worker restarted, all messages are settled within 30 s of the workers' clock.
+Two workers, each with a real lease and dispatcher and a stepped pool, claim, dispatch, complete,
+lose replies, connections and pool processes, freeze, die, drain and stop. After each walk all
+messages are settled within 30 s of the workers' clock, with no worker restarted.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ HEADERS: dict[str, dict[str, Any]] = {
     "unreadable": {"eta": "soon"},
     "without ID": {"id": None},
 }
-"""Kinds of messages, by their headers."""
+"""The headers of each kind of message."""
 
 
 class FaultyRedis(Redis):
-    """A client whose connection can be cut, or lose the reply of its next script."""
+    """A client whose connection can be cut, or whose next script's reply can be lost."""
 
     is_cut = False
     loses_reply = False
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Send a command, or fail before or after."""
+        """Send a command, unless the connection is cut; lose the reply if requested."""
         if self.is_cut:
             raise RedisConnectionError("cut")
         reply = super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py's
@@ -86,11 +86,11 @@ class FaultyRedis(Redis):
 
 
 class Worker:
-    """A worker's main process: its lease, dispatcher and pool, and what its event loop does.
+    """A worker's main process: its lease, dispatcher and pool, and the steps of its event loop.
 
     Attributes:
-        is_connected: Whether its consumer has a session; else it connects at its next turn.
-        forgotten: Batches that its pool has forgotten and that no heartbeat has noticed.
+        is_connected: Whether its consumer has a session; if not, it connects at its next turn.
+        forgotten: Number of batches that the pool has forgotten since the last heartbeat.
     """
 
     def __init__(self, client: FaultyRedis, app: Celery, clock: ManualClock, parts: Parts) -> None:
@@ -135,14 +135,14 @@ class Worker:
         return deliveries
 
     def beat(self) -> None:
-        """Send the heartbeat that is due; the lease's thread survives whatever it raises."""
+        """Send a heartbeat, and ignore connection errors as the heartbeat thread does."""
         with suppress(RedisError):
             self.lease.beat(0)
         self.forgotten = 0
 
     @contextmanager
     def events_lost(self) -> Iterator[None]:
-        """Meanwhile the connection for events is lost."""
+        """Within the block the connection for events is lost."""
 
         def fail(*_: object, **__: object) -> None:
             raise RedisConnectionError("no event can be sent")
@@ -155,22 +155,22 @@ class Worker:
 
 
 class Parts:
-    """What workers are made of; a test replaces a part by a broken one."""
+    """The classes that workers are made of; a test replaces one by a defective class."""
 
     lease: type[SteppedLease] = SteppedLease
     dispatcher: type[Dispatcher] = Dispatcher
 
 
 class Ownership:
-    """Anything that can happen to two workers' deliveries, in any order."""
+    """A random walk of two workers, their producers, their operators and faults."""
 
     def __init__(self, stack: LocalStack, app: Celery, parts: Parts, seed: int) -> None:
         """Begin with two workers and no message.
 
         Args:
             stack: The servers.
-            app: Knows the task.
-            parts: What the workers are made of.
+            app: Has the tasks.
+            parts: The classes of the workers' parts.
             seed: Of the random choices.
         """
         self._stack = stack
@@ -199,7 +199,7 @@ class Ownership:
         return Worker(client, self._app, self._clock, self._parts)
 
     def go(self, steps: int) -> None:
-        """Take random steps and check after each; then check that all is settled in time."""
+        """Take random steps and check the invariants after each; then settle all in time."""
         work = (self.publish, self.pump, self.accept, self.complete, self.beat)
         faults = (
             *(self.drop, self.pump_without_events, self.fail, self.fail, self.forget),
@@ -229,7 +229,7 @@ class Ownership:
     # --- Producers and operators -----------------------------------------------------------------
 
     def publish(self) -> None:
-        """A producer sends messages, one of them perhaps twice."""
+        """A producer sends messages, some of them twice."""
         for _ in range(self._random.randint(1, 3)):
             kind = self._random.choice(["plain", "plain", *HEADERS])
             number = len(self._published)
@@ -248,7 +248,7 @@ class Ownership:
                 self._delayed.add(message)
 
     def revoke(self) -> None:
-        """An operator revokes a job and has its pool process ended."""
+        """An operator revokes a job and terminates its pool process."""
         batches = list(self._any().dispatcher._batches)
         requests = [one for batch in batches for one in batch.requests if one.id]
         if requests:
@@ -299,13 +299,13 @@ class Ownership:
         work.complete(*[settled(action, delay=60) for action in actions])
 
     def fail(self) -> None:
-        """A pool process ends, whatever it has done."""
+        """A pool process ends without a report."""
         _, work = self._work()
         if work:
             work.fail(RuntimeError("Worker exited prematurely"))
 
     def forget(self) -> None:
-        """The pool forgets a batch, as Celery's does on some lost connections."""
+        """The pool forgets a batch, as Celery's pool does for some lost connections."""
         worker, work = self._work()
         if worker and work:
             work.forget()
@@ -318,15 +318,15 @@ class Ownership:
         self._any().client.is_cut = True
 
     def mend(self) -> None:
-        """They can be made again."""
+        """A worker's connections to Redis can be made again."""
         self._any().client.is_cut = False
 
     def lose_reply(self) -> None:
-        """Redis executes a worker's next script, whichever it is, but the reply is lost."""
+        """Redis executes a worker's next script, but the reply is lost."""
         self._any().client.loses_reply = True
 
     def reconnect(self) -> None:
-        """A worker's event loop notices a lost connection by itself."""
+        """A worker's event loop detects a lost connection and reconnects."""
         worker = self._any()
         worker.is_connected = False
         worker.turn()
@@ -340,7 +340,7 @@ class Ownership:
         self._any().lease.drain()
 
     def stop(self) -> None:
-        """A worker stops, most often after a drain, and another starts."""
+        """A worker closes its session, usually after a drain, and another worker starts."""
         draining = [worker for worker in self._workers if worker.lease.is_draining]
         worker = self._random.choice(draining or self._workers)
         worker.lease.close()
@@ -349,7 +349,7 @@ class Ownership:
     # --- Time ------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """A worker sends a heartbeat, most often in time."""
+        """A worker sends a heartbeat, usually in time."""
         self._clock.now += self._random.choice([1, 1, 1, 3, 11])
         self._any().beat()
 
@@ -361,20 +361,20 @@ class Ownership:
             worker.beat()
 
     def end_delays(self) -> None:
-        """What was delayed is due."""
+        """All delayed messages become due."""
         for name in self._redis.zrange(DUE, 0, -1):
             self._redis.zadd(DUE, {name: 0})
 
-    # --- What always holds -----------------------------------------------------------------------
+    # --- Invariants ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check all of it."""
+        """Check all invariants."""
         self.each_message_is_in_one_place()
         self.each_delivery_has_one_owner()
         self.each_pool_process_is_free_or_busy()
 
     def each_message_is_in_one_place(self) -> None:
-        """Until a pool process has reported that its job is done; no place is without a session."""
+        """An unacknowledged message is in one place; each claim belongs to a session."""
         found = messages(self._redis)
         assert not found - self._published
         assert not self._published - self._acknowledged - found
@@ -439,15 +439,15 @@ def app() -> Celery:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_each_delivery_is_settled(stack: LocalStack, app: Celery, seed: int) -> None:
-    """Whatever happens in whatever order."""
+    """After any sequence of faults every message is settled in time."""
     Ownership(stack, app, Parts(), seed).go(STEPS)
 
 
-# --- Broken parts --------------------------------------------------------------------------------
+# --- Defective parts -----------------------------------------------------------------------------
 
 
 class WithoutReconciliation(SteppedLease):
-    """A lease that does not look for deliveries without owner."""
+    """A lease that does not recover deliveries without an owner."""
 
     def _reconcile(self, heartbeat: Heartbeat) -> None:
         """Do nothing."""
@@ -472,7 +472,7 @@ class WithoutLateSettlement(SteppedLease):
 
 
 class WithManyPoisonCandidates(SteppedLease):
-    """A lease that executes any number of poison candidates at a time."""
+    """A lease that claims any number of poison candidates at a time."""
 
     def _all(self) -> list[Delivery]:
         return [one for one in super()._all() if not one.claim.attempts]
@@ -487,36 +487,36 @@ class WithoutFreeing(Dispatcher):
 
 
 class WithoutForgotten(Dispatcher):
-    """A dispatcher that waits for ever for what the pool has forgotten."""
+    """A dispatcher that never detects batches that the pool has forgotten."""
 
     def on_heartbeat(self) -> None:
         """Do nothing."""
 
 
-class Twice(Dispatcher):
-    """A dispatcher that dispatches a lost delivery once more by itself."""
+class WithSecondDispatch(Dispatcher):
+    """A dispatcher that dispatches a lost batch again by itself."""
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         super()._settle_failed(batch, error)
         self._start(Batch(batch.requests, self._pool, self._hostname, self._clock()))
 
 
-BROKEN = [
+DEFECTIVE = [
     WithoutReconciliation,
     WithoutTakeover,
     WithoutLateSettlement,
     WithManyPoisonCandidates,
     WithoutFreeing,
     WithoutForgotten,
-    Twice,
+    WithSecondDispatch,
 ]
 
 
-@pytest.mark.parametrize("part", BROKEN)
-def test_broken_parts_are_found(
+@pytest.mark.parametrize("part", DEFECTIVE)
+def test_the_walk_detects_each_defect(
     stack: LocalStack, app: Celery, part: type[SteppedLease | Dispatcher]
 ) -> None:
-    """A worker with a broken part fails one of a few runs."""
+    """A walk of workers with a defective part fails for at least one of a few seeds."""
     parts = Parts()
     if issubclass(part, SteppedLease):
         parts.lease = part

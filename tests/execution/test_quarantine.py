@@ -1,4 +1,4 @@
-"""Messages of any bytes: a real worker answers each or keeps it for the operators, and goes on."""
+"""Malformed messages: a worker records a result or a dead letter for each, and keeps running."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import pytest
 
 from devstack.servers import LocalStack
 from devstack.service import Service
-from tests.support.database import database
 from tests.support.stores import until
-from tests.support.workers import GRANT_ACCESS, QUEUE, Site, site, worker
+from tests.support.workers import GRANT_ACCESS, QUEUE, Site, migrated_site, worker
 from worker.broker.claims import DEAD, PREFIX
 
 MESSAGES = int(os.environ.get("QUARANTINE_MESSAGES", "500"))
@@ -37,23 +36,20 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def here(stack: LocalStack, _migrated: str) -> Iterator[Site]:
     """A site without interviews."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 8) as here,
-    ):
+    with migrated_site(stack, _migrated, 8) as here:
         yield here
 
 
 @pytest.fixture(scope="module")
 def service(here: Site, log: Path) -> Iterator[Service]:
-    """The one worker of all these tests."""
+    """The worker of these tests."""
     with worker(here, log) as service:
         yield service
 
 
 @pytest.fixture(scope="module")
 def sample(here: Site) -> bytes:
-    """A message as Celery writes it."""
+    """A message that Celery wrote."""
     kwargs = {"user_id": "ann", "interview_ids": []}
     here.producer.send_task(GRANT_ACCESS, kwargs=kwargs, queue="sample")
     message: Any = here.redis.rpop("sample")
@@ -61,23 +57,23 @@ def sample(here: Site) -> bytes:
 
 
 def fresh(sample: bytes) -> Message:
-    """Such a message under an id of its own, its body as what it says."""
+    """Decode the sample, give it a new job ID and decode its body."""
     message: Message = json.loads(sample)
     job_id = str(uuid4())
     message["headers"] |= {"id": job_id, "root_id": job_id}
     message["properties"] |= {"correlation_id": job_id, "delivery_tag": str(uuid4())}
     message["body"] = json.loads(base64.b64decode(message["body"]))
-    del message["headers"]["ignore_result"]  # by which a producer may ask for none
+    del message["headers"]["ignore_result"]  # a changed value could suppress the result
     return message
 
 
 def encoded(body: bytes) -> str:
-    """A message's body as it is sent."""
+    """Encode a body in Base64."""
     return base64.b64encode(body).decode()
 
 
 def dumped(value: object) -> bytes:
-    """A value as JSON, nested as it may be: a test may be deep in its runner's frames itself."""
+    """Encode a deeply nested value as JSON, with a higher recursion limit."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(10 * limit)
     try:
@@ -87,14 +83,14 @@ def dumped(value: object) -> bytes:
 
 
 def written(message: Message) -> bytes:
-    """A message as it is sent: what is no text yet of its body, encoded."""
+    """Encode a message, and its body unless that is a string already."""
     if "body" in message and not isinstance(message["body"], str):
         message["body"] = encoded(dumped(message["body"]))
     return dumped(message)
 
 
 def nested(depth: int) -> list[Any]:
-    """A list in a list in a list."""
+    """Return a list nested in so many lists."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value]
@@ -110,7 +106,7 @@ ODD: tuple[Any, ...] = (
 
 
 def places(value: Any, levels: int = 6) -> Iterator[tuple[Any, Any]]:
-    """The objects and lists within a value, each with every one of its keys or positions."""
+    """Yield the objects and lists within a value, each with every key or index."""
     if isinstance(value, dict | list) and levels:
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             yield value, key
@@ -118,7 +114,7 @@ def places(value: Any, levels: int = 6) -> Iterator[tuple[Any, Any]]:
 
 
 def changed_field(chance: random.Random, message: Message) -> bytes:
-    """A message of which one to three fields are missing, or something else."""
+    """Remove or replace one to three fields of a message."""
     for _ in range(chance.randint(1, 3)):
         where, key = chance.choice(list(places(message)))
         if chance.random() < 0.3:
@@ -129,7 +125,7 @@ def changed_field(chance: random.Random, message: Message) -> bytes:
 
 
 def changed_bytes(chance: random.Random, text: bytes) -> bytes:
-    """Bytes of which one to three are other, missing or more, or that end too early."""
+    """Change, remove or insert one to three bytes, or truncate."""
     changed = bytearray(text)
     for _ in range(chance.randint(1, 3)):
         at = chance.randrange(len(changed))
@@ -146,7 +142,7 @@ def changed_bytes(chance: random.Random, text: bytes) -> bytes:
 
 
 def changed(chance: random.Random, message: Message) -> bytes:
-    """A message that was changed at random."""
+    """Change a message's fields, its bytes or its body's bytes."""
     match chance.randrange(3):
         case 0:
             return changed_field(chance, message)
@@ -157,14 +153,14 @@ def changed(chance: random.Random, message: Message) -> bytes:
             return written(message | {"body": encoded(changed_bytes(chance, body))})
 
 
-def buried(here: Site) -> Counter[bytes]:
-    """The messages in the dead letters."""
+def dead_lettered(here: Site) -> Counter[bytes]:
+    """Count the messages in the dead letters."""
     letters: Any = here.redis.xrange(DEAD)
     return Counter(letter[b"message"] for _, letter in letters)
 
 
-def answered(here: Site, message: bytes) -> bool:
-    """Whether there is a result under the id that a message names, however it names one."""
+def has_result(here: Site, message: bytes) -> bool:
+    """Whether a final result is stored under the message's ID, if it has one."""
     try:
         job_id = json.loads(message.decode(errors="replace"))["headers"]["id"]
         meta = here.meta(str(job_id))
@@ -173,48 +169,50 @@ def answered(here: Site, message: bytes) -> bool:
     return meta["status"] in {"SUCCESS", "FAILURE"}
 
 
-def all_done(here: Site) -> bool:
-    """Whether no message is anywhere but in the dead letters."""
+def all_settled(here: Site) -> bool:
+    """Whether Redis holds no message except dead letters."""
     return not here.redis.exists(QUEUE, f"{PREFIX}deferred") and not here.redis.keys(
         f"{PREFIX}held:*"
     )
 
 
 def check(here: Site, service: Service, log: Path, messages: list[bytes]) -> None:
-    """All come to an end, and the worker that saw to it is the same, unshaken."""
+    """Send messages, and check that each is settled and the worker is still the same process."""
     pid = service.pid
     before = log.stat().st_size
     here.redis.lpush(QUEUE, *messages)
-    until(lambda: all_done(here) or not service.alive)
+    until(lambda: all_settled(here) or not service.alive)
     assert service.alive, service.log_tail()
-    neither = [one for one in (Counter(messages) - buried(here)) if not answered(here, one)]
+    neither = [
+        one for one in (Counter(messages) - dead_lettered(here)) if not has_result(here, one)
+    ]
     assert neither == []
     job_id = here.send("ann", [])
     assert here.answer(job_id)["status"] == "SUCCESS"
     assert service.pid == pid
-    said = log.read_bytes()[before:].decode(errors="replace")
+    logged = log.read_bytes()[before:].decode(errors="replace")
     for words in ("Unrecoverable", "Connection to broker lost", "lease was lost", "with its child"):
-        assert words not in said
+        assert words not in logged
 
 
 def test_messages_changed_at_random(here: Site, service: Service, log: Path, sample: bytes) -> None:
-    """Whatever bytes or fields of a message are other, it is answered or a dead letter."""
+    """A message with any bytes or fields changed has a result or a dead letter."""
     chance = random.Random(1)  # noqa: S311 - no secret
     check(here, service, log, [changed(chance, fresh(sample)) for _ in range(MESSAGES)])
 
 
 def header(name: str, value: object) -> Change:
-    """Another header."""
+    """Set a header."""
     return lambda message: message["headers"].update({name: value})
 
 
 def body(text: bytes) -> Change:
-    """Another body."""
+    """Set the body."""
     return lambda message: message.update(body=encoded(text))
 
 
 def part(at: int, value: object) -> Change:
-    """Another part of the body: the arguments in order, those by name, or what is to follow."""
+    """Set a part of the body: positional arguments, keyword arguments or callbacks."""
     return lambda message: message["body"].__setitem__(at, value)
 
 
@@ -279,10 +277,10 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_message_changed_on_purpose(
+def test_a_message_with_one_defect(
     here: Site, service: Service, log: Path, sample: bytes, change: Change
 ) -> None:
-    """Each oddity comes to its end, also where more of them wait than there are children."""
+    """Five messages with the same defect, more than pool processes, are all settled."""
     messages = [fresh(sample) for _ in range(5)]
     for message in messages:
         change(message)
@@ -292,8 +290,8 @@ def test_a_message_changed_on_purpose(
 @pytest.mark.parametrize(
     "text", [b"", b"null", b"7", b"[]", b"{}", b"\xff\xfe", b'"\\ud800"', b"NaN"]
 )
-def test_no_message_at_all(here: Site, service: Service, log: Path, text: bytes) -> None:
-    """What is no message is a dead letter."""
-    before = buried(here)
+def test_bytes_that_are_no_message(here: Site, service: Service, log: Path, text: bytes) -> None:
+    """Bytes that are no message become dead letters."""
+    before = dead_lettered(here)
     check(here, service, log, [text] * 3)
-    assert buried(here) - before == Counter({text: 3})
+    assert dead_lettered(here) - before == Counter({text: 3})

@@ -1,4 +1,4 @@
-"""Jobs that race, on PostgreSQL: twenty at once, deletes, other people's writes."""
+"""Races on PostgreSQL: simultaneous jobs, deleted interviews, grants of other services."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ AT_ONCE = 20
 
 
 def grant(store: PostgresStore, jobs: list[GrantAccessJob]) -> list[Outcome]:
-    """Have jobs done by a worker of its own: another storage, other connections."""
+    """Execute jobs with a separate storage, as another worker does."""
     with store.another() as storage:
         return GrantAccessInteractor(storage).grant_access(jobs)
 
 
 def shuffled(seed: int, ids: list[str], count: int) -> list[str]:
-    """Some of the ids in an order of their own; the same for the same seed."""
+    """Sample IDs in an order that depends on the seed."""
     return random.Random(seed).sample(ids, count)  # noqa: S311 - no secret
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_racing_jobs_of_one_user_add_up(postgres: PostgresStore, batch: int) -> None:
-    """Overlapping jobs in different orders meet no trouble, and their counts sum to the rows."""
+    """Overlapping jobs in different orders succeed, and their counts add up to the rows."""
     ids = postgres.add_interviews(40)
     numbers = range(AT_ONCE)
     racing: list[Callable[[], list[Outcome]]] = [
@@ -56,7 +56,7 @@ def test_racing_jobs_of_one_user_add_up(postgres: PostgresStore, batch: int) -> 
 
 
 def test_racing_batches_of_many_users_add_up(postgres: PostgresStore) -> None:
-    """Batches whose users and ids overlap in different orders add up, user by user."""
+    """Batches with overlapping users and IDs in different orders add up to the rows."""
     ids = postgres.add_interviews(12)
     users = [f"user-{number}" for number in range(6)]
 
@@ -69,8 +69,8 @@ def test_racing_batches_of_many_users_add_up(postgres: PostgresStore) -> None:
     assert sum(map(created, outcomes)) == postgres.rows()
 
 
-def test_one_job_delivered_many_times_at_once_counts_once(postgres: PostgresStore) -> None:
-    """Deliveries of one job that run at the same time have one effect and one answer."""
+def test_simultaneous_deliveries_of_one_job_count_once(postgres: PostgresStore) -> None:
+    """Simultaneous deliveries of one job have one effect and one result."""
     ids = postgres.add_interviews(30)
     racing = [
         partial(grant, postgres, [a_job("a", "ann", shuffled(one, ids, 30))])
@@ -82,8 +82,8 @@ def test_one_job_delivered_many_times_at_once_counts_once(postgres: PostgresStor
     assert postgres.rows() == 30
 
 
-def test_one_id_with_many_requests_at_once_has_one_winner(postgres: PostgresStore) -> None:
-    """Of different requests under one id that race, one is done and every other refused."""
+def test_simultaneous_requests_under_one_id_have_one_winner(postgres: PostgresStore) -> None:
+    """Of racing requests under one ID one succeeds, and the others are refused."""
     ids = postgres.add_interviews(AT_ONCE)
     racing = [partial(grant, postgres, [a_job("a", "ann", [one])]) for one in ids]
     outcomes = [outcome for done in all_at_once(racing) for outcome in done]
@@ -93,7 +93,7 @@ def test_one_id_with_many_requests_at_once_has_one_winner(postgres: PostgresStor
 
 
 def test_an_interview_deleted_first_fails_the_job_that_names_it(postgres: PostgresStore) -> None:
-    """A job waits for a delete that is under way, then fails naming the id; neighbours succeed."""
+    """A job waits for a running delete, then fails and names the ID; its batch succeeds."""
     gone, stays = postgres.add_interviews(2)
     with connected(postgres.database_url) as platform:
         for statement in DELETE_INTERVIEW:
@@ -113,7 +113,7 @@ def test_an_interview_deleted_first_fails_the_job_that_names_it(postgres: Postgr
 
 
 def test_an_interview_that_a_job_grants_cannot_be_deleted(postgres: PostgresStore) -> None:
-    """A delete waits for the job that holds the interview, and is refused after it."""
+    """A delete waits for the job that has locked the interview, and then fails."""
     (held,) = postgres.add_interviews(1)
     job = a_job("a", "ann", [held])
     with postgres.storage.transaction() as transaction:
@@ -127,10 +127,10 @@ def test_an_interview_that_a_job_grants_cannot_be_deleted(postgres: PostgresStor
     assert postgres.granted("ann") == [held]
 
 
-def test_deletes_with_all_that_refers_to_them_leave_nothing_dangling(
+def test_cascading_deletes_leave_no_dangling_grant(
     postgres: PostgresStore,
 ) -> None:
-    """Racing Django's cascade, a job fails naming what went or loses its grants with it."""
+    """A job that races Django's cascade fails or loses its grants with the interview."""
     ids = postgres.add_interviews(AT_ONCE)
     delete_grants = text(
         "DELETE FROM interview_userinterviewaccess WHERE interview_id = CAST(:id AS uuid)"
@@ -146,7 +146,7 @@ def test_deletes_with_all_that_refers_to_them_leave_nothing_dangling(
         def done() -> bool:
             try:
                 cascade(interview_id)
-            except Exception:  # noqa: BLE001 - a grant came between, or a deadlock: as Django's user
+            except Exception:  # noqa: BLE001 - a grant between the statements, or a deadlock
                 return False
             return True
 
@@ -167,21 +167,21 @@ def test_deletes_with_all_that_refers_to_them_leave_nothing_dangling(
 
 
 def test_grants_that_others_write_meanwhile_are_not_counted(postgres: PostgresStore) -> None:
-    """The platform writes the same grants at the same time: each row is counted by its maker."""
+    """If the platform writes the same grants meanwhile, each row is counted by its writer."""
     ids = postgres.add_interviews(60)
 
     def write() -> int:
-        made = 0
+        written = 0
         with connected(postgres.database_url, autocommit=True) as platform:
             for interview_id in shuffled(1, ids, 60):
-                made += platform.execute(
+                written += platform.execute(
                     text(
                         "INSERT INTO interview_userinterviewaccess (user_id, interview_id)"
                         " VALUES ('ann', CAST(:id AS uuid)) ON CONFLICT DO NOTHING"
                     ),
                     {"id": interview_id},
                 ).rowcount
-        return made
+        return written
 
     def ours() -> int:
         return sum(map(created, grant(postgres, [a_job("a", "ann", ids)])))

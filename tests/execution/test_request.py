@@ -1,4 +1,4 @@
-"""How the main process reads a delivery's envelope: within bounds, and never raising."""
+"""Requests: the main process reads a delivery's envelope within bounds, and never raises."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def app() -> Celery:
 
 @pytest.fixture
 def revocations() -> Iterator[Any]:
-    """Celery's state of this process."""
+    """Celery's state of this process, which is reset after the test."""
     yield worker_state
     worker_state.reset_state()
 
@@ -56,7 +56,7 @@ def revocations() -> Iterator[Any]:
 def envelope(**fields: Any) -> dict[str, Any]:
     """A message in Celery's protocol, with some fields changed or (``ABSENT``) left out.
 
-    A field ``headers__eta`` stands for one within ``headers``.
+    A field ``headers__eta`` is the field ``eta`` within ``headers``.
     """
     whole: dict[str, Any] = {
         "body": BODY,
@@ -76,7 +76,7 @@ def envelope(**fields: Any) -> dict[str, Any]:
 
 
 def claim_of(message: bytes, *, attempts: int = 0, retries: int = 0) -> Claim:
-    """The claim of a message, cut as Redis cuts one over the limit."""
+    """Return the claim of a message; an oversized message is cut as Redis cuts it."""
     size = len(message)
     if size > LIMITS.message_bytes:
         message = message[:ENDS] + message[-ENDS:]
@@ -84,7 +84,7 @@ def claim_of(message: bytes, *, attempts: int = 0, retries: int = 0) -> Claim:
 
 
 def read(app: Celery, message: Any, limits: Limits = LIMITS, /, **counts: int) -> JobRequest:
-    """The request that a message makes."""
+    """Read a message."""
     if not isinstance(message, bytes):
         message = json.dumps(message).encode()
     return JobRequest(Delivery(claim_of(message, **counts)), app, limits)
@@ -131,7 +131,7 @@ READABLE = {
 def test_a_readable_message_is_dispatched(
     app: Celery, fields: dict[str, Any], body: str, encoding: str
 ) -> None:
-    """Its body goes to the pool process as it came."""
+    """The body of a readable message is passed to the pool process unchanged."""
     message = envelope(**fields)
     request = read(app, message)
     assert request.failure is None
@@ -234,7 +234,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize(("message", "reason", "job_id"), UNREADABLE.values(), ids=UNREADABLE)
 def test_an_unreadable_message_fails(app: Celery, message: Any, reason: str, job_id: str) -> None:
-    """The failure says what came and what was expected; the job's ID is read where there is one."""
+    """The failure has what was received and what was expected; the job's ID is read if possible."""
     assert_unreadable(read(app, message), reason, job_id)
 
 
@@ -290,7 +290,7 @@ OVERSIZED = {
 def test_an_oversized_message_is_not_decoded(
     app: Celery, message: str, identity: tuple[str, str]
 ) -> None:
-    """It is the request's own fault; its job ID and task are looked for in its two ends."""
+    """An oversized message is invalid; its job ID and task are searched in its two ends."""
     request = read(app, message.encode())
     assert isinstance(request.failure, InvalidGrantRequestException)
     assert request.failure.sentence == (
@@ -301,7 +301,7 @@ def test_an_oversized_message_is_not_decoded(
 
 
 def test_the_limits_allow_the_largest_job() -> None:
-    """A job with as many IDs as are allowed fits, in Base64 too."""
+    """A job with the maximum number of IDs is within the limits, also in Base64."""
     ids = ["0" * 36] * LIMITS.interview_ids
     body = json.dumps([[], {"user_id": "\0" * 36, "interview_ids": ids}, {}])
     for sent in (body, base64.b64encode(body.encode()).decode()):
@@ -328,7 +328,7 @@ HOUR = timedelta(hours=1)
     ids=["UTC", "without time zone", "Z", "local"],
 )
 def test_an_eta_delays(app: Celery, hours: int, written: Callable[[datetime], str]) -> None:
-    """The delay lasts until the ETA; one without time zone is in UTC."""
+    """A job is delayed until its ETA; an ETA without time zone is in UTC."""
     request = read(app, envelope(headers__eta=written(datetime.now(UTC) + hours * HOUR)))
     assert request.failure is None
     assert request.delay == pytest.approx(max(hours, 0) * 3_600, abs=60)
@@ -344,10 +344,10 @@ def test_an_eta_delays(app: Celery, hours: int, written: Callable[[datetime], st
     ],
     ids=["past", "future", "retried", "attempted"],
 )
-def test_a_job_expires_until_it_has_begun(
+def test_a_job_expires_only_before_it_begins(
     app: Celery, expires: datetime, counts: dict[str, int], *, is_expired: bool
 ) -> None:
-    """A job that was executed may have had its effect, so that only the ledger knows its result."""
+    """A retried or attempted job does not expire, because it may have had its effect."""
     request = read(app, envelope(headers__expires=expires.isoformat()), **counts)
     assert isinstance(request.failure, JobExpiredException) == is_expired
 
@@ -365,7 +365,7 @@ def test_a_job_expires_until_it_has_begun(
     ],
 )
 def test_the_shortest_time_limit_applies(app: Celery, limits: Any, seconds: float) -> None:
-    """Of the worker's own and the message's two."""
+    """The time limit is the shortest of the worker's and the message's two."""
     request = read(app, envelope(headers__timelimit=limits))
     assert (request.failure, request.time_limit) == (None, seconds)
 
@@ -387,7 +387,7 @@ def test_the_shortest_time_limit_applies(app: Celery, limits: Any, seconds: floa
 def test_attempts_are_limited(
     app: Celery, attempts: int, *, fails: bool, is_decoded: bool, is_hopeless: bool
 ) -> None:
-    """The failure is recorded with the body decoded, then without, then as a dead letter only."""
+    """After its attempts a job fails with its body, then without, then only as a dead letter."""
     request = read(app, envelope(), attempts=attempts)
     assert (request.failure is not None) == fails
     assert (request.dispatched.body is not None) == is_decoded
@@ -397,7 +397,7 @@ def test_attempts_are_limited(
 
 
 def test_an_unreadable_message_keeps_its_reason(app: Celery) -> None:
-    """Also when its attempts are used up."""
+    """An unreadable message whose attempts are used up keeps its first reason."""
     request = read(app, envelope(headers__eta=5), attempts=LIMITS.attempts)
     assert request.failure
     assert "eta: expected" in request.failure.sentence
@@ -423,20 +423,20 @@ REVOKED_STAMPS = {
 def test_a_job_is_revoked_by_its_stamps(
     app: Celery, revocations: Any, stamps: Any, revoked: Any, *, is_revoked: bool
 ) -> None:
-    """As operators do by ``revoke_by_stamped_headers``."""
+    """A job with a stamp that ``revoke_by_stamped_headers`` has revoked is cancelled."""
     revocations.revoked_stamps.update(revoked)
     request = read(app, envelope(headers__stamps=stamps))
     assert isinstance(request.failure, JobCancelledException) == is_revoked
 
 
 def test_a_job_is_revoked_by_its_id(app: Celery, revocations: Any) -> None:
-    """As operators do by ``revoke``: other jobs are not."""
+    """A job that ``revoke`` has revoked is cancelled, and others are not."""
     revocations.revoked.add(JOB)
     assert isinstance(read(app, envelope()).failure, JobCancelledException)
     assert read(app, envelope(headers__id="another")).failure is None
 
 
-# --- What operators see --------------------------------------------------------------------------
+# --- Output for operators ------------------------------------------------------------------------
 
 ARGUMENTS = {
     "none": ({}, {"args": "", "kwargs": ""}),
@@ -461,12 +461,12 @@ ARGUMENTS = {
 def test_arguments_are_shown_cut_and_escaped(
     app: Celery, fields: dict[str, Any], shown: dict[str, str]
 ) -> None:
-    """Events, logs and control replies contain no list of IDs and no control character."""
+    """The arguments in events, logs and replies are short and contain no control character."""
     assert read(app, envelope(**fields)).arguments == shown
 
 
 def test_control_replies_describe_a_delivery(app: Celery) -> None:
-    """``inspect active`` and ``query_task`` reply with what they do of Celery's own requests."""
+    """``inspect active`` and ``query_task`` reply with the fields of Celery's own requests."""
     request = read(app, envelope(headers__argsrepr="(…)"), attempts=1)
     request.worker_pid, request.time_start = 7, 8.0
     assert request.info() == {
@@ -488,7 +488,7 @@ def test_control_replies_describe_a_delivery(app: Celery) -> None:
     )
 
 
-# --- Any bytes at all ----------------------------------------------------------------------------
+# --- Generated messages --------------------------------------------------------------------------
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -512,7 +512,7 @@ NAMES = (
 
 @st.composite
 def changed(draw: st.DrawFn) -> bytes:
-    """An envelope with some fields of any value, and perhaps some bytes changed."""
+    """Draw an envelope with some fields and some bytes changed."""
     whole = envelope()
     for path in draw(st.lists(st.sampled_from(NAMES), max_size=4, unique=True)):
         *outer, name = path.split("__")
@@ -535,7 +535,7 @@ def changed(draw: st.DrawFn) -> bytes:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_no_message_raises(app: Celery, revocations: Any, message: bytes, attempts: int) -> None:
-    """Whatever the bytes are, the request can be dispatched, shown and settled."""
+    """A request of any bytes can be dispatched, shown and settled."""
     revocations.revoked_stamps["s"] = ["v"]
     request = read(app, message, attempts=attempts)
     assert request.failure is not None or request.name in app.tasks

@@ -1,4 +1,4 @@
-"""Work that does not end soon is reported, once."""
+"""The started reporter: work that takes long is reported once, short work never."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.stores import until
 
 
 def test_long_work_is_reported_once() -> None:
-    """Work is reported while it goes on, and not again however long it does."""
+    """Long work is reported while it runs, and only once."""
     reports: SimpleQueue[str] = SimpleQueue()
     with StartedReporter().reporting(lambda: reports.put("first")):
         assert reports.get(timeout=10) == "first"
@@ -20,7 +20,7 @@ def test_long_work_is_reported_once() -> None:
 
 
 def test_short_work_is_not_reported() -> None:
-    """Work that ended soon is not reported, also while the next is."""
+    """Short work is not reported, also not with the next work."""
     reports: SimpleQueue[str] = SimpleQueue()
     reporter = StartedReporter()
     for _ in range(1_000):
@@ -32,7 +32,7 @@ def test_short_work_is_not_reported() -> None:
 
 
 def test_failed_work_is_not_reported() -> None:
-    """Its error passes, and it is not reported later."""
+    """The error of failed work propagates, and the work is not reported later."""
     reports: SimpleQueue[str] = SimpleQueue()
     reporter = StartedReporter()
     with pytest.raises(KeyError), reporter.reporting(lambda: reports.put("failed")):
@@ -43,7 +43,7 @@ def test_failed_work_is_not_reported() -> None:
 
 
 def test_work_after_an_idle_time_is_reported() -> None:
-    """Work that begins when the reporter's thread sleeps is reported as any other."""
+    """Work that begins while the reporter's thread sleeps is reported."""
     reports: SimpleQueue[str] = SimpleQueue()
     reporter = StartedReporter()
     until(lambda: reporter._is_asleep)

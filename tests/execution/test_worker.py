@@ -1,4 +1,4 @@
-"""One job end to end: a foreign producer, a real queue, a real worker, real rows."""
+"""Jobs end to end: a stock Celery producer, a real queue, a real worker, real rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pytest
 from celery import chain, chord
 
 from devstack.servers import LocalStack
-from tests.faults.books import at_rest
-from tests.support.database import database
+from tests.faults.invariants import all_settled
 from tests.support.stores import until
 from tests.support.workers import (
     GRANT_ACCESS,
@@ -26,7 +25,7 @@ from tests.support.workers import (
     events,
     held_grant,
     ledger_missing,
-    site,
+    migrated_site,
     worker,
 )
 from worker.broker.claims import DEAD
@@ -50,19 +49,12 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def here(stack: LocalStack, _migrated: str, log: Path) -> Iterator[Site]:
     """A site with a worker and interviews."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 1) as here,
-    ):
-        here.store.execute(
-            "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
-            " 'Interview', interval '1 hour' FROM unnest(CAST(:ids AS text[])) AS id",
-            ids=[ONE, TWO, *many(LIMIT)],
-        )
+    with migrated_site(stack, _migrated, 1) as here:
+        here.store.add_interviews_with_ids([ONE, TWO, *many(LIMIT)])
         settings = {
             "GRANT_MAX_INTERVIEW_IDS": LIMIT,
             "GRANT_CHUNK_SIZE": CHUNK,
-            "GRANT_RETRY_LIMIT": 1_000,  # no test hangs on how soon it mends what it broke
+            "GRANT_RETRY_LIMIT": 1_000,  # outages of any length are retried
             "GRANT_RETRY_MAX_DELAY": 1,
             "GRANT_CALLBACK_QUEUES": f"{QUEUE},platform",
         }
@@ -71,22 +63,22 @@ def here(stack: LocalStack, _migrated: str, log: Path) -> Iterator[Site]:
 
 
 def many(count: int) -> list[str]:
-    """Ids of interviews that stand, in their order."""
+    """Return the IDs of existing interviews, in order."""
     return [str(UUID(int=(0xA << 124) + number)) for number in range(count)]
 
 
 def success(created: int) -> dict[str, Any]:
-    """The result of a grant-access job."""
+    """Return the result of a job that created so many grants."""
     return {"success": True, "created_access_count": created}
 
 
 def a_user() -> str:
-    """A user whom no other test knows."""
+    """Return a user ID that no other test uses."""
     return str(uuid4())
 
 
-def test_the_platforms_own_request(here: Site) -> None:
-    """The request as the platform wrote it is answered as it wrote it: 2, and again 0."""
+def test_the_platforms_request(here: Site) -> None:
+    """The request of the platform's specification creates 2 grants, and 0 when repeated."""
     for created in (2, 0):
         job_id = here.send(user_id=USER, interview_ids=[ONE, TWO])
         meta = here.answer(job_id)
@@ -108,7 +100,7 @@ def test_the_platforms_own_request(here: Site) -> None:
 def test_odd_requests_succeed(
     here: Site, ids: list[object], created: int, positional: bool
 ) -> None:
-    """Order, repetition, spelling, UUID objects and an empty list are no error."""
+    """Order, duplicates, spellings, UUID objects and an empty list are not errors."""
     user = uuid4()
     job_id = here.send(user, ids) if positional else here.send(user_id=user, interview_ids=ids)
     assert here.answer(job_id)["result"] == success(created)
@@ -116,14 +108,14 @@ def test_odd_requests_succeed(
 
 
 @pytest.mark.parametrize("user_id", ["x", "y" * 36, "Zoë, {\"'\\} 😀"], ids=["1", "36", "odd"])
-def test_user_ids_are_taken_to_the_letter(here: Site, user_id: str) -> None:
-    """A user id of 1 to 36 characters of any kind is that user's."""
+def test_user_ids_are_not_normalized(here: Site, user_id: str) -> None:
+    """A user ID may be any 1 to 36 characters, which are stored as they are."""
     assert here.answer(here.send(user_id, [ONE]))["result"] == success(1)
     assert here.store.granted(user_id) == [ONE]
 
 
 def nested(depth: int) -> list[Any]:
-    """A list in a list in a list."""
+    """Return a list nested in so many lists."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value]
@@ -163,10 +155,10 @@ BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize(("args", "kwargs", "kind", "words"), BAD.values(), ids=BAD)
-def test_bad_requests_say_what_was_wrong(
+def test_an_invalid_request_fails_with_its_reason(
     here: Site, args: tuple[object, ...], kwargs: dict[str, Any], kind: str, words: str
 ) -> None:
-    """A bad request fails as every language reads it: class, sentence, details, no trace."""
+    """The result of an invalid request has the error's class, sentence and details."""
     before = here.store.rows()
     job_id = here.send(*args, **kwargs)
     meta = here.answer(job_id)
@@ -190,7 +182,7 @@ def test_bad_requests_say_what_was_wrong(
     ids=["braces", "urn", "space", "line", "longer", "wide digit"],
 )
 def test_no_other_spelling_is_a_uuid(here: Site, spelling: str) -> None:
-    """What some parsers take for a UUID is malformed all the same, and grants nothing."""
+    """Spellings that only some parsers accept are malformed, and grant nothing."""
     user, odd = a_user(), spelling % ONE
     result = here.answer(here.send(user, [odd, TWO]))["result"]
     assert result["exc_type"] == INVALID_ID
@@ -200,7 +192,7 @@ def test_no_other_spelling_is_a_uuid(here: Site, spelling: str) -> None:
 
 
 def test_every_offending_id_is_counted_and_twenty_are_named(here: Site) -> None:
-    """Malformed and unknown ids are told together: up to 20 with their reasons, and the total."""
+    """The error has up to 20 malformed and unknown IDs with their reasons, and the totals."""
     malformed = [f"{number}" for number in range(15)]
     unknown = [str(uuid4()) for _ in range(15)]
     job_id = here.send(USER, [ONE, *unknown, *malformed, malformed[0]])
@@ -214,15 +206,15 @@ def test_every_offending_id_is_counted_and_twenty_are_named(here: Site) -> None:
     assert "; and 10 more" in sentence
 
 
-def test_a_bare_redis_client_is_served(here: Site) -> None:
-    """An envelope pushed by any Redis client is a job, with an id of up to 255 characters."""
+def test_a_message_of_a_bare_redis_client_is_a_job(here: Site) -> None:
+    """A message that any Redis client pushes is a job, with an ID of up to 255 characters."""
     job_id = here.push({"user_id": a_user(), "interview_ids": [ONE]}, job_id="j" * 255)
     assert here.answer(job_id)["result"] == success(1)
 
 
 @pytest.mark.parametrize("priority", [3, 6, 9])
-def test_an_idle_worker_finds_every_priority(here: Site, priority: int) -> None:
-    """Jobs of priorities that no wait reports are found, and then claimed until none is left."""
+def test_an_idle_worker_claims_every_priority(here: Site, priority: int) -> None:
+    """Jobs of priorities for which no worker blocks are found and claimed until none is left."""
     queue = f"{QUEUE}\x06\x16{priority}"
     request = {"user_id": a_user(), "interview_ids": [ONE]}
     jobs = [here.push(request, job_id=str(uuid4()), queue=queue) for _ in range(300)]
@@ -232,7 +224,7 @@ def test_an_idle_worker_finds_every_priority(here: Site, priority: int) -> None:
 
 @pytest.mark.parametrize("job_id", ["j" * 256, "a\nb"], ids=["256", "line"])
 def test_an_invalid_job_id_is_a_dead_letter(here: Site, job_id: str) -> None:
-    """A job whose ID the ledger cannot hold has no result: its message is a dead letter."""
+    """A message whose job ID the ledger cannot store becomes a dead letter without a result."""
     here.redis.delete(DEAD)
     here.push({"user_id": USER, "interview_ids": [ONE]}, job_id=job_id)
     until(lambda: bool(here.dead_letters()))
@@ -242,8 +234,8 @@ def test_an_invalid_job_id_is_a_dead_letter(here: Site, job_id: str) -> None:
     assert not here.redis.exists(f"celery-task-meta-{job_id}")
 
 
-def test_the_same_job_again_has_its_first_answer(here: Site) -> None:
-    """A job delivered again, written otherwise, still reports what it created."""
+def test_a_duplicate_has_the_first_result(here: Site) -> None:
+    """A duplicate of a job, also with other spellings, has the first delivery's result."""
     user = a_user()
     job_id = here.send(user, [ONE, TWO])
     assert here.answer(job_id)["result"] == success(2)
@@ -253,15 +245,15 @@ def test_the_same_job_again_has_its_first_answer(here: Site) -> None:
 
 
 def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
-    """Another request under a used id: the first answer stays; log, event, dead letter tell."""
+    """Another request under a used ID becomes a dead letter, a log line and an event."""
     job_id = here.send(a_user(), [ONE])
     first = here.answer(job_id)
     other = a_user()
-    with events(here) as heard:
+    with events(here) as received:
         here.send(other, [TWO], job_id=job_id)
-        until(lambda: any(event["type"] == "job-refused" for event in heard))
-    (told,) = [event for event in heard if event["type"] == "job-refused"]
-    assert told["uuid"] == job_id
+        until(lambda: any(event["type"] == "job-refused" for event in received))
+    (refused,) = [event for event in received if event["type"] == "job-refused"]
+    assert refused["uuid"] == job_id
     until(lambda: any(letter["job_id"] == job_id for letter in here.dead_letters()))
     (letter,) = [letter for letter in here.dead_letters() if letter["job_id"] == job_id]
     assert letter["reason"].startswith("JobIdReusedException: Job id")
@@ -275,22 +267,22 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
 
 
 def ids_in(text: str) -> set[str]:
-    """What looks like an id in a text."""
+    """Return everything in a text that looks like a UUID."""
     return set(re.findall("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))
 
 
-def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
-    """A job of 20,000 ids shows its user, its number of ids and its id, and none of the ids."""
+def test_a_large_job_has_short_events_and_log_lines(here: Site, log: Path) -> None:
+    """Events and log lines of a job of 20,000 IDs contain its user and its count, and no ID."""
     user, ids = a_user(), many(20_000)
     before = log.stat().st_size
-    with events(here) as heard:
+    with events(here) as received:
         job_id = here.send(user_id=user, interview_ids=ids)
         assert here.answer(job_id)["result"] == success(20_000)
-        until(lambda: any(event["type"] == "task-succeeded" for event in heard))
-    (received,) = [event for event in heard if event["type"] == "task-received"]
-    assert (received["uuid"], received["args"]) == (job_id, "()")
-    assert received["kwargs"] == f"{{'user_id': '{user}', 'interview_ids': […"
-    assert not ids_in(str(heard)) & set(ids)
+        until(lambda: any(event["type"] == "task-succeeded" for event in received))
+    (event,) = [one for one in received if one["type"] == "task-received"]
+    assert (event["uuid"], event["args"]) == (job_id, "()")
+    assert event["kwargs"] == f"{{'user_id': '{user}', 'interview_ids': […"
+    assert not ids_in(str(received)) & set(ids)
 
     def written() -> str:
         return log.read_bytes()[before:].decode()
@@ -303,8 +295,8 @@ def test_a_large_job_is_one_readable_line(here: Site, log: Path) -> None:
     assert not ids_in(written()) & set(ids)
 
 
-def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
-    """A job that is held up in its last chunk tells its progress, and nobody sees its rows."""
+def test_progress_is_reported_without_partial_grants(here: Site) -> None:
+    """A job that is blocked in its last chunk reports progress, and none of its rows is visible."""
     user, ids = a_user(), many(3 * CHUNK)
     with held_grant(here, user, ids[-1]):
         job_id = here.send(user, ids)
@@ -315,7 +307,7 @@ def test_progress_is_told_and_no_part_is_seen(here: Site) -> None:
 
 
 def test_an_outage_is_retried(here: Site) -> None:
-    """A job that meets an outage of the database is retried, and done when it is over."""
+    """A job that fails in an outage of the database is retried until the outage ends."""
     user = a_user()
     with ledger_missing(here):
         job_id = here.send(user, [ONE])
@@ -323,31 +315,26 @@ def test_an_outage_is_retried(here: Site) -> None:
     assert here.answer(job_id)["result"] == success(1)
 
 
-def test_an_outage_that_outlasts_the_retries(
-    stack: LocalStack, migrated_url: str, tmp_path: Path
-) -> None:
-    """After its retries a job fails, is kept, and succeeds when it is sent again under its ID."""
+def test_an_outage_that_outlasts_the_retries(idle: Site, tmp_path: Path) -> None:
+    """A job whose retries are used up is dead-lettered, and succeeds if it is sent again."""
     settings = {"GRANT_RETRY_LIMIT": 2, "GRANT_RETRY_MAX_DELAY": 1}
-    with (
-        site(stack, migrated_url, 5) as there,
-        worker(there, tmp_path / "worker.log", **settings),
-    ):
-        with ledger_missing(there):
-            job_id = there.send("ann", [])
-            result = there.answer(job_id)["result"]
+    with worker(idle, tmp_path / "worker.log", **settings):
+        with ledger_missing(idle):
+            job_id = idle.send("ann", [])
+            result = idle.answer(job_id)["result"]
         assert result["exc_type"] == "StorageUnavailableException"
         assert "in 3 tries" in result["exc_message"][0]
         assert "42P01" in result["exc_message"][0]
-        until(lambda: bool(there.dead_letters()))
-        (letter,) = there.dead_letters()
-        told = (letter["job_id"], letter["attempts"], letter["in_ledger"])
-        assert told == (job_id, "3", "0")
-        there.send("ann", [], job_id=job_id)
-        assert there.until_state(job_id, "SUCCESS")["result"] == success(0)
+        until(lambda: bool(idle.dead_letters()))
+        (letter,) = idle.dead_letters()
+        recorded = (letter["job_id"], letter["attempts"], letter["in_ledger"])
+        assert recorded == (job_id, "3", "0")
+        idle.send("ann", [], job_id=job_id)
+        assert idle.until_state(job_id, "SUCCESS")["result"] == success(0)
 
 
-def test_an_attempt_is_made_once(here: Site) -> None:
-    """An attempt's message delivered twice makes one attempt and has one answer."""
+def test_an_interview_attempt_is_created_once(here: Site) -> None:
+    """Two deliveries of one message create one interview attempt and have one result."""
     task, job_id = "interview_access.create_interview_attempt", str(uuid4())
     results = []
     for _ in range(2):
@@ -374,10 +361,10 @@ def test_an_attempt_is_made_once(here: Site) -> None:
     ],
     ids=["malformed", "unknown", "list", "user", "missing"],
 )
-def test_a_bad_attempt_says_what_was_wrong(
+def test_an_invalid_interview_attempt_fails_with_its_reason(
     here: Site, kwargs: dict[str, Any], kind: str, words: str
 ) -> None:
-    """An attempt that cannot be made fails as a grant does, and makes none."""
+    """An invalid request for an interview attempt fails like one for grants, and creates none."""
     before = len(here.store.attempts())
     job_id = here.send(task="interview_access.create_interview_attempt", **kwargs)
     result = here.answer(job_id)["result"]
@@ -388,7 +375,7 @@ def test_a_bad_attempt_says_what_was_wrong(
 
 
 def test_a_job_without_poller_has_no_result(here: Site) -> None:
-    """Of a job with ``ignore_result`` nothing is stored, also where it takes long."""
+    """A job with ``ignore_result`` stores neither a state nor a result, however long it takes."""
     user, job_id = a_user(), str(uuid4())
     with held_grant(here, user, ONE):
         sent = {"task_id": job_id, "queue": QUEUE, "ignore_result": True}
@@ -401,24 +388,25 @@ def test_a_job_without_poller_has_no_result(here: Site) -> None:
 
 
 def test_a_busy_worker_leaves_the_rest_on_the_queue(here: Site) -> None:
-    """Each child has one job; what waits, waits where another worker can take it."""
+    """A worker claims one job for each pool process; the others stay queued for other workers."""
     user, ids = a_user(), many(100)
     with held_grant(here, user, ids[-1]):
-        held = []
+        running = []
         for turn in range(2):
-            held.append(here.send(user, ids[1 - turn :]))
-            here.until_state(held[-1], "STARTED")  # or one child has both in a batch
+            running.append(here.send(user, ids[1 - turn :]))
+            here.until_state(running[-1], "STARTED")  # otherwise both jobs might be one batch
         waiting = here.send(a_user(), [])
         (reserved,) = here.producer.control.inspect(timeout=10, limit=1).reserved().values()
         assert waiting not in {job["id"] for job in reserved}
         assert here.redis.llen("interview-access") == 1
         assert here.meta(waiting)["status"] == "PENDING"
     assert here.answer(waiting)["result"] == success(0)
-    assert sum(here.answer(job_id)["result"]["created_access_count"] for job_id in held) == len(ids)
+    counts = [here.answer(job_id)["result"]["created_access_count"] for job_id in running]
+    assert sum(counts) == len(ids)
 
 
-def test_a_large_job_leaves_a_child_to_small_ones(here: Site) -> None:
-    """While one child has a large job, small jobs pass the next large one."""
+def test_a_large_job_leaves_a_pool_process_to_small_ones(here: Site) -> None:
+    """While a pool process executes a large job, small jobs overtake the next large one."""
     user, ids = a_user(), many(2 * CHUNK)
     with held_grant(here, user, ids[-1]):
         large = here.send(user, ids)
@@ -432,8 +420,8 @@ def test_a_large_job_leaves_a_child_to_small_ones(here: Site) -> None:
     assert here.answer(next_large)["result"] == success(2 * CHUNK)
 
 
-def test_a_callback_to_another_queue_than_allowed_is_not_sent(here: Site) -> None:
-    """A job succeeds whatever is linked to it; what may not be sent makes it a dead letter."""
+def test_a_callback_to_a_forbidden_queue_is_not_sent(here: Site) -> None:
+    """A job with a forbidden callback succeeds, and its message becomes a dead letter."""
     nobodys = here.producer.signature("nobodys.task", queue="nobodys-queue")
     user, job_id = a_user(), str(uuid4())
     here.producer.send_task(
@@ -448,11 +436,11 @@ def test_a_callback_to_another_queue_than_allowed_is_not_sent(here: Site) -> Non
 
 
 FORBIDDEN = "interview-access:tries"
-"""A key of the protocol: a list under its name would stop every worker."""
+"""A key of the protocol; a list under its name would stop every worker."""
 
 
 def signature(queue: str, **options: Any) -> dict[str, Any]:
-    """A signature as a message holds it."""
+    """Return a signature as messages contain it."""
     return {"task": "any.task", "args": [], "kwargs": {}, "options": {"queue": queue, **options}}
 
 
@@ -488,8 +476,10 @@ def signature(queue: str, **options: Any) -> dict[str, Any]:
     ],
     ids=["link", "chain", "second link", "chain in a link", "group in a link"],
 )
-def test_callbacks_are_published_nowhere_else(here: Site, queue: str, embed: Any) -> None:
-    """Whatever signature holds the queue: the job succeeds, and its message is a dead letter."""
+def test_nested_callbacks_to_a_forbidden_queue_are_not_sent(
+    here: Site, queue: str, embed: Any
+) -> None:
+    """A forbidden queue is detected in any signature: the job succeeds as a dead letter."""
     job_id = str(uuid4())
     here.push(
         {"user_id": a_user(), "interview_ids": [ONE]}, job_id=job_id, embed=embed(signature(queue))
@@ -502,8 +492,8 @@ def test_callbacks_are_published_nowhere_else(here: Site, queue: str, embed: Any
 
 
 @pytest.mark.parametrize("queue", [FORBIDDEN, "others"])
-def test_error_callbacks_are_published_nowhere_else(here: Site, queue: str) -> None:
-    """The same for what follows a job that fails."""
+def test_error_callbacks_to_a_forbidden_queue_are_not_sent(here: Site, queue: str) -> None:
+    """A failed job with a forbidden error callback becomes a dead letter."""
     job_id = str(uuid4())
     here.push(
         {"user_id": a_user(), "interview_ids": [NO_UUID]},
@@ -516,8 +506,8 @@ def test_error_callbacks_are_published_nowhere_else(here: Site, queue: str) -> N
 
 
 @pytest.mark.parametrize("name", ["callbacks", "errbacks"])
-def test_celerys_own_tasks_are_no_callbacks(here: Site, name: str) -> None:
-    """A built-in task, which Celery may run in the pool process, is refused."""
+def test_built_in_tasks_are_refused_as_callbacks(here: Site, name: str) -> None:
+    """A callback to a built-in task, which Celery may run in the pool process, is not sent."""
     job_id, builtin = str(uuid4()), signature("platform") | {"task": "celery.backend_cleanup"}
     ids = [ONE] if name == "callbacks" else [NO_UUID]
     here.push({"user_id": a_user(), "interview_ids": ids}, job_id=job_id, embed={name: [builtin]})
@@ -527,7 +517,7 @@ def test_celerys_own_tasks_are_no_callbacks(here: Site, name: str) -> None:
 
 
 def test_callbacks_reach_the_producers_queue(here: Site) -> None:
-    """A link, a chain, an error callback and a chord's body are published where they belong."""
+    """A link, a chain, an error callback and a chord's body are published to their queue."""
     here.redis.delete("platform")
     following = here.producer.signature("platform.after").set(queue="platform")
 
@@ -546,7 +536,7 @@ def test_callbacks_reach_the_producers_queue(here: Site) -> None:
 
 
 def test_a_chain_behind_a_failed_job_fails(here: Site) -> None:
-    """Whoever polls its last task, or the body of a chord in it, reads why that never runs."""
+    """The last task of a chain, or the body of a chord in it, gets the failed job's error."""
     failing = here.producer.signature(
         "interview_access.grant_access", (a_user(), [NO_UUID]), queue=QUEUE, immutable=True
     )
@@ -559,7 +549,7 @@ def test_a_chain_behind_a_failed_job_fails(here: Site) -> None:
 
 
 def test_a_job_behind_a_failed_one_can_still_be_executed(here: Site) -> None:
-    """A failure that is another job's is not final for the ID: the ledger knows nothing of it."""
+    """A failure inherited from an earlier job of the chain is replaced by the job's own result."""
     job_id = str(uuid4())
     following = here.producer.signature(
         "interview_access.grant_access", (a_user(), [ONE]), queue=QUEUE, task_id=job_id
@@ -571,8 +561,8 @@ def test_a_job_behind_a_failed_one_can_still_be_executed(here: Site) -> None:
     assert here.until_state(job_id, "SUCCESS")["result"] == success(1)
 
 
-def test_a_finished_job_behind_a_failed_one_has_not_failed(here: Site) -> None:
-    """A poller reads no failure where the ledger has a result, expired in Redis or not."""
+def test_a_finished_job_behind_a_failed_one_is_not_failed(here: Site) -> None:
+    """A job with a result in the ledger inherits no failure, also if Redis has dropped it."""
     job_id = here.send(a_user(), [ONE])
     here.answer(job_id)
     here.redis.delete(f"celery-task-meta-{job_id}")
@@ -582,12 +572,12 @@ def test_a_finished_job_behind_a_failed_one_has_not_failed(here: Site) -> None:
     failing = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
     failed = chain(failing.set(queue=QUEUE), following, app=here.producer).apply_async().parent
     here.answer(failed.id)
-    until(lambda: at_rest(here))
+    until(lambda: all_settled(here))
     assert here.meta(job_id)["status"] == "PENDING"
 
 
 def test_commands_without_effect_are_refused(here: Site) -> None:
-    """Remote control does not claim to have set what nothing reads."""
+    """Remote control refuses rate limits and time limits, which have no effect."""
     control = here.producer.control
     for reply in (
         *control.rate_limit("interview_access.grant_access", "1/s", reply=True, timeout=10),
@@ -596,14 +586,14 @@ def test_commands_without_effect_are_refused(here: Site) -> None:
         assert all("error" in one for one in reply.values())
 
 
-def test_the_pool_keeps_no_time_limit(here: Site) -> None:
-    """The dispatcher enforces it; the pool would keep a timer of each batch until its end."""
+def test_the_pool_has_no_time_limits(here: Site) -> None:
+    """The pool, which would keep a timer for each batch, leaves time limits to the dispatcher."""
     (stats,) = here.producer.control.inspect(timeout=10, limit=1).stats().values()
     assert stats["pool"]["timeouts"] == [0, 0]
 
 
 def test_a_chord_with_a_failed_part_fails(here: Site) -> None:
-    """Whoever polls a chord's body reads that a part failed, and the body never runs."""
+    """The body of a chord with a failed part fails and never runs."""
     part = here.producer.signature("interview_access.grant_access", (a_user(), [NO_UUID]))
     body = here.producer.signature("platform.after").set(queue="platform")
     failing = chord([part.set(queue=QUEUE), part.clone().set(queue=QUEUE)], body, app=here.producer)
@@ -611,7 +601,7 @@ def test_a_chord_with_a_failed_part_fails(here: Site) -> None:
 
 
 def test_a_pickled_message_is_refused(here: Site) -> None:
-    """What is no JSON is not read, and the worker goes on."""
+    """A pickled message is not decoded, and the worker continues."""
     here.producer.send_task(
         "interview_access.grant_access",
         kwargs={"user_id": USER, "interview_ids": [ONE]},
@@ -622,7 +612,7 @@ def test_a_pickled_message_is_refused(here: Site) -> None:
 
 
 def started(here: Site, **settings: object) -> subprocess.CompletedProcess[str]:
-    """A worker that is expected to end by itself."""
+    """Run a worker that is expected to end by itself."""
     environment = {
         name: value for name, value in here.environment(**settings).items() if value != "None"
     }
@@ -649,10 +639,10 @@ def started(here: Site, **settings: object) -> subprocess.CompletedProcess[str]:
         ("GRANT_CHUNK_SIZE", "0", "GRANT_CHUNK_SIZE: got '0', expected greater than or equal to 1"),
     ],
 )
-def test_a_bad_setting_stops_the_start(
+def test_an_invalid_setting_ends_the_worker(
     here: Site, variable: str, value: str | None, words: str
 ) -> None:
-    """A bad value ends the worker with its name, the value without password, what was expected."""
+    """The error for an invalid setting has its name, its value without password, and the range."""
     ended = started(here, **{variable: value})
     assert ended.returncode != 0
     assert words in ended.stderr
@@ -660,16 +650,16 @@ def test_a_bad_setting_stops_the_start(
     assert "secret" not in ended.stdout + ended.stderr
 
 
-def test_an_unmigrated_database_stops_the_start(here: Site, database_url: str) -> None:
-    """A worker on a database without its tables says what to run."""
+def test_an_unmigrated_database_ends_the_worker(here: Site, database_url: str) -> None:
+    """The error for a database without tables names the command to run."""
     ended = started(here, DATABASE_URL=database_url)
     assert ended.returncode != 0
     assert "run `interview-access migrate`" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_the_workers_policy(here: Site) -> None:
-    """A running worker acknowledges late, prefetches nothing, consumes its own queue only."""
+def test_the_configuration_of_a_running_worker(here: Site) -> None:
+    """A running worker acknowledges late, prefetches nothing and consumes only its queue."""
     inspect = here.producer.control.inspect(timeout=10, limit=1)
     (conf,) = inspect.conf().values()
     assert conf["task_acks_late"] is True

@@ -1,1 +1,1 @@
-"""Whatever dies, wherever: each job counts once and none is lost."""
+"""Faults of processes, servers and networks: each job takes effect once, and none is lost."""

@@ -1,4 +1,4 @@
-"""Servers of each test's own, which it may break; and a site on those that all tests share."""
+"""Fixtures: servers that one test may break, and a site that the tests of one file share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 
 from devstack.servers import LocalStack
 from storage.schema import migrate
-from tests.faults.books import Books
-from tests.support.database import database
-from tests.support.workers import Site, site
+from tests.faults.gates import Relays
+from tests.faults.workers import relayed_worker
+from tests.faults.workload import Workload
+from tests.support.workers import Site, migrated_site, site
 from worker.broker import claims
 
 NUMBER = 10
-"""Of the Redis database."""
+"""Number of the shared site's Redis database."""
 
 
 @pytest.fixture(scope="session")
@@ -29,39 +30,43 @@ def _migrated_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def servers(tmp_path: Path, _migrated_data: Path) -> Iterator[LocalStack]:
-    """PostgreSQL with all tables and an empty Valkey, as safe as in production."""
+    """PostgreSQL with all tables and an empty Redis, both as durable as in production."""
     with LocalStack(Path(shutil.copytree(_migrated_data, tmp_path / "data"))) as stack:
         yield stack
 
 
 @pytest.fixture
-def results(tmp_path: Path, _migrated_data: Path) -> Iterator[LocalStack]:
-    """More servers, for results that go to another Redis than the queue's."""
+def result_servers(tmp_path: Path, _migrated_data: Path) -> Iterator[LocalStack]:
+    """A second stack, whose Redis stores results."""
     data = shutil.copytree(_migrated_data, tmp_path / "results")
     with LocalStack(Path(data), durable=False) as stack:
         yield stack
 
 
 @pytest.fixture
-def books(servers: LocalStack) -> Iterator[Books]:
-    """The books of a site on these servers."""
+def workload(servers: LocalStack) -> Iterator[Workload]:
+    """Jobs for workers on these servers."""
     with site(servers, servers.database_url, 0) as here:
-        yield Books(here)
+        yield Workload(here)
 
 
 @pytest.fixture(scope="module")
 def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
     """A site for all tests of one file."""
-    with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, NUMBER) as one,
-    ):
+    with migrated_site(stack, _migrated, NUMBER) as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def relays(shared_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relays]:
+    """The relays of a worker that all tests of one file share."""
+    with relayed_worker(shared_site, tmp_path_factory.mktemp("relayed")) as (relays, _):
+        yield relays
 
 
 @pytest.fixture
 def here(shared_site: Site) -> Site:
-    """The same, with no job and no dead letter."""
+    """The shared site, without jobs and dead letters."""
     shared_site.redis.delete(claims.DEAD)
     shared_site.store.clear()
     return shared_site
@@ -69,5 +74,5 @@ def here(shared_site: Site) -> Site:
 
 @pytest.fixture
 def ids(here: Site) -> list[str]:
-    """Ten interviews."""
+    """The IDs of ten interviews."""
     return here.store.add_interviews(10)

@@ -1,8 +1,8 @@
-"""Send generated messages to workers and verify what the workers owe to any message.
+"""Send generated messages to workers and verify that each one has a result or a dead letter.
 
     python -m tests.faults.fuzzing --messages 2000 --seed 1 [--only KIND] [--without KIND]
 
-Looks from outside only: at Redis, the ledger, the workers' processes and logs.
+The verification reads Redis, the ledger, and the workers' processes and logs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sqlalchemy import text
 from devstack.servers import LocalStack
 from devstack.service import Service
 from storage.schema import migrate
-from tests.faults.books import PREFIX, QUEUES, messages_on_their_way, session_keys
+from tests.faults.invariants import PREFIX, QUEUES, count_unsettled, session_keys
 from tests.support.database import connected
 from tests.support.fuzz import ELSEWHERE, KINDS, Fuzz, Message, is_job_id
 from tests.support.stores import until
@@ -36,11 +36,11 @@ SETTINGS = {"GRANT_ATTEMPT_LIMIT": 2, "GRANT_RETRY_LIMIT": 1, "GRANT_RETRY_MAX_D
 
 WAVE = 250
 WAVE_SECONDS = 40.0
-"""For a wave's messages; ten of them may each end a pool process twice."""
+"""For the messages of a wave; ten of them may each end a pool process twice."""
 WARM_UP_WAVES = 2
 PEAK_MB, GROWTH_MB = 300, 60
 LINE_BYTES = 20_000
-"""The longest log line: the start of a trace may quote an error in full, a message never."""
+"""Maximum length of a log line: a traceback may quote an error in full, never a message."""
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
 _KEY_BYTES = 1_100  # of a result's name, with a job ID of 255 characters of four bytes each
@@ -48,7 +48,7 @@ _KEY_BYTES = 1_100  # of a result's name, with a job ID of 255 characters of fou
 
 @dataclass
 class Seen:
-    """What is known of messages: final results, ledger rows and dead letters."""
+    """Final results, ledger rows and dead letters of the messages of a wave."""
 
     results: dict[str, dict[str, Any]]
     ledger: dict[str, Any]
@@ -57,13 +57,13 @@ class Seen:
 
 @dataclass
 class Run:
-    """One run against running workers.
+    """One fuzzing run against running workers.
 
     Attributes:
-        here: The site; its Redis database belongs to the run alone.
+        here: The site; nothing else uses its Redis database.
         workers: The workers.
         seed: Repeats the run.
-        kinds: Only messages of these kinds; all, unless given.
+        kinds: Kinds of messages to send; all if empty.
     """
 
     here: Site
@@ -75,11 +75,7 @@ class Run:
 
     def __post_init__(self) -> None:
         """Add the interviews."""
-        self.here.store.execute(
-            "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
-            " 'Interview', interval '1 hour' FROM unnest(CAST(:ids AS text[])) AS id",
-            ids=INTERVIEWS,
-        )
+        self.here.store.add_interviews_with_ids(INTERVIEWS)
         self._trap = Path(tempfile.gettempdir()) / f"fuzz-trap-{id(self)}"
         self._pids = [service.pid for service in self.workers]
         self._read: dict[Path, int] = {service.log: 0 for service in self.workers}
@@ -89,7 +85,7 @@ class Run:
         """Send the messages in waves and verify each wave.
 
         Raises:
-            AssertionError: listing what the workers did not do.
+            AssertionError: if a message or a worker violates an expectation; lists all problems.
         """
         fuzz = Fuzz(self.seed, INTERVIEWS, str(self._trap))
         number = 0
@@ -151,12 +147,12 @@ class Run:
                 problems.append(f"a dead letter with the job ID {letter['job_id'][:300]!r}")
             recorded = seen.ledger.get(letter["job_id"])  # of the ID that the worker could read
             if letter["in_ledger"] != str(int(recorded is not None)):
-                told = letter["in_ledger"]
-                problems.append(f"in_ledger is {told}, the ledger row is {recorded}")
+                flag = letter["in_ledger"]
+                problems.append(f"in_ledger is {flag}, the ledger row is {recorded}")
         return [f"{message.kind}: {problem[:600]}: {_shown(message.raw)}" for problem in problems]
 
     def _verify_letters(self, wave: Sequence[Message], seen: Seen) -> None:
-        """No message has more dead letters than it was sent."""
+        """Verify that no message has more dead letters than copies."""
         sent = Counter(_digest(message.raw) for message in wave)
         for digest, count in sent.items():
             if len(seen.letters[digest]) > count:
@@ -190,11 +186,11 @@ class Run:
         return letters
 
     def _done(self) -> bool:
-        """Whether nothing is on its way but what is not due soon."""
-        return messages_on_their_way(self.here, due_within=60) == 0
+        """Whether all messages are settled, except those that are due later."""
+        return count_unsettled(self.here, due_within=60) == 0
 
     def _unfinished(self, wave: Sequence[Message]) -> str:
-        """Names the messages that are neither settled nor delayed, and where they are."""
+        """Describe the messages that are neither settled nor delayed, with their places."""
         places: dict[bytes, str] = {}
         redis: Any = self.here.redis
         for queue in [*QUEUES, f"{PREFIX}isolated"]:
@@ -230,7 +226,7 @@ class Run:
         return [_status(pid, "VmHWM") for pid in self._pids]
 
     def _verify_logs(self) -> None:
-        """No message's text acts on a terminal, forges a line or fills the disk."""
+        """Verify that no message's text controls a terminal, forges a line or fills the disk."""
         for log, offset in self._read.items():
             with log.open("rb") as file:
                 file.seek(offset)
@@ -264,7 +260,7 @@ class Run:
             self.problems.append(f"{attempts} counts of attempts are left behind")
 
     def _clear(self) -> None:
-        """Forget what is verified, so that a long run stays small."""
+        """Delete what is verified, so that a long run needs little memory."""
         keys = [f"{PREFIX}{name}" for name in ("dead", "deferred", "due", "deferrals")]
         self.here.redis.delete(ELSEWHERE, *keys)
 
@@ -275,7 +271,7 @@ class Run:
 
 
 def _mismatches(result: dict[str, Any] | None, row: Any, *, may_lack_row: bool) -> list[str]:
-    """What a poller reads is what the ledger holds; a failure may be a dead letter's instead."""
+    """Compare a poller's result with the ledger; a failure may belong to a dead letter instead."""
     match result and result["status"]:
         case "SUCCESS" if row is None or row.result != (result or {})["result"]:
             pass
@@ -312,7 +308,7 @@ def _shown(raw: bytes) -> str:
 
 
 def _is_storable(job_id: str) -> bool:
-    """Whether a lookup by the ID makes sense: it can be encoded, and is not megabytes long."""
+    """Whether a result may be stored under the ID: it can be encoded, and is not megabytes long."""
     try:
         return len(job_id.encode()) < _KEY_BYTES
     except UnicodeEncodeError:
@@ -320,7 +316,7 @@ def _is_storable(job_id: str) -> bool:
 
 
 def _status(pid: int, name: str) -> int:
-    """A figure of a process's memory, in MB; 0 where it has ended."""
+    """Return a figure of a process's memory in MB; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
-"""A relay before a server, which holds what passes at the point that a test names.
+"""Relays between workers and servers, with gates that hold a job's traffic at a chosen stage.
 
-The product knows nothing of it: it connects to the relay's socket as it would to the server's.
-What passes is recognized by its content alone, by no name or digest of the product's scripts.
+The worker connects to the relay's socket as it would to the server's. Traffic is recognized by its
+content, independently of the names and digests of the worker's scripts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _JOBS_KEPT = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Traffic of a kind.
+    """A kind of traffic.
 
     Attributes:
-        matches: Whether data that pass the relay are of that kind.
-        in_answer: Whether they are an answer of the server's, instead of a request.
+        matches: Whether data that pass the relay are of this kind.
+        in_answer: Whether the data are a reply of the server instead of a request.
     """
 
     matches: Callable[[Relay, bytes], bool]
@@ -42,16 +42,16 @@ class Traffic:
 
 
 CLAIM = Traffic(lambda _, data: _is_claim(data), in_answer=True)
-"""The answer of a script that hands out messages; a message alone is what a waiting client sees."""
+"""The reply of a script that claims messages; a blocked client's reply is a bare message."""
 
 SETTLEMENT = Traffic(
     lambda relay, data: b"EVAL" in data and any(one in data for one in list(relay.claimed))
 )
-"""A script that is told the ID of a claimed job."""
+"""A script with the ID of a claimed job among its arguments."""
 
 
 class Gate:
-    """Holds the first traffic of a kind, or the answer to it, until it is opened."""
+    """Holds the first traffic of a kind, or the reply to it, until the gate is opened."""
 
     def __init__(self, traffic: bytes | Traffic, *, answered: bool = False) -> None:
         self.traffic = traffic
@@ -63,7 +63,7 @@ class Gate:
         self._opened = threading.Event()
 
     def take(self, relay: Relay, data: bytes, *, in_answer: bool = False) -> bool:
-        """Whether this traffic, and no earlier one, is the gate's."""
+        """Whether the gate holds this traffic: it matches, and none did before."""
         if isinstance(self.traffic, bytes):
             matches = not in_answer and self.traffic in data
         else:
@@ -71,39 +71,39 @@ class Gate:
         return matches and self._taken.acquire(blocking=False)
 
     def hold(self, pid: int) -> None:
-        """Stand until the gate is opened."""
+        """Block until the gate is opened."""
         self.pid = pid
         self._reached.set()
         self._opened.wait()
 
     @property
     def reached(self) -> bool:
-        """Whether traffic has come to the gate."""
+        """Whether the gate holds or has held traffic."""
         return self._reached.is_set()
 
     def until_reached(self, within: float = PATIENCE_SECONDS) -> int:
-        """The process at the gate, as soon as there is one."""
+        """Wait until the gate holds traffic, and return the ID of the process that sent it."""
         assert self._reached.wait(within), f"nothing came with {self.traffic!r}"
         return self.pid
 
     def open(self) -> None:
-        """Let it pass, and all that comes after it."""
+        """Let the held traffic and all later traffic pass."""
         self._opened.set()
 
 
 class Relay(SocketRelay):
-    """One server's relay."""
+    """The relay of one server."""
 
     def __init__(self, server: Path, address: Path, *, children_only: bool = False) -> None:
-        """Listens at ``address`` from now on, and connects to ``server`` for each who comes.
+        """Listen at ``address``, and connect to ``server`` for each client.
 
-        With ``children_only``, gates are for the workers' children: what their main processes do
-        beside the jobs passes.
+        With ``children_only`` gates hold only traffic of pool processes, because main processes
+        also use the server outside of jobs.
         """
         self._children_only = children_only
         self._gates: list[Gate] = []
         self.claimed: deque[bytes] = deque(maxlen=_JOBS_KEPT)
-        """IDs of jobs that were handed out lately."""
+        """IDs of recently claimed jobs."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(address))
         listener.listen(100)
@@ -111,7 +111,7 @@ class Relay(SocketRelay):
 
     @contextmanager
     def gate(self, traffic: bytes | Traffic, *, answered: bool = False) -> Iterator[Gate]:
-        """A gate that stands for the time of a with block, and is open after it."""
+        """A gate that is closed within a ``with`` block and opened at its end."""
         gate = Gate(traffic, answered=answered)
         self._gates.append(gate)
         try:
@@ -170,7 +170,7 @@ def _is_claim(data: bytes) -> bool:
 
 
 def _is_child(pid: int) -> bool:
-    """Whether it is a worker's child: forked off, it has its parent's command line."""
+    """Whether it is a pool process: a forked process has its parent's command line."""
     try:
         process = psutil.Process(pid)
         parent = process.parent()
@@ -180,10 +180,10 @@ def _is_child(pid: int) -> bool:
 
 
 class Relays:
-    """Relays before the queue, the results and the database of a site, for its workers alone."""
+    """The relays of queue, results and database, between a site's workers and its servers."""
 
     def __init__(self, broker_url: str, database_url: str) -> None:
-        """Takes the URLs that the site's own processes use."""
+        """Listen for workers; the arguments are the URLs of the servers themselves."""
         self._folder = Path(tempfile.mkdtemp(prefix="gates-"))
         redis, _, rest = broker_url.removeprefix("redis+socket://").partition("?")
         folder = database_url.partition("host=")[2].replace("%2F", "/")
@@ -196,10 +196,10 @@ class Relays:
             "CELERY_RESULT_BACKEND": f"redis+socket://{self._folder}/results?{rest}",
             "DATABASE_URL": database_url.partition("host=")[0] + f"host={self._folder}",
         }
-        """What their workers are told."""
+        """Environment variables of the workers."""
 
     def close(self) -> None:
-        """Cut everything and go."""
+        """Cut all connections and stop listening."""
         for relay in self.queue, self.results, self.database:
             relay.close()
         shutil.rmtree(self._folder)

@@ -1,8 +1,8 @@
-"""Two hosts with workers, and a network between them and the servers that can be cut.
+"""Two hosts with workers, and a network to the servers that can be cut.
 
-Where the machine allows it (root, `ip netns`), each host is a network namespace whose packets pass
-a router in a namespace of its own; a cut makes the router drop them without a word. Elsewhere a
-host's connections pass relays that swallow what they carry.
+If the machine allows it (root, `ip netns`), each host is a network namespace, and a router in a
+third namespace silently drops the packets of a cut. Otherwise a host's connections pass relays
+that stop forwarding.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _CONNECTIONS = 200
 
 
 class Forwarder(SocketRelay):
-    """Listens on TCP for a server that has only a Unix socket; swallows what passes on demand."""
+    """Listens on TCP for a server that has only a Unix socket; can stop forwarding."""
 
     def __init__(self, address: str, server: Path) -> None:
-        """Listen from now on.
+        """Listen for connections.
 
         Args:
-            address: The IP address to listen at; the port is a free one.
+            address: The IP address to listen at; the port is chosen by the system.
             server: The server's socket.
         """
         self._flowing = threading.Event()
@@ -45,12 +45,12 @@ class Forwarder(SocketRelay):
         self.port: int = listener.getsockname()[1]
         super().__init__(server, listener)
 
-    def swallow(self) -> None:
-        """Pass nothing on, and close nothing."""
+    def stall(self) -> None:
+        """Forward nothing, and close no connection."""
         self._flowing.clear()
 
     def heal(self) -> None:
-        """Pass on what comes, and what has come."""
+        """Forward again, including what was received meanwhile."""
         self._flowing.set()
 
     def close(self) -> None:
@@ -72,12 +72,12 @@ class Forwarder(SocketRelay):
             while data := source.recv(1 << 16):
                 self._flowing.wait()
                 target.sendall(data)
-        self._flowing.wait()  # the network also swallows the end of a connection
+        self._flowing.wait()  # a cut network also loses the end of a connection
         self.disconnect(pair)
 
 
 class Network(ABC):
-    """Hosts and how they reach the servers.
+    """Hosts and their connections to the servers.
 
     Attributes:
         hosts: Their names.
@@ -86,7 +86,7 @@ class Network(ABC):
     hosts = ("a", "b")
 
     def __init__(self, here: Site) -> None:
-        """Connects the hosts with the servers of a site."""
+        """Take the addresses of a site's servers; see :meth:`open`."""
         folder = Path(here.store.database_url.partition("host=")[2].replace("%2F", "/"))
         self._redis, _, self._options = here.broker.removeprefix("redis+socket://").partition("?")
         self._database = here.store.database_url
@@ -95,11 +95,11 @@ class Network(ABC):
 
     @abstractmethod
     def command(self, host: str) -> Sequence[str]:
-        """What a host's commands begin with."""
+        """Return the prefix of commands that run on the host."""
 
     @abstractmethod
     def address(self, host: str, server: str) -> str:
-        """The IP address by which the host reaches the server."""
+        """Return the IP address by which the host reaches the server."""
 
     @abstractmethod
     def cut(self, host: str, server: str) -> None:
@@ -110,19 +110,19 @@ class Network(ABC):
         """Undo all cuts."""
 
     def open(self) -> None:
-        """Begin."""
+        """Create the network."""
         for host in self.hosts:
             for server in SERVERS:
                 at = self.address(host, server)
                 self._forwarders[host, server] = Forwarder(at, self._sockets[server])
 
     def close(self) -> None:
-        """Remove everything."""
+        """Remove the network."""
         for forwarder in self._forwarders.values():
             forwarder.close()
 
     def settings(self, host: str) -> dict[str, str]:
-        """What the host's worker is told."""
+        """Return the environment variables of the host's worker."""
         redis, postgresql = (
             f"{self.address(host, server)}:{self._forwarders[host, server].port}"
             for server in SERVERS
@@ -160,7 +160,7 @@ class Network(ABC):
 
 
 class Relayed(Network):
-    """All hosts are this one; a cut makes relays swallow."""
+    """All hosts are this machine; a cut stops relays from forwarding."""
 
     def command(self, host: str) -> Sequence[str]:  # noqa: ARG002 - see the network
         """See the network."""
@@ -172,7 +172,7 @@ class Relayed(Network):
 
     def cut(self, host: str, server: str) -> None:
         """See the network."""
-        self._forwarders[host, server].swallow()
+        self._forwarders[host, server].stall()
 
     def heal(self) -> None:
         """See the network."""
@@ -181,16 +181,16 @@ class Relayed(Network):
 
 
 class Namespaces(Network):
-    """Each host is a network namespace; the servers are in ours, at addresses for each host.
+    """Each host is a network namespace; this namespace has one address for each host and server.
 
-    A router in a namespace of its own stands between, so that a cut is noticed by nobody: what is
-    dropped on the way gives no error to who sent it.
+    The packets pass a router in a third namespace. It drops the packets of a cut, so that the
+    sender receives no error.
     """
 
     _CUT = ("from", "to")
 
     def __init__(self, here: Site) -> None:
-        """See the network; the names and addresses are of this process."""
+        """See the network; names and addresses are unique to this process."""
         super().__init__(here)
         self._id = os.getpid() % 10_000
         self._router = f"chaos{self._id}r"
@@ -222,7 +222,7 @@ class Namespaces(Network):
         """See the network.
 
         Raises:
-            OSError: The machine does not allow it; what was made is removed.
+            OSError: if the machine does not allow namespaces; what was created is removed.
         """
         try:
             self._open()
@@ -258,7 +258,7 @@ class Namespaces(Network):
             _run("route", "add", f"{net}/28", "via", f"{self._net}.14")
 
     def close(self) -> None:
-        """See the network: with a namespace its devices go, and with these their routes."""
+        """See the network; a deleted namespace takes its devices and their routes with it."""
         super().close()
         for name in [self._router, *map(self._name, self.hosts)]:
             with suppress(OSError):
@@ -276,7 +276,7 @@ def _run(*arguments: str) -> None:
     """Run `ip`.
 
     Raises:
-        OSError: It is missing, or refuses.
+        OSError: if the command is missing or fails.
     """
     done = subprocess.run([_ip(), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -285,7 +285,7 @@ def _run(*arguments: str) -> None:
 
 @contextmanager
 def network(here: Site) -> Iterator[Network]:
-    """Namespaces where they can be made, relays elsewhere."""
+    """A network of namespaces or, if they cannot be created, of relays."""
     made: Network = Namespaces(here)
     try:
         made.open()

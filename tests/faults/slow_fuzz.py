@@ -1,4 +1,4 @@
-"""The long run of the fuzz: `make fuzz`."""
+"""The long fuzzing run: `make fuzz`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
 def test_many_messages_of_every_kind(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:
-    """Two workers settle 200,000 messages of every kind, and neither end nor grow."""
+    """Two workers settle 200,000 messages of every kind, and do not end or leak memory."""
     with (
         site(stack, migrated_url, 12) as here,
         worker(here, tmp_path / "one.log", **fuzzing.SETTINGS) as one,

@@ -1,4 +1,4 @@
-"""A worker's main process stays flat at full load."""
+"""The memory of a worker's main process at full load."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.support.workers import GRANT_ACCESS, QUEUE, Site, site, worker
 
 WARM_UP_SECONDS, END_SECONDS = 30.0, 90.0
 GROWTH_MB, GROWTH_BYTES_PER_JOB = 1.0, 100
-"""Allowed at any speed, and beside that for each job: what the worker kept of one was some 300."""
+"""Allowed growth, independent of speed and for each job; a leak kept some 300 bytes of each."""
 QUEUED = 2_000
-"""Messages on the queue at least, so that no pool process is ever idle."""
+"""Minimum number of queued messages, so that no pool process is idle."""
 
 
 def test_main_process_stays_flat(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:
-    """Its memory does not grow from the 30th to the 90th second of full load."""
+    """The memory does not grow from the 30th to the 90th second of full load."""
     with site(stack, migrated_url, 12) as here:
         template = _template(here)
         with worker(here, tmp_path / "worker.log", GRANT_BATCH_SIZE=1) as service:
@@ -37,7 +37,7 @@ def test_main_process_stays_flat(stack: LocalStack, migrated_url: str, tmp_path:
                 if waiting < 2 * QUEUED:
                     here.redis.lpush(QUEUE, *(_message(template) for _ in range(QUEUED)))
                     sent += QUEUED
-                time.sleep(0.1)  # between two looks
+                time.sleep(0.1)  # the sampling interval
             here.redis.delete(QUEUE)
             assert service.alive
     warm = max(look[1] for look in looks if WARM_UP_SECONDS - 5 < look[0] < WARM_UP_SECONDS)
@@ -49,7 +49,7 @@ def test_main_process_stays_flat(stack: LocalStack, migrated_url: str, tmp_path:
 
 
 def _template(here: Site) -> str:
-    """A message of a small job as Celery writes it; its job ID is the text JOB."""
+    """Return a message of a small job as Celery writes it, with the job ID ``JOB``."""
     here.producer.send_task(
         GRANT_ACCESS, kwargs={"user_id": "ann", "interview_ids": []}, task_id="JOB", queue="sample"
     )

@@ -1,4 +1,4 @@
-"""A host with a worker is cut off from one server, from the other, from both: work goes on."""
+"""A worker's host is cut off from Redis, from PostgreSQL or from both; another worker goes on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.books import INTERVIEWS, Books, balance, unfinished
+from tests.faults.invariants import unfinished, verified_results
 from tests.faults.network import SERVERS, Network, Relayed, network
-from tests.faults.sites import created
+from tests.faults.workers import success
+from tests.faults.workload import INTERVIEWS, Workload
 from tests.support.stores import until
 
 LOST_JOB_SECONDS = 30.0
-"""From the cut until a job of the host that was cut off is finished elsewhere."""
+"""From the cut until the jobs of the isolated host have finished on the other host."""
 NEW_JOB_SECONDS = 15.0
-"""From a new job's sending to its result, at any time during the cut."""
+"""From the enqueuing of a new job to its result, at any time during the cut."""
 HEALED_SECONDS = 30.0
 SEND_EVERY = 0.5
 CUT_SECONDS = 35.0
@@ -28,60 +29,60 @@ SETTINGS = {"GRANT_RETRY_MAX_DELAY": 2, "GRANT_STOP_GRACE": 1}
 
 
 @pytest.fixture(params=["namespaces", "relays"])
-def joined(request: pytest.FixtureRequest, books: Books) -> Iterator[Network]:
-    """Hosts as namespaces, or as relays where those cannot be made, and with relays by choice."""
+def hosts(request: pytest.FixtureRequest, workload: Workload) -> Iterator[Network]:
+    """Hosts as network namespaces (or relays, where those cannot be created), and as relays."""
     if request.param == "namespaces":
-        with network(books.here) as made:
+        with network(workload.here) as made:
             yield made
         return
-    relayed = Relayed(books.here)
+    relayed = Relayed(workload.here)
     relayed.open()
     yield relayed
     relayed.close()
 
 
 @pytest.mark.parametrize("cut", CUTS, ids="+".join)
-def test_host_cut_off(books: Books, joined: Network, tmp_path: Path, cut: list[str]) -> None:
-    """Its job runs elsewhere, new work is hardly delayed, and all heals without a restart."""
-    here = books.here
+def test_host_cut_off(workload: Workload, hosts: Network, tmp_path: Path, cut: list[str]) -> None:
+    """The host's jobs run elsewhere, new jobs have hardly any delay, no worker is restarted."""
+    here = workload.here
     with (
-        joined.worker(here, "a", tmp_path / "a.log", **SETTINGS) as cut_off,
-        _jobs(books, 2) as lost,
-        joined.worker(here, "b", tmp_path / "b.log", **SETTINGS) as other,
+        hosts.worker(here, "a", tmp_path / "a.log", **SETTINGS) as cut_off,
+        _slow_jobs(workload, 2) as lost,
+        hosts.worker(here, "b", tmp_path / "b.log", **SETTINGS) as other,
     ):
         for server in cut:
-            joined.cut("a", server)
+            hosts.cut("a", server)
         began = time.monotonic()
-        books.release()
-        times = _send_during(books, began)
-        joined.heal()
-        until(lambda: not unfinished(here, books.sent), within=HEALED_SECONDS)
-        results = balance(here, books.sent, within=HEALED_SECONDS)
+        workload.release()
+        times = _send_during(workload, began)
+        hosts.heal()
+        until(lambda: not unfinished(here, workload.sent), within=HEALED_SECONDS)
+        results = verified_results(here, workload.sent, within=HEALED_SECONDS)
         assert cut_off.alive
         assert other.alive
     slowest = sorted(times.items(), key=lambda pair: -pair[1])[:5]
-    assert times.keys() == set(books.sent), f"unfinished during the cut; slowest: {slowest}"
-    assert [results[one] for one in lost] == [created(len(INTERVIEWS))] * len(lost)
+    assert times.keys() == set(workload.sent), f"unfinished during the cut; slowest: {slowest}"
+    assert [results[one] for one in lost] == [success(len(INTERVIEWS))] * len(lost)
     assert max(times[one] for one in lost) <= LOST_JOB_SECONDS, slowest
     assert max(times[one] for one in times.keys() - set(lost)) <= NEW_JOB_SECONDS, slowest
 
 
-def test_one_cut_after_another(books: Books, joined: Network, tmp_path: Path) -> None:
-    """The same workers outlive each cut, and are as before after each."""
-    here = books.here
-    books.release()
+def test_one_cut_after_another(workload: Workload, hosts: Network, tmp_path: Path) -> None:
+    """The same workers recover from each of several cuts."""
+    here = workload.here
+    workload.release()
     with (
-        joined.worker(here, "a", tmp_path / "a.log", **SETTINGS) as cut_off,
-        joined.worker(here, "b", tmp_path / "b.log", **SETTINGS) as other,
+        hosts.worker(here, "a", tmp_path / "a.log", **SETTINGS) as cut_off,
+        hosts.worker(here, "b", tmp_path / "b.log", **SETTINGS) as other,
     ):
         for cut in CUTS:
             for server in cut:
-                joined.cut("a", server)
-            times = _send_during(books, time.monotonic())
-            left = unfinished(here, books.sent)
-            joined.heal()
-            until(lambda: not unfinished(here, books.sent), within=HEALED_SECONDS)
-            balance(here, books.sent, within=HEALED_SECONDS)
+                hosts.cut("a", server)
+            times = _send_during(workload, time.monotonic())
+            left = unfinished(here, workload.sent)
+            hosts.heal()
+            until(lambda: not unfinished(here, workload.sent), within=HEALED_SECONDS)
+            verified_results(here, workload.sent, within=HEALED_SECONDS)
             assert cut_off.alive
             assert other.alive
             assert not left, f"cut from {cut}: {len(left)} jobs unfinished until it healed"
@@ -89,27 +90,27 @@ def test_one_cut_after_another(books: Books, joined: Network, tmp_path: Path) ->
 
 
 @contextmanager
-def _jobs(books: Books, count: int) -> Iterator[list[str]]:
-    """Slow jobs, of whichever workers there are by now."""
+def _slow_jobs(workload: Workload, count: int) -> Iterator[list[str]]:
+    """Slow jobs that run in the workers started so far."""
     for number in range(1, count + 1):
-        books.sent.append(books.here.send(f"slow-{number}", INTERVIEWS))
-        until(lambda number=number: books.braked() == number)  # type: ignore[misc]
-    yield list(books.sent)
+        workload.sent.append(workload.here.send(f"slow-{number}", INTERVIEWS))
+        until(lambda number=number: workload.blocked() == number)  # type: ignore[misc]
+    yield list(workload.sent)
 
 
-def _send_during(books: Books, began: float) -> dict[str, float]:
-    """Send jobs while the network is cut; the seconds that each took, since the cut at most."""
-    sent_at = dict.fromkeys(unfinished(books.here, books.sent), began)
+def _send_during(workload: Workload, began: float) -> dict[str, float]:
+    """Send jobs during the cut, and return the seconds until each has finished."""
+    sent_at = dict.fromkeys(unfinished(workload.here, workload.sent), began)
     times: dict[str, float] = {}
     following = began
     while (now := time.monotonic()) < began + CUT_SECONDS:
         if now >= following and now < began + CUT_SECONDS - NEW_JOB_SECONDS:
-            sent_at.update(dict.fromkeys(books.order(1), now))
+            sent_at.update(dict.fromkeys(workload.send(1), now))
             following += SEND_EVERY
-        left = unfinished(books.here, sent_at.keys() - times.keys())
+        left = unfinished(workload.here, sent_at.keys() - times.keys())
         done = sent_at.keys() - times.keys() - left
         times.update((one, round(time.monotonic() - sent_at[one], 1)) for one in done)
         if not left and now > began + CUT_SECONDS - NEW_JOB_SECONDS:
             break
-        time.sleep(0.05)  # no job says when it has finished
+        time.sleep(0.05)  # the polling interval
     return times

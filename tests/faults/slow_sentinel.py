@@ -1,4 +1,4 @@
-"""Failover of Redis under load: Sentinels promote a replica of a killed primary."""
+"""Failover of Redis under load: the primary is killed, and Sentinels promote a replica."""
 
 from __future__ import annotations
 
@@ -41,10 +41,16 @@ def running(here: Site, servers: Sentinels, tmp_path: Path) -> Iterator[Service]
 
 
 class Load:
-    """A producer that goes on under every fault, and what is known of its jobs."""
+    """Producers that continue during the failover, and the fate of their jobs.
+
+    Attributes:
+        accepted: IDs of enqueued jobs, in order.
+        replicated: How many of these a replica has confirmed.
+        outbox: IDs of jobs requested in the database.
+    """
 
     def __init__(self, here: Site, servers: Sentinels, ids: list[str]) -> None:
-        """Nothing runs before :meth:`running`."""
+        """Send nothing before :meth:`running`."""
         self._here = here
         self._servers = servers
         self._ids = ids
@@ -78,7 +84,7 @@ class Load:
         client.close()
 
     def _request(self) -> None:
-        """Ask for jobs in the database, whatever becomes of Redis."""
+        """Request jobs in the database, independently of Redis."""
         with connected(self._here.store.database_url) as database:
             while not self._over.wait(10 * PAUSE):
                 job_id = f"outbox-{len(self.outbox)}"
@@ -93,10 +99,10 @@ class Load:
                 self.outbox.append(job_id)
 
     def _confirm(self) -> None:
-        """Note up to where a replica has what the primary accepted."""
+        """Record how many accepted jobs a replica has confirmed."""
         while not self._over.wait(0.1):
             count = len(self.accepted)
-            # A write of this connection's own: WAIT is for those.
+            # WAIT covers only writes of its own connection, and with them all earlier ones.
             with (
                 suppress(RedisError),
                 self._servers.redis(self._servers.primary()) as redis,
@@ -108,20 +114,20 @@ class Load:
 
 
 def finished(here: Site) -> set[str]:
-    """The jobs in the ledger."""
+    """Return the IDs of the jobs in the ledger."""
     with connected(here.store.database_url) as database:
         return set(database.execute(text("SELECT job_id FROM grant_access_job")).scalars())
 
 
 def promoted(servers: Sentinels, killed: int) -> bool:
-    """Whether the Sentinels name another primary."""
+    """Whether the Sentinels have promoted another primary."""
     with suppress(RedisError):
         return servers.primary() != killed
     return False
 
 
-def check_balance(here: Site, service: Service) -> None:
-    """Verify that counts equal rows, and that the worker runs."""
+def verify_counts(here: Site, service: Service) -> None:
+    """Verify that the created counts equal the grants, and that the worker runs."""
     counted = here.store.value("SELECT sum(created) FROM grant_access_job")
     assert counted == here.store.rows()
     assert service.alive
@@ -130,7 +136,7 @@ def check_balance(here: Site, service: Service) -> None:
 def test_failover_under_load(
     here: Site, servers: Sentinels, running: Service, ids: list[str]
 ) -> None:
-    """Work goes on without a restart, and what a replica confirmed is not lost."""
+    """Work continues without a restart, and no job that a replica confirmed is lost."""
     load = Load(here, servers, ids)
     with load.running():
         until(lambda: load.replicated > 150)
@@ -144,13 +150,13 @@ def test_failover_under_load(
     kept = {*load.accepted[:confirmed], *load.accepted[accepted:], *load.outbox}
     until(lambda: kept <= finished(here), within=FINISHED_WITHIN)
     until(lambda: here.store.value("SELECT count(*) FROM grant_access_request") == 0)
-    check_balance(here, running)
+    verify_counts(here, running)
 
 
-def test_what_is_lost_was_not_replicated(
+def test_only_unreplicated_jobs_are_lost(
     here: Site, servers: Sentinels, running: Service, ids: list[str]
 ) -> None:
-    """Of delayed jobs exactly those are lost that no replica had; requests in the database none."""
+    """Delayed jobs that no replica has are lost; replicated ones and database requests are not."""
     client = InterviewAccessClient(servers.url)
 
     def delayed(name: str) -> set[str]:
@@ -183,4 +189,4 @@ def test_what_is_lost_was_not_replicated(
     after.close()
     client.close()
     assert not lost & finished(here)
-    check_balance(here, running)
+    verify_counts(here, running)

@@ -1,4 +1,4 @@
-"""The ways of stopping a worker that the suite leaves out."""
+"""Further ways of stopping a worker; `make chaos` runs them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from pathlib import Path
 import pytest
 
 from tests.faults import test_stopping as suite
-from tests.faults.books import Books
-from tests.faults.test_stopping import AT_ONCE, IN_SUITE, WAYS, books, module_books
+from tests.faults.test_stopping import AT_ONCE, IN_SUITE, WAYS, module_workload, workload
+from tests.faults.workload import Workload
 
-__all__ = ["books", "module_books"]  # fixtures
+__all__ = ["module_workload", "workload"]  # fixtures
 
 OTHERS = [way for way in WAYS if way not in IN_SUITE]
 
 
 @pytest.mark.parametrize("way", OTHERS)
-def test_job_finishes_within_the_grace(books: Books, tmp_path: Path, way: str) -> None:
-    """A running job finishes where it runs."""
-    suite.test_job_finishes_within_the_grace(books, tmp_path, way)
+def test_job_finishes_within_the_grace_period(workload: Workload, tmp_path: Path, way: str) -> None:
+    """A running job finishes in its worker."""
+    suite.test_job_finishes_within_the_grace_period(workload, tmp_path, way)
 
 
 @pytest.mark.parametrize("way", OTHERS)
-def test_jobs_outlive_the_grace(books: Books, tmp_path: Path, way: str) -> None:
-    """Jobs that go on after the grace are requeued uncounted."""
-    suite.test_jobs_outlive_the_grace(books, tmp_path, way)
+def test_jobs_outlast_the_grace_period(workload: Workload, tmp_path: Path, way: str) -> None:
+    """Jobs that run after the grace period are requeued without an attempt."""
+    suite.test_jobs_outlast_the_grace_period(workload, tmp_path, way)
 
 
 @pytest.mark.parametrize("way", AT_ONCE)
-def test_jobs_do_not_hold_a_worker_that_must_end(books: Books, tmp_path: Path, way: str) -> None:
-    """A second signal, or SIGQUIT, ends the grace."""
-    suite.test_jobs_do_not_hold_a_worker_that_must_end(books, tmp_path, way)
+def test_a_second_signal_ends_the_grace_period(
+    workload: Workload, tmp_path: Path, way: str
+) -> None:
+    """A second signal, or SIGQUIT, ends the grace period."""
+    suite.test_a_second_signal_ends_the_grace_period(workload, tmp_path, way)
 
 
 @pytest.mark.parametrize("way", ["SIGHUP", "control shutdown"])
-def test_idle_worker_ends(books: Books, tmp_path: Path, way: str) -> None:
-    """A worker without jobs ends without waiting for its grace."""
-    suite.test_idle_worker_ends(books, tmp_path, way)
+def test_idle_worker_ends(workload: Workload, tmp_path: Path, way: str) -> None:
+    """A worker without jobs ends without its grace period."""
+    suite.test_idle_worker_ends(workload, tmp_path, way)

@@ -1,4 +1,4 @@
-"""A short run of the chaos; `make chaos` runs it for long."""
+"""A short chaos run; `make chaos` runs 1,000 faults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.faults import chaos
 
 
 def test_invariants_hold_whatever_fails() -> None:
-    """After faults of random kinds at random stages every job is accounted for."""
-    told: list[str] = []
-    chaos.run(seed=2, faults=10, jobs=40, report=told.append)
-    assert told[-1].startswith("the invariants hold")
+    """The invariants hold after faults of random kinds at random stages."""
+    lines: list[str] = []
+    chaos.run(seed=2, faults=10, jobs=40, report=lines.append)
+    assert lines[-1].startswith("the invariants hold")

@@ -1,4 +1,4 @@
-"""A short run of the fuzz; `make fuzz` runs it for long."""
+"""A short fuzzing run; `make fuzz` sends 200,000 messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.workers import site, worker
 
 
 def test_messages_of_every_kind(stack: LocalStack, migrated_url: str, tmp_path: Path) -> None:
-    """A worker settles 2,000 messages of every kind, and neither ends nor grows."""
+    """A worker settles 2,000 messages of every kind, and does not end or leak memory."""
     with (
         site(stack, migrated_url, 12) as here,
         worker(here, tmp_path / "worker.log", **fuzzing.SETTINGS) as service,

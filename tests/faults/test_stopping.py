@@ -1,7 +1,7 @@
-"""Stop a worker in every way that operators use, while it works.
+"""Workers with running jobs are stopped in the ways that operators use.
 
-The grace is kept, no attempt is counted, the worker session ends, and what did not finish is
-redelivered to another worker. ``slow_stopping.py`` has the ways that differ less.
+The grace period is kept, no attempt is counted, the worker session ends, and unfinished jobs are
+redelivered to another worker. ``slow_stopping.py`` has further ways.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
 
 from devstack.service import Service
-from tests.faults.books import INTERVIEWS, PREFIX, Books
-from tests.faults.sites import another, created
+from tests.faults.invariants import PREFIX
+from tests.faults.workers import short_lease_worker, success
+from tests.faults.workload import INTERVIEWS, Workload
 from tests.support.stores import until
 from tests.support.workers import Site
 
 GRACE, LONG_GRACE = 2.0, 60.0
 END_SECONDS = 5.0
-"""For the end of a worker after the last job, or after the grace."""
+"""For the end of a worker after its last job, or after its grace period."""
 
 Stop = Callable[[Site, Service], object]
 
@@ -70,89 +71,93 @@ AT_ONCE: dict[str, Stop] = {
 
 
 @pytest.fixture(scope="module")
-def module_books(shared_site: Site) -> Books:
-    """The books of the site that these tests share."""
-    return Books(shared_site)
+def module_workload(shared_site: Site) -> Workload:
+    """A workload of the shared site."""
+    return Workload(shared_site)
 
 
 @pytest.fixture
-def books(module_books: Books) -> Iterator[Books]:
-    """The same, with the brake on and no job."""
-    module_books.sent.clear()
-    module_books.here.redis.flushdb()
-    module_books.here.store.clear()
-    module_books.brake()
-    yield module_books
-    module_books.release()
+def workload(module_workload: Workload) -> Iterator[Workload]:
+    """The workload without jobs; slow jobs are blocked."""
+    module_workload.sent.clear()
+    module_workload.here.redis.flushdb()
+    module_workload.here.store.clear()
+    module_workload.block()
+    yield module_workload
+    module_workload.release()
 
 
 @contextmanager
-def stopped(books: Books, folder: Path, grace: float, jobs: int, stop: Stop) -> Iterator[Service]:
-    """A worker that was told to stop while it held so many slow jobs."""
-    with another(books.here, folder, GRANT_STOP_GRACE=grace) as service:
+def stopped(
+    workload: Workload, folder: Path, grace: float, jobs: int, stop: Stop
+) -> Iterator[Service]:
+    """A worker that was asked to stop while slow jobs run."""
+    with short_lease_worker(workload.here, folder, GRANT_STOP_GRACE=grace) as service:
         pool = psutil.Process(service.pid).children()
-        with closing(InterviewAccessClient(books.here.broker)) as client:
+        with closing(InterviewAccessClient(workload.here.broker)) as client:
             slow = [GrantJob(f"slow-{number}", INTERVIEWS) for number in range(jobs)]
-            books.sent += client.enqueue_many(slow)
-        until(lambda: books.braked() > 0)
-        stop(books.here, service)
+            workload.sent += client.enqueue_many(slow)
+        until(lambda: workload.blocked() > 0)
+        stop(workload.here, service)
         yield service
         until(lambda: not any(process.is_running() for process in pool), within=END_SECONDS)
 
 
-def attempts(books: Books) -> int:
-    """How many messages have an attempt counted."""
-    count: int = books.here.redis.hlen(f"{PREFIX}tries")
+def counted_attempts(workload: Workload) -> int:
+    """Count the messages that have attempts."""
+    count: int = workload.here.redis.hlen(f"{PREFIX}tries")
     return count
 
 
 @pytest.mark.parametrize("way", IN_SUITE)
-def test_job_finishes_within_the_grace(books: Books, tmp_path: Path, way: str) -> None:
-    """A running job finishes where it runs, and a job sent meanwhile waits for another worker."""
-    with stopped(books, tmp_path, LONG_GRACE, 1, WAYS[way]) as service:
-        time.sleep(1)  # in which a worker without a grace would end
-        assert books.braked() == 1
-        late = books.order(1)
-        books.release()
-        assert books.here.answer(books.sent[0])["result"] == created(len(INTERVIEWS))
-        until(lambda: attempts(books) == 0)
-        if "SIGHUP" not in way:  # by which Celery may restart a worker in its own place
+def test_job_finishes_within_the_grace_period(workload: Workload, tmp_path: Path, way: str) -> None:
+    """A running job finishes in its worker, and a later job stays queued for another worker."""
+    with stopped(workload, tmp_path, LONG_GRACE, 1, WAYS[way]) as service:
+        time.sleep(1)  # in which a worker without a grace period would end
+        assert workload.blocked() == 1
+        late = workload.send(1)
+        workload.release()
+        assert workload.here.answer(workload.sent[0])["result"] == success(len(INTERVIEWS))
+        until(lambda: counted_attempts(workload) == 0)
+        if "SIGHUP" not in way:  # on SIGHUP Celery may restart the worker in the same process
             assert service.wait(END_SECONDS) is not None
-            assert books.waiting() == len(late)
+            assert workload.queued() == len(late)
 
 
 @pytest.mark.parametrize("way", IN_SUITE)
-def test_jobs_outlive_the_grace(books: Books, tmp_path: Path, way: str) -> None:
-    """Jobs that go on after the grace are requeued uncounted, and the worker ends."""
-    with stopped(books, tmp_path, GRACE, 6, WAYS[way]) as service:
+def test_jobs_outlast_the_grace_period(workload: Workload, tmp_path: Path, way: str) -> None:
+    """Jobs that run after the grace period are requeued without an attempt; the worker ends."""
+    with stopped(workload, tmp_path, GRACE, 6, WAYS[way]) as service:
         pool = psutil.Process(service.pid).children()
         time.sleep(GRACE - 0.5)
-        assert books.braked() > 0, "the grace is not kept"
+        assert workload.blocked() > 0, "the grace period is not kept"
         until(lambda: not any(process.is_running() for process in pool), within=END_SECONDS)
         if "SIGHUP" not in way:
             assert service.wait(END_SECONDS) is not None
-        assert attempts(books) == 0
-        books.release()
-    with another(books.here, tmp_path):
-        books.until_balanced()
+        assert counted_attempts(workload) == 0
+        workload.release()
+    with short_lease_worker(workload.here, tmp_path):
+        workload.verify()
 
 
 @pytest.mark.parametrize("way", ["SIGTERM twice"])
-def test_jobs_do_not_hold_a_worker_that_must_end(books: Books, tmp_path: Path, way: str) -> None:
-    """A second signal ends the grace: jobs are requeued uncounted, and the worker ends."""
-    with stopped(books, tmp_path, LONG_GRACE, 6, AT_ONCE[way]) as service:
+def test_a_second_signal_ends_the_grace_period(
+    workload: Workload, tmp_path: Path, way: str
+) -> None:
+    """After a second signal jobs are requeued without an attempt, and the worker ends."""
+    with stopped(workload, tmp_path, LONG_GRACE, 6, AT_ONCE[way]) as service:
         assert service.wait(END_SECONDS) is not None
-        assert attempts(books) == 0
-        books.release()
-    with another(books.here, tmp_path):
-        books.until_balanced()
+        assert counted_attempts(workload) == 0
+        workload.release()
+    with short_lease_worker(workload.here, tmp_path):
+        workload.verify()
 
 
 @pytest.mark.parametrize("way", ["SIGTERM to the group"])
-def test_idle_worker_ends(books: Books, tmp_path: Path, way: str) -> None:
-    """A worker without jobs ends without waiting for its grace."""
-    with another(books.here, tmp_path, GRANT_STOP_GRACE=LONG_GRACE) as service:
+def test_idle_worker_ends(workload: Workload, tmp_path: Path, way: str) -> None:
+    """A worker without jobs ends without its grace period."""
+    with short_lease_worker(workload.here, tmp_path, GRANT_STOP_GRACE=LONG_GRACE) as service:
         pool = psutil.Process(service.pid).children()
-        WAYS[way](books.here, service)
+        WAYS[way](workload.here, service)
         until(lambda: not any(process.is_running() for process in pool), within=END_SECONDS)
         assert "SIGHUP" in way or service.wait(END_SECONDS) is not None

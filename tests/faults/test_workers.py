@@ -1,4 +1,4 @@
-"""Whole workers die, stand still or are asked to stop, and the last they take with them."""
+"""Workers are killed, frozen or asked to stop; pool processes lack memory or meet poison."""
 
 from __future__ import annotations
 
@@ -10,38 +10,45 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from tests.faults.books import balance
-from tests.faults.sites import another, created, family, gate_at, kill_all, relayed
+from tests.faults.invariants import verified_results
+from tests.faults.workers import (
+    gate_at,
+    kill_process_tree,
+    process_tree,
+    relayed_worker,
+    short_lease_worker,
+    success,
+)
 from tests.support.stores import until
 from tests.support.workers import QUEUE, Site
 
-AT_WORKER = ["claimed, unknown to the worker", "after COMMIT"]
+STAGES_OF_WORKER = ["claimed, unknown to the worker", "after COMMIT"]
 
 
-class TestLostChildren:
-    """A child dies in a way that it takes more to get over."""
+class TestPoolProcesses:
+    """Pool processes end for lack of memory, by poison, or frozen after their worker's end."""
 
     def test_out_of_memory(self, here: Site, tmp_path: Path) -> None:
-        """A job for which a worker's children have no memory runs in those that come after."""
+        """A job for which the pool processes lack memory runs in their successors."""
         many = [str(uuid4()) for _ in range(90_000)]
-        with another(here, tmp_path) as service:
-            children = family(service)[1:]
+        with short_lease_worker(here, tmp_path) as service:
+            children = process_tree(service)[1:]
             for child in children:
                 child.rlimit(psutil.RLIMIT_AS, (child.memory_info().vms, psutil.RLIM_INFINITY))
             job_id = here.send("ann", many)
             until(lambda: not all(child.is_running() for child in children))
-            result = balance(here, [job_id])[job_id]
+            result = verified_results(here, [job_id])[job_id]
         assert result["exc_type"] == "InvalidInterviewIdException"
 
     def test_poison(self, here: Site, tmp_path: Path, ids: list[str]) -> None:
-        """A job that ends its child each time fails for good after its tries, and is kept."""
-        with relayed(here, tmp_path, GRANT_ATTEMPT_LIMIT=2) as (relays, _):
+        """A job that ends its pool process each time fails after its attempts and is kept."""
+        with relayed_worker(here, tmp_path, GRANT_ATTEMPT_LIMIT=2) as (relays, _):
             job_id = ""
             for _ in range(2):
                 with gate_at(relays, "before the transaction") as gate:
                     job_id = job_id or here.send("ann", ids)
                     os.kill(gate.until_reached(), signal.SIGKILL)
-            result = balance(here, [job_id])[job_id]
+            result = verified_results(here, [job_id])[job_id]
         assert result["exc_type"] == "JobFailedError"
         assert "ended its worker's process 2 times" in result["exc_message"][0]
         (letter,) = here.dead_letters()
@@ -49,71 +56,76 @@ class TestLostChildren:
         assert here.store.granted("ann") == []
 
     def test_frozen(self, here: Site, tmp_path: Path, ids: list[str]) -> None:
-        """A dead worker's child, frozen inside its transaction, holds its successor up shortly."""
-        with relayed(here, tmp_path) as (relays, service):
+        """A pool process frozen inside its transaction delays the job's next delivery shortly."""
+        with relayed_worker(here, tmp_path) as (relays, service):
             with gate_at(relays, "inside the transaction") as gate:
                 job_id = here.send("ann", ids)
                 child = psutil.Process(gate.until_reached())
                 child.suspend()
                 os.kill(service.pid, signal.SIGKILL)
             try:
-                with another(here, tmp_path):
-                    assert balance(here, [job_id])[job_id] == created(10)
+                with short_lease_worker(here, tmp_path):
+                    assert verified_results(here, [job_id])[job_id] == success(10)
             finally:
                 if child.is_running():
                     child.kill()
 
 
 class TestWorkers:
-    """A worker's main process dies, or stands still."""
+    """A worker's main process is killed or frozen."""
 
-    @pytest.mark.parametrize("point", AT_WORKER)
-    def test_killed(self, here: Site, tmp_path: Path, ids: list[str], point: str) -> None:
-        """A job whose worker is killed, wherever it was, runs elsewhere and counts once."""
-        with relayed(here, tmp_path) as (relays, service):
-            with gate_at(relays, point) as gate:
+    @pytest.mark.parametrize("stage", STAGES_OF_WORKER)
+    def test_killed(self, here: Site, tmp_path: Path, ids: list[str], stage: str) -> None:
+        """A job whose worker is killed at any stage runs in another worker and counts once."""
+        with relayed_worker(here, tmp_path) as (relays, service):
+            with gate_at(relays, stage) as gate:
                 job_id = here.send("ann", ids)
                 gate.until_reached()
                 os.kill(service.pid, signal.SIGKILL)
-            with another(here, tmp_path):
-                assert balance(here, [job_id])[job_id] == created(10)
+            with short_lease_worker(here, tmp_path):
+                assert verified_results(here, [job_id])[job_id] == success(10)
 
-    def test_killed_with_its_children(self, here: Site, tmp_path: Path, ids: list[str]) -> None:
-        """A job whose worker is killed with all of its processes counts once."""
-        with relayed(here, tmp_path) as (relays, service):
+    def test_killed_with_its_pool_processes(
+        self, here: Site, tmp_path: Path, ids: list[str]
+    ) -> None:
+        """A job whose worker is killed with its pool processes counts once."""
+        with relayed_worker(here, tmp_path) as (relays, service):
             with gate_at(relays, "inside the transaction") as gate:
                 job_id = here.send("ann", ids)
                 gate.until_reached()
-                kill_all(service)
-            with another(here, tmp_path):
-                assert balance(here, [job_id])[job_id] == created(10)
+                kill_process_tree(service)
+            with short_lease_worker(here, tmp_path):
+                assert verified_results(here, [job_id])[job_id] == success(10)
 
     def test_frozen(self, here: Site, tmp_path: Path, ids: list[str]) -> None:
-        """What a frozen worker does late changes nothing, and it works again."""
-        with relayed(here, tmp_path) as (relays, service):
+        """A frozen worker's late commands have no effect, and it continues to work."""
+        with relayed_worker(here, tmp_path) as (relays, service):
             main = psutil.Process(service.pid)
             with gate_at(relays, "before the acknowledgement") as gate:
                 job_id = here.send("ann", ids)
                 gate.until_reached()
                 main.suspend()
-                with another(here, tmp_path) as other:
-                    assert balance(here, [job_id])[job_id] == created(10)
+                with short_lease_worker(here, tmp_path) as other:
+                    assert verified_results(here, [job_id])[job_id] == success(10)
                     assert not here.redis.zscore("interview-access:leases", "x")
                     os.kill(other.pid, signal.SIGTERM)
                     other.wait(30)
                 here.send("bob", ids, job_id="late")
             main.resume()
-            assert balance(here, [job_id, "late"])["late"] == created(10)
+            assert verified_results(here, [job_id, "late"])["late"] == success(10)
 
 
 class TestStopping:
-    """A worker is asked to stop."""
+    """A worker is stopped by SIGTERM."""
 
-    def test_running_job_ends_and_waiting_ones_run_elsewhere(
+    def test_running_job_finishes_and_waiting_ones_run_elsewhere(
         self, here: Site, tmp_path: Path, ids: list[str]
     ) -> None:
-        """A worker that is asked to stop ends what it began, and takes nothing more."""
-        with relayed(here, tmp_path) as (relays, service), another(here, tmp_path) as other:
+        """A worker that is asked to stop finishes its running job, and claims nothing more."""
+        with (
+            relayed_worker(here, tmp_path) as (relays, service),
+            short_lease_worker(here, tmp_path) as other,
+        ):
             other.stop()
             with gate_at(relays, "inside the transaction") as gate:
                 running = here.send("ann", ids)
@@ -122,16 +134,18 @@ class TestStopping:
                 until(lambda: "Warm shutdown" in service.log_tail())
                 waiting = here.send("bob", ids)
             assert service.wait(30) == 0
-            assert here.answer(running)["result"] == created(10)
+            assert here.answer(running)["result"] == success(10)
             assert here.redis.llen(QUEUE) == 1
-        with another(here, tmp_path):
-            assert balance(here, [running, waiting])[waiting] == created(10)
+        with short_lease_worker(here, tmp_path):
+            assert verified_results(here, [running, waiting])[waiting] == success(10)
 
-    @pytest.mark.parametrize("asked", ["once, with a short grace", "twice"])
-    def test_grace_is_over(self, here: Site, tmp_path: Path, ids: list[str], asked: str) -> None:
-        """A job that goes on after the grace goes back, uncounted, and runs elsewhere."""
+    @pytest.mark.parametrize("asked", ["once, with a short grace period", "twice"])
+    def test_grace_period_ends(
+        self, here: Site, tmp_path: Path, ids: list[str], asked: str
+    ) -> None:
+        """A job that outlasts the grace period is requeued uncounted and runs elsewhere."""
         grace = 0.1 if "once" in asked else 300
-        with relayed(here, tmp_path, GRANT_STOP_GRACE=grace) as (relays, service):
+        with relayed_worker(here, tmp_path, GRANT_STOP_GRACE=grace) as (relays, service):
             with gate_at(relays, "inside the transaction") as gate:
                 job_id = here.send("ann", ids)
                 gate.until_reached()
@@ -141,5 +155,5 @@ class TestStopping:
                     os.kill(service.pid, signal.SIGTERM)
                 assert service.wait(30) == 0
             assert not here.redis.hlen("interview-access:tries")
-            with another(here, tmp_path):
-                assert balance(here, [job_id])[job_id] == created(10)
+            with short_lease_worker(here, tmp_path):
+                assert verified_results(here, [job_id])[job_id] == success(10)

@@ -1,4 +1,4 @@
-"""Background services outlive any error, and stop at once."""
+"""Background services continue after any error, log outages once, and stop at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.services.background import BackgroundService
 
 
 class Service(BackgroundService):
-    """Raises what it is given, one error a call, and then waits."""
+    """A service that raises the given errors, one for each call, and then waits."""
 
     def __init__(self, app: Celery, errors: list[Exception]) -> None:
         super().__init__(app)
@@ -27,7 +27,7 @@ class Service(BackgroundService):
         self.clients: list[Redis] = []
 
     def run_once(self, redis: Redis) -> None:
-        """See the base."""
+        """See the base class."""
         redis.ping()
         self.clients.append(redis)
         if self.errors:
@@ -42,7 +42,7 @@ class Service(BackgroundService):
 
 @pytest.fixture
 def app(stack: LocalStack) -> Iterator[Celery]:
-    """An app on the test's Redis."""
+    """An app on the tests' Redis."""
     app = Celery(broker=stack.broker_url, set_as_current=False)
     yield app
     app.close()
@@ -60,7 +60,7 @@ def app(stack: LocalStack) -> Iterator[Celery]:
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_ends_no_service(app: Celery, error: Exception) -> None:
-    """After an error of any class the service goes on, on a new connection."""
+    """After an error of any class the service continues on a new connection."""
     service = Service(app, [error])
     service.start()
     until(lambda: len(service.clients) == 2)
@@ -70,7 +70,7 @@ def test_an_error_ends_no_service(app: Celery, error: Exception) -> None:
 
 
 def test_an_outage_is_logged_once(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
-    """Of an outage there is one line at its begin and one at its end, both of them one line."""
+    """An outage is one line at its beginning and one at its end, without raw control characters."""
     caplog.set_level(logging.INFO, logger="worker.services.background")
     service = Service(app, [StorageError("away\nforged line"), StorageError("still away")])
     service.start()
@@ -88,7 +88,7 @@ def test_an_outage_is_logged_once(app: Celery, caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_service_stops_at_once(app: Celery, failing: bool) -> None:
-    """A service that waits for work, or backs off, ends when it is told to."""
+    """A service that waits for work or backs off ends as soon as it is stopped."""
     service = Service(app, [StorageError("away")] * 1_000 if failing else [])
     service.start()
     until(lambda: len(service.clients) == (3 if failing else 1))
@@ -99,7 +99,7 @@ def test_a_service_stops_at_once(app: Celery, failing: bool) -> None:
 
 
 def test_a_pause_ends_when_a_socket_is_readable(app: Celery) -> None:
-    """A service that sleeps is woken by what it waits for, and knows that it was."""
+    """A pause ends when the given socket is readable, and returns whether it was."""
     service = Service(app, [])
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -108,8 +108,8 @@ def test_a_pause_ends_when_a_socket_is_readable(app: Celery) -> None:
         assert service.pause(60, ours)
 
 
-def test_a_wait_elsewhere_ends_when_the_service_stops(app: Celery) -> None:
-    """What a service waits on beside its socket is readable once it stops, and not before."""
+def test_the_wakeup_socket_is_readable_when_the_service_stops(app: Celery) -> None:
+    """The wake-up socket becomes readable when the service stops, and not before."""
     service = Service(app, [])
     service.start()
     until(lambda: len(service.clients) == 1)

@@ -1,4 +1,4 @@
-"""What is known of a job, and having it cancelled, asked of a real worker."""
+"""Control requests: job status and cancellation, answered by a real worker."""
 
 from __future__ import annotations
 
@@ -37,9 +37,16 @@ from redis.exceptions import OutOfMemoryError
 from devstack.servers import LocalStack
 from storage.postgres import PostgresStorage
 from storage.samples import load_samples
-from tests.support.database import database
 from tests.support.stores import Background, until
-from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site, held_grant, site, worker
+from tests.support.workers import (
+    GRANT_ACCESS,
+    QUEUE,
+    ROOT,
+    Site,
+    held_grant,
+    migrated_site,
+    worker,
+)
 from worker.services.control import ControlService
 
 CHUNK = 10
@@ -51,8 +58,7 @@ def here(
 ) -> Iterator[Site]:
     """A site with a worker of two children and sample interviews."""
     with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 8) as here,
+        migrated_site(stack, _migrated, 8) as here,
         worker(here, tmp_path_factory.mktemp("asked") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
     ):
         yield here
@@ -70,22 +76,9 @@ def client(here: Site) -> InterviewAccessClient:
     return InterviewAccessClient(here.broker)
 
 
-@pytest.fixture
-def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with site(stack, migrated_url, 9) as idle:
-        yield idle
-
-
-@pytest.fixture
-def user() -> str:
-    """A user of the test's own."""
-    return str(uuid4())
-
-
 @contextmanager
 def all_busy(here: Site, samples: list[str]) -> Iterator[list[str]]:
-    """Every child of the worker has a job in its second chunk, which waits."""
+    """Every pool process of the worker executes a job that is blocked in its second chunk."""
     users = [f"busy-{uuid4()}"[:36] for _ in range(2)]
     with ExitStack() as stack:
         for one in users:
@@ -99,12 +92,12 @@ def all_busy(here: Site, samples: list[str]) -> Iterator[list[str]]:
 
 
 class TestStatus:
-    """What is known of a job."""
+    """The status of a job."""
 
     def test_a_success_has_figures_that_add_up(
         self, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """Requested is repeated and already granted and created together."""
+        """The requested grants are the repeated, the already granted and the created ones."""
         client.wait(client.enqueue(user, samples[:4]), timeout=30)
         job_id = client.enqueue(user, [*samples[:7], samples[0].upper(), samples[1]])
         result = client.wait(job_id, timeout=30)
@@ -114,29 +107,29 @@ class TestStatus:
             *(9, 2, 4, 3),
         )
 
-    def test_all_offending_ids_can_be_cut_from_the_request(
+    def test_all_offending_ids_are_reported_as_given(
         self, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """Every unknown and malformed id comes back as it was given, in each of its spellings."""
-        nobodys = [str(uuid4()) for _ in range(30)]
-        respelled = [one.replace("-", "").upper() for one in nobodys[:3]]
+        """The status has every unknown and malformed ID as it was given, in each spelling."""
+        unknown = [str(uuid4()) for _ in range(30)]
+        respelled = [one.replace("-", "").upper() for one in unknown[:3]]
         malformed = [f"no-uuid-{number}" for number in range(30)] + ["\ud800", "NUL\0", "ä"]
-        asked = [*samples[:5], *nobodys, *malformed, *respelled, *nobodys[:2]]
-        job_id = client.enqueue(user, asked)
+        requested = [*samples[:5], *unknown, *malformed, *respelled, *unknown[:2]]
+        job_id = client.enqueue(user, requested)
         with pytest.raises(InvalidInterviewIdException) as caught:
             client.wait(job_id, timeout=30)
         assert len(caught.value.details["interview_ids"]) == 20
         known = client.status(job_id)
-        assert known.unknown_interview_ids == [*nobodys, *respelled]
+        assert known.unknown_interview_ids == [*unknown, *respelled]
         assert known.malformed_interview_ids == malformed
         bad = {*known.unknown_interview_ids, *known.malformed_interview_ids}
-        again = client.enqueue(user, [one for one in asked if one not in bad])
+        again = client.enqueue(user, [one for one in requested if one not in bad])
         assert client.wait(again, timeout=30)["created_access_count"] == 5
 
     def test_a_result_that_redis_dropped_comes_from_the_ledger(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """Without its result and its announcement a job's state, result and failure stand."""
+        """Status and result come from the ledger when Redis has neither result nor announcement."""
         done, failed = client.enqueue(user, samples[:2]), client.enqueue(user, ["no-uuid"])
         for job_id in done, failed:
             here.answer(job_id)
@@ -147,15 +140,15 @@ class TestStatus:
         with pytest.raises(InvalidInterviewIdException, match="'no-uuid'"):
             client.wait(failed, timeout=30)
 
-    def test_an_id_that_nobody_sent_is_unknown(self, client: InterviewAccessClient) -> None:
-        """An id that nobody has announced, begun or finished is unknown, never queued."""
+    def test_an_id_without_a_job_is_unknown(self, client: InterviewAccessClient) -> None:
+        """The status of an ID that was never sent is unknown, not queued."""
         job_id = str(uuid4())
         assert client.status(job_id) == JobStatus(job_id=job_id, state="unknown")
 
-    def test_busy_workers_answer(
+    def test_busy_workers_reply(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """With all children busy the worker tells what runs, how far it is, and what waits."""
+        """A worker whose pool processes are all busy reports running and queued jobs."""
         with all_busy(here, samples) as running:
             waiting = client.enqueue(user, samples[:1])
             known = client.status(running[0])
@@ -167,10 +160,10 @@ class TestStatus:
             assert known.sent_at is not None
         assert client.wait(waiting, timeout=30)["created_access_count"] == 1
 
-    def test_a_foreign_job_is_known_from_its_begin(
+    def test_an_unannounced_job_is_known_once_it_runs(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A job that nobody announced is unknown while it waits, and then told as any other."""
+        """A job without announcement is unknown while it is queued, and running after that."""
         with all_busy(here, samples) as running:
             waiting = here.send(user, samples[:1])
             assert client.status(waiting).state == "unknown"
@@ -181,7 +174,7 @@ class TestStatus:
     def test_an_expired_job_is_expired(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A job whose own expiry passed before it began is expired, and nothing is granted."""
+        """A job that expired before it began is expired, and nothing is granted."""
         with all_busy(here, samples):
             job_id = client.enqueue(user, samples[:1], expires=0.1)
             known = client.status(job_id)
@@ -193,28 +186,28 @@ class TestStatus:
         assert (known.state, known.error and known.error.type) == ("expired", "JobExpiredException")
         assert here.store.granted(user) == []
 
-    def test_without_a_worker_there_is_no_answer(self, idle: Site) -> None:
-        """Where no worker answers by the deadline that is the error, and no question stays."""
+    def test_without_a_worker_requests_time_out(self, idle: Site) -> None:
+        """Without a worker a request fails at its deadline, and leaves no key in Redis."""
         client = InterviewAccessClient(idle.broker)
-        for ask in client.status, client.cancel:
+        for request in client.status, client.cancel:
             with pytest.raises(NoAnswerInTimeError, match=r"No worker replied .* within 0\.2 s"):
-                ask("nobodys", timeout=0.2)
+                request("nobodys", timeout=0.2)
         assert idle.redis.keys("*") == []
 
-    def test_without_the_database_that_is_said(
+    def test_an_outage_of_the_database_is_reported(
         self, idle: Site, samples: list[str], tmp_path: Path
     ) -> None:
-        """A worker that cannot read the ledger says so; it does not guess."""
+        """A worker that cannot read the ledger replies with an error."""
         client = InterviewAccessClient(idle.broker)
         nowhere = "postgresql://nobody@127.0.0.1:1/none"
         with worker(idle, tmp_path / "log", DATABASE_URL=nowhere):
             job_id = client.enqueue("ann", samples)
-            for ask in client.status, client.cancel:
+            for request in client.status, client.cancel:
                 with pytest.raises(StorageUnavailableException, match="ask again"):
-                    ask(job_id, timeout=30)
+                    request(job_id, timeout=30)
 
-    def test_a_wait_has_it_from_the_ledger(self, here: Site, samples: list[str], user: str) -> None:
-        """A result that Redis dropped comes to those who wait, of an announced job too."""
+    def test_a_wait_reads_the_ledger(self, here: Site, samples: list[str], user: str) -> None:
+        """A client's wait returns a result from the ledger if Redis has dropped it."""
         client = InterviewAccessClient(here.broker)
         job_id = client.enqueue(user, samples[:1])
         result = client.wait(job_id, timeout=30)
@@ -222,15 +215,17 @@ class TestStatus:
         assert here.redis.exists(f"interview-access:job:{job_id}")
         assert client.wait(job_id, timeout=3) == result
 
-    def test_it_is_a_task_as_any_other(self, here: Site, samples: list[str], user: str) -> None:
-        """Any Celery producer can ask, and reads one JSON object with what is known."""
+    def test_any_celery_producer_can_send_a_request(
+        self, here: Site, samples: list[str], user: str
+    ) -> None:
+        """A control request is a Celery task, whose result is the status as a JSON object."""
         job_id = here.send(user, samples[:1])
         here.answer(job_id)
-        question = here.producer.send_task(JOB_STATUS, (job_id,), queue=CONTROL_QUEUE)
-        told = question.get(timeout=30)
-        assert (told["job_id"], told["state"], told["created"]) == (job_id, "succeeded", 1)
-        assert None not in told.values()
-        until(lambda: 0 < here.redis.ttl(f"celery-task-meta-{question.id}") <= 60)
+        request = here.producer.send_task(JOB_STATUS, (job_id,), queue=CONTROL_QUEUE)
+        known = request.get(timeout=30)
+        assert (known["job_id"], known["state"], known["created"]) == (job_id, "succeeded", 1)
+        assert None not in known.values()
+        until(lambda: 0 < here.redis.ttl(f"celery-task-meta-{request.id}") <= 60)
 
     @pytest.mark.parametrize(
         ("task", "args", "kwargs", "says"),
@@ -241,31 +236,31 @@ class TestStatus:
             (GRANT_ACCESS, [], {"user_id": "x"}, "task: expected interview_access.job_status or"),
         ],
     )
-    def test_what_is_no_question_is_told(
+    def test_an_invalid_request_fails(
         self, here: Site, task: str, args: list[object], kwargs: dict[str, object], says: str
     ) -> None:
-        """A question with other arguments, or of another task, fails with what was expected."""
-        question = here.producer.send_task(task, args, kwargs, queue=CONTROL_QUEUE)
+        """A control request with other arguments or another task fails with what was expected."""
+        request = here.producer.send_task(task, args, kwargs, queue=CONTROL_QUEUE)
         with pytest.raises(InvalidGrantRequestException, match=says):
-            question.get(timeout=30)
+            request.get(timeout=30)
 
-    def test_rubbish_is_survived(
+    def test_unreadable_requests_do_not_stop_the_service(
         self, here: Site, client: InterviewAccessClient, samples: list[str]
     ) -> None:
-        """Whatever comes to the control queue, the next question is answered."""
-        for rubbish in "", "[]", "{}", "\0", '{"headers": {"id": 1}, "body": "", "properties": {}}':
-            here.redis.lpush(CONTROL_QUEUE, rubbish)
+        """After unreadable messages on the control queue the next request is answered."""
+        for message in "", "[]", "{}", "\0", '{"headers": {"id": 1}, "body": "", "properties": {}}':
+            here.redis.lpush(CONTROL_QUEUE, message)
         assert client.status("nobodys").state == "unknown"
-        assert here.answer(here.send("after-rubbish", samples[:1]))["status"] == "SUCCESS"
+        assert here.answer(here.send("after-unreadable", samples[:1]))["status"] == "SUCCESS"
 
 
 class TestCancel:
-    """Having a job cancelled."""
+    """The cancellation of a job."""
 
-    def test_before_it_begins_it_never_runs(
+    def test_a_queued_job_never_runs(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A job that waits is cancelled at once, and its message has no effect any more."""
+        """A queued job is cancelled at once, and its message has no effect."""
         with all_busy(here, samples):
             job_id = client.enqueue(user, samples)
             known = client.cancel(job_id)
@@ -279,10 +274,10 @@ class TestCancel:
         assert here.store.granted(user) == []
         assert client.cancel(job_id).state == "cancelled"
 
-    def test_while_it_runs_it_stops_at_the_next_chunk(
+    def test_a_running_job_stops_at_the_next_chunk(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A job in its second chunk of three is stopped after it, and leaves nothing."""
+        """A job that is cancelled in its second chunk of three stops after it, without effect."""
         with held_grant(here, user, samples[CHUNK]):
             job_id = client.enqueue(user, samples)
             here.until_state(job_id, "PROGRESS")
@@ -295,10 +290,10 @@ class TestCancel:
             client.wait(job_id, timeout=30)
         assert here.store.granted(user) == []
 
-    def test_after_it_finished_the_answer_says_so(
+    def test_a_finished_job_is_not_cancelled(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A job that is done stays done, and a failed one failed."""
+        """The reply to cancelling a finished job is its state, succeeded or failed."""
         done, failed = client.enqueue(user, samples[:2]), client.enqueue(user, ["no-uuid"])
         here.answer(done)
         here.answer(failed)
@@ -310,7 +305,7 @@ class TestCancel:
     def test_the_ledger_decides_the_race_with_finishing(
         self, here: Site, client: InterviewAccessClient, samples: list[str]
     ) -> None:
-        """Cancelled anywhere on its way, a job is either done or has left nothing, as is told."""
+        """A cancelled job has either succeeded or had no effect, in agreement with the reply."""
         seen = set()
         for number in range(40):
             user_id = f"race-{number}-{uuid4()}"[:36]
@@ -324,10 +319,10 @@ class TestCancel:
             seen.add(state)
         assert "cancelled" in seen
 
-    def test_an_unknown_job_will_not_begin(
+    def test_an_unknown_job_never_runs(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """An id that nobody announced stays unknown; a job that comes under it never runs."""
+        """An unknown ID can be cancelled; a job that is sent under it later never runs."""
         job_id = str(uuid4())
         known = client.cancel(job_id)
         assert (known.state, known.cancel_requested) == ("unknown", True)
@@ -336,10 +331,10 @@ class TestCancel:
         assert client.status(job_id).state == "cancelled"
         assert here.store.granted(user) == []
 
-    def test_a_job_that_is_not_due_can_be_cancelled(
+    def test_a_delayed_job_can_be_cancelled(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A job with a countdown waits in Redis, in no worker's hands, and is cancelled there."""
+        """A job with a countdown is delayed in Redis, unclaimed, and can be cancelled."""
         job_id = client.enqueue(user, samples, countdown=2)
         until(lambda: here.redis.hlen("interview-access:deferred") == 1)
         assert here.redis.keys("interview-access:held:*") == []
@@ -351,10 +346,10 @@ class TestCancel:
         here.answer(here.send("after-due", samples[:1]))
         assert here.store.granted(user) == []
 
-    def test_the_same_id_stays_cancelled(
+    def test_a_cancelled_id_stays_cancelled(
         self, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """Sent again, a cancelled job has its first answer; for another request it is refused."""
+        """A cancelled job that is sent again stays cancelled; its ID cannot be reused."""
         job_id = str(uuid4())
         client.enqueue(user, samples, job_id=job_id, countdown=60)
         client.cancel(job_id)
@@ -366,7 +361,7 @@ class TestCancel:
 
 
 class TestCommand:
-    """interview-access status and cancel tell the same as the client."""
+    """The commands ``status`` and ``cancel``."""
 
     @staticmethod
     def run(here: Site, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -381,21 +376,21 @@ class TestCommand:
             timeout=60,
         )
 
-    def test_it_says_what_the_client_says(
+    def test_status_prints_what_the_client_returns(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """Status is one JSON object, the same as the client's; for people it is lines."""
+        """With --json the status is one JSON object, equal to the client's; otherwise lines."""
         job_id = client.enqueue(user, [*samples[:2], "no-uuid", "\ud800"])
         here.answer(job_id)
         known = client.status(job_id)
-        told = json.loads(self.run(here, "status", job_id, "--json").stdout)
-        assert JobStatus.model_validate(told) == known
+        printed = json.loads(self.run(here, "status", job_id, "--json").stdout)
+        assert JobStatus.model_validate(printed) == known
         assert "malformed_interview_ids  2 (--json" in self.run(here, "status", job_id).stdout
 
-    def test_it_cancels(
+    def test_cancel_reports_success_by_its_exit_status(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """Cancel ends 0 where the job is cancelled, and 1 where it had ended before."""
+        """Cancel ends with status 0 if the job is cancelled, and 1 if it had finished before."""
         waiting = client.enqueue(user, samples, countdown=60)
         done = self.run(here, "cancel", waiting, "--json")
         assert (done.returncode, json.loads(done.stdout)["state"]) == (0, "cancelled")
@@ -404,8 +399,8 @@ class TestCommand:
         done = self.run(here, "cancel", finished, "--json")
         assert (done.returncode, json.loads(done.stdout)["state"]) == (1, "succeeded")
 
-    def test_no_value_reaches_the_terminal_as_it_came(self, here: Site) -> None:
-        """A user ID is taken literally by the ledger, and printed with escapes."""
+    def test_control_characters_are_escaped(self, here: Site) -> None:
+        """Control characters of a user ID are stored as they are and printed with escapes."""
         job_id = here.send("x\x1b]0;owned\x07\nforged \x9b\u202e", ["\x1b[2J\nforged"])
         here.answer(job_id)
         for words in ("status", job_id), ("status", job_id, "--json"), ("cancel", job_id):
@@ -414,8 +409,8 @@ class TestCommand:
             assert all(one.isprintable() or one == "\n" for one in printed)
             assert not any(line.startswith("forged") for line in printed.splitlines())
 
-    def test_a_malformed_id_is_a_wrong_call(self, here: Site) -> None:
-        """What cannot be a job's ID is refused before anything is asked."""
+    def test_a_malformed_id_is_a_usage_error(self, here: Site) -> None:
+        """A malformed job ID is refused before a request is sent."""
         done = self.run(here, "status", "a\x1b[2Jb")
         assert done.returncode == 2
         assert "'a\\x1b[2Jb', expected 1 to 255 printable" in done.stderr
@@ -443,20 +438,20 @@ def control_request(
 
 
 def reply(here: Site, request_id: str) -> dict[str, Any]:
-    """The reply to a control request."""
+    """Wait for the reply to a control request."""
     until(lambda: here.redis.exists(reply_key(request_id)) == 1)
     text: Any = here.redis.get(reply_key(request_id))
     return dict(json.loads(text))
 
 
 def replies(here: Site) -> list[int]:
-    """The sizes of all replies that Redis holds."""
+    """Return the sizes in bytes of all replies in Redis."""
     keys: Any = here.redis.keys(reply_key("*"))
     return [int(here.redis.strlen(key)) for key in keys]
 
 
 class TestReplies:
-    """Replies to control requests have keys of their own, and bounds."""
+    """Replies to control requests: their keys, sizes and retention."""
 
     @pytest.mark.parametrize("with_reply_key", [True, False])
     def test_a_finished_jobs_result_is_not_touched(
@@ -471,16 +466,16 @@ class TestReplies:
         job_id = here.send(user, samples[:1])
         result = here.answer(job_id)
         control_request(here, job_id, request_id=job_id, with_reply_key=with_reply_key)
-        assert client.status(job_id).state == "succeeded"  # answered after it
+        assert client.status(job_id).state == "succeeded"  # the reply comes after the other one
         assert here.meta(job_id) == result
         ttl: Any = here.redis.ttl(f"celery-task-meta-{job_id}")
         assert ttl > 3_600
         assert here.redis.exists(reply_key(job_id)) == with_reply_key
 
-    def test_an_announced_job_is_not_taken_for_a_request(
+    def test_no_reply_is_stored_under_an_announced_job(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """While a job waits, nothing else is stored under the key of its result."""
+        """While an announced job is queued, no reply is stored under the key of its result."""
         with all_busy(here, samples):
             job_id = client.enqueue(user, samples[:1])
             control_request(here, "other", request_id=job_id, with_reply_key=False)
@@ -488,10 +483,10 @@ class TestReplies:
             assert here.meta(job_id)["status"] == "PENDING"
         assert client.wait(job_id, timeout=30)["created_access_count"] == 1
 
-    def test_a_job_that_nobody_announced_has_its_own_result_in_the_end(
+    def test_the_result_of_an_unannounced_job_replaces_a_reply(
         self, here: Site, client: InterviewAccessClient, samples: list[str], user: str
     ) -> None:
-        """A reply under the ID of a job that is not known yet gives way to the job's result."""
+        """A reply under the ID of an unannounced job is replaced by the job's result."""
         with all_busy(here, samples):
             job_id = here.send(user, samples[:1])
             control_request(here, "other", request_id=job_id, with_reply_key=False)
@@ -506,7 +501,7 @@ class TestReplies:
     def test_a_request_of_an_earlier_client_is_answered(
         self, here: Site, samples: list[str], user: str
     ) -> None:
-        """Without a reply key the reply goes where such a client reads it, for a minute."""
+        """Without a reply key the reply is stored as a task's result, for a minute."""
         job_id = here.send(user, samples[:1])
         here.answer(job_id)
         request_id = control_request(here, job_id, with_reply_key=False)
@@ -515,7 +510,7 @@ class TestReplies:
         assert 0 < ttl <= 60
 
     def test_a_reply_replaces_nothing(self, here: Site, client: InterviewAccessClient) -> None:
-        """A reply key that exists stays as it is."""
+        """A reply does not replace an existing key."""
         request_id = str(uuid4())
         here.redis.set(reply_key(request_id), "mine", ex=30)
         control_request(here, "other", request_id=request_id)
@@ -525,7 +520,7 @@ class TestReplies:
     def test_a_large_status_is_cut(
         self, here: Site, client: InterviewAccessClient, user: str
     ) -> None:
-        """A reply omits entries of a large status and says how many; the command prints all."""
+        """A reply omits entries of a large status and counts them; the command prints all."""
         unknown = [str(uuid4()) for _ in range(9_000)]
         malformed = [f"\u20ac{number}" for number in range(1_000)]
         job_id = here.send(user, [*unknown, *malformed])
@@ -547,7 +542,7 @@ class TestReplies:
     def test_a_large_cohorts_status_is_cut(
         self, here: Site, client: InterviewAccessClient, samples: list[str]
     ) -> None:
-        """The counts by user are cut likewise, whatever characters the user IDs are of."""
+        """The counts by user are cut, also with user IDs of multi-byte characters."""
         users = [f"{number:04}{chr(0x1F600) * 30}" for number in range(1_000)]
         job_id = here.send(task=GRANT_COHORT_ACCESS, user_ids=users, interview_ids=[samples[0]])
         here.answer(job_id)
@@ -556,10 +551,10 @@ class TestReplies:
         assert (known.created, set(counted.values())) == (1_000, {1})
         assert known.omitted == {"created_by_user": 1_000 - len(counted)}
 
-    def test_replies_that_nobody_fetches_are_bounded(
+    def test_unfetched_replies_are_bounded(
         self, here: Site, client: InterviewAccessClient, user: str
     ) -> None:
-        """Of many large replies the oldest go first; Redis holds 8 MB of them at most."""
+        """Redis holds 8 MB of replies at most; the oldest ones are deleted."""
         job_id = here.send(user, [str(uuid4()) for _ in range(9_000)])
         here.answer(job_id)
         requests = [control_request(here, job_id) for _ in range(60)]
@@ -572,15 +567,15 @@ class TestReplies:
 
 
 class TestControlService:
-    """What the service does with one request, whatever it is."""
+    """Single requests, processed without a worker."""
 
     @staticmethod
     def service(idle: Site) -> ControlService:
-        """The service of a worker that is not there."""
+        """Return a service that is run by the test."""
         return ControlService(idle.producer, lambda: idle.store.storage)
 
-    def test_a_full_redis_takes_no_reply(self, idle: Site) -> None:
-        """At its maxmemory Redis is not filled further; the cancellation is made all the same."""
+    def test_no_reply_is_stored_on_a_full_redis(self, idle: Site) -> None:
+        """On a full Redis the job is cancelled without a reply."""
         request_id = control_request(idle, "job", task=CANCEL_JOB)
         idle.redis.config_set("maxmemory", 1)
         try:
@@ -592,7 +587,7 @@ class TestControlService:
         assert idle.store.storage.is_cancelled("job")
 
     def test_an_expired_request_is_dropped(self, idle: Site) -> None:
-        """A request that its client waits for no more costs nothing."""
+        """An expired request is neither processed nor answered."""
         control_request(idle, "job", task=CANCEL_JOB, expires="2020-01-01T00:00:00")
         self.service(idle).run_once(idle.redis)
         assert idle.redis.keys() == []
@@ -611,10 +606,10 @@ class TestControlService:
         ],
         ids=["large", "nested", "UTF-16", "list", "ID", "expiry", "body"],
     )
-    def test_what_cannot_be_read_is_dropped(
+    def test_an_unreadable_request_is_dropped(
         self, idle: Site, caplog: pytest.LogCaptureFixture, message: bytes
     ) -> None:
-        """Any bytes are one short line in the log, and no error of the service."""
+        """An unreadable request is one short log line and raises nothing."""
         idle.redis.lpush(CONTROL_QUEUE, message)
         self.service(idle).run_once(idle.redis)
         assert idle.redis.keys() == []
@@ -636,8 +631,8 @@ class TestControlService:
             ("interview-access:job:job", b"[" * 60_000),
         ],
     )
-    def test_what_others_wrote_stops_no_reply(self, idle: Site, key: str, value: bytes) -> None:
-        """A result or an announcement of any bytes, which producers can write, is ignored."""
+    def test_invalid_values_of_others_are_ignored(self, idle: Site, key: str, value: bytes) -> None:
+        """An invalid result or announcement, which any producer can write, is ignored."""
         idle.redis.set(key, value)
         request_id = control_request(idle, "job")
         self.service(idle).run_once(idle.redis)
@@ -648,10 +643,10 @@ class TestControlService:
         [{"digest": "d" * 65}, {"task": "t" * 256}, {"digest": "d\0"}, {"task": "t\0"}],
         ids=["long digest", "long task", "NUL in the digest", "NUL in the task"],
     )
-    def test_an_announcement_that_the_ledger_cannot_store_stops_no_cancellation(
+    def test_an_invalid_announcement_does_not_prevent_a_cancellation(
         self, idle: Site, fields: dict[str, str]
     ) -> None:
-        """Producers can write such an announcement; the job is cancelled as if it had none."""
+        """A job whose announcement the ledger cannot store is cancelled as if it had none."""
         announced = {"task": "t", "digest": "d", "sent_at": "2026-11-25T00:00:00Z", **fields}
         idle.redis.set("interview-access:job:job", json.dumps(announced))
         request_id = control_request(idle, "job", task=CANCEL_JOB)
@@ -659,10 +654,8 @@ class TestControlService:
         assert reply(idle, request_id)["result"]["cancel_requested"]
         assert idle.store.storage.is_cancelled("job")
 
-    def test_a_request_of_an_earlier_client_is_answered_without_the_ledger(
-        self, idle: Site
-    ) -> None:
-        """While PostgreSQL cannot be reached a request without a reply key fails at once."""
+    def test_a_request_of_an_earlier_client_fails_without_the_ledger(self, idle: Site) -> None:
+        """During an outage of PostgreSQL a request without a reply key fails at once."""
         request_id = control_request(idle, "job", with_reply_key=False)
         with closing(PostgresStorage("postgresql://me@127.0.0.1:1/x")) as away:
             ControlService(idle.producer, lambda: away).run_once(idle.redis)
@@ -670,7 +663,7 @@ class TestControlService:
 
     @pytest.mark.parametrize("name", ["Any", "Sequence", "Details", "x\x1b", None])
     def test_a_failure_of_any_class_is_reported(self, idle: Site, name: str | None) -> None:
-        """A stored failure is failed, whatever it names as its class."""
+        """A stored failure is reported as failed, whatever its class name is."""
         failure = {"exc_type": name, "exc_message": ["No.", {}]}
         stored = {"status": "FAILURE", "result": failure}
         idle.redis.set("celery-task-meta-job", json.dumps(stored))
@@ -684,7 +677,7 @@ class TestWaiting:
 
     @pytest.fixture
     def services(self, idle: Site) -> Iterator[Callable[[], ControlService]]:
-        """Starts services, which are stopped at the end."""
+        """A function that starts services; they are stopped after the test."""
         started: list[ControlService] = []
 
         def start() -> ControlService:
@@ -703,48 +696,48 @@ class TestWaiting:
     def test_a_request_ends_the_wait(
         self, idle: Site, services: Callable[[], ControlService]
     ) -> None:
-        """A service that waits answers, and waits again."""
+        """A blocked service replies to a request, and blocks again."""
         services()
         assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
         until(lambda: len(waiting(idle)) == 1)
 
-    def test_a_service_that_waits_stops_at_once(
+    def test_a_blocked_service_stops_at_once(
         self, idle: Site, services: Callable[[], ControlService]
     ) -> None:
-        """The wait ends with the service, and in Redis too."""
+        """Stopping a blocked service also ends its wait in Redis."""
         service = services()
         service.stop()
         service._thread.join(4)  # a wait takes 5 s
         assert not service._thread.is_alive()
         until(lambda: not waiting(idle))
 
-    def test_services_that_wait_share_the_requests(
+    def test_blocked_services_share_the_requests(
         self, idle: Site, services: Callable[[], ControlService]
     ) -> None:
-        """Each request is answered by one service; the other looks once, and waits again."""
+        """One service replies to each request; the others poll once and block again."""
         services()
         services()
-        before = taken(idle)
+        before = count_polls(idle)
         requests = [control_request(idle, f"job-{number}") for number in range(5)]
         for request in requests:
             assert reply(idle, request)["result"]["state"] == "unknown"
         until(lambda: len(waiting(idle)) == 2)
-        # At most each request wakes both, and each finds nothing once more.
-        assert taken(idle) - before <= 5 * 2 * 2
+        # A request may wake both services, and each polls once more without a result.
+        assert count_polls(idle) - before <= 5 * 2 * 2
 
     def test_a_lost_connection_is_replaced(
         self, idle: Site, services: Callable[[], ControlService]
     ) -> None:
-        """A service whose wait is cut answers after its back-off."""
+        """A service whose connection is killed replies after its back-off."""
         services()
         (client,) = waiting(idle)
         idle.redis.client_kill_filter(_id=client)
         assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
 
-    def test_a_redis_that_refuses_to_wait_is_polled(
+    def test_a_redis_that_refuses_to_block_is_polled(
         self, idle: Site, services: Callable[[], ControlService], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """At its maxmemory Redis takes no wait, which is logged once; requests are still found."""
+        """A full Redis refuses to block, which is logged once; the service polls instead."""
         services()
         idle.redis.config_set("maxmemory", 1)
         try:
@@ -756,7 +749,7 @@ class TestWaiting:
 
 
 def waiting(here: Site) -> list[str]:
-    """The clients that wait for a control request."""
+    """Return the IDs of the clients that are blocked on the control queue."""
     clients: Any = here.redis.client_list(_type="normal")
     number = str(here.redis.connection_pool.connection_kwargs["db"])
     return [
@@ -766,7 +759,7 @@ def waiting(here: Site) -> list[str]:
     ]
 
 
-def taken(here: Site) -> int:
-    """How often the queue was looked at."""
+def count_polls(here: Site) -> int:
+    """Count the polls of the control queue."""
     statistics: Any = here.redis.info("commandstats")
     return int(statistics.get("cmdstat_rpop", {"calls": 0})["calls"])

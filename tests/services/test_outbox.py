@@ -1,4 +1,4 @@
-"""Jobs that a service asks for in a transaction of its own."""
+"""Jobs that another service requests within its own database transaction."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from storage.postgres import PostgresStorage, PostgresTransaction
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.client.test_producers import blocks
 from tests.storage.test_migrations import Database, DjangoService
-from tests.support.database import connected, database
+from tests.support.database import connected
 from tests.support.sentinels import redis_of
 from tests.support.stores import all_at_once, until
-from tests.support.workers import QUEUE, Site, site, worker
+from tests.support.workers import QUEUE, Site, migrated_site, worker
 from worker.services.outbox_relay import OutboxRelay
 
 SECTION = "Inside a transaction of your database"
@@ -44,7 +44,7 @@ SLEEPERS = """
     SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-"""Relays that wait for a notification."""
+"""Counts the relays that wait for a notification."""
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +53,22 @@ def here(
 ) -> Iterator[Site]:
     """A site with a worker and sample interviews."""
     with (
-        database(stack.database_url, template=_migrated) as url,
-        site(stack, url, 13) as here,
+        migrated_site(stack, _migrated, 13) as here,
         worker(here, tmp_path_factory.mktemp("outbox") / "worker.log"),
     ):
-        load_samples(url, len(NAMED_SAMPLES))
+        load_samples(here.store.database_url, len(NAMED_SAMPLES))
         yield here
 
 
 @pytest.fixture
-def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
+def idle(idle: Site) -> Site:
     """A site without a worker, with sample interviews."""
-    with site(stack, migrated_url, 14) as idle:
-        load_samples(migrated_url, len(NAMED_SAMPLES))
-        yield idle
+    load_samples(idle.store.database_url, len(NAMED_SAMPLES))
+    return idle
 
 
-@pytest.fixture
-def user() -> str:
-    """A user of the test's own."""
-    return str(uuid4())
-
-
-def ask(here: Site, user_id: str, *, job_id: str | None = None) -> str:
-    """Ask for a job, and commit."""
+def request_job(here: Site, user_id: str, *, job_id: str | None = None) -> str:
+    """Request a job in a transaction, commit, and return its ID."""
     with connected(here.store.database_url) as connection:
         job_id = enqueue_in_sqlalchemy(connection, user_id, NAMED_SAMPLES, job_id=job_id)
         connection.commit()
@@ -84,29 +76,29 @@ def ask(here: Site, user_id: str, *, job_id: str | None = None) -> str:
 
 
 def queued(here: Site) -> list[str]:
-    """The jobs on the queue."""
+    """Return the IDs of the queued jobs, the latest first."""
     messages: Any = here.redis.lrange(QUEUE, 0, -1)
     return [json.loads(message)["headers"]["id"] for message in messages]
 
 
-def go_round(
+def run_relay(
     here: Site, storage: PostgresStorage | None = None, redis: Redis | None = None
 ) -> None:
-    """Have the relay go one round."""
+    """Run the relay once."""
     relay = OutboxRelay(here.producer, lambda: storage or here.store.storage)
     relay.run_once(redis or here.redis)
 
 
-def is_answered(here: Site) -> bool:
-    """Whether no request stands any more."""
+def is_outbox_empty(here: Site) -> bool:
+    """Whether no request is left."""
     return bool(here.store.value(REQUESTS) == 0)
 
 
-class TestThePage:
-    """What docs/producers.md shows, as it stands there."""
+class TestDocumentedExamples:
+    """The examples of docs/producers.md, executed as they are."""
 
     def test_the_insert(self, here: Site) -> None:
-        """The page's INSERT asks for a job of which the result is polled by the id returned."""
+        """The INSERT returns a job ID by which the result is polled."""
         (block,) = blocks(SECTION, "sql")
         began = time.monotonic()
         with Database(here.store.database_url).connect() as connection:
@@ -115,17 +107,17 @@ class TestThePage:
             (row,) = connection.execute(insert.encode()).fetchall()
             connection.execute(commit.encode())
         assert here.answer(row["job_id"])["result"]["created_access_count"] == 1
-        assert time.monotonic() - began < 5  # a second, it says; machines are busy at times
-        until(lambda: is_answered(here))
+        assert time.monotonic() - began < 5  # documented: one second; a busy machine is slower
+        until(lambda: is_outbox_empty(here))
 
     def test_django(self, here: Site) -> None:
-        """The page's Django service asks for a job inside of atomic."""
+        """The Django service requests a job inside ``atomic``."""
         block, _ = blocks(SECTION, "python")
         printed = DjangoService(Database(here.store.database_url)).run_python(block)
         assert here.answer(printed.strip())["result"]["created_access_count"] == 1
 
     def test_sqlalchemy(self, here: Site) -> None:
-        """The page's SQLAlchemy session asks for a job."""
+        """The SQLAlchemy session requests a job."""
         _, block = blocks(SECTION, "python")
         done = subprocess.run(
             [sys.executable, "-c", block],
@@ -138,43 +130,43 @@ class TestThePage:
         assert here.answer(done.stdout.strip())["result"]["created_access_count"] == 1
 
 
-class TestPromises:
-    """What is asked for takes effect once, or not at all."""
+class TestRelay:
+    """Every committed request takes effect once; others have no effect."""
 
-    def test_rolled_back_it_never_runs(self, here: Site, user: str) -> None:
-        """Of two requests, the one that is rolled back is never known."""
+    def test_a_request_that_is_rolled_back_has_no_effect(self, here: Site, user: str) -> None:
+        """A request that is rolled back is never sent."""
         with connected(here.store.database_url) as connection:
             undone = enqueue_in_sqlalchemy(connection, user, NAMED_SAMPLES)
-        here.answer(ask(here, str(uuid4())))
+        here.answer(request_job(here, str(uuid4())))
         assert here.store.granted(user) == []
         assert InterviewAccessClient(here.broker).status(undone).state == "unknown"
 
-    def test_an_emptied_redis_is_filled_again(self, idle: Site, user: str, tmp_path: Path) -> None:
-        """A message that Redis lost is sent again as soon as that is seen, and counts once."""
-        job_id = ask(idle, user)
-        go_round(idle)
+    def test_lost_messages_are_sent_again(self, idle: Site, user: str, tmp_path: Path) -> None:
+        """Messages that Redis has lost are sent again, and each job counts once."""
+        job_id = request_job(idle, user)
+        run_relay(idle)
         assert idle.redis.llen(QUEUE) == 1
         idle.redis.flushdb()
-        go_round(idle)
+        run_relay(idle)
         assert idle.redis.llen(QUEUE) == 1
         idle.redis.flushdb()
         with worker(idle, tmp_path / "log"):
             assert idle.answer(job_id)["result"]["created_access_count"] == len(NAMED_SAMPLES)
-            until(lambda: is_answered(idle))
+            until(lambda: is_outbox_empty(idle))
 
-    def test_a_redis_that_is_away_costs_time_only(self, idle: Site, user: str) -> None:
-        """What cannot be sent stays due."""
-        ask(idle, user)
+    def test_an_outage_of_redis_loses_no_request(self, idle: Site, user: str) -> None:
+        """A request that cannot be sent stays due."""
+        request_job(idle, user)
         with Redis(unix_socket_path="/nowhere") as away, pytest.raises(RedisConnectionError):
             OutboxRelay(idle.producer, lambda: idle.store.storage).run_once(away)
-        go_round(idle)
+        run_relay(idle)
         assert idle.redis.llen(QUEUE) == 1
 
-    def test_sent_and_not_noted_it_counts_once(self, idle: Site, user: str, tmp_path: Path) -> None:
-        """A relay that dies before it notes what it sent has it sent again, to one effect."""
+    def test_a_request_sent_twice_counts_once(self, idle: Site, user: str, tmp_path: Path) -> None:
+        """A relay that fails between sending and COMMIT sends the request again; it counts once."""
 
         class Dying(PostgresStorage):
-            """Ends before its COMMIT."""
+            """Fails before COMMIT."""
 
             @contextmanager
             def transaction(self) -> Iterator[PostgresTransaction]:
@@ -184,52 +176,52 @@ class TestPromises:
 
         idle.redis.set("interview-access:relay", 1)
         dying = Dying(idle.store.database_url)
-        job_id = ask(idle, user)
+        job_id = request_job(idle, user)
         with pytest.raises(StorageError, match="the worker is gone"):
-            go_round(idle, dying)
+            run_relay(idle, dying)
         dying.close()
-        go_round(idle)
+        run_relay(idle)
         assert idle.redis.llen(QUEUE) == 2
         with worker(idle, tmp_path / "log"):
             assert idle.answer(job_id)["result"]["created_access_count"] == len(NAMED_SAMPLES)
             until(lambda: idle.redis.llen(QUEUE) == 0)
         assert idle.store.rows() == len(NAMED_SAMPLES)
 
-    def test_relays_share_the_requests(self, idle: Site) -> None:
-        """Relays that go round at once send every request once."""
+    def test_simultaneous_relays_send_each_request_once(self, idle: Site) -> None:
+        """Relays that run at the same time share the requests."""
         idle.redis.set("interview-access:relay", 1)
-        jobs = {ask(idle, str(uuid4())) for _ in range(20)}
+        jobs = {request_job(idle, str(uuid4())) for _ in range(20)}
         with idle.store.another() as one, idle.store.another() as other:
-            all_at_once([lambda: go_round(idle, one), lambda: go_round(idle, other)])
-        go_round(idle)
+            all_at_once([lambda: run_relay(idle, one), lambda: run_relay(idle, other)])
+        run_relay(idle)
         assert idle.redis.llen(QUEUE) == len(jobs)
 
     def test_a_reused_id_is_refused_by_the_worker(self, here: Site, user: str) -> None:
-        """Another request under an id that has an answer has no effect and is a dead letter."""
+        """Another request under a finished job's ID has no effect and becomes a dead letter."""
         job_id = here.send(user, NAMED_SAMPLES[:1])
         here.answer(job_id)
-        ask(here, user, job_id=job_id)
+        request_job(here, user, job_id=job_id)
         until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
-        until(lambda: is_answered(here))
+        until(lambda: is_outbox_empty(here))
         assert here.store.granted(user) == list(NAMED_SAMPLES[:1])
 
-    def test_what_no_worker_can_read_fails_as_any_job(self, here: Site, user: str) -> None:
-        """A request with a NULL among its ids fails, saying so, and is gone."""
+    def test_an_invalid_request_fails(self, here: Site, user: str) -> None:
+        """A request with a NULL among its IDs fails with its reason, and is deleted."""
         with connected(here.store.database_url) as connection:
             row = {"job_id": user, "user_id": user, "interview_ids": [NAMED_SAMPLES[0], None]}
             connection.exec_driver_sql(INSERT, row)
             connection.commit()
         assert "interview_ids[1]" in here.answer(user)["result"]["exc_message"][0]
-        until(lambda: is_answered(here))
+        until(lambda: is_outbox_empty(here))
 
-    def test_it_is_queued_and_can_be_cancelled_before_it_is_sent(
+    def test_an_unsent_request_is_queued_and_can_be_cancelled(
         self, idle: Site, user: str, tmp_path: Path
     ) -> None:
-        """A request that waits for its relay is known, and cancelled it never runs."""
+        """An unsent request is reported as queued; once it is cancelled it never runs."""
         client = InterviewAccessClient(idle.broker)
         with worker(idle, tmp_path / "log"), connected(idle.store.database_url) as service:
-            ask(idle, user)
-            until(lambda: is_answered(idle))  # by a relay that knows this Redis by now
+            request_job(idle, user)
+            until(lambda: is_outbox_empty(idle))  # the relay has registered this Redis by now
             job_id = enqueue_in_sqlalchemy(service, user, NAMED_SAMPLES)
             service.exec_driver_sql("UPDATE grant_access_request SET look_at = 'infinity'")
             service.commit()
@@ -237,13 +229,13 @@ class TestPromises:
             assert client.cancel(job_id).state == "cancelled"
             service.exec_driver_sql("UPDATE grant_access_request SET look_at = now()")
             service.commit()
-            until(lambda: is_answered(idle))
+            until(lambda: is_outbox_empty(idle))
             assert client.status(job_id).state == "cancelled"
 
-    def test_one_that_redis_refuses_stops_no_other(self, idle: Site, user: str) -> None:
-        """A request too large for Redis is named in the log, and the others are sent."""
+    def test_a_request_that_redis_refuses_stops_no_other(self, idle: Site, user: str) -> None:
+        """A request that is too large for Redis is logged, and the others are sent."""
         limit = "proto-max-bulk-len"
-        standing: Any = idle.redis.config_get(limit)[limit]
+        previous: Any = idle.redis.config_get(limit)[limit]
         with connected(idle.store.database_url) as connection:
             first, large, last = (
                 enqueue_in_sqlalchemy(connection, user, ids)
@@ -252,13 +244,13 @@ class TestPromises:
             connection.commit()
         try:
             idle.redis.config_set(limit, 1024 * 1024)
-            go_round(idle)
+            run_relay(idle)
         finally:
-            idle.redis.config_set(limit, standing)
+            idle.redis.config_set(limit, previous)
         assert sorted(queued(idle)) == sorted([first, last])
         assert idle.store.value(f"{REQUESTS} WHERE sent_at IS NULL") == 1
         idle.store.storage.make_requests_due()
-        go_round(idle)
+        run_relay(idle)
         assert large in queued(idle)
 
     @pytest.mark.parametrize(
@@ -269,52 +261,52 @@ class TestPromises:
         ],
         ids=["NOPERM", "NOREPLICAS"],
     )
-    def test_a_refusal_of_every_request_ends_the_page(
+    def test_a_refusal_of_every_request_is_raised(
         self, idle: Site, tmp_path: Path, command: str, says: str
     ) -> None:
-        """Redis's refusal is raised at the first request, and all requests stay due."""
+        """If Redis refuses every request, its error is raised at the first, and all stay due."""
         for _ in range(2):
-            ask(idle, str(uuid4()))
+            request_job(idle, str(uuid4()))
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
             redis.set("interview-access:relay", 1)
             redis.execute_command(*command.split())
             with pytest.raises(ResponseError, match=says):
-                go_round(idle, redis=redis)
-        go_round(idle)
+                run_relay(idle, redis=redis)
+        run_relay(idle)
         assert idle.redis.llen(QUEUE) == 2
 
-    def test_one_that_is_too_large_fails_and_stops_no_other(self, idle: Site, user: str) -> None:
-        """A request of more IDs than a relay reads fails in the ledger, once, and is deleted."""
-        first = ask(idle, user)
+    def test_an_oversized_request_fails_and_stops_no_other(self, idle: Site, user: str) -> None:
+        """A request of more IDs than a relay reads fails in the ledger, and is deleted."""
+        first = request_job(idle, user)
         idle.store.execute(
             "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
             " VALUES ('large', 'ann', array_fill(CAST(gen_random_uuid() AS text), ARRAY[1000000]))"
         )
-        last = ask(idle, user)
-        go_round(idle)
+        last = request_job(idle, user)
+        run_relay(idle)
         assert sorted(queued(idle)) == sorted([first, last])
         finished = idle.store.storage.get_finished_job("large")
         assert finished
         assert finished.answer.error
         assert finished.answer.error["type"] == "InvalidGrantRequestException"
         idle.store.storage.make_requests_due()
-        go_round(idle)
+        run_relay(idle)
         assert idle.store.value(f"{REQUESTS} WHERE job_id = 'large'") == 0
 
     def test_a_page_of_compressible_requests_is_bounded(self, idle: Site) -> None:
-        """Requests that are small in the table and large in memory are read a few at a time."""
+        """Requests that are small on disk and large in memory are read a few at a time."""
         idle.store.execute(
             "INSERT INTO grant_access_request (user_id, interview_ids)"
             " SELECT 'ann', array_fill(CAST(gen_random_uuid() AS text), ARRAY[50000])"
             " FROM generate_series(1, 5)"
         )
-        go_round(idle)
+        run_relay(idle)
         assert len(queued(idle)) == 1
 
-    def test_one_that_is_no_message_stops_no_other(
+    def test_a_request_with_an_invalid_id_stops_no_other(
         self, idle: Site, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A row that no message can be made of is reported, and the others are sent."""
+        """A row that cannot become a message is logged, and the others are sent."""
         requests = MemoryStorage(chunk_size=1)
         for job_id in "first", "no\nid", "last":
             row = AccessRequestDTO(job_id, "ann", NAMED_SAMPLES, datetime.now(UTC))
@@ -325,18 +317,18 @@ class TestPromises:
         assert "job='no\\nid' error=ValueError: job id: expected 1 to 255" in record.getMessage()
 
     @pytest.mark.parametrize(("waited", "copies"), [("90 minutes", 0), ("20 minutes", 1)])
-    def test_one_is_sent_again_the_later_the_longer_it_waits(
+    def test_the_resend_interval_grows_with_the_waiting_time(
         self, idle: Site, user: str, waited: str, copies: int
     ) -> None:
-        """A request that had to wait is trusted to be on the queue for as long again."""
-        job_id = ask(idle, user)
-        go_round(idle)
+        """A request that waited long is sent again only after it has waited as long again."""
+        job_id = request_job(idle, user)
+        run_relay(idle)
         idle.store.execute(
             "UPDATE grant_access_request SET look_at = now(), sent_at = now() - interval '30 min',"
             " requested_at = now() - interval '30 min' - CAST(:waited AS interval)",
             waited=waited,
         )
-        go_round(idle)
+        run_relay(idle)
         assert queued(idle) == [job_id] * (1 + copies)
 
     @pytest.mark.parametrize(
@@ -349,30 +341,30 @@ class TestPromises:
             ("", []),
         ],
     )
-    def test_what_is_no_request_is_refused_at_once(
+    def test_an_invalid_request_is_refused_at_once(
         self, idle: Site, user_id: Any, ids: Any
     ) -> None:
-        """The helper takes no user and no ids of another type for their text."""
+        """The helper refuses invalid users and IDs before they reach the table."""
         with (
             connected(idle.store.database_url) as connection,
             pytest.raises(InvalidGrantRequestException),
         ):
             enqueue_in_sqlalchemy(connection, user_id, ids)
-        assert is_answered(idle)
+        assert is_outbox_empty(idle)
 
-    def test_an_id_that_is_none_is_refused_at_once(self, idle: Site) -> None:
-        """The helper names a job id that the table would not take."""
+    def test_an_invalid_job_id_is_refused_at_once(self, idle: Site) -> None:
+        """The helper refuses job IDs that the table would not accept."""
         for job_id in "", "x" * 256, "Zoë":
             with pytest.raises(ValueError, match=re.escape("job id: expected 1 to 255")):
-                ask(idle, "ann", job_id=job_id)
+                request_job(idle, "ann", job_id=job_id)
 
 
 class TestWaiting:
-    """A relay without requests waits for a notification of PostgreSQL."""
+    """A relay without due requests waits for a notification of PostgreSQL."""
 
     @pytest.fixture
     def relay(self, idle: Site) -> Iterator[OutboxRelay]:
-        """A relay that sleeps, with a storage of its own."""
+        """A waiting relay with its own storage."""
         with idle.store.another() as storage:
             relay = OutboxRelay(idle.producer, lambda: storage)
             relay.start()
@@ -384,18 +376,18 @@ class TestWaiting:
 
     @pytest.mark.usefixtures("relay")
     def test_a_request_is_sent_at_once(self, idle: Site, user: str) -> None:
-        """A relay that sleeps sends what is requested, again and again."""
-        first = ask(idle, user)
+        """A waiting relay sends each new request at once."""
+        first = request_job(idle, user)
         until(lambda: queued(idle) == [first])
         until(lambda: idle.store.value(SLEEPERS) == 1)
-        second = ask(idle, user)
+        second = request_job(idle, user)
         until(lambda: queued(idle) == [second, first])
 
     @pytest.mark.usefixtures("relay")
     def test_a_request_without_a_notification_is_sent(self, idle: Site) -> None:
-        """A request of which no notification comes is found by a query."""
+        """A request whose notification was lost is found by a query."""
         with Database(idle.store.database_url).connect() as connection:
-            connection.execute("SET session_replication_role = replica")  # no trigger is fired
+            connection.execute("SET session_replication_role = replica")  # disables the trigger
             connection.execute(
                 "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
                 " VALUES ('silent', 'ann', '{}')"
@@ -403,24 +395,22 @@ class TestWaiting:
         until(lambda: queued(idle) == ["silent"])
 
     @pytest.mark.usefixtures("relay")
-    def test_a_redis_that_is_emptied_is_filled_again(self, idle: Site, user: str) -> None:
-        """A relay that sleeps notices that Redis has lost the messages."""
-        job_id = ask(idle, user)
+    def test_a_waiting_relay_detects_lost_messages(self, idle: Site, user: str) -> None:
+        """A waiting relay sends again the messages that Redis has lost."""
+        job_id = request_job(idle, user)
         until(lambda: queued(idle) == [job_id])
         idle.redis.flushdb()
         until(lambda: queued(idle) == [job_id])
 
     @pytest.mark.usefixtures("relay")
     def test_a_lost_session_is_replaced(self, idle: Site, user: str) -> None:
-        """A relay whose session is ended listens on another one."""
+        """A relay whose database session is terminated listens on a new one."""
         idle.store.execute(SLEEPERS.replace("count(*)", "pg_terminate_backend(pid)"))
-        job_id = ask(idle, user)
+        job_id = request_job(idle, user)
         until(lambda: queued(idle) == [job_id])
 
-    def test_requests_that_others_have_locked_are_not_queried_without_a_pause(
-        self, idle: Site, user: str
-    ) -> None:
-        """Another relay sends them, or a service changes one: this relay pauses meanwhile."""
+    def test_locked_requests_are_queried_with_pauses(self, idle: Site, user: str) -> None:
+        """A relay pauses while another transaction has locked the due requests."""
         pauses: list[float] = []
 
         class Pausing(OutboxRelay):
@@ -428,16 +418,16 @@ class TestWaiting:
                 pauses.append(seconds)
                 return False
 
-        ask(idle, user)
+        request_job(idle, user)
         with connected(idle.store.database_url) as service:
             service.execute(text("SELECT FROM grant_access_request FOR UPDATE"))
             Pausing(idle.producer, lambda: idle.store.storage).run_once(idle.redis)
         assert pauses == [0.5]
         assert queued(idle) == []
 
-    def test_a_relay_that_sleeps_stops_at_once(self, idle: Site, relay: OutboxRelay) -> None:
-        """Stopping ends the wait."""
+    def test_a_waiting_relay_stops_at_once(self, idle: Site, relay: OutboxRelay) -> None:
+        """Stopping a relay ends its wait."""
         relay.stop()
-        relay._thread.join(1.4)  # it looks at Redis every 1.5 s
+        relay._thread.join(1.4)  # shorter than the interval at which it checks Redis, 1.5 s
         assert not relay._thread.is_alive()
         assert queued(idle) == []

@@ -1,4 +1,4 @@
-"""What a message says cannot forge a line of the log."""
+"""Log lines: values from messages cannot forge a line or control a terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ HOSTILE = (
 
 
 def logged(kind: type[logging.Formatter], error: Exception | None = None) -> str:
-    """What a logger of such a formatter writes of hostile values, and of an error."""
+    """Return what a logger with this formatter writes for hostile values and an error."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(kind("%(levelname)s %(task_id)s %(message)s"))
-    logger = logging.Logger("test")  # noqa: LOG001 - of no hierarchy
+    logger = logging.Logger("test")  # noqa: LOG001 - without parents and their handlers
     logger.addHandler(handler)
     logger.error("job %s", HOSTILE, exc_info=error, extra={"task_id": HOSTILE})
     return stream.getvalue()
@@ -35,7 +35,7 @@ def logged(kind: type[logging.Formatter], error: Exception | None = None) -> str
 
 @pytest.mark.parametrize("kind", [LogFormatter, TaskLogFormatter])
 def test_a_record_is_one_line(kind: type[logging.Formatter]) -> None:
-    """Control characters of the message and of the fields beside it are escaped."""
+    """Control characters of the message and of extra fields are escaped."""
     (line,) = logged(kind).splitlines()
     assert "\\x1b]0;owned" in line
     assert "\\n[2026" in line
@@ -43,7 +43,7 @@ def test_a_record_is_one_line(kind: type[logging.Formatter]) -> None:
 
 
 def test_a_traceback_forges_no_line() -> None:
-    """Each line of a traceback is indented, its control characters escaped."""
+    """Each line of a traceback is indented, and its control characters are escaped."""
     first, *more = logged(LogFormatter, ValueError(HOSTILE)).splitlines()
     assert first.startswith(("\x1b[1;31mERROR", "ERROR"))
     assert any("FORGED" in line for line in more)
@@ -52,7 +52,7 @@ def test_a_traceback_forges_no_line() -> None:
 
 
 def test_a_stack_forges_no_line() -> None:
-    """Each line of a record's stack is indented, its control characters escaped."""
+    """Each line of a stack is indented, and its control characters are escaped."""
     record = logging.LogRecord("x", logging.INFO, "", 0, "stack", None, None, sinfo=HOSTILE)
     first, *more = LogFormatter("%(message)s").format(record).splitlines()
     assert first == "stack"
@@ -60,8 +60,8 @@ def test_a_stack_forges_no_line() -> None:
     assert all(line.startswith("  ") and line.isprintable() for line in more)
 
 
-def test_giant_values_are_cut() -> None:
-    """Neither a message nor an error of megabytes is written whole."""
+def test_huge_values_are_truncated() -> None:
+    """A message or an error of megabytes is truncated."""
     record = logging.LogRecord("x", logging.INFO, "", 0, "y" * 5_000_000, None, None)
     assert len(LogFormatter("%(message)s").format(record)) < 5_000
     error = ValueError("z\n" * 1_000_000 + "z" * 5_000_000)
@@ -72,16 +72,16 @@ def test_giant_values_are_cut() -> None:
     ("text", "shown"),
     [('it\'s a "\\"', 'it\'s a "\\"'), ("a\nb\x9b", "a\\nb\\x9b"), ("x" * 99, "x" * 80 + "…")],
 )
-def test_a_text_is_only_escaped_where_it_does_not_print(text: str, shown: str) -> None:
-    """Quotes and backslashes of a text stay; what does not print is escaped."""
+def test_only_unprintable_characters_are_escaped(text: str, shown: str) -> None:
+    """Quotes and backslashes are unchanged; unprintable characters are escaped."""
     assert shortened(text, quoted=False) == shown
 
 
 @pytest.mark.parametrize(
     "name", ["Any", "Sequence", "Details", "__name__", "No", None, ["x"], "x\n"]
 )
-def test_a_name_that_is_no_errors(name: object) -> None:
-    """Whatever a stored result names as its class, it is an error's."""
+def test_an_unknown_error_name_has_a_default_class(name: object) -> None:
+    """A stored class name that is not an error's is read as JobFailedError."""
     assert error_class(name).__name__ == "JobFailedError"
 
 
@@ -96,7 +96,7 @@ def test_a_name_that_is_no_errors(name: object) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_an_errors_sentence_is_one_line(error: Exception) -> None:
-    """Whatever values an error names, its sentence can be logged and printed."""
+    """An error's sentence is printable, whatever values it contains."""
     assert str(error).isprintable()
     assert "owned" in str(error)
     assert error.args[0] == str(error)

@@ -1,4 +1,4 @@
-"""The settings: what each URL may be, and that no part of a password is ever shown."""
+"""Settings: accepted URLs, errors, and that no part of a password is shown."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ MALFORMED_POSTGRESQL = [
 
 
 def refusal(**environment: str) -> str:
-    """What the settings say of an environment."""
+    """Return the error for an environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "REDIS_SENTINEL_PASSWORD"):
             patch.delenv(name, raising=False)
@@ -84,12 +84,12 @@ def refusal(**environment: str) -> str:
 
 
 class TestPasswords:
-    """No part of a password, in any malformed URL."""
+    """No output contains a part of a password, also of malformed URLs."""
 
     @pytest.mark.parametrize("url", MALFORMED_REDIS)
     @pytest.mark.parametrize("variable", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
     def test_of_redis(self, variable: str, url: str) -> None:
-        """The sentence names the variable, what was received and what is expected."""
+        """The error for a Redis URL names the variable, what was received and what was expected."""
         said = refusal(**{"CELERY_BROKER_URL": "redis://127.0.0.1", variable: url})
         assert said.startswith(f"{variable}: got ")
         assert ", expected " in said
@@ -98,7 +98,7 @@ class TestPasswords:
 
     @pytest.mark.parametrize("url", MALFORMED_POSTGRESQL)
     def test_of_postgresql(self, url: str) -> None:
-        """Likewise."""
+        """The error for a PostgreSQL URL does so as well."""
         said = refusal(CELERY_BROKER_URL="redis://127.0.0.1", DATABASE_URL=url)
         assert said.startswith("DATABASE_URL: got ")
         assert ", expected " in said
@@ -107,17 +107,17 @@ class TestPasswords:
 
     @pytest.mark.parametrize("url", [*MALFORMED_REDIS, *MALFORMED_POSTGRESQL])
     def test_of_any_url(self, url: str) -> None:
-        """What is shown of a URL holds no part of it."""
+        """A masked URL contains no part of the password."""
         assert not [piece for piece in PIECES if piece in masked(url)]
 
     def test_in_validation_errors(self) -> None:
-        """Settings that are made in code fail without the values as well."""
+        """The validation errors of settings created in code contain no values."""
         with pytest.raises(ValidationError) as refused:
             Settings(database_url=MALFORMED_POSTGRESQL[0], celery_broker_url=MALFORMED_REDIS[0])
         assert not [piece for piece in PIECES if piece in str(refused.value)]
 
     def test_in_errors_of_postgresql(self) -> None:
-        """A database that is away is named without the secrets among its options."""
+        """The error for an unreachable database omits the secrets among the URL's options."""
         url = "postgresql://me@127.0.0.1:1/x?password=hunter2&sslpassword=hunter2"
         with pytest.raises(DatabaseUnavailableError) as refused:
             check_schema(parse_database_url(url))
@@ -125,7 +125,7 @@ class TestPasswords:
         assert "hunter2" not in str(refused.value)
 
     def test_in_representations(self) -> None:
-        """Neither settings, addresses nor connections show one."""
+        """The representations of settings, addresses and connections contain no password."""
         url = "sentinel://:hunter2@a:1;b:2/0?master_name=jobs"
         settings = Settings(
             database_url="postgresql://me:hunter2@h/x",
@@ -144,12 +144,12 @@ class TestPasswords:
         "words", [["migrate"], ["status", "x"], ["cancel", "x"], ["dead-letters", "list"]]
     )
     def test_in_commands(self, words: list[str]) -> None:
-        """Each command ends 2 with one sentence."""
+        """Each command prints one line and ends with status 2."""
         self._ends_2(words, {"DATABASE_URL": MALFORMED_POSTGRESQL[0]}, "DATABASE_URL: got ")
 
     @pytest.mark.parametrize("url", MALFORMED_REDIS[:4])
     def test_in_grant(self, url: str) -> None:
-        """Granting needs the broker only, and refuses it likewise."""
+        """``grant`` needs only the broker's URL, and refuses a malformed one."""
         words = ["grant", "--user", "x", "--interview", "i"]
         self._ends_2(words, {"CELERY_BROKER_URL": url}, "CELERY_BROKER_URL: got ")
 
@@ -174,7 +174,7 @@ class TestPasswords:
 
 
 class TestRedis:
-    """RedisAddress."""
+    """Parsing of Redis URLs."""
 
     @pytest.mark.parametrize(
         ("url", "celery_url"),
@@ -197,8 +197,8 @@ class TestRedis:
             ),
         ],
     )
-    def test_how_celery_reads_it(self, url: str, celery_url: str) -> None:
-        """Every spelling has one form that Celery and kombu read alike."""
+    def test_the_url_for_celery(self, url: str, celery_url: str) -> None:
+        """Every spelling of a URL has one form, which Celery and kombu read in the same way."""
         assert RedisAddress.parse(url).celery_url == celery_url
 
     @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ class TestRedis:
             ("unix:///run/r.sock", "redis.socket:///PATH"),
         ],
     )
-    def test_what_is_refused(self, url: str, expected: str) -> None:
-        """The error says what was expected."""
+    def test_refused_urls(self, url: str, expected: str) -> None:
+        """The error for a refused URL names what was expected."""
         with pytest.raises(ValueError, match=expected):
             RedisAddress.parse(url)
 
 
 class TestPostgreSQL:
-    """parse_database_url."""
+    """Parsing of PostgreSQL URLs."""
 
     @pytest.mark.parametrize(
         ("url", "read"),
@@ -241,8 +241,8 @@ class TestPostgreSQL:
             ("postgresql://me@h/x?password=p", "postgresql+psycopg://me:p@h/x"),
         ],
     )
-    def test_what_is_read(self, url: str, read: str) -> None:
-        """URLs come out as SQLAlchemy takes them, with several hosts too."""
+    def test_accepted_urls(self, url: str, read: str) -> None:
+        """URLs are converted to SQLAlchemy's form, also with several hosts."""
         assert parse_database_url(url) == read
 
     @pytest.mark.parametrize("special", [*string.punctuation, " ", "\n", "ß"])
@@ -257,8 +257,8 @@ class TestPostgreSQL:
             "postgresql://me:p@/x?host=/run/a{0}b",
         ],
     )
-    def test_what_is_read_is_read_again(self, url: str, special: str) -> None:
-        """A URL that was read once is read to the same, whatever its parts hold."""
+    def test_parsing_is_idempotent(self, url: str, special: str) -> None:
+        """Parsing a parsed URL returns the same URL, whatever characters its parts contain."""
         read = parse_database_url(url.format(quote(special, safe="")))
         assert parse_database_url(read) == read
         values = make_url(read).translate_connect_args() | dict(make_url(read).query)
@@ -266,27 +266,27 @@ class TestPostgreSQL:
 
 
 class TestEnvironment:
-    """Settings.from_environment."""
+    """Settings from environment variables."""
 
-    def test_an_empty_variable_counts_as_not_set(self) -> None:
-        """Compose passes on variables that nobody has set as empty ones."""
+    def test_an_empty_variable_counts_as_unset(self) -> None:
+        """An empty variable, as Compose passes for an unset one, counts as unset."""
         assert "CELERY_BROKER_URL: not set" in refusal(CELERY_BROKER_URL="")
 
-    def test_a_list_that_names_no_queue_is_refused(self) -> None:
-        """A list without a name is a mistake, and does not permit every queue."""
+    def test_an_empty_list_of_queues_is_refused(self) -> None:
+        """A list without names is refused instead of allowing every queue."""
         said = refusal(CELERY_BROKER_URL="redis://h", GRANT_CALLBACK_QUEUES=" , ")
         assert said == (
             "GRANT_CALLBACK_QUEUES: got ' , ', expected at least one name, or an empty value"
         )
 
     @pytest.mark.parametrize("name", ["CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"])
-    def test_what_celery_reads_unchecked_is_refused(self, name: str) -> None:
-        """Celery would take these from the environment before any setting."""
+    def test_variables_that_only_celery_reads_are_refused(self, name: str) -> None:
+        """Broker variables that Celery would read without validation are refused."""
         said = refusal(CELERY_BROKER_URL="redis://h", **{name: "redis://:hunter2@h"})
         assert said == f"{name}: got a value, expected CELERY_BROKER_URL alone"
 
-    def test_files_of_certificates(self, tmp_path: Path) -> None:
-        """A file that is there is accepted."""
+    def test_certificate_files(self, tmp_path: Path) -> None:
+        """An existing certificate file is accepted."""
         file = tmp_path / "ca.pem"
         file.touch()
         assert RedisAddress.parse(f"rediss://h?ssl_ca_certs={file}").tls == {

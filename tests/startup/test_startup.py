@@ -1,4 +1,4 @@
-"""What a worker verifies before it starts, and a worker behind Sentinels."""
+"""Start-up: checks of both servers, refused options, TLS, Sentinels and imports."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from redis import Redis
 from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.clients import CLIENTS
-from tests.support.database import database
 from tests.support.sentinels import MASTER, Sentinels, redis_of, sentinels_of
 from tests.support.stores import until
 from tests.support.tls_relay import CERTIFICATE, tls_relay
-from tests.support.workers import QUEUE, ROOT, Site, site, worker
+from tests.support.workers import QUEUE, ROOT, Site, migrated_site, worker
 from worker.broker.transport import CLIENT_NAME
 from worker.settings import Settings
 from worker.startup import StartupError
 from worker.startup.servers import check_servers
 
-PASSWORD = "s3cret"  # noqa: S105 - of servers that live as long as a test
+PASSWORD = "s3cret"  # noqa: S105 - of the tests' own servers
 
 
 def check(
@@ -56,7 +55,7 @@ def check(
 def refusal(
     database_url: str, broker: str, results: str | None = None, sentinel_password: str = ""
 ) -> str:
-    """The sentence with which the checks refuse to start."""
+    """Return the error with which the checks refuse to start."""
     with pytest.raises(StartupError) as refused:
         check(database_url, broker, results, sentinel_password)
     sentence = str(refused.value)
@@ -67,7 +66,7 @@ def refusal(
 
 @contextmanager
 def resp_server(*replies: str) -> Iterator[int]:
-    """A server that accepts a connection and sends these replies to what follows; its port."""
+    """The port of a server that completes the handshake and then sends these replies."""
 
     class Handler(StreamRequestHandler):
         def handle(self) -> None:
@@ -95,16 +94,16 @@ def resp_server(*replies: str) -> Iterator[int]:
 @pytest.fixture(scope="module")
 def here(stack: LocalStack, _migrated: str) -> Iterator[Site]:
     """A site without a worker."""
-    with database(stack.database_url, template=_migrated) as url, site(stack, url, 14) as here:
-        load_samples(url, len(NAMED_SAMPLES))
+    with migrated_site(stack, _migrated, 14) as here:
+        load_samples(here.store.database_url, len(NAMED_SAMPLES))
         yield here
 
 
 class TestServers:
-    """check_servers."""
+    """The checks of both servers."""
 
-    def test_servers_in_order(self, here: Site, caplog: pytest.LogCaptureFixture) -> None:
-        """The servers of this project's own stack pass without a warning."""
+    def test_suitable_servers_pass(self, here: Site, caplog: pytest.LogCaptureFixture) -> None:
+        """The servers of the local stack pass without a warning."""
         check(here.store.database_url, here.broker)
         assert caplog.text == ""
 
@@ -113,7 +112,7 @@ class TestServers:
     def test_cluster_mode_is_refused(
         self, here: Site, tmp_path: Path, which: str, database: int
     ) -> None:
-        """A Redis in cluster mode is refused as either server, also if its database cannot be."""
+        """A Redis in cluster mode is refused as either server, with any database number."""
         with redis_of(tmp_path, "--cluster-enabled", "yes") as port:
             url = f"redis://127.0.0.1:{port}/{database}"
             urls = (url, here.broker) if which == "queue" else (here.broker, url)
@@ -130,7 +129,7 @@ class TestServers:
     def test_a_wrong_password_is_refused(
         self, here: Site, tmp_path: Path, which: str, given: str, says: str
     ) -> None:
-        """A Redis that refuses the password is told by its words and the variable."""
+        """The error for a wrong password names the variable and quotes the server's error."""
         with redis_of(tmp_path, "--requirepass", PASSWORD) as port:
             url = f"redis://:{given}@127.0.0.1:{port}/0"
             broker = which == "CELERY_BROKER_URL"
@@ -158,14 +157,14 @@ class TestServers:
     def test_a_missing_permission_is_named(
         self, here: Site, tmp_path: Path, rules: str, says: str
     ) -> None:
-        """A Redis user without a right that a worker needs is refused, and the right is named."""
+        """A Redis user that lacks a permission is refused, and the permission is named."""
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
             redis.execute_command("ACL", "SETUSER", "limited", "on", f">{PASSWORD}", *rules.split())
             url = f"redis://limited:{PASSWORD}@127.0.0.1:{port}/3"
             assert says in refusal(here.store.database_url, url)
 
     def test_the_documented_user_suffices(self, here: Site, tmp_path: Path) -> None:
-        """The user of docs/running.md is refused nothing while a worker works with it."""
+        """The Redis user of docs/running.md has every permission that worker and client need."""
         text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
         (command,) = re.findall(r"^ACL SETUSER worker .*$", text, re.MULTILINE)
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
@@ -183,8 +182,8 @@ class TestServers:
                 assert app.control.ping(timeout=5, limit=1)
             assert redis.acl_log() == []
 
-    def test_a_database_that_does_not_exist_is_refused(self, here: Site, tmp_path: Path) -> None:
-        """A database number beyond the server's is told by its words."""
+    def test_a_missing_database_number_is_refused(self, here: Site, tmp_path: Path) -> None:
+        """The error for a database number beyond the server's quotes the server's error."""
         with redis_of(tmp_path, "--databases", "1") as port:
             sentence = refusal(here.store.database_url, f"redis://127.0.0.1:{port}/1")
         assert "DB index is out of range" in sentence
@@ -192,7 +191,7 @@ class TestServers:
     def test_settings_that_risk_jobs_are_warnings(
         self, here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Eviction and a missing append-only file are warnings, of the results' server as well."""
+        """Eviction and a missing append-only file are warnings, also for the results' server."""
         options = ("--maxmemory-policy", "allkeys-lru", "--appendonly", "no")
         with redis_of(tmp_path, *options) as port, caplog.at_level(logging.WARNING):
             check(here.store.database_url, here.broker, f"redis://127.0.0.1:{port}/0")
@@ -201,7 +200,7 @@ class TestServers:
         assert "CELERY_BROKER_URL" not in caplog.text
 
     def test_a_full_server_passes(self, here: Site, tmp_path: Path) -> None:
-        """A Redis at its memory limit does not keep a worker from starting."""
+        """A worker starts on a Redis whose memory is full."""
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
             redis.config_set("maxmemory", 1)
             check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
@@ -217,10 +216,10 @@ class TestServers:
             "OOM command not allowed when used memory > 'maxmemory'.",
         ],
     )
-    def test_a_passing_error_is_a_warning(
+    def test_a_temporary_error_is_a_warning(
         self, here: Site, caplog: pytest.LogCaptureFixture, error: str
     ) -> None:
-        """A worker waits for a server that cannot serve it yet."""
+        """A server that is temporarily unavailable is a warning."""
         with resp_server(f"-{error}\r\n") as port, caplog.at_level(logging.WARNING):
             check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
         assert error.partition(" ")[2] in caplog.text
@@ -233,31 +232,31 @@ class TestServers:
         ],
     )
     def test_any_other_error_is_refused(self, here: Site, error: str) -> None:
-        """A server that replies by an error which does not pass is named with its words."""
+        """Any other error of a server is refused and quoted."""
         with resp_server(f"-{error}\r\n") as port:
             sentence = refusal(here.store.database_url, f"redis://127.0.0.1:{port}/0")
         assert error.partition(" ")[2] in sentence
 
-    def test_a_redis_is_no_sentinel(self, here: Site, tmp_path: Path) -> None:
-        """A sentinel:// URL of a Redis is refused."""
+    def test_a_sentinel_url_of_a_redis_is_refused(self, here: Site, tmp_path: Path) -> None:
+        """A sentinel:// URL that names a Redis server is refused."""
         with redis_of(tmp_path) as port:
             url = f"sentinel://127.0.0.1:{port}/0?master_name=jobs"
             sentence = refusal(here.store.database_url, url)
         assert f"the Sentinel at 127.0.0.1:{port} refuses the worker: unknown command" in sentence
 
-    def test_a_server_that_hides_its_settings_passes(
+    def test_a_server_without_visible_settings_passes(
         self, here: Site, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """What INFO does not report is neither a warning nor an error."""
+        """Settings that INFO does not report cause neither a warning nor an error."""
         info = "# Server\r\nuptime_in_seconds:7"
         with resp_server(f"${len(info)}\r\n{info}\r\n", "*0\r\n") as port:
             check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
         assert caplog.text == ""
 
-    def test_servers_that_are_away_are_warnings(
+    def test_unreachable_servers_are_warnings(
         self, here: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A worker waits for servers that cannot be reached."""
+        """Unreachable servers are warnings, because the worker waits for them."""
         with caplog.at_level(logging.WARNING):
             check(here.store.database_url, f"redis+socket://{tmp_path}/none")
             check("postgresql://me@127.0.0.1:1/x", here.broker)
@@ -267,7 +266,7 @@ class TestServers:
 
 @contextmanager
 def ended(here: Site, *words: str, **settings: object) -> Iterator[str]:
-    """The sentence of a worker that ends by itself with status 1."""
+    """The error of a worker that ends at its start with status 1."""
     process = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "1", *words],
         env=here.environment(**settings),
@@ -286,18 +285,18 @@ def ended(here: Site, *words: str, **settings: object) -> Iterator[str]:
 
 
 class TestTLS:
-    """rediss://."""
+    """Connections by ``rediss://``."""
 
     @pytest.fixture
     def port(self, here: Site) -> Iterator[int]:
-        """The port of the site's Redis with TLS before it."""
+        """The port of a TLS relay to the site's Redis."""
         with tls_relay(here.broker.removeprefix("redis+socket://").partition("?")[0]) as port:
             yield port
 
     def test_certificates_are_verified_by_default(
         self, here: Site, port: int, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Worker and clients refuse a server whose certificate no authority has signed."""
+        """Worker and clients refuse a self-signed certificate."""
         url = f"rediss://localhost:{port}/14"
         with caplog.at_level(logging.WARNING):
             check(here.store.database_url, url)
@@ -308,8 +307,8 @@ class TestTLS:
                 client.enqueue("ann", [NAMED_SAMPLES[0]])
             client.close()
 
-    def test_a_worker(self, here: Site, port: int, tmp_path: Path) -> None:
-        """Queue, results and clients work on TLS."""
+    def test_a_job_by_tls(self, here: Site, port: int, tmp_path: Path) -> None:
+        """Worker and clients work over TLS."""
         url = f"rediss://localhost:{port}/14?ssl_ca_certs={CERTIFICATE}"
         check(here.store.database_url, url)
         log = tmp_path / "worker.log"
@@ -323,7 +322,7 @@ class TestTLS:
 
 
 class TestStart:
-    """The worker's process."""
+    """The worker's start."""
 
     @pytest.mark.parametrize(
         ("words", "says"),
@@ -346,15 +345,13 @@ class TestStart:
             (["result.serializer=yaml"], "got result_serializer = 'yaml', expected 'json'."),
         ],
     )
-    def test_options_that_break_promises_are_refused(
-        self, here: Site, words: list[str], says: str
-    ) -> None:
-        """Another pool, queue, acknowledgement or serializer ends the worker at its start."""
+    def test_unsafe_options_are_refused(self, here: Site, words: list[str], says: str) -> None:
+        """Another pool, an unknown queue or early acknowledgement ends the worker at its start."""
         with ended(here, *words) as sentence:
             assert sentence == f"The worker cannot start: {says}"
 
-    def test_a_server_that_refuses_ends_the_worker(self, here: Site, tmp_path: Path) -> None:
-        """What a check finds is one sentence and status 1."""
+    def test_a_failed_check_ends_the_worker(self, here: Site, tmp_path: Path) -> None:
+        """A failed check ends the worker with one line and status 1."""
         with redis_of(tmp_path, "--requirepass", PASSWORD) as port:
             url = f"redis://:wrong@127.0.0.1:{port}/0"
             with ended(here, CELERY_BROKER_URL=url) as sentence:
@@ -362,15 +359,15 @@ class TestStart:
 
     @pytest.mark.parametrize("variable", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
     @pytest.mark.parametrize("end", ["#rest@127.0.0.1:6379/0", "@127.0.0.1:x/0", "@h/0?nonsense=1"])
-    def test_a_url_of_no_redis_ends_the_worker(self, here: Site, variable: str, end: str) -> None:
-        """The variable is named, and no part of the password is shown."""
+    def test_a_malformed_url_ends_the_worker(self, here: Site, variable: str, end: str) -> None:
+        """The error for a malformed URL names the variable and shows no part of the password."""
         with ended(here, **{variable: f"redis://:{PASSWORD}{end}"}) as sentence:
             assert sentence.startswith(f"The worker cannot start: {variable}: got 'redis://***")
 
 
 @pytest.fixture(scope="module")
 def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """One primary and one Sentinel, both with a password."""
+    """A primary and a Sentinel, both with a password."""
     with sentinels_of(tmp_path_factory.mktemp("sentinels"), password=PASSWORD) as sentinels:
         yield sentinels
 
@@ -389,7 +386,7 @@ def behind(
 def client(
     sentinels: Sentinels, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[InterviewAccessClient]:
-    """A client of the environment's addresses."""
+    """A client that reads its addresses from the environment."""
     for name, value in sentinels.environment().items():
         monkeypatch.setenv(name, str(value))
     client = InterviewAccessClient()
@@ -399,10 +396,10 @@ def client(
 
 @pytest.mark.usefixtures("behind")
 class TestSentinel:
-    """A worker, the clients and the command on ``sentinel://``."""
+    """Worker, clients and command with ``sentinel://`` URLs."""
 
-    def test_a_small_job_has_its_result_at_once(self, client: InterviewAccessClient) -> None:
-        """A lone small job takes well under a second, its result included."""
+    def test_latency_of_a_small_job(self, client: InterviewAccessClient) -> None:
+        """The result of a single small job arrives within 0.7 s."""
         client.wait(client.enqueue("ann", [NAMED_SAMPLES[0]]), timeout=30)  # connects
         started = time.monotonic()
         result = client.wait(client.enqueue("bob", [NAMED_SAMPLES[0]]), timeout=30)
@@ -411,7 +408,7 @@ class TestSentinel:
 
     @pytest.mark.usefixtures("client")
     def test_the_asyncio_client(self) -> None:
-        """The client for asyncio enqueues, waits and asks likewise."""
+        """The asyncio client enqueues, waits and reads the status."""
 
         async def grant() -> str:
             client = AsyncInterviewAccessClient()
@@ -424,7 +421,7 @@ class TestSentinel:
         assert asyncio.run(grant()) == "succeeded"
 
     def test_the_command(self, here: Site, sentinels: Sentinels) -> None:
-        """The command grants, tells the status and lists dead letters."""
+        """The command grants, prints the status, cancels and lists dead letters."""
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
             return _run(here, sentinels, "worker.cli", *words)
@@ -438,7 +435,7 @@ class TestSentinel:
     def test_an_unknown_task_does_not_end_the_worker(
         self, sentinels: Sentinels, behind: Path, client: InterviewAccessClient
     ) -> None:
-        """A message that no task takes is answered, and the next job runs."""
+        """A message of an unknown task is dead-lettered, and the next job runs."""
         envelope = {
             "body": "[[], {}, {}]",
             "content-type": "application/json",
@@ -455,7 +452,7 @@ class TestSentinel:
     def test_connections_have_names(
         self, sentinels: Sentinels, client: InterviewAccessClient
     ) -> None:
-        """All connections of worker and producer are named in the server's list of clients."""
+        """All connections of worker and producer are named in CLIENT LIST."""
         client.enqueue("fay", [NAMED_SAMPLES[0]])
         with sentinels.redis(sentinels.primary()) as redis:
             clients: Any = redis.client_list()
@@ -465,7 +462,7 @@ class TestSentinel:
         assert "" not in {name for name in names if not name.startswith("sentinel-")}
 
     def test_no_password_is_shown(self, here: Site, sentinels: Sentinels, behind: Path) -> None:
-        """Log, banner, `inspect stats`, `inspect conf` and `report` hold no password."""
+        """Log, banner, `inspect stats`, `inspect conf` and `report` contain no password."""
         said = [behind.read_text(encoding="utf-8")]
         for words in (["inspect", "stats"], ["inspect", "conf"], ["report"]):
             done = _run(here, sentinels, "celery", "-A", "worker", *words)
@@ -473,24 +470,20 @@ class TestSentinel:
         assert all(MASTER in text for text in said[1:3])
         assert not [text for text in said if PASSWORD in text]
 
-    def test_a_name_that_no_sentinel_knows_is_refused(
-        self, here: Site, sentinels: Sentinels
-    ) -> None:
-        """A wrong master_name is told with the names that the Sentinels know."""
+    def test_an_unknown_master_name_is_refused(self, here: Site, sentinels: Sentinels) -> None:
+        """The error for a wrong master_name lists the names that the Sentinels know."""
         url = sentinels.url.replace(f"master_name={MASTER}", "master_name=typo")
         sentence = refusal(here.store.database_url, url, sentinel_password=PASSWORD)
         assert "got the master_name 'typo'" in sentence
         assert MASTER in sentence
 
-    def test_a_wrong_password_of_the_sentinels_is_refused(
-        self, here: Site, sentinels: Sentinels
-    ) -> None:
-        """A Sentinel that refuses the password is told by its words."""
+    def test_a_wrong_sentinel_password_is_refused(self, here: Site, sentinels: Sentinels) -> None:
+        """The error for a wrong password of a Sentinel names the Sentinel."""
         sentence = refusal(here.store.database_url, sentinels.url, sentinel_password="wrong")  # noqa: S106 - wrong indeed
         assert "the Sentinel at 127.0.0.1" in sentence
 
-    def test_a_sentinel_is_no_redis(self, here: Site, sentinels: Sentinels) -> None:
-        """A redis:// URL of a Sentinel is refused with a hint."""
+    def test_a_redis_url_of_a_sentinel_is_refused(self, here: Site, sentinels: Sentinels) -> None:
+        """A redis:// URL that names a Sentinel is refused with a hint."""
         url = f"redis://:{PASSWORD}@127.0.0.1:{sentinels.sentinel_ports[0]}/0"
         assert "got a Sentinel" in refusal(here.store.database_url, url)
 
@@ -498,7 +491,7 @@ class TestSentinel:
 def _run(
     here: Site, sentinels: Sentinels, module: str, *words: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that must succeed, with the Sentinels' address in its environment."""
+    """Run a command that must succeed, with the Sentinels' URL in its environment."""
     return subprocess.run(
         [sys.executable, "-m", module, *words],
         env=here.environment(**sentinels.environment()),
@@ -511,7 +504,7 @@ def _run(
 
 
 def after_import(expression: str) -> str:
-    """What an expression is in a process that has imported the worker."""
+    """Evaluate an expression in a process that has imported the worker."""
     code = f"import gc, sys, worker.celery; print({expression})"
     urls = {"DATABASE_URL": "postgresql://db/platform", "CELERY_BROKER_URL": "redis://redis:6379/0"}
     command = [sys.executable, "-c", code]
@@ -520,10 +513,10 @@ def after_import(expression: str) -> str:
 
 
 def test_the_worker_imports_no_orm_and_no_alembic() -> None:
-    """Each would lengthen every start, and no statement of a worker needs it."""
+    """The worker imports neither SQLAlchemy's ORM nor Alembic, which would slow its start."""
     assert after_import("{'alembic', 'sqlalchemy.orm'} & sys.modules.keys()") == "set()"
 
 
-def test_garbage_is_collected_once_the_worker_is_imported() -> None:
-    """The collector stands still only while modules are imported."""
+def test_garbage_collection_is_enabled_after_the_import() -> None:
+    """The garbage collector is disabled only during the import."""
     assert after_import("gc.isenabled()") == "True"

@@ -1,1 +1,1 @@
-"""What the tests share: servers, storages, workers, clients and generated messages."""
+"""Shared parts of the tests: servers, stores, workers, clients and generated messages."""

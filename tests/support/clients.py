@@ -1,4 +1,4 @@
-"""Both clients behind one interface."""
+"""Both clients behind one blocking interface."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ T = TypeVar("T")
 
 
 class Client(Protocol):
-    """The methods of both clients; see InterviewAccessClient."""
+    """The methods of both clients; see the blocking client for each."""
 
     @property
     def enqueue(self) -> Callable[..., str]:
-        """Enqueue a job and return its ID."""
+        """Send a job, and return its ID."""
 
     @property
     def enqueue_cohort(self) -> Callable[..., str]:
-        """Enqueue a cohort job and return its ID."""
+        """Send a job for several users, and return its ID."""
 
     @property
     def enqueue_many(self) -> Callable[[Iterable[GrantJob]], list[str]]:
-        """Enqueue jobs and return their IDs."""
+        """Send several jobs, and return their IDs."""
 
     @property
     def wait(self) -> Callable[..., dict[str, Any]]:
-        """Wait for a result."""
+        """Wait for a job, and return its result."""
 
     @property
     def status(self) -> Callable[..., JobStatus]:
-        """Report a job's status."""
+        """Return a job's status."""
 
     @property
     def cancel(self) -> Callable[..., JobStatus]:
-        """Cancel a job and report its status."""
+        """Cancel a job, and return its status."""
 
     def close(self) -> None:
         """Close the connections."""
 
 
 class Awaited:
-    """The asyncio client with an event loop of its own, for one thread at a time."""
+    """The asyncio client on a separate event loop, for one thread at a time."""
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
         self._runner = asyncio.Runner()
@@ -86,10 +86,10 @@ CLIENTS: dict[str, Callable[..., Client]] = {"blocking": InterviewAccessClient, 
 
 
 async def longest_gap(call: Coroutine[Any, Any, T]) -> tuple[float, T | BaseException]:
-    """Measure the longest time (seconds) for which a call blocks its loop.
+    """Measure how long a call blocks its event loop at most.
 
     Returns:
-        The time, and what the call returned or raised.
+        The longest interval in seconds, and the call's result or exception.
     """
     longest, last = 0.0, time.perf_counter()
     task = asyncio.ensure_future(call)

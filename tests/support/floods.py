@@ -1,4 +1,4 @@
-"""Run a process that enqueues many jobs, and measure it from outside."""
+"""A flood of jobs from one process, with its rate, memory and connections."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DATABASE = 9
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Measurements after a round.
+    """Measurements after a number of jobs.
 
     Attributes:
-        sent: Jobs sent so far.
-        rate: Jobs per second in the round.
+        sent: Number of jobs sent so far.
+        rate: Jobs a second since the previous mark.
         rss: Resident memory of the process in bytes.
-        connections: Its open connections to Redis.
-        subscriptions: The subscriptions of these connections.
+        connections: Number of its connections to Redis.
+        subscriptions: Number of the connections' subscriptions.
     """
 
     sent: int
@@ -37,7 +37,17 @@ class Mark:
 
 
 def flood(stack: LocalStack, kind: str, *, rounds: int, each: int) -> list[Mark]:
-    """Enqueue from eight threads or tasks, `each` jobs in each of them and each round."""
+    """Send jobs from eight threads or tasks.
+
+    Args:
+        stack: The servers.
+        kind: ``blocking``, ``asyncio`` or ``many``; see :mod:`tests.support.producing`.
+        rounds: Number of rounds.
+        each: Number of jobs that each thread or task sends in a round.
+
+    Returns:
+        A mark for each round.
+    """
     path = stack.broker_url.removeprefix("redis+socket://")
     with Redis(unix_socket_path=path, db=DATABASE) as redis:
         redis.flushdb()
@@ -58,11 +68,11 @@ def flood(stack: LocalStack, kind: str, *, rounds: int, each: int) -> list[Mark]
             assert process.stdin
             for line in process.stdout:
                 measured = json.loads(line)
-                ours = redis.client_id()
+                own_id = redis.client_id()
                 clients = [
                     one
                     for one in redis.client_list()
-                    if one["db"] == str(DATABASE) and one["id"] != str(ours)
+                    if one["db"] == str(DATABASE) and one["id"] != str(own_id)
                 ]
                 assert redis.llen(QUEUE) == each * THREADS
                 redis.delete(QUEUE)

@@ -1,7 +1,7 @@
-"""The worker's app with an operator's own module: ``celery -A tests.support.listening worker``.
+"""The worker's app with signal handlers: ``celery -A tests.support.listening worker``.
 
-It writes each task signal as a line ``[signal, job ID]`` to the file SIGNALS. With NO_THREADS the
-system starts no thread in pool processes, as at a limit of its number of processes.
+Each task signal is written as a line ``[signal, job ID]`` to the file SIGNALS. With NO_THREADS pool
+processes cannot start threads, as at the system's limit of processes.
 """
 
 from __future__ import annotations

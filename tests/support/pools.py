@@ -1,4 +1,4 @@
-"""A pool without processes: the test begins, completes, fails or forgets each batch."""
+"""A pool without processes: the test accepts, completes, fails or forgets each batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.execution.request import Dispatched
 
 
 def tasks_app() -> Celery:
-    """An app with the contract's tasks and, as every app, Celery's own."""
+    """Create an app with the contract's tasks and Celery's built-in ones."""
     app = Celery("tests", set_as_current=False)
 
     def task() -> None:
@@ -34,7 +34,7 @@ def tasks_app() -> Celery:
 
 
 class Failure(NamedTuple):
-    """What a pool calls an error callback with."""
+    """The argument of a pool's error callback."""
 
     exception: BaseException
 
@@ -46,10 +46,10 @@ class Process(NamedTuple):
 
 
 class Result:
-    """What a pool returns for a batch and keeps until it has called a callback.
+    """The pool's result object of a batch, which it keeps until it has called a callback.
 
     Attributes:
-        is_terminated: Whether the pool gives the batch to no other process if this one ends.
+        is_terminated: Whether the pool was told not to give the batch to another process.
     """
 
     def __init__(self, process: Process | None) -> None:
@@ -58,13 +58,13 @@ class Result:
         self._write_to = process
 
     def terminate(self, signum: int) -> None:
-        """Give the batch to no other process."""
+        """Mark the batch as terminated."""
         assert signum == signal.SIGKILL
         self.is_terminated = True
 
 
 class Work:
-    """A batch in a pool process."""
+    """A batch that was passed to the pool."""
 
     def __init__(
         self, pool: SteppedPool, deliveries: Sequence[Dispatched], callbacks: dict[str, Any]
@@ -77,15 +77,15 @@ class Work:
 
     @property
     def job_ids(self) -> list[str]:
-        """Its jobs' IDs."""
+        """The IDs of the batch's jobs."""
         return [one.job_id for one in self.deliveries]
 
     def accept(self) -> None:
-        """A pool process begins."""
+        """Report that a pool process has accepted the batch."""
         self._callbacks["accept_callback"](self.pid, time.monotonic())
 
     def complete(self, *settlements: Settlement, **report: Any) -> None:
-        """A pool process reports; it acknowledges all deliveries unless told otherwise."""
+        """Report that the batch is complete; without settlements all jobs are acknowledged."""
         report = {"outage": None, "has_success": True} | report
         self._report("callback", BatchReport(settlements or self._acknowledged, **report))
 
@@ -101,23 +101,23 @@ class Work:
             self.result = None
 
     def fail(self, error: BaseException) -> None:
-        """The pool process has ended, or could not return its report."""
+        """Report that the pool process has ended, or that its report was lost."""
         self._report("error_callback", Failure(error))
 
     def forget(self) -> None:
-        """The pool drops the batch without a callback."""
+        """Drop the batch without a callback."""
         self._pool.works.remove(self)
         self.result = None
 
 
 class SteppedPool:
-    """Celery's prefork pool, as far as batches are handed to it.
+    """The part of Celery's prefork pool that executes batches.
 
     Attributes:
-        works: Batches that no callback was called for.
-        killed: Processes that were ended.
-        error: Raised by the next call, if set.
-        is_full: Whether the pool keeps a batch for the next process that is free.
+        works: Batches without a callback so far.
+        killed: IDs of killed processes.
+        error: Is raised by the next call, if set.
+        is_full: Whether a batch waits for a free process.
     """
 
     def __init__(self, processes: int) -> None:
@@ -135,7 +135,7 @@ class SteppedPool:
         correlation_id: str,
         **callbacks: Callable[..., object],
     ) -> Result:
-        """Take a batch."""
+        """Accept a batch for execution."""
         assert target is execute
         if self.error:
             error, self.error = self.error, None
@@ -148,12 +148,12 @@ class SteppedPool:
         return work.result
 
     def terminate_job(self, pid: int, signum: int) -> None:
-        """Kill a process; its batch fails when the test says so."""
+        """Record a killed process; the test fails its batch."""
         assert signum == signal.SIGKILL
         self.killed.append(pid)
 
     def running(self, job_id: str) -> Work:
-        """The batch with that job."""
+        """Return the batch with a job."""
         (work,) = [work for work in self.works if job_id in work.job_ids]
         return work
 
@@ -161,5 +161,5 @@ class SteppedPool:
 def settled(
     action: Action = Action.ACKNOWLEDGE, *events: tuple[str, dict[str, object]], **fields: Any
 ) -> Settlement:
-    """How a pool process settles a delivery."""
+    """Return a pool process's settlement of a delivery."""
     return Settlement(Disposition(action, **fields), events)

@@ -1,4 +1,4 @@
-"""Processes that enqueue many jobs, or fork, and report the outcome.
+"""Producer processes that send many jobs, or that fork with an open client.
 
 ``python -m tests.support.producing flood URL KIND ROUNDS EACH`` (a line of JSON for each round;
 KIND is ``blocking``, ``asyncio`` or ``many``),
@@ -24,14 +24,14 @@ from interview_access.producer import InterviewAccessClient
 
 THREADS = 8
 CHILDREN, SENT_BY_EACH = 4, 50
-DONE = "done"  # a job that has a result
+DONE = "done"  # a job whose result is stored
 
 _IDS = [str(uuid4()) for _ in range(20)]
 _shared: list[InterviewAccessClient] = []
 
 
 def flood(url: str, kind: str, rounds: int, each: int) -> None:
-    """Enqueue from eight threads or tasks, and poll now and then; or a whole round in one call."""
+    """Send rounds of jobs from threads, from tasks or in one call; print a line for each."""
     sending: dict[str, Callable[[str, int, int], Iterator[float]]] = {
         "blocking": _from_threads,
         "asyncio": _from_tasks,
@@ -39,7 +39,7 @@ def flood(url: str, kind: str, rounds: int, each: int) -> None:
     }
     for seconds in sending[kind](url, rounds, each):
         rss = psutil.Process().memory_info().rss
-        print(json.dumps({"seconds": seconds, "rss": rss}), flush=True)  # noqa: T201 - its reader waits for it
+        print(json.dumps({"seconds": seconds, "rss": rss}), flush=True)  # noqa: T201 - read by the parent process
         sys.stdin.readline()
 
 
@@ -88,7 +88,7 @@ def _in_one_call(url: str, rounds: int, each: int) -> Iterator[float]:
 
 
 def fork(url: str) -> None:
-    """Enqueue and poll in a process and its forks at once, with one client."""
+    """Send and wait in a process and its forked children at the same time, with one client."""
     client = InterviewAccessClient(url)
     client.enqueue("ann", [], job_id="before")
     children = []
@@ -104,7 +104,7 @@ def fork(url: str) -> None:
 
 
 def pool(url: str) -> None:
-    """Enqueue from a pool of processes, with the client of the process that created the pool."""
+    """Send from a pool of processes, with the client of the parent process."""
     _shared.append(InterviewAccessClient(url))
     _shared[0].enqueue("ann", [], job_id="before")
     with multiprocessing.get_context("fork").Pool(CHILDREN) as processes:
@@ -117,7 +117,7 @@ def _send_shared(name: str) -> int:
 
 
 def _send_many(client: InterviewAccessClient, name: str) -> int:
-    """Return 1 if a reply belonged to another call, else 0."""
+    """Send jobs and wait; return 1 if a reply belonged to another call, otherwise 0."""
     for number in range(SENT_BY_EACH):
         job_id = f"{name}-{number}"
         if client.enqueue("ann", [], job_id=job_id) != job_id:

@@ -1,4 +1,4 @@
-"""Relays connections to a server that listens on a Unix socket."""
+"""A relay for connections to a server that listens on a Unix socket."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 Pair = tuple[socket.socket, socket.socket]
-"""A client's connection, and the one to the server that belongs to it."""
+"""A client's connection, and the corresponding one to the server."""
 
 
 class SocketRelay(ABC):
-    """Accepts connections and opens one to the server for each; what passes is the subclass's."""
+    """Accepts connections and opens one to the server for each; subclasses forward data."""
 
     def __init__(self, server: Path, listener: socket.socket) -> None:
-        """Accept connections from now on.
+        """Accept connections in a thread.
 
         Args:
             server: The server's socket.
@@ -30,17 +30,17 @@ class SocketRelay(ABC):
 
     @abstractmethod
     def pumps(self, pair: Pair) -> tuple[Callable[[], object], Callable[[], object]]:
-        """The functions that pass on requests and replies, each run in a thread of its own."""
+        """Return the functions that forward requests and replies, each for its own thread."""
 
     def cut(self) -> int:
-        """Cut every connection. Returns how many there were."""
+        """Cut every connection, and return how many there were."""
         pairs = list(self._pairs)
         for pair in pairs:
             self.disconnect(pair)
         return len(pairs)
 
     def close(self) -> None:
-        """Stop accepting, and cut every connection."""
+        """Stop accepting connections, and cut the existing ones."""
         _close(self._listener)
         self.cut()
 
@@ -71,5 +71,5 @@ class SocketRelay(ABC):
 
 def _close(connection: socket.socket) -> None:
     with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)  # wakes the threads that wait for it
+        connection.shutdown(socket.SHUT_RDWR)  # wakes the threads that read from it
     connection.close()

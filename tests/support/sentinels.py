@@ -1,4 +1,4 @@
-"""Redis behind Sentinels: real processes on ports of their own."""
+"""Redis servers and Sentinels, as processes on free ports."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from devstack.service import Service
 from tests.support.stores import until
 
 MASTER = "jobs"
-"""The name by which the Sentinels know the primary."""
+"""The master name of the primary."""
 
 
 class Sentinels:
-    """One primary, its replicas, and Sentinels that watch them."""
+    """One primary, its replicas and their Sentinels."""
 
     def __init__(self, folder: Path, replicas: int, sentinels: int, password: str = "") -> None:
-        """Start nothing yet; see :func:`sentinels_of`."""
+        """Choose ports; :func:`sentinels_of` starts the servers."""
         self.folder = folder
         self.password = password
         self.servers: dict[int, Service] = {}
@@ -41,21 +41,21 @@ class Sentinels:
         return f"sentinel://{credentials}{hosts}/0?master_name={MASTER}"
 
     def environment(self) -> dict[str, object]:
-        """What a worker, a command or a client needs."""
+        """Return the environment variables of a worker, a command or a client."""
         return {"CELERY_BROKER_URL": self.url, "REDIS_SENTINEL_PASSWORD": self.password}
 
     def redis(self, port: int) -> Redis:
-        """A client of one server."""
+        """Return a client of one server."""
         return Redis(port=port, password=self.password or None, socket_timeout=5)
 
     def primary(self) -> int:
-        """The port of the server that the first Sentinel names."""
+        """Return the port of the primary, as the first Sentinel reports it."""
         with self.redis(self.sentinel_ports[0]) as sentinel:
             address: Any = sentinel.sentinel_get_master_addr_by_name(MASTER)
         return int(address[1])
 
     def kill(self, port: int) -> None:
-        """SIGKILL the server."""
+        """Kill a server by SIGKILL."""
         os.kill(self.servers[port].pid, signal.SIGKILL)
         self.servers[port].wait(10)
 
@@ -114,7 +114,7 @@ class Sentinels:
 def sentinels_of(
     folder: Path, *, replicas: int = 0, sentinels: int = 1, password: str = ""
 ) -> Iterator[Sentinels]:
-    """Servers that run until the block is left."""
+    """A primary, replicas and Sentinels that run within the block."""
     with ExitStack() as leaving:
         servers = Sentinels(folder, replicas, sentinels, password)
         servers.start(leaving)
@@ -123,7 +123,7 @@ def sentinels_of(
 
 @contextmanager
 def redis_of(folder: Path, *options: str) -> Iterator[int]:
-    """One server with these options; its port."""
+    """The port of one server with these options."""
     (port,) = _free_ports(1)
     command = ["--dir", str(folder), "--appendonly", "yes", "--save", "", *options]
     with _valkey(folder / "valkey.log", port, command) as service, Redis(port=port) as redis:
@@ -135,7 +135,7 @@ def redis_of(folder: Path, *options: str) -> Iterator[int]:
 def _valkey(log: Path, port: int, options: list[str]) -> Iterator[Service]:
     service = Service(
         f"valkey-{port}",
-        # A configuration file comes first.
+        # A configuration file must be the first argument.
         [str(get_binary_path()), *options, "--port", str(port), "--bind", "127.0.0.1"],
         log=log,
     )

@@ -1,4 +1,4 @@
-"""Worker sessions in steps, on the real server: the test advances the clock and the heartbeats."""
+"""Stepped worker sessions on the real Redis: the test advances the clock and sends heartbeats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ORPHANED_AFTER = 10.0
 
 
 def connect(stack: LocalStack) -> Redis:
-    """A client as the worker has one: a command that fails is not sent again."""
+    """Return a client that does not retry commands, as the worker's."""
     return Redis(
         unix_socket_path=stack.broker_url.removeprefix("redis+socket://"),
         db=DATABASE,
@@ -41,7 +41,7 @@ def connect(stack: LocalStack) -> Redis:
 
 @contextmanager
 def unreachable(client: Redis) -> Iterator[None]:
-    """Meanwhile the client's connections are cut and no server accepts new ones."""
+    """Within the block the client's connections are cut and new ones fail."""
     pool = client.connection_pool
     path = pool.connection_kwargs["path"]
     pool.connection_kwargs["path"] = f"{path}.nobody-listens"
@@ -55,18 +55,18 @@ def unreachable(client: Redis) -> Iterator[None]:
 
 
 class ManualClock:
-    """A monotonic clock that only the test advances."""
+    """A monotonic clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
 
     def __call__(self) -> float:
-        """Seconds."""
+        """Return the time in seconds."""
         return self.now
 
 
 class SteppedLease(Lease):
-    """A lease whose heartbeats are sent by the test, not by a thread."""
+    """A lease whose heartbeats are sent by the test instead of a thread."""
 
     def __init__(self, clock: ManualClock, **options: Any) -> None:
         options = {"ttl": TTL, "grace": GRACE, "orphaned_after": ORPHANED_AFTER} | options
@@ -74,46 +74,46 @@ class SteppedLease(Lease):
         self.clock = clock
 
     def _keep(self) -> None:
-        """No thread."""
+        """Start no thread."""
 
     @property
     def session(self) -> str:
-        """The current session."""
+        """The ID of the current session."""
         return self._session
 
     @property
     def tags(self) -> set[str]:
-        """The delivery tags in its table."""
+        """The delivery tags in the lease's table."""
         return set(self._deliveries)
 
     def beat(self, seconds: float = TTL / 8) -> None:
-        """Send the heartbeat that is due after so many seconds, with a main loop that turns."""
+        """Advance the clock by so many seconds, turn the event loop and send a heartbeat."""
         self.clock.now += seconds
         self.loop_turned()
         self.on_heartbeat()
         self._beat()
 
     def beat_for(self, seconds: float) -> None:
-        """Send the heartbeats of so many seconds."""
+        """Send the heartbeats that are due within so many seconds."""
         for _ in range(int(seconds / (TTL / 8))):
             self.beat()
 
 
 def sessions(redis: Any) -> dict[str, float]:
-    """The heartbeat counters, by session."""
+    """Return the heartbeat counters, by session."""
     return {
         name.decode(): counter for name, counter in redis.zrange(LEASES, 0, -1, withscores=True)
     }
 
 
 def claimed(redis: Any, session: str) -> list[bytes]:
-    """The messages that a session has claimed, in order of their tags."""
+    """Return the messages that a session has claimed, in order of their tags."""
     values = redis.hgetall(f"{PREFIX}held:{session}")
     return [values[tag].partition(b"\0")[2] for tag in sorted(values, key=int)]
 
 
 def messages(redis: Any) -> Counter[bytes]:
-    """All messages, with the number of places that each is in."""
+    """Count the places that each message is in, over all places."""
     values: list[bytes] = redis.lrange(ISOLATED, 0, -1) + redis.hvals(DEFERRED)
     for key in redis.scan_iter(f"{PREFIX}held:*"):
         values += redis.hvals(key)

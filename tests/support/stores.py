@@ -1,6 +1,6 @@
-"""One arrangement for tests on any store: what stands in it, and who waits in it.
+"""Stores for tests: a storage with the platform's side of its database.
 
-Each store is looked at and filled from outside the product: as the platform does, or an operator.
+Tests fill and read a store as the platform or an operator does, without the worker's code.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tasks.ledger import Outcome
 from tests.support.database import connected
 
 CHUNK_SIZE = 3
-"""Grants in one chunk: small, so that ordinary requests take several."""
+"""Grants in one chunk, few, so that small requests take several chunks."""
 
 PATIENCE_SECONDS = 30
-"""The end of every wait in a test; no test waits so long for what it expects."""
+"""The timeout in seconds of every wait in a test."""
 
 T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """A function that runs in a thread of its own, beside the test."""
+    """A function that runs in a separate thread."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -51,16 +51,16 @@ class Background(Generic[T]):
     def _run(self) -> None:
         try:
             self._result = self._function()
-        except BaseException as error:  # noqa: BLE001 - the test's own thread raises it again
+        except BaseException as error:  # noqa: BLE001 - result() raises it again
             self._error = error
 
     @property
     def over(self) -> bool:
-        """Whether it has ended."""
+        """Whether the function has ended."""
         return not self.thread.is_alive()
 
     def result(self) -> T:
-        """What it returned; what it raised is raised."""
+        """Wait for the function's end, and return its result or raise its exception."""
         self.thread.join(PATIENCE_SECONDS)
         assert self.over, "it still runs"
         if self._error:
@@ -69,7 +69,7 @@ class Background(Generic[T]):
 
 
 def all_at_once(functions: Sequence[Callable[[], T]]) -> list[T]:
-    """The results, in step, of functions that start together, each in a thread of its own."""
+    """Start functions at the same time in separate threads, and return their results in order."""
     start = threading.Barrier(len(functions))
 
     def started_by(function: Callable[[], T]) -> Callable[[], T]:
@@ -84,54 +84,54 @@ def all_at_once(functions: Sequence[Callable[[], T]]) -> list[T]:
 
 
 class Store(ABC):
-    """A store with the platform's side of it.
+    """A storage with the platform's side of its database.
 
     Attributes:
-        storage: What is tested.
+        storage: The storage under test.
     """
 
     storage: InterviewStorageInterface
 
     @abstractmethod
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
-        """What the platform does: add an interview, and its configuration where it has one."""
+        """Add an interview as the platform does, with its configuration unless it has none."""
 
     @abstractmethod
     def delete_interview(self, interview_id: str) -> bool:
-        """What the platform does: delete an interview; False where something refers to it."""
+        """Delete an interview as the platform does; return False if a row refers to it."""
 
     @abstractmethod
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """All attempts that stand."""
+        """Return all interview attempts."""
 
     @abstractmethod
     def add_request(self, request: AccessRequestDTO) -> None:
-        """What a service does: ask for a job in a transaction of its own, which is kept."""
+        """Request a job in a committed transaction, as another service does."""
 
     @abstractmethod
     def until_waiting(self, other: Background[Any]) -> None:
-        """Come back when the other one waits for a transaction, or is over."""
+        """Wait until the other function waits for a transaction, or has ended."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Take all grants, attempts and jobs away; the interviews stay."""
+        """Delete all grants, attempts and jobs; keep the interviews."""
 
     def add_interviews(self, count: int) -> list[str]:
-        """Add interviews; their ids, sorted."""
+        """Add interviews, and return their IDs, sorted."""
         interviews = [an_interview() for _ in range(count)]
         for interview in interviews:
             self.add_interview(interview)
         return sorted(interview.id for interview in interviews)
 
     def granted(self, user_id: str) -> list[str]:
-        """The interviews that the user has been given access to, sorted, each grant once."""
+        """Return the interview IDs of the user's grants, sorted."""
         with self.storage.transaction() as transaction:
             grants = transaction.get_existing_user_access([user_id])
         assert {grant.user_id for grant in grants} <= {user_id}
         return sorted(grant.interview_id for grant in grants)
 
     def grant(self, *jobs: GrantAccessJob) -> list[Outcome]:
-        """Have jobs done, all in one call."""
+        """Execute jobs in one call."""
         return GrantAccessInteractor(self.storage).grant_access(jobs)
 
 
@@ -165,7 +165,7 @@ class MemoryStore(Store):
         self.storage.add_request(request)
 
     def until_waiting(self, other: Background[Any]) -> None:
-        """See the store: whoever waits here waits inside of the model, for its one lock."""
+        """See the store: a waiting thread is inside the model, at its lock."""
 
         def waits() -> bool:
             frame = sys._current_frames().get(other.thread.ident or 0)
@@ -184,7 +184,7 @@ class PostgresStore(Store):
     """PostgreSQL."""
 
     def __init__(self, database_url: str, platform: Connection) -> None:
-        """Looks at a database with all tables.
+        """Use a database with all tables.
 
         Args:
             database_url: The database.
@@ -213,8 +213,16 @@ class PostgresStore(Store):
                 )
             )
 
+    def add_interviews_with_ids(self, interview_ids: Sequence[str]) -> None:
+        """Add interviews without configuration, in one statement."""
+        self.execute(
+            "INSERT INTO interview_interview (id, title, duration) SELECT CAST(id AS uuid),"
+            " 'Interview', interval '1 hour' FROM unnest(CAST(:ids AS text[])) AS id",
+            ids=list(interview_ids),
+        )
+
     def delete_interview(self, interview_id: str) -> bool:
-        """See the store: its configuration goes with it."""
+        """See the store; the configuration is deleted too."""
         try:
             with connected(self.database_url) as connection:
                 for statement in DELETE_INTERVIEW:
@@ -247,7 +255,7 @@ class PostgresStore(Store):
         )
 
     def until_waiting(self, other: Background[Any]) -> None:
-        """See the store: the server knows who waits for a lock."""
+        """See the store: PostgreSQL reports sessions that wait for a lock."""
         until(lambda: other.over or self.value(_WAITING) > 0)
 
     def clear(self) -> None:
@@ -256,33 +264,33 @@ class PostgresStore(Store):
             self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 
     def empty(self) -> None:
-        """Take everything away."""
+        """Delete all rows."""
         self.clear()
         for table in _INTERVIEW_TABLES:
             self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 
     def execute(self, statement: str, **values: object) -> None:
-        """Run one statement, as an operator or another service would."""
+        """Run a statement, as an operator or another service does."""
         self._platform.execute(text(statement), values)
 
     def value(self, statement: str, **values: object) -> Any:
-        """The one value that a query gives."""
+        """Return a query's single value."""
         return self._platform.execute(text(statement), values).scalar_one()
 
     def rows(self) -> int:
-        """How many grants stand in all."""
+        """Count all grants."""
         count: int = self.value("SELECT count(*) FROM interview_userinterviewaccess")
         return count
 
     def configure(self, setting: str, value: str) -> None:
-        """Set what every later connection to this database starts with."""
+        """Set a parameter for all later connections to this database."""
         self.execute(
             f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {setting} = %L',"
             f" current_database(), '{value}'); END $$"
         )
 
     def raise_for_grants(self, condition: str, sqlstate: str) -> None:
-        """Have the database refuse every new grant of which the condition on ``NEW`` is true."""
+        """Make the database refuse every new grant that meets a condition on ``NEW``."""
         self.execute(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
             f"$$ BEGIN RAISE 'refused' USING ERRCODE = '{sqlstate}'; END $$"
@@ -296,7 +304,7 @@ class PostgresStore(Store):
     def another(
         self, *, chunk_size: int = CHUNK_SIZE, limits: DatabaseLimits | None = None
     ) -> Iterator[PostgresStorage]:
-        """Another storage on the same database, with connections and limits of its own."""
+        """Another storage on the same database, with separate connections and limits."""
         storage = PostgresStorage(self.database_url, chunk_size=chunk_size, limits=limits)
         try:
             yield storage
@@ -308,7 +316,7 @@ DELETE_INTERVIEW = (
     text("DELETE FROM interview_interviewconfig WHERE interview_id = CAST(:id AS uuid)"),
     text("DELETE FROM interview_interview WHERE id = CAST(:id AS uuid)"),
 )
-"""What the platform's service runs to delete an interview that nobody has access to."""
+"""The statements by which the platform deletes an interview without grants."""
 
 _JOBS_TABLES = (
     "interview_userinterviewaccess",
@@ -328,7 +336,7 @@ _WAITING = (
 
 @contextmanager
 def postgres_store(database_url: str) -> Iterator[PostgresStore]:
-    """A database with all tables as a store, empty."""
+    """An empty store on a database with all tables."""
     with connected(database_url, autocommit=True) as platform:
         store = PostgresStore(database_url, platform)
         store.empty()
@@ -339,16 +347,16 @@ def postgres_store(database_url: str) -> Iterator[PostgresStore]:
 
 
 def until(condition: Callable[[], bool], *, within: float = PATIENCE_SECONDS) -> None:
-    """Come back when the condition is true; fail after so many seconds."""
+    """Wait until the condition is true; fail after so many seconds."""
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, "never came true"
-        time.sleep(0.002)  # between two looks at something that tells nobody when it happens
+        time.sleep(0.002)  # the polling interval
 
 
 @contextmanager
 def statements_counted() -> Iterator[list[str]]:
-    """The statements that any connection runs meanwhile."""
+    """The statements that any connection runs within the block."""
     statements: list[str] = []
 
     def note(*arguments: Any) -> None:
@@ -369,7 +377,7 @@ def an_interview(
     is_default_access_allowed: bool = False,
     should_end_interview_after_duration: bool = True,
 ) -> InterviewDTO:
-    """An interview of a new id; with the defaults of one without configuration."""
+    """Return an interview with a new ID; the defaults are those without configuration."""
     return InterviewDTO(
         id=str(uuid4()),
         title=title,
@@ -387,7 +395,7 @@ def a_job(
     *,
     max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
 ) -> GrantAccessJob:
-    """The job that a message with these arguments makes."""
+    """Return the job of a message with these arguments."""
     return grant_access_job(
         job_id,
         (),
@@ -403,7 +411,7 @@ def a_cohort(
     *,
     max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
 ) -> GrantAccessJob:
-    """The job that a message for a cohort makes."""
+    """Return the job of a message for several users."""
     return grant_cohort_access_job(
         job_id,
         (),
@@ -413,7 +421,7 @@ def a_cohort(
 
 
 def created(outcome: Outcome) -> int:
-    """The count that a job's success tells."""
+    """Return the created count of a succeeded job."""
     assert outcome.error is None
     assert outcome.answer is not None
     assert outcome.answer.error is None
@@ -426,7 +434,7 @@ def created(outcome: Outcome) -> int:
 
 
 def error_of(outcome: Outcome) -> dict[str, Any]:
-    """The error that a job's failure tells."""
+    """Return the error of a failed job."""
     assert outcome.error is None
     assert outcome.answer is not None
     assert outcome.answer.result is None

@@ -1,4 +1,4 @@
-"""TLS in front of a server that has none."""
+"""A TLS relay in front of a server without TLS."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent / "tls"
 
 CERTIFICATE = _FOLDER / "server.pem"
-"""Signed by its own key, for localhost and 127.0.0.1, from 2020 to 2120."""
+"""A self-signed certificate for localhost and 127.0.0.1, valid from 2020 to 2120."""
 
 
 @contextmanager
 def tls_relay(path: str) -> Iterator[int]:
-    """A port on which TLS ends; what passes goes to the socket at the path, and back."""
+    """A port that terminates TLS and forwards to the Unix socket at this path."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(CERTIFICATE, _FOLDER / "server.key")
     loop = asyncio.new_event_loop()

@@ -1,4 +1,4 @@
-"""A real worker, a producer that knows nothing of our code, and what stands between them."""
+"""Sites: a queue and a database with a stock Celery producer; real workers on them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ GRANT_ACCESS = "interview_access.grant_access"
 
 
 class Site:
-    """A queue and a database of a test's own, looked at from outside."""
+    """A queue and a database, used and read from outside of the worker.
+
+    Attributes:
+        store: The database.
+        broker: The URL of the queue and the results.
+        redis: A client of this Redis database.
+        producer: A stock Celery app that sends messages.
+    """
 
     def __init__(self, stack: LocalStack, store: PostgresStore, number: int) -> None:
-        """Takes the Redis database of that number."""
+        """Empty the Redis database with this number, and use it."""
         self.store = store
         self.broker = f"{stack.broker_url}?virtual_host={number}"
         self.redis = Redis(
@@ -39,7 +46,7 @@ class Site:
         self.producer = Celery(broker=self.broker, backend=self.broker, set_as_current=False)
 
     def environment(self, **settings: object) -> dict[str, str]:
-        """What a worker or a command is told, and nothing of the tests' own environment."""
+        """Return the environment of a worker or a command; only PATH is inherited."""
         return {
             "PATH": os.environ["PATH"],
             "DATABASE_URL": self.store.database_url,
@@ -50,13 +57,13 @@ class Site:
     def send(
         self, /, *args: object, task: str = GRANT_ACCESS, job_id: str = "", **kwargs: Any
     ) -> str:
-        """Send a message as any Celery app does, and return its job id."""
+        """Send a message as any Celery app does, and return its job ID."""
         job_id = job_id or str(uuid4())
         self.producer.send_task(task, args=args, kwargs=kwargs, task_id=job_id, queue=QUEUE)
         return job_id
 
     def push(self, kwargs: object, *, job_id: str, embed: object = None, queue: str = QUEUE) -> str:
-        """Send a message as a bare Redis client does, to this list."""
+        """Push a message to a list as a bare Redis client does, and return its job ID."""
         nothing = {"callbacks": None, "errbacks": None, "chain": None}
         body = json.dumps([[], kwargs, nothing if embed is None else embed])
         envelope = {
@@ -75,21 +82,21 @@ class Site:
         return job_id
 
     def meta(self, job_id: str) -> dict[str, Any]:
-        """What a poller of any language reads."""
+        """Return the stored state and result, as a poller reads them."""
         stored: Any = self.redis.get(f"celery-task-meta-{job_id}")
         return dict(json.loads(stored)) if stored else {"status": "PENDING"}
 
     def until_state(self, job_id: str, *states: str) -> dict[str, Any]:
-        """The result, as soon as the job is in one of the states."""
+        """Wait until the job is in one of the states, and return its state and result."""
         until(lambda: self.meta(job_id)["status"] in states)
         return self.meta(job_id)
 
     def answer(self, job_id: str) -> dict[str, Any]:
-        """The result of a finished job."""
+        """Wait until the job has finished, and return its state and result."""
         return self.until_state(job_id, "SUCCESS", "FAILURE")
 
     def dead_letters(self) -> list[dict[str, str]]:
-        """What stands in the dead-letter stream."""
+        """Return the dead letters."""
         entries: Any = self.redis.xrange("interview-access:dead")
         return [{key.decode(): value.decode() for key, value in one.items()} for _, one in entries]
 
@@ -100,14 +107,30 @@ def site(stack: LocalStack, database_url: str, number: int) -> Iterator[Site]:
     with postgres_store(database_url) as store:
         here = Site(stack, store, number)
         yield here
-        # Celery's results unsubscribe when they are collected, which may be after the server's end.
+        # Garbage-collected results unsubscribe, perhaps after the server has ended.
         here.producer.backend.result_consumer.subscribed_to.clear()
         here.redis.close()
 
 
 @contextmanager
+def migrated_site(stack: LocalStack, template: str, number: int) -> Iterator[Site]:
+    """A site on a new database with all tables.
+
+    Args:
+        stack: The servers.
+        template: Name of a database with all tables, to which nobody is connected.
+        number: Number of the Redis database, which is emptied.
+    """
+    with (
+        database(stack.database_url, template=template) as url,
+        site(stack, url, number) as here,
+    ):
+        yield here
+
+
+@contextmanager
 def held_grant(here: Site, user_id: str, interview_id: str) -> Iterator[None]:
-    """A grant that somebody writes and then takes back: a job that wants it waits meanwhile."""
+    """An uncommitted grant of another transaction: a job that creates it waits within the block."""
     with connected(here.store.database_url) as other:
         other.execute(
             text(
@@ -121,7 +144,7 @@ def held_grant(here: Site, user_id: str, interview_id: str) -> Iterator[None]:
 
 @contextmanager
 def ledger_missing(here: Site) -> Iterator[None]:
-    """An outage: the ledger's table has another name, as while a bad migration is undone."""
+    """An outage of the ledger: its table is renamed within the block."""
     here.store.execute("ALTER TABLE grant_access_job RENAME TO grant_access_job_away")
     try:
         yield
@@ -131,14 +154,14 @@ def ledger_missing(here: Site) -> Iterator[None]:
 
 @contextmanager
 def events(here: Site) -> Iterator[list[dict[str, Any]]]:
-    """What the site's worker tells Flower and whoever listens, as it comes."""
-    heard: list[dict[str, Any]] = []
+    """The events that the site's workers send within the block, as Flower receives them."""
+    received: list[dict[str, Any]] = []
     with here.producer.connection_for_read() as connection:
-        receiver = here.producer.events.Receiver(connection, handlers={"*": heard.append})
+        receiver = here.producer.events.Receiver(connection, handlers={"*": received.append})
         listener = Background(lambda: receiver.capture(limit=None, timeout=None, wakeup=True))
         try:
-            until(lambda: bool(heard))  # a heartbeat at the latest: now nothing is missed
-            yield heard
+            until(lambda: bool(received))  # a worker's heartbeat: no later event is missed
+            yield received
         finally:
             receiver.should_stop = True
             listener.result()
@@ -146,13 +169,13 @@ def events(here: Site) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
-    """A worker of two pool processes that takes jobs; ``APP`` names its module."""
+    """A ready worker of two pool processes; the setting ``APP`` names its module."""
     app = str(settings.pop("APP", "worker"))
     service = Service(
         "worker",
         [
             *(sys.executable, "-m", "celery", "-A", app, "worker", "-c", "2", "-l", "INFO"),
-            "--without-mingle",  # a second at each start, for the ids that others have revoked
+            "--without-mingle",  # mingling takes a second at each start
         ],
         log=log,
         environment=here.environment(**settings),
