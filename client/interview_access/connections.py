@@ -1,6 +1,6 @@
 """The connections of clients and workers to Redis: addresses, time limits, names.
 
-redis-py retries nothing here: whoever sends commands decides what is sent again.
+Retries of redis-py are off: the caller decides what is sent again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEEPALIVE: dict[str, Any] = {
         if hasattr(socket, name)
     },
 }
-"""Options of redis-py's TCP connections: a host that is gone is detected within 11 s."""
+"""Options of redis-py's TCP connections: an unreachable host is detected within 11 s."""
 
 
 def redis_addresses(

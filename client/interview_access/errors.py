@@ -159,7 +159,7 @@ class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the con
     """The database was unavailable.
 
     As a job's result it is not final: nothing was granted, and the job can be sent again under the
-    same ID. As the reply to a control request it says nothing about the job.
+    same ID. As the reply to a control request it leaves the state of the job open.
     """
 
     @classmethod

@@ -166,7 +166,7 @@ class InterviewAccessClient:
         return self._converse(polling.result(job_id, timeout=timeout, on_progress=on_progress))
 
     def status(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
-        """Report a job's state, whoever sent it and however long ago.
+        """Report a job's state, of any producer and any age.
 
         Args:
             job_id: The job's ID.

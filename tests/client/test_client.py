@@ -54,7 +54,7 @@ def samples(here: Site) -> list[str]:
 
 
 def test_a_result_is_read_by_its_job_id(client: Client, samples: list[str]) -> None:
-    """The result of a job is returned to whoever waits for its ID."""
+    """The result of a job is read by its ID."""
     job_id = client.enqueue(uuid.uuid4(), samples[:2])
     assert client.wait(job_id, timeout=30) == {"success": True, "created_access_count": 2}
 

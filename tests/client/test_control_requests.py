@@ -1,4 +1,4 @@
-"""Control requests of both clients, without a worker, and polling for a job that nobody knows."""
+"""Control requests of both clients, without a worker, and polling for an unknown job."""
 
 from __future__ import annotations
 
