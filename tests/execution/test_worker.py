@@ -323,7 +323,7 @@ def test_an_outage_that_outlasts_the_retries(idle: Site, tmp_path: Path) -> None
             job_id = idle.send("ann", [])
             result = idle.answer(job_id)["result"]
         assert result["exc_type"] == "StorageUnavailableException"
-        assert "in 3 tries" in result["exc_message"][0]
+        assert "in all 3 attempts" in result["exc_message"][0]
         assert "42P01" in result["exc_message"][0]
         until(lambda: bool(idle.dead_letters()))
         (letter,) = idle.dead_letters()
