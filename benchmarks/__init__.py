@@ -1,1 +1,1 @@
-"""Our own figures beside what users would otherwise write, on the same servers in the same run."""
+"""Benchmarks of this worker and of alternatives, on the same servers in the same run."""

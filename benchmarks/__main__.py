@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures, prints a table for each part, and writes all of it as JSON."""
+"""`python -m benchmarks`: measures parts, prints a table for each, and writes a JSON report."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from benchmarks import (
     statements,
 )
 from benchmarks.baselines import plain_url
+from benchmarks.bench import Bench, Servers
 from benchmarks.measuring import Figure, three_digits
-from benchmarks.site import Bench, Servers
 from devstack.servers import LocalStack
 from worker.settings import Settings, SettingsError
 
-_FILE_WIDTH = 140  # of tables that go to a file or a pipe, so that no name is broken
+_FILE_WIDTH = 140  # of tables in a file or a pipe, so that no name is wrapped
 
 Part = Callable[[Bench], list[Figure]]
 
@@ -80,31 +80,31 @@ _RUNS, _QUICK_RUNS = 5, 3
 @click.option(
     "--quick",
     is_flag=True,
-    help=f"The quick form, five minutes: of the parts only {', '.join(QUICK)}, unless others are"
-    " given; of `sizes` only the middle ones, of `large` without Django.",
+    help=f"The quick form, five minutes: only the parts {', '.join(QUICK)}, unless others are"
+    " given; `sizes` with the middle ones only, `large` without Django.",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Takes the figures, with all samples: benchmarks/results.json, where all parts are run"
-    " in full, and benchmarks/parts.json otherwise.",
+    help="File for the figures and all samples: benchmarks/results.json if all parts are run"
+    " in full, otherwise benchmarks/parts.json.",
 )
 @click.option(
     "--scale",
     default=1.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help="A factor on all sizes, for a quick look: the bars are meant for 1.",
+    help="A factor on all sizes, for a quick test: the bars apply to 1.",
 )
 def main(
     parts: Sequence[str], runs: int | None, quick: bool, out: Path | None, scale: float
 ) -> None:
-    """Measure the parts, or all of them, on servers of their own, or on those of the environment.
+    """Measure some parts, or all of them, on new servers or on those of the environment.
 
-    The latter are named by DATABASE_URL, whose user must be a superuser (databases are made, and
-    written back), and by CELERY_BROKER_URL, whose databases must be empty.
+    The latter are DATABASE_URL, whose user must be a superuser (for CREATE DATABASE and
+    CHECKPOINT), and CELERY_BROKER_URL, whose databases must be empty.
 
-    It ends 0 where every row and every result was as it must be, whatever bars were missed.
+    The exit status is 0 if every row and every result was correct, also if bars were missed.
     """
     out = out or Path("benchmarks") / ("parts.json" if parts or quick else "results.json")
     parts = parts or (QUICK if quick else list(PARTS))
@@ -114,9 +114,9 @@ def main(
         console.width = _FILE_WIDTH
     with (
         tempfile.TemporaryDirectory(prefix="interview-access-bench-") as folder,
-        servers(Path(folder)) as stand,
+        servers(Path(folder)) as running,
     ):
-        bench = Bench(stand, Path(folder), runs=runs, scale=scale, quick=quick)
+        bench = Bench(running, Path(folder), runs=runs, scale=scale, quick=quick)
         report: dict[str, Any] = {
             "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "runs": runs,
@@ -129,23 +129,23 @@ def main(
             figures = PARTS[name](bench)
             console.print(table(name, figures))
             report["parts"][name] = [figure.as_json() for figure in figures]
-            # After each part, so that a run that is broken off has told something.
+            # After each part, so that an interrupted run leaves the figures so far.
             out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def servers(folder: Path) -> AbstractContextManager[LocalStack | Servers]:
-    """Those of the environment, or real ones out of wheels."""
+    """Return the servers of the environment, or else a local stack."""
     if os.environ.keys().isdisjoint({"DATABASE_URL", "CELERY_BROKER_URL"}):
         return LocalStack(folder / "data")
     try:
-        told = Settings.from_environment()
+        settings = Settings.from_environment()
     except SettingsError as error:
         raise click.ClickException(str(error)) from None
-    return nullcontext(Servers(told.database_url, told.celery_broker_url))
+    return nullcontext(Servers(settings.database_url, settings.celery_broker_url))
 
 
 def machine(bench: Bench) -> Mapping[str, Any]:
-    """What the figures hang on."""
+    """Describe the machine and the versions of the software."""
     with psycopg.connect(plain_url(bench.servers.database_url)) as connection:
         postgresql = connection.info.parameter_status("server_version")
     with bench.redis(0) as redis:
@@ -161,7 +161,7 @@ def machine(bench: Bench) -> Mapping[str, Any]:
 
 
 def table(name: str, figures: Sequence[Figure]) -> Table:
-    """A part's figures for people."""
+    """Return a part's figures as a table for the terminal."""
     summary = (PARTS[name].__doc__ or "").partition("\n")[0]
     shown = Table(title=f"{name}: {summary}", title_justify="left")
     shown.add_column("variant")

@@ -1,6 +1,6 @@
-"""The part about our own optimizations: each is turned off, beside the code as it is.
+"""The part `ablations`: each optimization of the storage is disabled, and compared with the code.
 
-They are replaced from outside, in the benchmark's process: production code has no option for this.
+Optimizations are replaced in the benchmark's process; production code has no option for this.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from uuid import uuid4
 from interview_access.contracts import GrantJob
 from sqlalchemy import Connection, TextClause, text
 
-from benchmarks.measuring import Figure, Judge, measure
-from benchmarks.site import Bench, BenchmarkError, Database
+from benchmarks.bench import Bench
+from benchmarks.database import Database
+from benchmarks.measuring import BenchmarkError, Comparison, Figure, measure
 from benchmarks.small_jobs import IDS, INTERVIEWS, jobs_on
 from storage import postgres
 from storage.postgres import (
@@ -40,18 +41,18 @@ from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 
 _AS_IT_IS = "as it is"
 _LARGE = 100_000
-_MANY = 1_000  # grants, below which some constructs are not used
+_MANY = 1_000  # grants of a transaction from which some optimizations are used
 _MEGABYTE = 1_000_000
 _PLANNER_SETTINGS = re.compile(r", set_config\('(?:enable_seqscan|jit)', 'off', true\)")
 
 Change = Callable[[], AbstractContextManager[object]]
-"""Turns a construct off within a block."""
+"""Disables an optimization within a block."""
 
 Execute = Callable[..., Any]
 """SQLAlchemy's `Connection.exec_driver_sql`."""
 
 
-# --- What is turned off --------------------------------------------------------------------------
+# --- Ablations -----------------------------------------------------------------------------------
 
 
 def _ids_as(convert: Callable[[Sequence[str]], object]) -> Change:
@@ -63,7 +64,7 @@ def _text_literal(interview_ids: Sequence[str]) -> str:
 
 
 def _strategies(replaced: Mapping[_CreateAccess, _CreateAccess]) -> Change:
-    choose = PostgresTransaction._fastest_way  # noqa: SLF001 - from outside
+    choose = PostgresTransaction._fastest_way  # noqa: SLF001 - is wrapped
 
     def choose_other(*arguments: Any) -> _CreateAccess | None:
         chosen = choose(*arguments)
@@ -102,13 +103,13 @@ def _text(statement: str) -> TextClause:
 
 @dataclass(frozen=True, slots=True)
 class _Ablation:
-    """A construct of the storage that is turned off.
+    """An optimization of the storage that can be disabled.
 
     Attributes:
-        name: Of its figures.
-        change: How.
-        least: Grants of a transaction from which on the construct is used.
-        is_about_granted: Whether it also concerns grants that exist.
+        name: The name of its figures.
+        change: Disables the optimization.
+        least: Number of grants in a transaction from which the optimization is used.
+        is_about_granted: Whether it also concerns existing grants.
     """
 
     name: str
@@ -142,17 +143,17 @@ ABLATIONS = [
 ]
 
 
-# --- In the storage ------------------------------------------------------------------------------
+# --- Measurement ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """The storage with a construct turned off, or as it is.
+    """The storage with an optimization disabled, or unchanged.
 
     Attributes:
-        name: Of its figures.
-        change: Turns the construct off.
-        storage: Its own, with prepared statements of its own.
+        name: The name of its figures.
+        change: Disables the optimization.
+        storage: A separate storage, with separate prepared statements.
     """
 
     name: str
@@ -162,15 +163,15 @@ class _Variant:
 
 @dataclass(frozen=True, slots=True)
 class _Transactions:
-    """Alike transactions of all variants, of which a sample takes the medians.
+    """Equal transactions of all variants; a sample is the median of each variant.
 
     Attributes:
-        jobs: In each of them.
-        ids: In each job.
-        count: Of transactions of each variant in a sample.
-        granted: The share of the grants that exist before.
-        is_alone: Whether the tables are empty before each transaction: the rows of a large one
-            would slow down the next.
+        jobs: Number of jobs in a transaction.
+        ids: Number of IDs in a job.
+        count: Number of transactions of each variant in a sample.
+        granted: Share of the grants that exist before.
+        is_alone: Whether the tables are emptied before each transaction, because the rows of a
+            large one would slow down the next.
     """
 
     jobs: int
@@ -186,7 +187,7 @@ class _Transactions:
 
     @property
     def ablations(self) -> Sequence[_Ablation]:
-        """What concerns them."""
+        """The ablations that affect these transactions."""
         return [
             one
             for one in ABLATIONS
@@ -194,7 +195,7 @@ class _Transactions:
         ]
 
     def sample(self, database: Database, variants: Sequence[_Variant]) -> Mapping[str, float]:
-        """Milliseconds of one transaction of each variant, which take turns."""
+        """Measure the transactions of all variants in turn, in milliseconds."""
         database.reset()
         taken: dict[str, list[float]] = {one.name: [] for one in variants}
         for turn in range(self.count):
@@ -221,13 +222,13 @@ class _Transactions:
 
 
 def _read(job: GrantJob, ids: int) -> GrantAccessJob:
-    """A job on the first of the IDs, under a job ID of its own."""
+    """Read a job with only its first IDs, under a new job ID."""
     kwargs = {"user_id": job.user_id, "interview_ids": list(job.interview_ids)[:ids]}
     return grant_access_job(str(uuid4()), (), kwargs, max_interview_ids=_LARGE)
 
 
 def _grant(storage: PostgresStorage, jobs: Sequence[GrantAccessJob]) -> float:
-    """Seconds of a transaction."""
+    """Execute jobs in one transaction, and return its seconds."""
     started = time.perf_counter()
     outcomes = GrantAccessInteractor(storage).grant_access(jobs)
     seconds = time.perf_counter() - started
@@ -238,7 +239,7 @@ def _grant(storage: PostgresStorage, jobs: Sequence[GrantAccessJob]) -> float:
 
 
 def ablations(bench: Bench) -> list[Figure]:
-    """Optimizations of the storage, each turned off: the time of a transaction."""
+    """Optimizations of the storage, each disabled: the time of a transaction."""
     transactions = [
         _Transactions(1, IDS, bench.size(50)),
         _Transactions(100, IDS, bench.size(15)),
@@ -262,14 +263,14 @@ def _figures(database: Database, transactions: _Transactions, runs: int) -> list
             opened.callback(storage.close)
             variants.append(_Variant(name, change, storage))
         sample = partial(transactions.sample, database, variants)
-        sample()  # connects, and has the statements prepared
-        judge = Judge(measure([sample], runs), "ms")
-    return _beside_as_it_is(judge, transactions.title, changes)
+        sample()  # opens the connection and prepares the statements
+        comparison = Comparison(measure([sample], runs), "ms")
+    return _compared(comparison, transactions.title, changes)
 
 
-def _beside_as_it_is(judge: Judge, title: str, names: Iterable[str]) -> list[Figure]:
-    as_it_is = f"{title}: {_AS_IT_IS}"
+def _compared(comparison: Comparison, title: str, names: Iterable[str]) -> list[Figure]:
+    unchanged = f"{title}: {_AS_IT_IS}"
     return [
-        judge.figure(as_it_is),
-        *(judge.figure(f"{title}: {name}", as_it_is) for name in names),
+        comparison.figure(unchanged),
+        *(comparison.figure(f"{title}: {name}", unchanged) for name in names),
     ]

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.charts RESULTS.json FOLDER`: the charts, as SVG, of the parts in the JSON.
+"""`python -m benchmarks.charts RESULTS.json FOLDER`: draws the charts of a report as SVG files.
 
-It stands by itself: matplotlib is installed for nothing else, in a venv of its own. The same
-figures give the same files.
+This module imports nothing of the project, because matplotlib is installed in a separate venv. The
+same figures give the same files.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAMES = {"ours": "this worker"}
 _WIDTH = 8.6  # inches
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.8, 1.6, 0.95, 0.85  # inches around the axes
 _STYLE = {
-    "svg.hashsalt": "interview-access",  # names within the file, which are random without one
-    "font.family": "DejaVu Sans",  # comes with matplotlib, and is drawn as outlines
+    "svg.hashsalt": "interview-access",  # makes the IDs within the file reproducible
+    "font.family": "DejaVu Sans",  # is part of matplotlib, and is drawn as outlines
     "font.size": 9.5,
     "text.color": _INK,
     "axes.edgecolor": _EDGE,
@@ -45,14 +45,14 @@ _STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A variant's figure.
+    """The measurement of one variant.
 
     Attributes:
-        variant: Its name.
-        unit: Of the values.
-        median: Of all runs.
-        low: The least of them.
-        high: The greatest.
+        variant: The variant's name.
+        unit: The unit of the values.
+        median: The median of all runs.
+        low: The minimum.
+        high: The maximum.
     """
 
     variant: str
@@ -63,24 +63,24 @@ class Measured:
 
 
 Curve = list[tuple[float, Measured]]
-"""Figures by the number that their variants' names tell, rising."""
+"""Measurements in order of the number in their variants' names."""
 
 
 class Report:
-    """What `python -m benchmarks` wrote."""
+    """A report of `python -m benchmarks`."""
 
     def __init__(self, report: dict[str, Any]) -> None:
         self._report = report
 
     def part(self, name: str) -> list[Measured]:
-        """A part's figures; none where it was not measured."""
+        """Return a part's measurements; none if the part was not run."""
         return [
             Measured(one["variant"], one["unit"], one["median"], one["min"], one["max"])
             for one in self._report["parts"].get(name, [])
         ]
 
     def curve(self, part: str, variant: str) -> Curve:
-        """Those figures of a part whose variant is like this, with `#` for a number."""
+        """Return the measurements of a part whose variant matches; `#` stands for a number."""
         pattern = re.compile(re.escape(variant).replace(r"\#", r"([\d,]+)"))
         found = [(pattern.fullmatch(one.variant), one) for one in self.part(part)]
         points = [(float(match[1].replace(",", "")), one) for match, one in found if match]
@@ -88,7 +88,7 @@ class Report:
 
     @property
     def circumstances(self) -> str:
-        """What the figures hang on, in a line."""
+        """One line on the machine, the versions and the date of the run."""
         machine, runs, scale = (self._report[name] for name in ("machine", "runs", "scale"))
         words = [
             "one run" if runs == 1 else f"medians of {runs} runs",
@@ -99,12 +99,12 @@ class Report:
             self._report["taken_at"][:10],
         ]
         if scale != 1:
-            words.insert(0, f"a quick look, at {scale:g} of the size")
+            words.insert(0, f"a quick test at {scale:g} of the size")
         return " · ".join(words)
 
 
 def rate_by_size(report: Report) -> Figure | None:
-    """Rows a second against job size, beside COPY."""
+    """Rows a second by job size, against COPY."""
     ours = [*report.curve("sizes", "ours, # id"), *report.curve("sizes", "ours, # ids")]
     copy = report.curve("sizes", "COPY, # ids")
     bare = report.curve("sizes", "bare Celery task, # ids")
@@ -124,9 +124,9 @@ def rate_by_size(report: Report) -> Figure | None:
     limits = {at: one.median for at, one in copy}
     for at, one in ours[:-1]:
         if not log10(at).is_integer():
-            continue  # the points between powers of ten are too close for a note each
+            continue  # the points between powers of ten are too close for labels
         if limits.get(at, one.median) < one.median:
-            place: dict[str, Any] = {}  # above, where COPY's line is below
+            place: dict[str, Any] = {}  # above the point, as COPY's line is below it
         else:
             place = {"offset": (5, -7), "ha": "left", "va": "top"}
         _note(axes, at, one.median, _short(one.median), _OURS, **place)
@@ -153,7 +153,7 @@ def rate_by_size(report: Report) -> Figure | None:
 
 
 def jobs_a_second(report: Report) -> Figure | None:
-    """Bars of the rates at which queues are emptied."""
+    """Bars of the rates at which queues are drained."""
     rates: dict[str, Measured] = {}
     for one in [*report.part("small"), *report.part("queues")]:
         if one.unit == "jobs/s":
@@ -196,7 +196,7 @@ def jobs_a_second(report: Report) -> Figure | None:
 
 
 def time_under_load(report: Report) -> Figure | None:
-    """Time in queue against the rate at which jobs come, beside the bare task."""
+    """Latency by the rate of jobs, against the bare task."""
     limits = {
         one.variant.partition(":")[0]: one.median
         for one in report.part("load")
@@ -259,7 +259,7 @@ def time_under_load(report: Report) -> Figure | None:
 
 
 def cost_by_table(report: Report) -> Figure | None:
-    """Cost of a row as the table grows."""
+    """Time of a row as the table grows."""
     curve = report.curve("growth", "on # rows")
     if not curve:
         return None
@@ -308,17 +308,17 @@ def _card(
     top: float = _TOP,
     bottom: float = _BOTTOM,
 ) -> tuple[Figure, Any]:
-    """A white card, which is readable on any page, with its words, and axes for what is to come.
+    """Create a white card with title, subtitle and footer, and axes to draw on.
 
     Args:
-        title: What is shown.
-        subtitle: In what unit, and how to read it.
-        report: Whose circumstances stand at its foot.
-        height: Of the card, in inches.
-        left: Inches beside the axes.
-        right: Likewise.
-        top: Inches above them.
-        bottom: Inches below them.
+        title: The chart's title.
+        subtitle: The unit, and how to read the chart.
+        report: Its circumstances are the footer.
+        height: The card's height in inches.
+        left: Inches left of the axes.
+        right: Inches right of the axes.
+        top: Inches above the axes.
+        bottom: Inches below the axes.
     """
     figure = Figure(figsize=(_WIDTH, height))
     figure.patch.set_visible(False)
@@ -360,7 +360,7 @@ def _card(
 
 
 def _line(axes: Any, curve: Curve, color: str) -> None:
-    """Medians, within a band from the least to the greatest."""
+    """Draw medians within a band from minimum to maximum."""
     places = [at for at, _ in curve]
     low, high = [one.low for _, one in curve], [one.high for _, one in curve]
     axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
@@ -378,7 +378,7 @@ def _note(
     ha: str = "center",
     va: str = "bottom",
 ) -> None:
-    """Words above a point, or elsewhere beside it."""
+    """Write a label above a point, or at another offset."""
     axes.annotate(
         text,
         (x, y),
@@ -395,11 +395,11 @@ def _note(
 
 
 def _ends(axes: Any, curves: Iterable[tuple[Curve, str, str]]) -> None:
-    """Name curves at their ends, right of the axes, so that no name stands on another.
+    """Label curves at their ends, right of the axes, without overlaps.
 
     Args:
-        axes: Where they are drawn.
-        curves: Each with its name and its colour.
+        axes: The axes of the curves.
+        curves: Each curve with its label and its colour.
     """
     gap = 0.17  # of the axes' height: two lines of text
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -432,7 +432,7 @@ def _ends(axes: Any, curves: Iterable[tuple[Curve, str, str]]) -> None:
 
 
 def _decades(axis: Any, low: float, high: float, steps: Sequence[int] = (1,)) -> None:
-    """Ticks at powers of ten, and at their multiples by `steps`, written out."""
+    """Set ticks at powers of ten and at their multiples by `steps`."""
     ticks = [step * 10**power for power in range(-1, 8) for step in steps]
     axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axis.set_minor_locator(NullLocator())
@@ -440,13 +440,13 @@ def _decades(axis: Any, low: float, high: float, steps: Sequence[int] = (1,)) ->
 
 
 def _short(value: float) -> str:
-    """Three digits that tell."""
+    """Format a value with three significant digits."""
     rounded, million = float(f"{value:.3g}"), 1_000_000
     return f"{rounded / million:g} million" if rounded >= million else f"{rounded:,g}"
 
 
 def main(results: Path, folder: Path) -> None:
-    """Draw the charts of the parts that were measured; those of others are left as they are."""
+    """Draw the charts of the measured parts, and leave the files of others unchanged."""
     report = Report(json.loads(results.read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
     mpl.rcParams.update(_STYLE)

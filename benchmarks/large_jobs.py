@@ -1,4 +1,4 @@
-"""The parts about large jobs: beside COPY and the plan, again, the largest, on full tables."""
+"""The parts about large jobs: against COPY and the plan, repeated, largest, on full tables."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from interview_access.contracts import (
 from interview_access.protocol.messages import GrantMessage
 
 from benchmarks.baselines.copy import copy_grants
-from benchmarks.measuring import Bar, Figure, Judge, Trial, measure
-from benchmarks.site import OURS, PLAN, Bench, BenchmarkError, Crew
+from benchmarks.bench import Bench
+from benchmarks.contenders import OURS, PLAN
+from benchmarks.deployment import Deployment
+from benchmarks.measuring import Bar, BenchmarkError, Comparison, Figure, Trial, measure
 from storage.dtos import JobDTO
 from storage.postgres import PostgresStorage
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 
 _LARGE = 100_000
 _LARGEST = 1_000_000
-_STANDING = (0, 1_000_000, 5_000_000, 10_000_000)
-_LOOK_EVERY = 0.01  # seconds between two looks at memory: a chunk of a job takes ten times that
+_EXISTING = (0, 1_000_000, 5_000_000, 10_000_000)
+_POLL_SECONDS = 0.01  # between two samples of memory; a chunk of a job takes ten times as long
 _MEGABYTE = 1_000_000
 
 COPY = "COPY"
@@ -39,12 +41,12 @@ DATABASE_PART = "ours, its database part alone"
 
 
 def large(bench: Bench) -> list[Figure]:
-    """100,000 new ids: COPY, our database part, and whole jobs from enqueue to result."""
+    """100,000 new ids: COPY, the database part of a job, and jobs from enqueue to result."""
     ids = bench.size(_LARGE)
-    with ExitStack() as open_crews:
-        database = open_crews.enter_context(bench.database(ids))
+    with ExitStack() as stack:
+        database = stack.enter_context(bench.database(ids))
         storage = PostgresStorage(database.url)
-        open_crews.callback(storage.close)
+        stack.callback(storage.close)
 
         def copy(variant: str, interviews: Sequence[str]) -> Mapping[str, float]:
             database.reset()
@@ -58,36 +60,36 @@ def large(bench: Bench) -> list[Figure]:
             database.expect(ids)
             return {DATABASE_PART: seconds}
 
-        def whole(crew: Crew) -> Mapping[str, float]:
-            crew.reset()
-            seconds = crew.time_one(GrantJob(uuid4().hex, database.interviews))
-            crew.settle()
-            return {crew.contender.name: seconds}
+        def whole(deployment: Deployment) -> Mapping[str, float]:
+            deployment.reset()
+            seconds = deployment.time_one(GrantJob(uuid4().hex, database.interviews))
+            deployment.settle()
+            return {deployment.contender.name: seconds}
 
         contenders = [OURS] if bench.quick else [OURS, PLAN]
-        crews = [open_crews.enter_context(bench.crew(one, database)) for one in contenders]
+        deployments = [stack.enter_context(bench.deploy(one, database)) for one in contenders]
         trials: list[Trial] = [
             lambda: copy(COPY, database.interviews),
             lambda: copy(COPY_IN_ORDER, sorted(database.interviews)),
             database_part,
-            *(partial(whole, crew) for crew in crews),
+            *(partial(whole, deployment) for deployment in deployments),
         ]
-        judge = Judge(measure(trials, bench.runs), "s")
+        comparison = Comparison(measure(trials, bench.runs), "s")
     figures = [
-        judge.figure(COPY),
-        judge.figure(DATABASE_PART, COPY, Bar(1.05)),
-        judge.figure(OURS.name, COPY, Bar(1.05)),
-        judge.figure(COPY_IN_ORDER, COPY),
-        judge.named("its database part, the same", DATABASE_PART, COPY_IN_ORDER, Bar(1.25)),
-        judge.named("ours, the same", OURS.name, COPY_IN_ORDER, Bar(1.25)),
+        comparison.figure(COPY),
+        comparison.figure(DATABASE_PART, COPY, Bar(1.05)),
+        comparison.figure(OURS.name, COPY, Bar(1.05)),
+        comparison.figure(COPY_IN_ORDER, COPY),
+        comparison.named("its database part, the same", DATABASE_PART, COPY_IN_ORDER, Bar(1.25)),
+        comparison.named("ours, the same", OURS.name, COPY_IN_ORDER, Bar(1.25)),
     ]
     if bench.quick:
         return figures
     faster = 4
     return [
         *figures,
-        judge.figure(PLAN.name, COPY),
-        judge.named("ours, against the plan", OURS.name, PLAN.name, Bar(1 / faster)),
+        comparison.figure(PLAN.name, COPY),
+        comparison.named("ours, against the plan", OURS.name, PLAN.name, Bar(1 / faster)),
     ]
 
 
@@ -96,41 +98,41 @@ def again(bench: Bench) -> list[Figure]:
     ids = bench.size(_LARGE)
     first, second, half = "all new", "all granted already", "half granted already"
     proportion = "half of each of the two"
-    with bench.database(ids) as database, bench.crew(OURS, database) as crew:
+    with bench.database(ids) as database, bench.deploy(OURS, database) as deployment:
 
         def grant(user_id: str, interview_ids: Sequence[str]) -> float:
-            return crew.time_one(GrantJob(user_id, interview_ids))
+            return deployment.time_one(GrantJob(user_id, interview_ids))
 
         def both() -> Mapping[str, float]:
-            crew.reset()
+            deployment.reset()
             user_id = uuid4().hex
             new = grant(user_id, database.interviews)
             repeated = grant(user_id, database.interviews)
-            crew.settle()
+            deployment.settle()
             return {first: new, second: repeated, proportion: (new + repeated) / 2}
 
         def one_half() -> Mapping[str, float]:
-            crew.reset()
+            deployment.reset()
             user_id = uuid4().hex
             grant(user_id, database.interviews[::2])
             seconds = grant(user_id, database.interviews)
-            crew.settle()
+            deployment.settle()
             return {half: seconds}
 
-        judge = Judge(measure([both, one_half], bench.runs), "s")
+        comparison = Comparison(measure([both, one_half], bench.runs), "s")
     return [
-        judge.figure(first),
-        judge.figure(second, first, Bar(0.25)),
-        judge.figure(proportion, first),
-        judge.figure(half, proportion, Bar(1)),
+        comparison.figure(first),
+        comparison.figure(second, first, Bar(0.25)),
+        comparison.figure(proportion, first),
+        comparison.figure(half, proportion, Bar(1)),
     ]
 
 
 def cohort(bench: Bench) -> list[Figure]:
-    """1,000 users and 100 interviews, one job from enqueue to result, beside COPY of its rows."""
+    """1,000 users and 100 interviews: one job from enqueue to result, against COPY of its rows."""
     interviews, ours = 100, "ours, a cohort"
     users = bench.size(_LARGE) // interviews
-    with bench.database(interviews) as database, bench.crew(OURS, database) as crew:
+    with bench.database(interviews) as database, bench.deploy(OURS, database) as deployment:
 
         def copy() -> Mapping[str, float]:
             database.reset()
@@ -139,13 +141,13 @@ def cohort(bench: Bench) -> list[Figure]:
             return {COPY: seconds}
 
         def job() -> Mapping[str, float]:
-            crew.reset()
-            seconds = crew.time_cohort(_users(users), database.interviews)
-            crew.settle()
+            deployment.reset()
+            seconds = deployment.time_cohort(_users(users), database.interviews)
+            deployment.settle()
             return {ours: seconds}
 
-        judge = Judge(measure([copy, job], bench.runs), "s")
-    return [judge.figure(COPY), judge.figure(ours, COPY, Bar(1.3))]
+        comparison = Comparison(measure([copy, job], bench.runs), "s")
+    return [comparison.figure(COPY), comparison.figure(ours, COPY, Bar(1.3))]
 
 
 def _users(count: int) -> list[str]:
@@ -153,28 +155,28 @@ def _users(count: int) -> list[str]:
 
 
 def million(bench: Bench) -> list[Figure]:
-    """1,000,000 ids, the limit raised: time against one of 100,000, memory of child and Redis."""
+    """1,000,000 ids, with a higher limit: time against 100,000, memory of worker and Redis."""
     ids, most = bench.size(_LARGE), bench.size(_LARGEST)
     one, ten = f"{ids:,} ids", f"{most:,} ids"
     child, redis, message = "the child's peak", "Redis's peak above before", "the message"
     with (
         bench.database(most) as database,
-        bench.crew(OURS, database, GRANT_MAX_INTERVIEW_IDS=most) as crew,
+        bench.deploy(OURS, database, GRANT_MAX_INTERVIEW_IDS=most) as deployment,
     ):
 
         def usual() -> Mapping[str, float]:
-            crew.reset()
-            seconds = crew.time_one(GrantJob(uuid4().hex, database.interviews[:ids]))
-            crew.settle()
+            deployment.reset()
+            seconds = deployment.time_one(GrantJob(uuid4().hex, database.interviews[:ids]))
+            deployment.settle()
             return {one: seconds}
 
         def largest() -> Mapping[str, float]:
-            crew.reset()
+            deployment.reset()
             job = GrantJob(uuid4().hex, database.interviews)
             size = len(GrantMessage.of(job.user_id, job.interview_ids).envelope)
-            with watched(crew) as peaks:
-                seconds = crew.time_one(job)
-            crew.settle()
+            with measured_peaks(deployment) as peaks:
+                seconds = deployment.time_one(job)
+            deployment.settle()
             return {
                 ten: seconds,
                 child: peaks.child / _MEGABYTE,
@@ -183,7 +185,7 @@ def million(bench: Bench) -> list[Figure]:
             }
 
         samples = measure([usual, largest], bench.runs)
-    seconds, memory = Judge(samples, "s"), Judge(samples, "MB")
+    seconds, memory = Comparison(samples, "s"), Comparison(samples, "MB")
     return [
         seconds.figure(one),
         seconds.figure(ten, one, Bar(12)),
@@ -196,33 +198,36 @@ def million(bench: Bench) -> list[Figure]:
 def growth(bench: Bench) -> list[Figure]:
     """100,000 new ids from enqueue to result while the table has 0, 1, 5 and 10 million rows.
 
-    The sizes are taken one after another, for a table only grows.
+    The sizes are measured one after another, because the table only grows.
     """
     ids = bench.size(_LARGE)
-    sizes = [round(bench.scale * rows) for rows in _STANDING]
+    sizes = [round(bench.scale * rows) for rows in _EXISTING]
     names = [f"on {rows:,} rows" for rows in sizes]
     samples: dict[str, tuple[float, ...]] = {}
-    with bench.database(ids) as database, bench.crew(OURS, database) as crew:
+    with bench.database(ids) as database, bench.deploy(OURS, database) as deployment:
 
         def sample(name: str, filled: int) -> Mapping[str, float]:
             if not filled:
-                crew.reset()
-            seconds = crew.time_one(GrantJob(uuid4().hex, database.interviews))
-            crew.settle(standing=filled)
+                deployment.reset()
+            seconds = deployment.time_one(GrantJob(uuid4().hex, database.interviews))
+            deployment.settle(existing=filled)
             return {name: 1_000_000 * seconds / ids}
 
-        crew.reset()
+        deployment.reset()
         filled = 0
         for name, rows in zip(names, sizes, strict=True):
             filled += database.fill(rows - filled)
             samples |= measure([partial(sample, name, filled)], bench.runs)
-    judge = Judge(samples, "µs/row")
+    comparison = Comparison(samples, "µs/row")
     empty, *others = names
-    return [judge.figure(empty), *(judge.figure(name, empty, Bar(1.5)) for name in others)]
+    return [
+        comparison.figure(empty),
+        *(comparison.figure(name, empty, Bar(1.5)) for name in others),
+    ]
 
 
 def _grant_in_process(storage: PostgresStorage, interviews: Sequence[str]) -> float:
-    """Seconds of the interactor alone: the request is read before, the connection stands."""
+    """Measure the use case in this process, with a parsed request and an open connection."""
     user_id, job_id = uuid4().hex, str(uuid4())
     digest = request_digest(GRANT_ACCESS, user_id, interviews)
     entry = JobDTO(job_id, GRANT_ACCESS, user_id, digest)
@@ -239,11 +244,11 @@ def _grant_in_process(storage: PostgresStorage, interviews: Sequence[str]) -> fl
 
 @dataclass
 class Peaks:
-    """The most memory that was seen, in bytes.
+    """Peaks of memory, in bytes.
 
     Attributes:
-        child: Resident, of one child of the worker.
-        redis: Used, above what was used at the beginning.
+        child: Resident memory of the largest pool process.
+        redis: Memory of Redis above its use at the beginning.
     """
 
     child: int = 0
@@ -251,33 +256,33 @@ class Peaks:
 
 
 @contextmanager
-def watched(crew: Crew) -> Iterator[Peaks]:
-    """Look at the memory of a worker's children until the block is left; Redis knows its own."""
+def measured_peaks(deployment: Deployment) -> Iterator[Peaks]:
+    """The memory peaks within the block: pool processes are sampled, Redis reports its own peak."""
     peaks, over = Peaks(), Event()
-    children = psutil.Process(crew.service.pid).children()
-    crew.redis.config_resetstat()  # of its peak
-    before = _memory(crew, "used_memory")
-    trouble: list[Exception] = []
+    children = psutil.Process(deployment.service.pid).children()
+    deployment.redis.config_resetstat()  # resets the peak
+    before = _memory(deployment, "used_memory")
+    errors: list[Exception] = []
 
-    def look() -> None:
+    def sample() -> None:
         try:
-            while not over.wait(_LOOK_EVERY):
+            while not over.wait(_POLL_SECONDS):
                 peaks.child = max(peaks.child, *(child.memory_info().rss for child in children))
         except psutil.Error as error:
-            trouble.append(error)
+            errors.append(error)
 
-    thread = Thread(target=look, daemon=True)
+    thread = Thread(target=sample, daemon=True)
     thread.start()
     try:
         yield peaks
     finally:
         over.set()
         thread.join()
-    if trouble:
-        raise BenchmarkError("a child has ended, which was looked at") from trouble[0]
-    peaks.redis = _memory(crew, "used_memory_peak") - before
+    if errors:
+        raise BenchmarkError("a sampled pool process has ended") from errors[0]
+    peaks.redis = _memory(deployment, "used_memory_peak") - before
 
 
-def _memory(crew: Crew, figure: str) -> int:
-    info: Any = crew.redis.info("memory")
+def _memory(deployment: Deployment, figure: str) -> int:
+    info: Any = deployment.redis.info("memory")
     return int(info[figure])

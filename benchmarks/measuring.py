@@ -1,29 +1,38 @@
-"""How figures are taken and judged: interleaved samples, medians, ratios, bars.
+"""Measurement: interleaved samples, medians, ratios to baselines, and bars.
 
-Knows nothing of what is measured.
+This module is independent of what is measured.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+TIMEOUT_SECONDS = 600.0
+"""The timeout of every wait."""
+_POLL_SECONDS = 0.002
+
 Trial = Callable[[], Mapping[str, float]]
-"""Takes one sample of each of its variants, by the variant's name."""
+"""Returns one sample of each of its variants, by the variant's name."""
 
 Samples = Mapping[str, tuple[float, ...]]
 """All samples of each variant, in the order of the runs."""
 
 
+class BenchmarkError(Exception):
+    """A variant did not do its work, so that its time is meaningless; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What a figure must reach.
+    """The limit that a figure must reach.
 
     Attributes:
-        limit: The ratio to the baseline, or the value itself where there is no baseline.
+        limit: The ratio to the baseline, or the value itself if there is no baseline.
         at_least: Whether more is better.
     """
 
@@ -31,7 +40,7 @@ class Bar:
     at_least: bool = False
 
     def reached(self, value: float) -> bool:
-        """Whether the value is on the right side."""
+        """Whether the value reaches the limit."""
         return value >= self.limit if self.at_least else value <= self.limit
 
     def __str__(self) -> str:
@@ -40,14 +49,14 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What was measured of one variant.
+    """The measurement of one variant.
 
     Attributes:
-        variant: Its name.
-        unit: Of the samples.
-        samples: One of each run.
-        baseline: The variant that it is held against, and that one's samples; None for nothing.
-        bar: What it must reach, if anything.
+        variant: The variant's name.
+        unit: The unit of the samples.
+        samples: One sample of each run.
+        baseline: Name and samples of the variant to compare with, if any.
+        bar: The limit to reach, if any.
     """
 
     variant: str
@@ -58,25 +67,25 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """The median of its samples."""
+        """The median of the samples."""
         return statistics.median(self.samples)
 
     @property
     def ratio(self) -> float | None:
-        """Its median to the baseline's."""
+        """The ratio of the median to the baseline's, if there is a baseline."""
         if self.baseline is None:
             return None
         return self.median / statistics.median(self.baseline[1])
 
     @property
     def reached(self) -> bool | None:
-        """Whether it reached its bar; None where it has none."""
+        """Whether the figure reaches its bar; None if it has none."""
         if self.bar is None:
             return None
         return self.bar.reached(self.median if self.ratio is None else self.ratio)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for programs."""
+        """Return the figure as a JSON object."""
         return {
             "variant": self.variant,
             "unit": self.unit,
@@ -92,9 +101,13 @@ class Figure:
 
 
 def measure(trials: Sequence[Trial], runs: int) -> Samples:
-    """Take every trial's samples in turn, and all of that `runs` times.
+    """Run all trials in turn, repeatedly.
 
-    Each run begins with another trial, so that none always follows the same one.
+    Each run begins with another trial, so that no trial always follows the same one.
+
+    Args:
+        trials: The trials.
+        runs: Number of samples of each variant.
     """
     samples: dict[str, list[float]] = defaultdict(list)
     for run in range(runs):
@@ -106,32 +119,45 @@ def measure(trials: Sequence[Trial], runs: int) -> Samples:
 
 
 def three_digits(value: float) -> str:
-    """A figure with three digits that tell, or all of those before the point."""
+    """Format a value with three significant digits, or with all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004 - see above
 
 
 def percentile_95(samples: Sequence[float]) -> float:
-    """The value that 95 of 100 samples stay under; of few samples, their greatest."""
+    """Return the 95th percentile; of few samples, the maximum."""
     return sorted(samples)[min(len(samples) - 1, round(0.95 * len(samples)))]
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """Makes figures of samples.
+class Comparison:
+    """Makes figures from samples.
 
     Attributes:
-        samples: By variant.
-        unit: Of all of them.
+        samples: The samples, by variant.
+        unit: The unit of all samples.
     """
 
     samples: Samples
     unit: str
 
     def figure(self, variant: str, against: str | None = None, bar: Bar | None = None) -> Figure:
-        """One variant's figure, held against another's."""
+        """Return a variant's figure, compared with another variant's."""
         baseline = None if against is None else (against, self.samples[against])
         return Figure(variant, self.unit, self.samples[variant], baseline, bar)
 
     def named(self, name: str, variant: str, against: str, bar: Bar | None) -> Figure:
-        """The same samples once more, under another name, held against another variant."""
+        """Return a variant's figure under another name, compared with another variant's."""
         return Figure(name, self.unit, self.samples[variant], (against, self.samples[against]), bar)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until a condition is true.
+
+    Raises:
+        BenchmarkError: if it is not true within ten minutes.
+    """
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise BenchmarkError(f"waited {TIMEOUT_SECONDS:.0f} s for {what}")
+        time.sleep(_POLL_SECONDS)

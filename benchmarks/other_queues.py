@@ -1,4 +1,4 @@
-"""The part about other Python queues that do the same work on the same servers."""
+"""The part `queues`: other Python queues with the same work on the same servers."""
 
 from __future__ import annotations
 
@@ -22,18 +22,10 @@ from interview_access.contracts import GrantJob
 from redis import Redis
 
 from benchmarks.baselines import plain_url
-from benchmarks.measuring import Bar, Figure, Judge, measure
-from benchmarks.site import (
-    BARE,
-    GRANTS,
-    OURS,
-    ROOT,
-    Bench,
-    BenchmarkError,
-    Contender,
-    Database,
-    until,
-)
+from benchmarks.bench import ROOT, Bench
+from benchmarks.contenders import BARE, OURS, Contender
+from benchmarks.database import GRANTS, Database
+from benchmarks.measuring import Bar, BenchmarkError, Comparison, Figure, measure, until
 from benchmarks.small_jobs import IDS, INTERVIEWS, JOBS, drain_rate, jobs_on
 from devstack.service import Service
 
@@ -42,18 +34,18 @@ _PROCRASTINATE = (
     *("-m", "procrastinate", "--log-level", "warning"),
     *("--app", "benchmarks.queues.procrastinate.app"),
 )
-_WARM_UP_JOBS = 400  # enough that no worker process gets by without its share
-_WINDOW = 200  # results looked at in one round trip
-_HELD_BACK = "benchmark-held-back"  # a key that no worker looks at
+_WARM_UP_JOBS = 400  # enough that every worker process executes some
+_WINDOW = 200  # results read in one round trip
+_HELD = "benchmark-held-back"  # a key that no worker reads
 
 
 def queues(bench: Bench) -> list[Figure]:
-    """Jobs of 20 ids that all stand in the queue, by other Python queues: jobs a second.
+    """A queue of jobs of 20 ids, by other Python queues: jobs a second.
 
-    The workers have two processes, and have done hundreds of jobs before. The jobs are enqueued by
-    the queue's own API where its workers do not see them (another of Redis's databases; a date to
-    come); the clock runs from the moment they do to the last result, or to the last row where the
-    queue stores no results.
+    The workers have two processes, and have executed hundreds of jobs before. The jobs are
+    enqueued by the queue's API invisibly to its workers: in another Redis database, or scheduled
+    for later. The time begins when they become visible, and ends with the last result, or with the
+    last row if the queue stores no results.
     """
     if not _PYTHON.exists():
         raise click.ClickException(
@@ -63,31 +55,36 @@ def queues(bench: Bench) -> list[Figure]:
     jobs = bench.size(JOBS)
     with ExitStack() as opened:
         database = opened.enter_context(bench.database(INTERVIEWS))
-        crews = [opened.enter_context(bench.crew(one, database)) for one in (BARE, OURS)]
-        rivals = [opened.enter_context(queue.open(bench, database)) for queue in _RIVALS]
+        deployments = [opened.enter_context(bench.deploy(one, database)) for one in (BARE, OURS)]
+        other_queues = [
+            opened.enter_context(queue.open(bench, database)) for queue in _OTHER_QUEUES
+        ]
         rates: dict[str, Callable[[int], float]] = {
-            **{crew.contender.name: partial(drain_rate, crew) for crew in crews},
-            **{rival.name: rival.drain_rate for rival in rivals},
+            **{
+                deployment.contender.name: partial(drain_rate, deployment)
+                for deployment in deployments
+            },
+            **{other.name: other.drain_rate for other in other_queues},
         }
         for rate in rates.values():
             rate(_WARM_UP_JOBS)
         trials = [partial(_sample, name, rate, jobs) for name, rate in rates.items()]
-        judge = Judge(measure(trials, bench.runs), "jobs/s")
+        comparison = Comparison(measure(trials, bench.runs), "jobs/s")
     others = [name for name in rates if name != OURS.name]
-    best = max(others, key=lambda name: statistics.median(judge.samples[name]))
+    best = max(others, key=lambda name: statistics.median(comparison.samples[name]))
     return [
-        judge.figure(BARE.name),
-        *(judge.figure(rival.name, BARE.name) for rival in rivals),
-        judge.figure(OURS.name, best, Bar(2.4, at_least=True)),
+        comparison.figure(BARE.name),
+        *(comparison.figure(other.name, BARE.name) for other in other_queues),
+        comparison.figure(OURS.name, best, Bar(2.4, at_least=True)),
     ]
 
 
-class _Rival(ABC):
-    """Another queue, whose workers run.
+class _OtherQueue(ABC):
+    """Another queue with running workers.
 
     Args:
-        name: Of its module in benchmarks.queues, and in tables.
-        database: Where its rows go.
+        name: The name of its module in benchmarks.queues, and in tables.
+        database: The database of its grants.
         services: Its workers.
     """
 
@@ -97,11 +94,11 @@ class _Rival(ABC):
         self._services = services
 
     def drain_rate(self, jobs: int) -> float:
-        """Jobs of 20 ids a second, as `small_jobs.drain_rate` takes them of a crew."""
+        """Measure a queue of jobs of 20 ids in jobs a second, as `small_jobs.drain_rate` does."""
         self.database.reset()
         waiting = jobs_on(self.database.interviews, jobs, IDS)
         try:
-            self.put_by(waiting)
+            self.stage(waiting)
             started = time.perf_counter()
             self.release()
             created = self.collect([job.job_id for job in waiting])
@@ -115,16 +112,16 @@ class _Rival(ABC):
         return jobs / seconds
 
     @abstractmethod
-    def put_by(self, jobs: Sequence[GrantJob]) -> None:
-        """Enqueue jobs by the queue's own API where no worker sees them."""
+    def stage(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue jobs by the queue's API, invisibly to its workers."""
 
     @abstractmethod
     def release(self) -> None:
-        """Give the workers all of them at once."""
+        """Make all staged jobs visible to the workers."""
 
     @abstractmethod
     def collect(self, job_ids: Sequence[str]) -> int:
-        """Wait for all of the jobs, and add up the rows that they made."""
+        """Wait for all jobs, and return the sum of their created counts."""
 
     def _enqueue(self, jobs: Sequence[GrantJob], broker: str = "") -> None:
         lines = [
@@ -135,7 +132,7 @@ class _Rival(ABC):
         ]
         _run(["-m", "benchmarks.queues", self.name], self.database, broker, "\n".join(lines))
 
-    def _see_that_it_runs(self) -> None:
+    def _check_alive(self) -> None:
         for service in self._services:
             if not service.alive:
                 raise BenchmarkError(f"{self.name}: a worker has ended")
@@ -143,15 +140,15 @@ class _Rival(ABC):
 
 @dataclass(frozen=True, slots=True)
 class _RedisQueue:
-    """A queue whose messages stand under one key of Redis, and its results somewhere beside.
+    """A queue whose messages are under one key in Redis.
 
     Attributes:
-        name: Of its module in benchmarks.queues, and in tables.
+        name: The name of its module in benchmarks.queues, and in tables.
         worker: Python's arguments for its worker.
-        key: Under which its messages wait.
-        find: Looks up what the results of jobs count; None for those that are none yet.
-        beside: More keys that messages make.
-        settings: More of its worker's environment.
+        key: The key of its messages.
+        find: Reads the created counts of jobs' results; None for a job without a result.
+        beside: Further keys of messages.
+        settings: Further environment variables of its worker.
     """
 
     name: str
@@ -162,8 +159,8 @@ class _RedisQueue:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def open(self, bench: Bench, database: Database) -> Iterator[_Rival]:
-        """Have its worker run."""
+    def open(self, bench: Bench, database: Database) -> Iterator[_OtherQueue]:
+        """Start its worker."""
         with (
             bench.queue() as (number, waiting_number),
             bench.redis(number) as redis,
@@ -180,15 +177,15 @@ class _RedisQueue:
             yield _OnRedis(self, database, service, redis, bench.redis_url(waiting_number))
 
 
-class _OnRedis(_Rival):
+class _OnRedis(_OtherQueue):
     """A queue on Redis.
 
     Args:
-        queue: Which.
-        database: Where its rows go.
+        queue: The queue.
+        database: The database of its grants.
         service: Its worker.
-        redis: Where its worker looks.
-        waiting_room: The URL of another of Redis's databases.
+        redis: The Redis database that its worker reads.
+        staging_broker: The URL of the Redis database in which messages are staged.
     """
 
     def __init__(
@@ -197,35 +194,35 @@ class _OnRedis(_Rival):
         database: Database,
         service: Service,
         redis: Redis,
-        waiting_room: str,
+        staging_broker: str,
     ) -> None:
         super().__init__(queue.name, database, [service])
         self._queue = queue
         self._redis = redis
-        self._waiting_room = waiting_room
+        self._waiting_room = staging_broker
 
-    def put_by(self, jobs: Sequence[GrantJob]) -> None:
-        """Enqueue in the other database, and move the messages beside the queue."""
+    def stage(self, jobs: Sequence[GrantJob]) -> None:
+        """Enqueue in another database, and move the messages to a key that no worker reads."""
         self._enqueue(jobs, self._waiting_room)
         with Redis.from_url(self._waiting_room) as waiting:
-            waiting.rename(self._queue.key, _HELD_BACK)
-            for key in (*self._queue.beside, _HELD_BACK):
+            waiting.rename(self._queue.key, _HELD)
+            for key in (*self._queue.beside, _HELD):
                 if not waiting.move(key, _number(self._redis)):
-                    raise BenchmarkError(f"{self.name}: {key} still stands from the jobs before")
+                    raise BenchmarkError(f"{self.name}: {key} of earlier jobs still exists")
             waiting.flushdb()
 
     def release(self) -> None:
-        """Put the messages in the queue's place, which wakes its workers."""
-        self._redis.rename(_HELD_BACK, self._queue.key)
+        """Rename the key of the messages to the queue's, which wakes its workers."""
+        self._redis.rename(_HELD, self._queue.key)
 
     def collect(self, job_ids: Sequence[str]) -> int:
-        """Look for the results as `Crew.collect` does."""
+        """Wait for the results as `Deployment.collect` does."""
         left = deque(job_ids)
         created = 0
 
-        def looked() -> bool:
+        def have_all() -> bool:
             nonlocal created
-            self._see_that_it_runs()
+            self._check_alive()
             while left:
                 window = [left.popleft() for _ in range(min(_WINDOW, len(left)))]
                 counts = self._queue.find(self._redis, window)
@@ -236,13 +233,13 @@ class _OnRedis(_Rival):
                     return False
             return True
 
-        until(looked, f"{len(job_ids)} results of {self.name}")
+        until(have_all, f"{len(job_ids)} results of {self.name}")
         return created
 
 
 @dataclass(frozen=True, slots=True)
 class _Procrastinate:
-    """The queue whose jobs are rows of the very database that they work on.
+    """Procrastinate, whose jobs are rows in the database of the grants.
 
     Attributes:
         worker: Python's arguments for each of its two workers.
@@ -251,8 +248,8 @@ class _Procrastinate:
     worker: Sequence[str]
 
     @contextmanager
-    def open(self, bench: Bench, database: Database) -> Iterator[_Rival]:
-        """Make its tables, and have its workers run."""
+    def open(self, bench: Bench, database: Database) -> Iterator[_OtherQueue]:
+        """Create its tables, and start its workers."""
         _run([*_PROCRASTINATE, "schema", "--apply"], database)
         with ExitStack() as opened:
             services = [
@@ -275,13 +272,13 @@ class _Procrastinate:
             yield _OnPostgres(database, services, connection)
 
 
-class _OnPostgres(_Rival):
-    """Procrastinate.
+class _OnPostgres(_OtherQueue):
+    """Procrastinate with running workers.
 
     Args:
-        database: Where its jobs are, and its rows go.
+        database: The database of its jobs and grants.
         services: Its workers.
-        connection: To the database.
+        connection: A connection to the database.
     """
 
     def __init__(
@@ -293,33 +290,33 @@ class _OnPostgres(_Rival):
         super().__init__("procrastinate", database, services)
         self._connection = connection
 
-    def put_by(self, jobs: Sequence[GrantJob]) -> None:
-        """Enqueue for tomorrow, and make the jobs due unnoticed: workers look when notified."""
+    def stage(self, jobs: Sequence[GrantJob]) -> None:
+        """Schedule jobs for later, and make them due without notifying the workers."""
         self._enqueue(jobs)
         self._connection.execute("UPDATE procrastinate_jobs SET scheduled_at = NULL")
         self._connection.execute("VACUUM ANALYZE procrastinate_jobs")
         self.database.expect(0)
 
     def release(self) -> None:
-        """Notify the workers as of one new job, on which they take all that are due."""
+        """Notify the workers as of one new job, so that they fetch all due jobs."""
         self._connection.execute(
             "SELECT pg_notify('procrastinate_any_queue_v1', %s)",
             [json.dumps({"type": "job_inserted", "job_id": 0})],
         )
 
     def collect(self, job_ids: Sequence[str]) -> int:
-        """Wait for the last row: they are counted once as many ids were given to rows."""
+        """Wait for the last row; rows are counted once their sequence has reached the number."""
         rows = len(job_ids) * IDS
 
-        def looked() -> bool:
-            self._see_that_it_runs()
+        def have_all() -> bool:
+            self._check_alive()
             last = self._connection.execute(
                 "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence(%s, 'id')), 0)",
                 [GRANTS],
             ).fetchone()
             return last is not None and last[0] >= rows and self.database.rows() >= rows
 
-        until(looked, f"{rows:,} rows of procrastinate")
+        until(have_all, f"{rows:,} rows of procrastinate")
         return self.database.rows()
 
 
@@ -352,13 +349,13 @@ def _dramatiq_results(redis: Redis, job_ids: Sequence[str]) -> list[int | None]:
     return [result and _count(result) for result in results]
 
 
-_RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
+_OTHER_QUEUES: Sequence[_RedisQueue | _Procrastinate] = [
     _RedisQueue(
         "taskiq",
         [
             *("-m", "taskiq", "worker", "benchmarks.queues.taskiq:broker"),
             *("--workers", "2", "--log-level", "WARNING"),
-            "--no-parse",  # of arguments, by pydantic: they are strings as it is
+            "--no-parse",  # pydantic need not parse arguments that are strings
         ],
         key="taskiq",
         find=_taskiq_results,
@@ -381,13 +378,13 @@ _RIVALS: Sequence[_RedisQueue | _Procrastinate] = [
         key="dramatiq:default",
         find=_dramatiq_results,
         beside=["dramatiq:default.msgs"],
-        # Milliseconds between looks at an idle queue: 1,000 unless set, which would count as work.
+        # Milliseconds between polls of an idle queue; the default of 1,000 would be measured.
         settings={"dramatiq_worker_timeout": "100"},
     ),
     _Procrastinate(
         [
             *(*_PROCRASTINATE, "worker", "--concurrency", "8", "--delete-jobs", "successful"),
-            *("--fetch-job-polling-interval", "600"),  # seconds; it listens for jobs all the same
+            *("--fetch-job-polling-interval", "600"),  # seconds; it also listens for notifications
         ],
     ),
 ]
@@ -402,16 +399,16 @@ def _contender(name: str) -> Contender:
 
 
 def _run(arguments: Sequence[str], database: Database, broker: str = "", text: str = "") -> None:
-    """Have Python out of .venv/bench do something at once.
+    """Run Python of .venv/bench.
 
     Args:
-        arguments: Python's.
-        database: For its environment.
-        broker: Likewise, as redis-py takes it; none, unless given.
-        text: Its standard input.
+        arguments: Arguments of Python.
+        database: The database for its environment.
+        broker: The URL of Redis for its environment, in redis-py's form.
+        text: Standard input.
 
     Raises:
-        BenchmarkError: It failed.
+        BenchmarkError: if the process fails.
     """
     ended = subprocess.run(  # noqa: S603 - ours
         [_PYTHON, *arguments],
@@ -427,7 +424,7 @@ def _run(arguments: Sequence[str], database: Database, broker: str = "", text: s
 
 
 def _servers(database: Database, broker: str = "") -> dict[str, str]:
-    """What the modules of benchmarks.queues want to know."""
+    """Return the environment variables of the modules in benchmarks.queues."""
     return {"BROKER_URL": broker, "DATABASE_URL": plain_url(database.url)}
 
 

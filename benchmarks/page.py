@@ -1,4 +1,4 @@
-"""`python -m benchmarks.page RESULTS PAGE`: the figures of a run as a page of tables."""
+"""`python -m benchmarks.page RESULTS PAGE`: writes a run's figures as a Markdown page."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Report = Mapping[str, Any]
 
 
 def page(report: Report) -> str:
-    """The tables in Markdown: a variant a row, with what it is held against and its bar.
+    """Return tables in Markdown, with a row for each variant, its baseline and its bar.
 
     Args:
-        report: As `python -m benchmarks` writes it.
+        report: The JSON report of `python -m benchmarks`.
     """
     machine, runs = report["machine"], report["runs"]
-    told = (
+    setup = (
         f"{machine['cores']} cores for servers, workers and producers together, "
         f"{machine['memory_mb'] / 1000:.0f} GB, {machine['system']}, Python {machine['python']}, "
         f"PostgreSQL {machine['postgresql']}, Valkey {machine['valkey']}"
@@ -28,11 +28,11 @@ def page(report: Report) -> str:
     lines = [
         "# What `make bench-full` measured",
         "",
-        f"Medians of {runs} interleaved runs, with the least and the greatest, on {told}.",
-        "Written by `make bench-full`; [performance.md](../performance.md) says what it means.",
+        f"Medians of {runs} interleaved runs, with the least and the greatest, on {setup}.",
+        "Written by `make bench-full`; [performance.md](../performance.md) explains the figures.",
     ]
     if report["scale"] != 1:
-        lines += ["", f"A quick look, at {report['scale']:g} of the sizes: no bar is meant for it."]
+        lines += ["", f"A quick test at {report['scale']:g} of the sizes: the bars do not apply."]
     for name, figures in report["parts"].items():
         lines += ["", f"## {name}", "", *_table(figures)]
     return "\n".join(lines) + "\n"

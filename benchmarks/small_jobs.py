@@ -1,4 +1,4 @@
-"""The parts about small jobs: rates, times, neighbours, and how they are sent."""
+"""The parts about small jobs: rates, latency, other jobs at the same time, and producers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,38 @@ from celery import Celery
 from interview_access.contracts import QUEUE, GrantJob
 from interview_access.producer import InterviewAccessClient
 
-from benchmarks.measuring import Bar, Figure, Judge, Trial, measure, percentile_95
-from benchmarks.site import BARE, NOOP, OURS, Bench, BenchmarkError, Crew
+from benchmarks.bench import Bench
+from benchmarks.contenders import BARE, NOOP, OURS
+from benchmarks.deployment import Deployment
+from benchmarks.measuring import (
+    Bar,
+    BenchmarkError,
+    Comparison,
+    Figure,
+    Trial,
+    measure,
+    percentile_95,
+)
 
 IDS = 20
-"""In a small job."""
+"""IDs in a small job."""
 INTERVIEWS = 1_000
-"""That small jobs go through in turn."""
+"""Interviews that small jobs request in turn."""
 JOBS = 3_000
-"""That stand in the queue at once."""
+"""Small jobs in a queue."""
 
 _ONE_BY_ONE = 200
 _AT_ONCE = 16
 _HOT_INTERVIEWS = 1_000
-# Of large jobs, by their size: enough jobs for a small one's time to meet all of their stages.
+# Number of large jobs by size: enough for small jobs to meet all of their stages.
 _STREAMS = {100_000: 20, 5_000: 200}
-_OUTSTANDING = 4  # large jobs that stand in queue or run: two for each child
-_PAUSE = 0.02  # seconds between small jobs beside the stream
+_OUTSTANDING = 4  # large jobs that are queued or run: two for each pool process
+_PAUSE = 0.02  # seconds between small jobs during the stream
 _SENT = 20_000
 
 
 def jobs_on(interviews: Sequence[str], count: int, ids: int) -> list[GrantJob]:
-    """Jobs of a user each, which go through the interviews in turn."""
+    """Return jobs of a new user each, which request the interviews in turn."""
     places = len(interviews)
     return [
         GrantJob(
@@ -45,88 +55,100 @@ def jobs_on(interviews: Sequence[str], count: int, ids: int) -> list[GrantJob]:
     ]
 
 
-def drain_rate(crew: Crew, jobs: int) -> float:
-    """Jobs of 20 ids a second, all of which stand in the queue, until the last result is there."""
-    crew.reset()
-    seconds = crew.drain(jobs_on(crew.database.interviews, jobs, IDS))
-    crew.settle()
+def drain_rate(deployment: Deployment, jobs: int) -> float:
+    """Measure a queue of jobs of 20 ids until the last result, in jobs a second."""
+    deployment.reset()
+    seconds = deployment.drain(jobs_on(deployment.database.interviews, jobs, IDS))
+    deployment.settle()
     return jobs / seconds
 
 
 def small(bench: Bench) -> list[Figure]:
-    """Jobs of 20 ids that all stand in the queue: jobs a second until the last result is there."""
+    """A queue of jobs of 20 ids: jobs a second until the last result."""
     jobs = bench.size(JOBS)
-    with ExitStack() as open_crews:
-        database = open_crews.enter_context(bench.database(INTERVIEWS))
+    with ExitStack() as stack:
+        database = stack.enter_context(bench.database(INTERVIEWS))
 
-        def rate(crew: Crew) -> Mapping[str, float]:
-            return {crew.contender.name: drain_rate(crew, jobs)}
+        def rate(deployment: Deployment) -> Mapping[str, float]:
+            return {deployment.contender.name: drain_rate(deployment, jobs)}
 
-        crews = [open_crews.enter_context(bench.crew(one, database)) for one in (OURS, BARE, NOOP)]
-        judge = Judge(measure([_of(rate, crew) for crew in crews], bench.runs), "jobs/s")
+        deployments = [
+            stack.enter_context(bench.deploy(one, database)) for one in (OURS, BARE, NOOP)
+        ]
+        comparison = Comparison(
+            measure([_of(rate, deployment) for deployment in deployments], bench.runs), "jobs/s"
+        )
     return [
-        judge.figure(BARE.name),
-        judge.figure(OURS.name, BARE.name, Bar(6, at_least=True)),
-        judge.figure(NOOP.name, BARE.name),
+        comparison.figure(BARE.name),
+        comparison.figure(OURS.name, BARE.name, Bar(6, at_least=True)),
+        comparison.figure(NOOP.name, BARE.name),
     ]
 
 
 def outcomes(bench: Bench) -> list[Figure]:
-    """Queued jobs of 20 ids: new ones, the same messages once more, and jobs with an unknown id."""
+    """Queued jobs of 20 ids: new ones, duplicates of them, and jobs with an unknown id."""
     jobs = bench.size(JOBS)
     new, repeated, failed = "new", "all repeated", "all failed"
-    with bench.database(INTERVIEWS) as database, bench.crew(OURS, database) as crew:
+    with bench.database(INTERVIEWS) as database, bench.deploy(OURS, database) as deployment:
 
         def twice() -> Mapping[str, float]:
-            crew.reset()
-            first, second = crew.drain_twice(jobs_on(database.interviews, jobs, IDS))
-            crew.settle()
+            deployment.reset()
+            first, second = deployment.drain_twice(jobs_on(database.interviews, jobs, IDS))
+            deployment.settle()
             return {new: jobs / first, repeated: jobs / second}
 
         def with_unknown() -> Mapping[str, float]:
-            crew.reset()
+            deployment.reset()
             valid = jobs_on(database.interviews, jobs, IDS - 1)
-            seconds = crew.drain(
+            seconds = deployment.drain(
                 [GrantJob(one.user_id, [*one.interview_ids, str(uuid4())]) for one in valid],
                 failed=True,
             )
-            crew.settle()
+            deployment.settle()
             return {failed: jobs / seconds}
 
-        judge = Judge(measure([twice, with_unknown], bench.runs), "jobs/s")
+        comparison = Comparison(measure([twice, with_unknown], bench.runs), "jobs/s")
     bar = Bar(1, at_least=True)
-    return [judge.figure(new), judge.figure(repeated, new, bar), judge.figure(failed, new, bar)]
+    return [
+        comparison.figure(new),
+        comparison.figure(repeated, new, bar),
+        comparison.figure(failed, new, bar),
+    ]
 
 
 def latency(bench: Bench) -> list[Figure]:
     """One job of 20 ids at a time on an idle worker: the median from enqueue to result."""
     jobs = bench.size(_ONE_BY_ONE)
-    with ExitStack() as open_crews:
-        database = open_crews.enter_context(bench.database(INTERVIEWS))
+    with ExitStack() as stack:
+        database = stack.enter_context(bench.database(INTERVIEWS))
 
-        def median(crew: Crew) -> Mapping[str, float]:
-            crew.reset()
-            times = [crew.time_one(job) for job in jobs_on(database.interviews, jobs, IDS)]
-            crew.settle()
-            return {crew.contender.name: _milliseconds(statistics.median(times))}
+        def median(deployment: Deployment) -> Mapping[str, float]:
+            deployment.reset()
+            times = [deployment.time_one(job) for job in jobs_on(database.interviews, jobs, IDS)]
+            deployment.settle()
+            return {deployment.contender.name: _milliseconds(statistics.median(times))}
 
-        crews = [open_crews.enter_context(bench.crew(one, database)) for one in (OURS, BARE)]
-        judge = Judge(measure([_of(median, crew) for crew in crews], bench.runs), "ms")
-    return [judge.figure(BARE.name), judge.figure(OURS.name, BARE.name, Bar(1.05))]
+        deployments = [stack.enter_context(bench.deploy(one, database)) for one in (OURS, BARE)]
+        comparison = Comparison(
+            measure([_of(median, deployment) for deployment in deployments], bench.runs), "ms"
+        )
+    return [comparison.figure(BARE.name), comparison.figure(OURS.name, BARE.name, Bar(1.05))]
 
 
 def hot(bench: Bench) -> list[Figure]:
-    """16 jobs at once: on the same interviews, and on interviews of their own."""
+    """16 simultaneous jobs: on the same interviews, and on separate interviews."""
     ids = bench.size(_HOT_INTERVIEWS)
     with (
         bench.database(_AT_ONCE * ids) as database,
-        bench.crew(OURS, database, children=_AT_ONCE + 1) as crew,  # one is left to small jobs
+        bench.deploy(
+            OURS, database, processes=_AT_ONCE + 1
+        ) as deployment,  # one is reserved for small jobs
     ):
 
         def rate(variant: str, interviews: Sequence[str]) -> Mapping[str, float]:
-            crew.reset()
-            seconds = crew.drain(jobs_on(interviews, _AT_ONCE, ids))
-            crew.settle()
+            deployment.reset()
+            seconds = deployment.drain(jobs_on(interviews, _AT_ONCE, ids))
+            deployment.settle()
             return {variant: _AT_ONCE * ids / seconds}
 
         own, same = "interviews of their own", "the same interviews"
@@ -134,17 +156,17 @@ def hot(bench: Bench) -> list[Figure]:
             lambda: rate(own, database.interviews),
             lambda: rate(same, database.interviews[:ids]),
         ]
-        for trial in trials:  # some children have had no job yet, and would be slow at theirs
+        for trial in trials:  # warms up the pool processes that have executed no job yet
             trial()
-        judge = Judge(measure(trials, bench.runs), "rows/s")
-    return [judge.figure(own), judge.figure(same, own, Bar(0.8, at_least=True))]
+        comparison = Comparison(measure(trials, bench.runs), "rows/s")
+    return [comparison.figure(own), comparison.figure(same, own, Bar(0.8, at_least=True))]
 
 
 def mixed(bench: Bench) -> list[Figure]:
-    """A job of 20 ids beside a stream of large ones: the 95th percentile from enqueue to result."""
+    """A job of 20 ids during a stream of large ones: 95th percentile from enqueue to result."""
     most, alone = bench.size(_ONE_BY_ONE), "alone"
     streams = {bench.size(ids): count for ids, count in _STREAMS.items()}
-    with bench.database(max(streams)) as database, bench.crew(OURS, database) as crew:
+    with bench.database(max(streams)) as database, bench.deploy(OURS, database) as deployment:
 
         def sample(variant: str, times: Iterator[float]) -> Mapping[str, float]:
             taken = [seconds for _, seconds in zip(range(most), times, strict=False)]
@@ -153,25 +175,28 @@ def mixed(bench: Bench) -> list[Figure]:
         def times() -> Iterator[float]:
             while True:
                 (job,) = jobs_on(database.interviews, 1, IDS)
-                yield crew.time_one(job)
+                yield deployment.time_one(job)
 
         def by_itself() -> Mapping[str, float]:
-            crew.reset()
+            deployment.reset()
             figures = sample(alone, times())
-            crew.settle()
+            deployment.settle()
             return figures
 
         def in_company(ids: int) -> Mapping[str, float]:
-            crew.reset()
-            stream = _Stream(crew, jobs_on(database.interviews, streams[ids], ids))
+            deployment.reset()
+            stream = _Stream(deployment, jobs_on(database.interviews, streams[ids], ids))
             figures = sample(_beside(ids), stream.accompany(times()))
             stream.end()
-            crew.settle()
+            deployment.settle()
             return figures
 
         trials: list[Trial] = [by_itself, *(partial(in_company, ids) for ids in streams)]
-        judge = Judge(measure(trials, bench.runs), "ms")
-    return [judge.figure(alone), *(judge.figure(_beside(ids), alone, Bar(3)) for ids in streams)]
+        comparison = Comparison(measure(trials, bench.runs), "ms")
+    return [
+        comparison.figure(alone),
+        *(comparison.figure(_beside(ids), alone, Bar(3)) for ids in streams),
+    ]
 
 
 def _beside(ids: int) -> str:
@@ -179,23 +204,23 @@ def _beside(ids: int) -> str:
 
 
 class _Stream:
-    """Large jobs, of which a few stand in the queue or run until all are done.
+    """A stream of large jobs, of which a few are queued or run until all have finished.
 
-    Their messages are made beforehand and moved within Redis: to make one takes a core for longer
-    than a small job does.
+    Their messages are encoded beforehand and moved within Redis, because encoding one takes longer
+    than executing a small job.
     """
 
-    def __init__(self, crew: Crew, jobs: Sequence[GrantJob]) -> None:
-        self._crew = crew
+    def __init__(self, deployment: Deployment, jobs: Sequence[GrantJob]) -> None:
+        self._crew = deployment
         self._jobs = [job.job_id for job in jobs]
         self._ended = Event()
-        self._trouble: BaseException | None = None
-        crew.put_by(jobs)
-        crew.hold_back()
+        self._error: BaseException | None = None
+        deployment.stage(jobs)
+        deployment.hold()
         self._thread = Thread(target=self._feed, daemon=True)
 
     def accompany(self, times: Iterator[float]) -> Iterator[float]:
-        """Take times while the stream goes on, one at least."""
+        """Take times until the stream ends, at least one."""
         self._thread.start()
         for seconds in times:
             yield seconds
@@ -203,26 +228,26 @@ class _Stream:
                 break
 
     def end(self) -> None:
-        """Wait for the last of the large jobs."""
+        """Wait for the last large job."""
         self._thread.join()
-        if self._trouble is not None:
-            raise BenchmarkError("the stream of large jobs broke off") from self._trouble
+        if self._error is not None:
+            raise BenchmarkError("the stream of large jobs was interrupted") from self._error
 
     def _feed(self) -> None:
         try:
             for _ in range(_OUTSTANDING):
-                self._crew.release_first()
+                self._crew.release_next()
             for job_id in self._jobs:
                 self._crew.collect([job_id])
-                self._crew.release_first()
-        except Exception as error:  # noqa: BLE001 - raised again by whoever waits for the end
-            self._trouble = error
+                self._crew.release_next()
+        except Exception as error:  # noqa: BLE001 - end() raises it again
+            self._error = error
         finally:
             self._ended.set()
 
 
 def producer(bench: Bench) -> list[Figure]:
-    """Jobs of 20 ids sent by one process, no worker: jobs a second."""
+    """Jobs of 20 ids sent by one process, without a worker: jobs a second."""
     jobs = bench.size(_SENT)
     interviews = [str(uuid4()) for _ in range(INTERVIEWS)]
     delay, loop, many = "Celery's .delay() in a loop", "enqueue in a loop", "enqueue_many"
@@ -233,7 +258,7 @@ def producer(bench: Bench) -> list[Figure]:
 
         @app.task(name="grant")  # type: ignore[untyped-decorator] # Celery ships no types
         def grant(user_id: str, interview_ids: list[str]) -> None:
-            """Only sent."""
+            """Is sent and never executed."""
 
         def rate(variant: str, enqueue: Callable[[Sequence[GrantJob]], object]) -> dict[str, float]:
             redis.flushdb()
@@ -259,18 +284,18 @@ def producer(bench: Bench) -> list[Figure]:
             lambda: rate(loop, enqueue_each),
             lambda: rate(many, client.enqueue_many),
         ]
-        judge = Judge(measure(trials, bench.runs), "jobs/s")
+        comparison = Comparison(measure(trials, bench.runs), "jobs/s")
         client.close()
         app.close()
     return [
-        judge.figure(delay),
-        judge.figure(loop, delay, Bar(2, at_least=True)),
-        judge.figure(many, delay, Bar(10, at_least=True)),
+        comparison.figure(delay),
+        comparison.figure(loop, delay, Bar(2, at_least=True)),
+        comparison.figure(many, delay, Bar(10, at_least=True)),
     ]
 
 
-def _of(sample: Callable[[Crew], Mapping[str, float]], crew: Crew) -> Trial:
-    return lambda: sample(crew)
+def _of(sample: Callable[[Deployment], Mapping[str, float]], deployment: Deployment) -> Trial:
+    return lambda: sample(deployment)
 
 
 def _milliseconds(seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""The part about a snapshot that is held open elsewhere: vacuum cannot remove what jobs leave."""
+"""The part `snapshot`: an open snapshot prevents vacuum from removing dead tuples of jobs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from contextlib import contextmanager
 import psycopg
 
 from benchmarks.baselines import plain_url
+from benchmarks.bench import Bench
+from benchmarks.contenders import OURS
+from benchmarks.database import Database
+from benchmarks.deployment import Deployment
 from benchmarks.measuring import Bar, Figure
-from benchmarks.site import OURS, Bench, Crew, Database
 from benchmarks.small_jobs import IDS, INTERVIEWS, jobs_on
 
 _MINUTES = 10
 _CHUNK = 500  # jobs that are enqueued and awaited together
-_CHUNKS = 4  # in the queue or executed, so that no pool process waits for jobs
+_CHUNKS = 4  # queued or executed chunks, so that no pool process waits for jobs
 _MEGABYTE = 1_000_000
 _TABLES = """
     SELECT relname, n_dead_tup, pg_total_relation_size(relid) FROM pg_stat_user_tables
@@ -27,13 +30,14 @@ _TABLES = """
 def snapshot(bench: Bench) -> list[Figure]:
     """Jobs of 20 ids for ten minutes while another transaction holds a snapshot: jobs a second.
 
-    It is run once, whatever `--runs` says, and takes some 10 GB of disk. The queue is never empty.
+    The part has one run, independently of `--runs`, and needs 10 GB of disk. The queue is never
+    empty.
     """
     with bench.database(INTERVIEWS) as database, _held_snapshot(database):
-        with bench.crew(OURS, database) as crew:
-            crew.reset()
-            rates = _rates(crew, bench.size(_CHUNK), 60 * bench.scale)
-            crew.settle()
+        with bench.deploy(OURS, database) as deployment:
+            deployment.reset()
+            rates = _rates(deployment, bench.size(_CHUNK), 60 * bench.scale)
+            deployment.settle()
         tables = _tables(database)  # a worker's sessions report their statistics when they end
     first = ("minute 1", (rates[0],))
     *between, last = range(2, _MINUTES + 1)
@@ -53,35 +57,35 @@ def _held_snapshot(database: Database) -> Iterator[None]:
         yield
 
 
-def _rates(crew: Crew, chunk: int, minute: float) -> Sequence[float]:
+def _rates(deployment: Deployment, chunk: int, minute: float) -> Sequence[float]:
     """Keep the queue filled for ten minutes.
 
     Args:
-        crew: Whose worker executes the jobs.
-        chunk: Jobs that are enqueued together.
-        minute: Its length in seconds.
+        deployment: Executes the jobs.
+        chunk: Number of jobs that are enqueued together.
+        minute: Length of a minute in seconds, which is shorter in tests.
 
     Returns:
-        The jobs a second that finished in each of the minutes.
+        The jobs a second in each minute.
     """
     finished = [0] * _MINUTES
     queued: deque[list[str]] = deque()
     began = time.monotonic()
     while (at := int((time.monotonic() - began) / minute)) < _MINUTES:
         while len(queued) < _CHUNKS:
-            jobs = jobs_on(crew.database.interviews, chunk, IDS)
-            crew.enqueue_many(jobs)
+            jobs = jobs_on(deployment.database.interviews, chunk, IDS)
+            deployment.enqueue_many(jobs)
             queued.append([job.job_id for job in jobs])
-        _collect(crew, queued.popleft())
+        _collect(deployment, queued.popleft())
         finished[at] += chunk
     for job_ids in queued:
-        _collect(crew, job_ids)
+        _collect(deployment, job_ids)
     return [jobs / minute for jobs in finished]
 
 
-def _collect(crew: Crew, job_ids: Sequence[str]) -> None:
-    crew.collect(job_ids)
-    crew.delete_results(job_ids)  # of millions of jobs they would fill the memory
+def _collect(deployment: Deployment, job_ids: Sequence[str]) -> None:
+    deployment.collect(job_ids)
+    deployment.delete_results(job_ids)  # those of millions of jobs would fill the memory
 
 
 def _tables(database: Database) -> list[Figure]:

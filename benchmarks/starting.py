@@ -1,4 +1,4 @@
-"""The part about starts: of a worker until it is ready, of the command until it has answered."""
+"""The part `startup`: the time until a worker is ready, and the time of a command."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measuring import Bar, Figure, Judge, measure
-from benchmarks.site import BARE, OURS, Bench, BenchmarkError, Contender, Database, until
+from benchmarks.bench import Bench
+from benchmarks.contenders import BARE, OURS, Contender
+from benchmarks.database import Database
+from benchmarks.measuring import Bar, BenchmarkError, Comparison, Figure, measure, until
 
 _COMMAND = Path(sys.executable).parent / "interview-access"
 
 
 def startup(bench: Bench) -> list[Figure]:
-    """A worker's start until it says that it is ready, and the command's --help."""
+    """A worker's start until it is ready, and the command's --help."""
     helped, imported = "interview-access --help", "python -c 'import click'"
     with bench.database(1) as database:
         samples = measure(
@@ -28,18 +30,18 @@ def startup(bench: Bench) -> list[Figure]:
             ],
             bench.runs,
         )
-    judge = Judge(samples, "s")
+    comparison = Comparison(samples, "s")
     return [
-        judge.figure(BARE.name),
-        judge.figure(OURS.name, BARE.name, Bar(1.4)),
-        judge.figure(imported),
-        judge.figure(helped, imported, Bar(3)),
+        comparison.figure(BARE.name),
+        comparison.figure(OURS.name, BARE.name, Bar(1.4)),
+        comparison.figure(imported),
+        comparison.figure(helped, imported, Bar(3)),
     ]
 
 
 def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[str, float]:
-    # The level at which a worker says that it is ready.
-    command = contender.command(children=2, log_level="INFO")
+    # A worker logs at this level that it is ready.
+    command = contender.command(processes=2, log_level="INFO")
     with (
         bench.queue() as (number, _),
         bench.service(contender, command, number, database) as service,

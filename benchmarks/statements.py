@@ -1,4 +1,4 @@
-"""The part about one transaction: which of its statements take the time, seen from the worker."""
+"""The part `statements`: the time of each statement of a transaction, measured in the worker."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 from sqlalchemy import Engine, event
 
-from benchmarks.measuring import Figure, Judge, measure
-from benchmarks.site import Bench, Database
+from benchmarks.bench import Bench
+from benchmarks.database import Database
+from benchmarks.measuring import Comparison, Figure, measure
 from benchmarks.small_jobs import IDS, INTERVIEWS, jobs_on
 from storage.postgres import PostgresStorage
 from tasks.celery_tasks import grant_access_job
@@ -38,13 +39,13 @@ _PYTHON = "in the worker: ids sorted, statements made"
 
 @dataclass(frozen=True, slots=True)
 class _Transactions:
-    """Alike ones, of which a sample takes the mean.
+    """Equal transactions; a sample is their mean.
 
     Attributes:
-        title: Of their figures.
-        jobs: In each of them.
-        ids: In each job.
-        count: Of transactions in a sample.
+        title: The title of their figures.
+        jobs: Number of jobs in a transaction.
+        ids: Number of IDs in a job.
+        count: Number of transactions in a sample.
     """
 
     title: str
@@ -53,7 +54,7 @@ class _Transactions:
     count: int
 
     def sample(self, database: Database, storage: PostgresStorage) -> Mapping[str, float]:
-        """Milliseconds of one, by what they went to."""
+        """Return the milliseconds of a transaction, by statement."""
         database.reset()
         taken: dict[str, float] = defaultdict(float)
         for _ in range(self.count):
@@ -72,7 +73,7 @@ class _Transactions:
             )
             for one in jobs_on(interviews, self.jobs, self.ids)
         ]
-        with _watched(storage._engine) as taken:  # noqa: SLF001 - looked at from outside
+        with _timed_statements(storage._engine) as taken:  # noqa: SLF001 - measured from outside
             started = time.perf_counter()
             GrantAccessInteractor(storage).grant_access(jobs)
             whole = time.perf_counter() - started
@@ -80,7 +81,7 @@ class _Transactions:
 
 
 def statements(bench: Bench) -> list[Figure]:
-    """One transaction by its statements: of 100,000 new ids, of 100 jobs of 20 ids, of one job."""
+    """A transaction by statement: of 100,000 new ids, of 100 jobs of 20 ids, of one job."""
     large = bench.size(_LARGE)
     figures = []
     for one in (
@@ -91,17 +92,19 @@ def statements(bench: Bench) -> list[Figure]:
         with bench.database(max(one.ids, INTERVIEWS)) as database:
             storage = PostgresStorage(database.url)
             sample = partial(one.sample, database, storage)
-            sample()  # connects
-            judge = Judge(measure([sample], bench.runs), "ms")
+            sample()  # opens the connection
+            comparison = Comparison(measure([sample], bench.runs), "ms")
             storage.close()
         whole = f"{one.title}: {_WHOLE}"
-        figures += [judge.figure(name, None if name == whole else whole) for name in judge.samples]
+        figures += [
+            comparison.figure(name, None if name == whole else whole) for name in comparison.samples
+        ]
     return figures
 
 
 @contextmanager
-def _watched(engine: Engine) -> Iterator[dict[str, float]]:
-    """The seconds of what is executed until the block is left, by the statements' names."""
+def _timed_statements(engine: Engine) -> Iterator[dict[str, float]]:
+    """The seconds of the statements within the block, by name."""
     taken = dict.fromkeys([*_NAMES.values(), _REST], 0.0)
     began = 0.0
 

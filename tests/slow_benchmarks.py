@@ -1,4 +1,4 @@
-"""The benchmarks' quick form: it starts too many workers for the other tests."""
+"""The benchmarks' quick form, which takes too long for the suite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.test_benchmarks import measured
 
 
 def test_the_quick_form_measures_its_parts_without_the_plan(tmp_path: Path) -> None:
-    """`--quick` measures the quick form's parts only, beside COPY and the bare task only."""
+    """`--quick` measures only the quick parts, against COPY and the bare task."""
     _, report = measured(tmp_path, "--quick", "--scale", "0.005")
     assert tuple(report["parts"]) == QUICK
     assert report["quick"]

@@ -1,4 +1,4 @@
-"""The benchmarks' command, at a size that tells nothing of speed."""
+"""The benchmarks' command, at a small scale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_part_runs_by_itself_and_writes_its_samples(tmp_path: Path) -> None:
-    """One part ends 0, prints its table, and writes each variant's samples and the machine."""
+    """A single part prints its table and writes a report with samples and the machine."""
     printed, report = measured(tmp_path, "producer", "--scale", "0.001")
     assert "enqueue_many" in printed
 
@@ -27,8 +27,8 @@ def test_a_part_runs_by_itself_and_writes_its_samples(tmp_path: Path) -> None:
     assert report["machine"]["postgresql"]
 
 
-def test_ablations_turn_each_optimization_off(tmp_path: Path) -> None:
-    """Each ablation finds what it turns off, and its jobs create the same rows."""
+def test_ablations_disable_each_optimization(tmp_path: Path) -> None:
+    """Each ablation finds the optimization that it disables, and its jobs create the same rows."""
     _, report = measured(tmp_path, "ablations", "--scale", "0.01")
     variants = [figure["variant"] for figures in report["parts"].values() for figure in figures]
     for one in ABLATIONS:
@@ -36,9 +36,9 @@ def test_ablations_turn_each_optimization_off(tmp_path: Path) -> None:
 
 
 def test_make_help_lists_both_forms() -> None:
-    """`make help` lists the quick and the full form, whose target has a hyphen."""
+    """`make help` lists the targets of the quick and of the full form."""
     listed = subprocess.run(
-        ["make", "help"],  # noqa: S607 - found as people find it
+        ["make", "help"],  # noqa: S607 - found in PATH
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def test_make_help_lists_both_forms() -> None:
 
 
 def measured(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
-    """What one run of the command printed, and the report that it wrote."""
+    """Run the command, and return its output and its report."""
     out = folder / "results.json"
     done = subprocess.run(
         [

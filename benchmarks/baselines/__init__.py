@@ -1,8 +1,8 @@
-"""What ours is measured against: the database's own limit, and what others would write."""
+"""Baselines: the database's own limit, and plain Celery tasks."""
 
 from __future__ import annotations
 
 
 def plain_url(database_url: str) -> str:
-    """A database's URL as libpq takes it, without the driver's name that SQLAlchemy wants."""
+    """Return a database URL for libpq, without the driver's name that SQLAlchemy needs."""
     return database_url.replace("postgresql+psycopg://", "postgresql://", 1)

@@ -1,7 +1,7 @@
-"""The Celery task that one would write with psycopg: two statements, no ledger.
+"""A plain Celery task with psycopg: two statements, no ledger.
 
-Acknowledged late, so that a killed worker's job is not lost; what it counts is lost all the same
-where the worker dies after its commit.
+It acknowledges late, so that a killed worker's job is redelivered; but a job that is redelivered
+after its COMMIT counts 0.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _INSERT = """
 
 @lru_cache(maxsize=1)
 def connection() -> psycopg.Connection[Any]:
-    """This child's connection, made at its first job: none survives a fork."""
+    """Return this pool process's connection, which is opened at its first job, after the fork."""
     return psycopg.connect(plain_url(os.environ["DATABASE_URL"]), autocommit=True)
 
 
 @app.task(name="grant")  # type: ignore[untyped-decorator] # Celery ships no types
 def grant(user_id: str, interview_ids: list[str]) -> dict[str, Any]:
-    """Grant a user access to interviews; the result is as ours."""
-    wanted = sorted(set(interview_ids))  # sorted, so that racing jobs wait and never in a circle
+    """Grant a user access to interviews, and return a result of the contract's shape."""
+    requested = sorted(set(interview_ids))  # sorted, to avoid deadlocks of racing jobs
     with connection().transaction():
-        known = connection().execute(_COUNT, [wanted]).fetchone()
-        if known != (len(wanted),):
-            raise ValueError(f"expected {len(wanted)} interviews, got {known}")
-        created = connection().execute(_INSERT, [user_id, wanted]).rowcount
+        known = connection().execute(_COUNT, [requested]).fetchone()
+        if known != (len(requested),):
+            raise ValueError(f"expected {len(requested)} interviews, got {known}")
+        created = connection().execute(_INSERT, [user_id, requested]).rowcount
     return {"success": True, "created_access_count": created}

@@ -1,4 +1,4 @@
-"""The limit: PostgreSQL's own COPY of the rows into the grants' table, its keys in place."""
+"""The limit: COPY of the rows into the table of grants, with its constraints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def copy_grants(
 
     Args:
         database_url: ``postgresql://…``, with or without ``+psycopg``.
-        user_ids: Whose they are.
-        interview_ids: In the order in which they are written.
+        user_ids: The users of the grants.
+        interview_ids: The interviews, in the order in which they are written.
 
     Returns:
-        Seconds, from the text of the rows being made to the end of the commit.
+        Seconds for encoding the rows, COPY and COMMIT.
     """
     with psycopg.connect(plain_url(database_url)) as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT 1")  # the connection stands and has begun its transaction
+        cursor.execute("SELECT 1")  # opens the connection and begins the transaction
         started = time.perf_counter()
         rows = "".join(
             f"{user_id}\t{interview_id}\n" for user_id in user_ids for interview_id in interview_ids

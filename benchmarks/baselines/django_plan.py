@@ -1,4 +1,4 @@
-"""The plan as first written: Django's ORM inside Celery, on the platform's own models."""
+"""The platform's initial plan: Django's ORM in a Celery task, on the platform's models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from psycopg.conninfo import conninfo_to_dict
 from benchmarks.baselines import plain_url
 
 _SERVICE = Path(__file__).parents[2] / "tests/django_service"
-_BATCH = 1_000  # rows that one bulk_create inserts by a statement: the plan's own figure
+_BATCH = 1_000  # rows of one INSERT of bulk_create, as in the plan
 
 
 def _set_up() -> None:
-    """Configure Django as the platform's service is: its database is named by libpq's variables."""
+    """Configure Django as the platform's service does, with libpq's environment variables."""
     variables = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD"}
     for name, value in conninfo_to_dict(plain_url(os.environ["DATABASE_URL"])).items():
         os.environ[variables.get(name, f"PG{name.upper()}").replace("DBNAME", "DATABASE")] = str(
@@ -38,7 +38,7 @@ app.conf.task_acks_late = True
 
 @app.task(name="grant")  # type: ignore[untyped-decorator] # Celery ships no types
 def grant(user_id: str, interview_ids: list[str]) -> dict[str, Any]:
-    """Read the interviews, read the grants, create the missing ones; the result is as ours."""
+    """Read interviews and grants, and create the missing ones; the result is the contract's."""
     from interview.models import (  # type: ignore[import-not-found]  # noqa: PLC0415 - after django.setup()
         Interview,
         UserInterviewAccess,

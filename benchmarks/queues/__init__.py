@@ -1,5 +1,5 @@
-"""What the part `queues` runs beside ours: the same work as in the bare Celery task, by others.
+"""Other Python queues for the part `queues`, with the same work as the bare Celery task.
 
-These modules run by .venv/bench, so they import nothing of ours. Their environment names the
-servers: BROKER_URL as redis-py takes it, DATABASE_URL as libpq does.
+These modules run in .venv/bench, so they import nothing of this project's packages. Environment
+variables name the servers: BROKER_URL in redis-py's form, DATABASE_URL in libpq's.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.queues NAME`: enqueues jobs, read as JSON lines, by the queue's own API."""
+"""`python -m benchmarks.queues NAME`: reads jobs as JSON lines, and enqueues them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    """Enqueue all jobs of standard input, each with its job_id, user_id and interview_ids."""
+    """Enqueue the jobs of standard input; each has job_id, user_id and interview_ids."""
     queue = importlib.import_module(f"benchmarks.queues.{sys.argv[1]}")
     queue.enqueue([json.loads(line) for line in sys.stdin])
 

@@ -1,6 +1,6 @@
 """Dramatiq on Redis: a message is acknowledged after its result is stored.
 
-It has the middleware that it comes with, and that for results.
+It has its default middleware, and that for results.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dramatiq.results.backends import RedisBackend
 
 from benchmarks.queues.work import DATABASE_URL, Job, grant_by
 
-_RESULT_EXPIRES = 86_400_000  # milliseconds, as Celery's
+_RESULT_EXPIRES = 86_400_000  # milliseconds, as in Celery
 
 _BROKER_URL = os.environ["BROKER_URL"]
 broker = RedisBroker(url=_BROKER_URL)
 broker.add_middleware(
     Results(
-        # By keys of this kind a result can be found from outside.
+        # The benchmark finds results by keys of this form.
         backend=RedisBackend(url=_BROKER_URL, use_namespace_prefix_keys=True),
         store_results=True,
         result_ttl=_RESULT_EXPIRES,
@@ -37,7 +37,7 @@ _own = threading.local()
 
 
 def _connection() -> psycopg.Connection[Any]:
-    """This thread's connection, made at its first job."""
+    """Return this thread's connection, which is opened at its first job."""
     if not hasattr(_own, "connection"):
         _own.connection = psycopg.connect(DATABASE_URL, autocommit=True)
     connection: psycopg.Connection[Any] = _own.connection
@@ -51,7 +51,7 @@ def grant(user_id: str, interview_ids: list[str]) -> dict[str, Any]:
 
 
 def enqueue(jobs: Sequence[Job]) -> None:
-    """Enqueue jobs, whose results will stand under keys that end with their ids."""
+    """Enqueue jobs; the keys of their results end with their IDs."""
     for job in jobs:
         message = grant.message(user_id=job["user_id"], interview_ids=job["interview_ids"])
         broker.enqueue(message.copy(message_id=job["job_id"]))

@@ -1,7 +1,6 @@
 """Huey on a Redis list.
 
-It has no late acknowledgement: the job of a process that is killed is lost. Its results do not
-expire.
+It has no late acknowledgement: the job of a killed process is lost. Its results do not expire.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ huey = RedisHuey("grants", url=os.environ["BROKER_URL"])
 
 @lru_cache(maxsize=1)
 def _connection() -> psycopg.Connection[Any]:
-    """This process's connection, made at its first job: none survives a fork."""
+    """Return this process's connection, which is opened at its first job, after the fork."""
     return psycopg.connect(DATABASE_URL, autocommit=True)
 
 
@@ -32,7 +31,7 @@ def grant(user_id: str, interview_ids: list[str]) -> dict[str, Any]:
 
 
 def enqueue(jobs: Sequence[Job]) -> None:
-    """Enqueue jobs, whose results will stand under their ids."""
+    """Enqueue jobs; the fields of their results are their IDs."""
     for job in jobs:
         huey.enqueue(
             grant.s(id=job["job_id"], user_id=job["user_id"], interview_ids=job["interview_ids"])

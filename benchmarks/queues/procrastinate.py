@@ -1,6 +1,6 @@
-"""Procrastinate, whose jobs are rows of PostgreSQL: one is done with after its task has ended.
+"""Procrastinate, whose jobs are rows in PostgreSQL, and are finished after their task.
 
-It stores no results. Its workers delete the jobs that have succeeded, as its documentation offers.
+It stores no results. Its workers delete succeeded jobs, an option that it documents.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from benchmarks.queues.work import DATABASE_URL, Job, grant_by_async
 
-_CONNECTIONS = 4  # of a process for its jobs, and as many for the queue; more are no faster
+_CONNECTIONS = 4  # of a process for jobs, and as many for the queue; more are no faster
 _LATER = 86_400  # seconds
 
 app = App(
@@ -38,7 +38,7 @@ async def grant(user_id: str, interview_ids: list[str]) -> dict[str, Any]:
 
 
 def enqueue(jobs: Sequence[Job]) -> None:
-    """Enqueue jobs for tomorrow."""
+    """Schedule jobs for the next day."""
     with app.open():
         grant.configure(schedule_in={"seconds": _LATER}).batch_defer(
             *({name: job[name] for name in ("user_id", "interview_ids")} for job in jobs)

@@ -17,8 +17,8 @@ from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from benchmarks.queues.work import DATABASE_URL, Job, grant_by_async
 
-_CONNECTIONS = 4  # of a process; with more it is no faster on two cores
-_RESULT_EXPIRES = 86_400  # seconds, as Celery's
+_CONNECTIONS = 4  # of a process; more are no faster on two cores
+_RESULT_EXPIRES = 86_400  # seconds, as in Celery
 
 _BROKER_URL = os.environ["BROKER_URL"]
 _pool = AsyncConnectionPool(
@@ -53,7 +53,7 @@ async def grant(user_id: str, interview_ids: list[str]) -> dict[str, Any]:
 
 
 def enqueue(jobs: Sequence[Job]) -> None:
-    """Enqueue jobs, whose results will stand under their ids."""
+    """Enqueue jobs; the keys of their results are their IDs."""
     asyncio.run(_enqueue(jobs))
 
 

@@ -1,4 +1,4 @@
-"""The work of a job: the statements of the bare Celery task, in one transaction."""
+"""The work of a job: the statements of the bare Celery task in one transaction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 import psycopg
 
 Job = Mapping[str, Any]
-"""A job_id, a user_id and interview_ids."""
+"""A job with job_id, user_id and interview_ids."""
 
 DATABASE_URL: Final = os.environ["DATABASE_URL"]
 
@@ -23,27 +23,27 @@ _INSERT = """
 def grant_by(
     connection: psycopg.Connection[Any], user_id: str, interview_ids: Sequence[str]
 ) -> dict[str, Any]:
-    """Grant a user access to interviews; the result is as ours."""
-    wanted = sorted(set(interview_ids))
+    """Grant a user access to interviews, and return a result of the contract's shape."""
+    requested = sorted(set(interview_ids))
     with connection.transaction():
-        known = connection.execute(_COUNT, [wanted]).fetchone()
-        _see_that_all_are_known(known, wanted)
-        created = connection.execute(_INSERT, [user_id, wanted]).rowcount
+        known = connection.execute(_COUNT, [requested]).fetchone()
+        _check_all_known(known, requested)
+        created = connection.execute(_INSERT, [user_id, requested]).rowcount
     return {"success": True, "created_access_count": created}
 
 
 async def grant_by_async(
     connection: psycopg.AsyncConnection[Any], user_id: str, interview_ids: Sequence[str]
 ) -> dict[str, Any]:
-    """Do the same in a coroutine."""
-    wanted = sorted(set(interview_ids))
+    """Grant a user access to interviews in a coroutine; see :func:`grant_by`."""
+    requested = sorted(set(interview_ids))
     async with connection.transaction():
-        known = await (await connection.execute(_COUNT, [wanted])).fetchone()
-        _see_that_all_are_known(known, wanted)
-        created = (await connection.execute(_INSERT, [user_id, wanted])).rowcount
+        known = await (await connection.execute(_COUNT, [requested])).fetchone()
+        _check_all_known(known, requested)
+        created = (await connection.execute(_INSERT, [user_id, requested])).rowcount
     return {"success": True, "created_access_count": created}
 
 
-def _see_that_all_are_known(known: object, wanted: Sequence[str]) -> None:
-    if known != (len(wanted),):
-        raise ValueError(f"expected {len(wanted)} interviews, got {known}")
+def _check_all_known(known: object, requested: Sequence[str]) -> None:
+    if known != (len(requested),):
+        raise ValueError(f"expected {len(requested)} interviews, got {known}")
