@@ -8,12 +8,14 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import make_url
 
-from devstack.servers import LocalStack
+from storage.samples import load_samples
 from storage.schema import migrate
 from tests.support.database import database
 from tests.support.stores import MemoryStore, PostgresStore, Store, postgres_store
 from tests.support.workers import Site, site
 
+SAMPLES = 30
+"""Number of sample interviews."""
 IDLE_NUMBER = 3
 """Number of the Redis database of sites for one test."""
 
@@ -68,6 +70,12 @@ def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
     """A site without a worker, for one test."""
     with site(stack, migrated_url, IDLE_NUMBER) as idle:
         yield idle
+
+
+@pytest.fixture(scope="module")
+def samples(here: Site) -> list[str]:
+    """The IDs of sample interviews on the site ``here`` of the test's file, sorted."""
+    return sorted(load_samples(here.store.database_url, SAMPLES))
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ class Walk:
         ]
 
     def die(self) -> None:
-        """A worker dies, and another starts."""
+        """A worker ends without closing its session, and another starts."""
         self._living.remove(self._random.choice(self._living))
         self.join()
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
-from devstack.servers import LocalStack
-from tests.support.claims import DATABASE
+from tests.support.sessions import ManualClock, SteppedLease, connect
 from worker.broker.claims import Claims
 
 
@@ -19,11 +18,11 @@ def path(stack: LocalStack) -> str:
 
 
 @pytest.fixture
-def redis(path: str) -> Iterator[Redis]:
+def redis(stack: LocalStack) -> Iterator[Redis]:
     """An empty Redis database."""
-    with Redis(unix_socket_path=path, db=DATABASE) as redis:
-        redis.flushdb()
-        yield redis
+    with connect(stack) as client:
+        client.flushdb()
+        yield client
 
 
 @pytest.fixture
@@ -33,3 +32,37 @@ def protocol(redis: Redis) -> Claims:
     protocol.open("ann")
     protocol.open("bob")
     return protocol
+
+
+@pytest.fixture
+def client(stack: LocalStack) -> Iterator[Redis]:
+    """The lease's client, which a test may disconnect."""
+    with connect(stack) as client:
+        yield client
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """The clock of both leases."""
+    return ManualClock()
+
+
+@pytest.fixture
+def lease(redis: Redis, client: Redis, clock: ManualClock) -> Iterator[SteppedLease]:
+    """A lease with a session on the empty database."""
+    assert redis.dbsize() == 0
+    lease = SteppedLease(clock, batch_size=10)
+    lease.open(client)
+    yield lease
+    lease.close()
+
+
+@pytest.fixture
+def other(redis: Redis, stack: LocalStack, clock: ManualClock) -> Iterator[SteppedLease]:
+    """Another worker's lease with a session."""
+    assert redis.ping()
+    lease = SteppedLease(clock, batch_size=10)
+    with connect(stack) as client:
+        lease.open(client)
+        yield lease
+        lease.close()

@@ -11,7 +11,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from tests.broker.claims_walk import Walk
-from tests.support.claims import DATABASE
+from tests.support.sessions import DATABASE
 
 SEEDS = int(os.environ.get("CLAIMS_SEEDS", "8"))
 STEPS = 300

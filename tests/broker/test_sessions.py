@@ -9,7 +9,6 @@ import pytest
 from redis import Redis
 
 from tests.support.claims import (
-    DATABASE,
     ISOLATED,
     JOBS,
     LARGE,
@@ -23,6 +22,7 @@ from tests.support.claims import (
     take,
     take_over,
 )
+from tests.support.sessions import DATABASE
 from worker.broker.claims import PREFIX, Claims
 
 

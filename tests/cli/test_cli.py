@@ -18,8 +18,7 @@ from uuid import uuid4
 
 import pytest
 
-from devstack.servers import LocalStack
-from storage.samples import load_samples
+from tests.support.commands import run_module
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, migrated_site, worker
 
@@ -39,26 +38,11 @@ def here(
         yield here
 
 
-@pytest.fixture(scope="module")
-def samples(here: Site) -> list[str]:
-    """IDs of existing interviews, sorted."""
-    return sorted(load_samples(here.store.database_url, 3 * CHUNK))
-
-
 def run(
     environment: dict[str, str], *words: str, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run the command without a terminal."""
-    return subprocess.run(
-        [sys.executable, "-m", "worker.cli", *words],
-        env=environment,
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_module(environment, "worker.cli", *words, stdin=stdin)
 
 
 def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
@@ -122,7 +106,7 @@ class TestGrant:
         assert "Traceback" not in done.stderr
 
     @pytest.mark.parametrize(
-        ("words", "says"),
+        ("words", "message"),
         [
             (["--user", "x"], "either by --interview or by --interviews-from"),
             (["--user", "x", "--interview", "i", "--interviews-from", "-"], "either by"),
@@ -132,11 +116,11 @@ class TestGrant:
         ],
         ids=["no interviews", "both", "no user", "job id", "timeout"],
     )
-    def test_a_usage_error_ends_2(self, idle: Site, words: list[str], says: str) -> None:
+    def test_a_usage_error_ends_2(self, idle: Site, words: list[str], message: str) -> None:
         """The exit status for a usage error is 2; the error is described and nothing is sent."""
         done = run(idle.environment(), "grant", *words)
         assert done.returncode == 2
-        assert says in done.stderr
+        assert message in done.stderr
         assert idle.redis.llen("interview-access") == 0
 
     def test_no_broker_ends_2(self, idle: Site) -> None:

@@ -26,8 +26,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from devstack.servers import LocalStack
-from tests.support.pools import SteppedPool, Work, settled, tasks_app
+from tests.support.pools import SteppedPool, Work, settled
 from tests.support.sessions import (
     DATABASE,
     DUE,
@@ -378,8 +377,8 @@ class Ownership:
         found = messages(self._redis)
         assert not found - self._published
         assert not self._published - self._acknowledged - found
-        held = {key.decode().rpartition(":")[2] for key in self._redis.keys(f"{PREFIX}held:*")}
-        assert held <= sessions(self._redis).keys()
+        claiming = {key.decode().rpartition(":")[2] for key in self._redis.keys(f"{PREFIX}held:*")}
+        assert claiming <= sessions(self._redis).keys()
 
     def each_delivery_has_one_owner(self) -> None:
         """No delivery is in two batches, and a poison candidate is alone in its batch."""
@@ -429,12 +428,6 @@ class Ownership:
         for worker in self._workers:
             worker.lease.close()
         assert not sessions(self._redis)
-
-
-@pytest.fixture(scope="module")
-def app() -> Celery:
-    """An app with the contract's tasks."""
-    return tasks_app()
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

@@ -183,7 +183,7 @@ def test_grants_that_others_write_meanwhile_are_not_counted(postgres: PostgresSt
                 ).rowcount
         return written
 
-    def ours() -> int:
+    def grant_all() -> int:
         return sum(map(created, grant(postgres, [a_job("a", "ann", ids)])))
 
-    assert sum(all_at_once([write, ours])) == postgres.rows() == 60
+    assert sum(all_at_once([write, grant_all])) == postgres.rows() == 60

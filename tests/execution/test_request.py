@@ -27,7 +27,6 @@ from interview_access.errors import (
     JobFailedError,
 )
 
-from tests.support.pools import tasks_app
 from worker.broker.claims import Action, Claim, Disposition
 from worker.broker.delivery import Delivery
 from worker.execution.request import JobRequest, Limits
@@ -38,12 +37,6 @@ JOB = "a job"
 USER = {"user_id": "u", "interview_ids": []}
 BODY = json.dumps([[], USER, {}])
 ABSENT = object()
-
-
-@pytest.fixture(scope="module")
-def app() -> Celery:
-    """An app with the contract's tasks and, as every app, Celery's own."""
-    return tasks_app()
 
 
 @pytest.fixture

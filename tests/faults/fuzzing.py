@@ -27,7 +27,9 @@ from devstack.service import Service
 from storage.schema import migrate
 from tests.faults.invariants import PREFIX, QUEUES, count_unsettled, session_keys
 from tests.support.database import connected
-from tests.support.fuzz import ELSEWHERE, KINDS, Fuzz, Message, is_job_id
+from tests.support.fuzz.generator import KINDS, Fuzz
+from tests.support.fuzz.message import Message, is_job_id
+from tests.support.fuzz.values import ELSEWHERE
 from tests.support.stores import until
 from tests.support.workers import Site, site, worker
 

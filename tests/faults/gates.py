@@ -34,14 +34,14 @@ class Traffic:
 
     Attributes:
         matches: Whether data that pass the relay are of this kind.
-        in_answer: Whether the data are a reply of the server instead of a request.
+        in_reply: Whether the data are a reply of the server instead of a request.
     """
 
     matches: Callable[[Relay, bytes], bool]
-    in_answer: bool = False
+    in_reply: bool = False
 
 
-CLAIM = Traffic(lambda _, data: _is_claim(data), in_answer=True)
+CLAIM = Traffic(lambda _, data: _is_claim(data), in_reply=True)
 """The reply of a script that claims messages; a blocked client's reply is a bare message."""
 
 SETTLEMENT = Traffic(
@@ -62,12 +62,12 @@ class Gate:
         self._reached = threading.Event()
         self._opened = threading.Event()
 
-    def take(self, relay: Relay, data: bytes, *, in_answer: bool = False) -> bool:
+    def take(self, relay: Relay, data: bytes, *, in_reply: bool = False) -> bool:
         """Whether the gate holds this traffic: it matches, and none did before."""
         if isinstance(self.traffic, bytes):
-            matches = not in_answer and self.traffic in data
+            matches = not in_reply and self.traffic in data
         else:
-            matches = in_answer == self.traffic.in_answer and self.traffic.matches(relay, data)
+            matches = in_reply == self.traffic.in_reply and self.traffic.matches(relay, data)
         return matches and self._taken.acquire(blocking=False)
 
     def hold(self, pid: int) -> None:
@@ -94,13 +94,13 @@ class Gate:
 class Relay(SocketRelay):
     """The relay of one server."""
 
-    def __init__(self, server: Path, address: Path, *, children_only: bool = False) -> None:
+    def __init__(self, server: Path, address: Path, *, pool_only: bool = False) -> None:
         """Listen at ``address``, and connect to ``server`` for each client.
 
-        With ``children_only`` gates hold only traffic of pool processes, because main processes
+        With ``pool_only`` gates hold only traffic of pool processes, because main processes
         also use the server outside of jobs.
         """
-        self._children_only = children_only
+        self._pool_only = pool_only
         self._gates: list[Gate] = []
         self.claimed: deque[bytes] = deque(maxlen=_JOBS_KEPT)
         """IDs of recently claimed jobs."""
@@ -111,7 +111,12 @@ class Relay(SocketRelay):
 
     @contextmanager
     def gate(self, traffic: bytes | Traffic, *, answered: bool = False) -> Iterator[Gate]:
-        """A gate that is closed within a ``with`` block and opened at its end."""
+        """A gate that is closed within a ``with`` block and opened at its end.
+
+        Args:
+            traffic: What the gate holds: bytes of a request, or a kind of traffic.
+            answered: Whether to hold the reply to the request instead of the request.
+        """
         gate = Gate(traffic, answered=answered)
         self._gates.append(gate)
         try:
@@ -130,37 +135,39 @@ class Relay(SocketRelay):
         """See the base class."""
         credentials = pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid = struct.unpack("3i", credentials)[0]
-        if self._children_only and not _is_child(pid):
+        if self._pool_only and not _is_pool_process(pid):
             pid = 0
-        answers: list[Gate] = []
-        return lambda: self._ask(pair, pid, answers), lambda: self._answer(pair, pid, answers)
+        awaiting_reply: list[Gate] = []
+        return lambda: self._forward_requests(
+            pair, pid, awaiting_reply
+        ), lambda: self._forward_replies(pair, pid, awaiting_reply)
 
-    def _ask(self, pair: Pair, pid: int, answers: list[Gate]) -> None:
+    def _forward_requests(self, pair: Pair, pid: int, awaiting_reply: list[Gate]) -> None:
         client, server = pair
         with suppress(OSError):
             while data := client.recv(1 << 20):
                 for gate in list(self._gates) if pid else ():
                     if gate.take(self, data):
                         if gate.answered:
-                            answers.append(gate)
+                            awaiting_reply.append(gate)
                         else:
                             gate.hold(pid)
                 server.sendall(data)
         self.disconnect(pair)
 
-    def _answer(self, pair: Pair, pid: int, answers: list[Gate]) -> None:
+    def _forward_replies(self, pair: Pair, pid: int, awaiting_reply: list[Gate]) -> None:
         client, server = pair
         with suppress(OSError):
             while data := server.recv(1 << 20):
                 if _is_claim(data):
                     self.claimed.extend(_JOB_ID.findall(data))
-                answers += [
+                awaiting_reply += [
                     gate
                     for gate in (list(self._gates) if pid else ())
-                    if gate.take(self, data, in_answer=True)
+                    if gate.take(self, data, in_reply=True)
                 ]
-                while answers:
-                    answers.pop().hold(pid)
+                while awaiting_reply:
+                    awaiting_reply.pop().hold(pid)
                 client.sendall(data)
         self.disconnect(pair)
 
@@ -169,7 +176,7 @@ def _is_claim(data: bytes) -> bool:
     return data.startswith(b"*") and _MESSAGE in data
 
 
-def _is_child(pid: int) -> bool:
+def _is_pool_process(pid: int) -> bool:
     """Whether it is a pool process: a forked process has its parent's command line."""
     try:
         process = psutil.Process(pid)
@@ -189,8 +196,8 @@ class Relays:
         folder = database_url.partition("host=")[2].replace("%2F", "/")
         postgres = ".s.PGSQL.5432"
         self.queue = Relay(Path(redis), self._folder / "queue")
-        self.results = Relay(Path(redis), self._folder / "results", children_only=True)
-        self.database = Relay(Path(folder) / postgres, self._folder / postgres, children_only=True)
+        self.results = Relay(Path(redis), self._folder / "results", pool_only=True)
+        self.database = Relay(Path(folder) / postgres, self._folder / postgres, pool_only=True)
         self.settings = {
             "CELERY_BROKER_URL": f"redis+socket://{self._folder}/queue?{rest}",
             "CELERY_RESULT_BACKEND": f"redis+socket://{self._folder}/results?{rest}",

@@ -25,7 +25,7 @@ from tests.faults.supervisor import WORKERS, Supervisor
 from tests.faults.workers import STAGES as GATED_STAGES
 from tests.faults.workers import crash, gate_at, kill_process_tree, process_tree
 from tests.support.database import connected
-from tests.support.fuzz import Fuzz
+from tests.support.fuzz.generator import Fuzz
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, Site
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,8 @@ from pathlib import Path
 
 from devstack.service import Service
 from tests.support.relay import Pair, SocketRelay
-from tests.support.stores import until
-from tests.support.workers import ROOT, Site
+from tests.support.workers import Site, started, worker_service
+from worker.local_stack import Service
 
 SERVERS = ("redis", "postgresql")
 
@@ -138,44 +137,37 @@ class Network(ABC):
     @contextmanager
     def worker(self, here: Site, host: str, log: Path, **settings: object) -> Iterator[Service]:
         """A worker on a host."""
-        service = Service(
-            f"worker on host {host}",
-            [
-                *self.command(host),
-                *(sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "4"),
-                *("-l", "INFO", "-n", f"{host}@%h", "--without-mingle"),
-            ],
-            log=log,
-            environment=here.environment(**{**self.settings(host), **settings}),
-            folder=ROOT,
+        service = worker_service(
+            log,
+            here.environment(**{**self.settings(host), **settings}),
+            processes=4,
+            name=f"{host}@%h",
+            prefix=self.command(host),
         )
-        service.start()
-        try:
-            until(lambda: b" ready." in log.read_bytes() or not service.alive)
-            assert service.alive, service.log_tail()
-            yield service
-        finally:
-            self.heal()
-            service.stop()
+        with started(service):
+            try:
+                yield service
+            finally:
+                self.heal()
 
 
 class Relayed(Network):
     """All hosts are this machine; a cut stops relays from forwarding."""
 
-    def command(self, host: str) -> Sequence[str]:  # noqa: ARG002 - see the network
-        """See the network."""
+    def command(self, host: str) -> Sequence[str]:  # noqa: ARG002 - the interface's parameters
+        """See :class:`Network`."""
         return ()
 
-    def address(self, host: str, server: str) -> str:  # noqa: ARG002 - see the network
-        """See the network."""
+    def address(self, host: str, server: str) -> str:  # noqa: ARG002 - the interface's parameters
+        """See :class:`Network`."""
         return "127.0.0.1"
 
     def cut(self, host: str, server: str) -> None:
-        """See the network."""
+        """See :class:`Network`."""
         self._forwarders[host, server].stall()
 
     def heal(self) -> None:
-        """See the network."""
+        """See :class:`Network`."""
         for forwarder in self._forwarders.values():
             forwarder.heal()
 
@@ -190,7 +182,7 @@ class Namespaces(Network):
     _CUT = ("from", "to")
 
     def __init__(self, here: Site) -> None:
-        """See the network; names and addresses are unique to this process."""
+        """See :class:`Network`; names and addresses are unique to this process."""
         super().__init__(here)
         self._id = os.getpid() % 10_000
         self._router = f"chaos{self._id}r"
@@ -198,28 +190,28 @@ class Namespaces(Network):
         self._cuts: list[list[str]] = []
 
     def command(self, host: str) -> Sequence[str]:
-        """See the network."""
+        """See :class:`Network`."""
         return (_ip(), "netns", "exec", self._name(host))
 
     def address(self, host: str, server: str) -> str:
-        """See the network."""
+        """See :class:`Network`."""
         return f"{self._net}.{1 + 2 * self.hosts.index(host) + SERVERS.index(server)}"
 
     def cut(self, host: str, server: str) -> None:
-        """See the network."""
+        """See :class:`Network`."""
         for direction in self._CUT:
             rule = [direction, self.address(host, server), "blackhole"]
             _run("-n", self._router, "rule", "add", *rule)
             self._cuts.append(rule)
 
     def heal(self) -> None:
-        """See the network."""
+        """See :class:`Network`."""
         for rule in self._cuts:
             _run("-n", self._router, "rule", "del", *rule)
         self._cuts.clear()
 
     def open(self) -> None:
-        """See the network.
+        """See :class:`Network`.
 
         Raises:
             OSError: if the machine does not allow namespaces; what was created is removed.
@@ -232,13 +224,13 @@ class Namespaces(Network):
         super().open()
 
     def _open(self) -> None:
-        router, ours = self._router, f"c{self._id}s"
+        router, link = self._router, f"c{self._id}s"
         _run("netns", "add", router)
-        _run("link", "add", ours, "type", "veth", "peer", "name", "servers", "netns", router)
+        _run("link", "add", link, "type", "veth", "peer", "name", "servers", "netns", router)
         for host in self.hosts:
             for server in SERVERS:
-                _run("addr", "add", f"{self.address(host, server)}/28", "dev", ours)
-        _run("link", "set", ours, "up")
+                _run("addr", "add", f"{self.address(host, server)}/28", "dev", link)
+        _run("link", "set", link, "up")
         _run("-n", router, "addr", "add", f"{self._net}.14/28", "dev", "servers")
         _run("-n", router, "link", "set", "servers", "up")
         forwarding = Path("/proc/sys/net/ipv4/ip_forward")
@@ -258,7 +250,7 @@ class Namespaces(Network):
             _run("route", "add", f"{net}/28", "via", f"{self._net}.14")
 
     def close(self) -> None:
-        """See the network; a deleted namespace takes its devices and their routes with it."""
+        """See :class:`Network`; a deleted namespace takes its devices and their routes with it."""
         super().close()
         for name in [self._router, *map(self._name, self.hosts)]:
             with suppress(OSError):

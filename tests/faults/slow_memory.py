@@ -28,22 +28,22 @@ def test_main_process_stays_flat(stack: LocalStack, migrated_url: str, tmp_path:
         with worker(here, tmp_path / "worker.log", GRANT_BATCH_SIZE=1) as service:
             main = psutil.Process(service.pid)
             began = time.monotonic()
-            looks: list[tuple[float, float, int]] = []
+            samples: list[tuple[float, float, int]] = []
             sent = 0
             while (seconds := time.monotonic() - began) < END_SECONDS:
                 waiting: Any = here.redis.llen(QUEUE)
                 assert waiting or not sent, "the load was not full"
-                looks.append((seconds, main.memory_info().rss / 1e6, sent - waiting))
+                samples.append((seconds, main.memory_info().rss / 1e6, sent - waiting))
                 if waiting < 2 * QUEUED:
                     here.redis.lpush(QUEUE, *(_message(template) for _ in range(QUEUED)))
                     sent += QUEUED
                 time.sleep(0.1)  # the sampling interval
             here.redis.delete(QUEUE)
             assert service.alive
-    warm = max(look[1] for look in looks if WARM_UP_SECONDS - 5 < look[0] < WARM_UP_SECONDS)
-    end = max(look[1] for look in looks if look[0] > END_SECONDS - 5)
-    jobs = looks[-1][2] - next(look[2] for look in looks if look[0] > WARM_UP_SECONDS)
-    shown = ", ".join(f"{look[1]:.1f}" for look in looks[:: len(looks) // 18])
+    warm = max(sample[1] for sample in samples if WARM_UP_SECONDS - 5 < sample[0] < WARM_UP_SECONDS)
+    end = max(sample[1] for sample in samples if sample[0] > END_SECONDS - 5)
+    jobs = samples[-1][2] - next(sample[2] for sample in samples if sample[0] > WARM_UP_SECONDS)
+    shown = ", ".join(f"{sample[1]:.1f}" for sample in samples[:: len(samples) // 18])
     limit = GROWTH_MB + GROWTH_BYTES_PER_JOB * jobs / 1e6
     assert end - warm < limit, f"{end - warm:.1f} MB over {jobs} jobs; MB in turn: {shown}"
 

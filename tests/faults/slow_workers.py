@@ -43,11 +43,11 @@ def test_worker_killed(here: Site, tmp_path: Path, ids: list[str], stage: str) -
 def test_frozen_pool_process(here: Site, tmp_path: Path, ids: list[str]) -> None:
     """A pool process that accepts nothing is replaced, and its jobs count once."""
     with short_lease_worker(here, tmp_path) as service:
-        children = psutil.Process(service.pid).children()
-        for child in children:
-            child.suspend()
+        pool = psutil.Process(service.pid).children()
+        for process in pool:
+            process.suspend()
         sent = [here.send(f"user-{number}", ids) for number in range(6)]
-        until(lambda: not any(child.is_running() for child in children), within=60)
+        until(lambda: not any(process.is_running() for process in pool), within=60)
         results = verified_results(here, sent)
     assert set(map(str, results.values())) == {str(success(10))}
 

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +18,8 @@ from devstack.service import Service
 from tests.faults.invariants import all_settled, locate_messages, unfinished
 from tests.faults.workers import process_tree
 from tests.support.database import connected
-from tests.support.workers import ROOT, Site
+from tests.support.workers import Site, is_ready, worker_service
+from worker.local_stack import Service
 
 WORKERS = 2
 LIVENESS_SECONDS = 30.0
@@ -156,7 +156,7 @@ class Supervisor:
             self._resume(pid)
 
         def are_ready() -> bool:
-            return not self._must_stop_by and all(map(_is_ready, self.workers))
+            return not self._must_stop_by and all(map(is_ready, self.workers))
 
         assert self.tend_until(are_ready, within=_STOP_SECONDS + 60), "no worker starts"
         deadline = time.monotonic() + LIVENESS_SECONDS
@@ -199,23 +199,16 @@ class Supervisor:
         )
 
     def _remove(self, worker: Service) -> None:
-        if worker.pid not in self._expected_to_end and _is_ready(worker):
-            self.failures.append(f"{worker.name} ended by itself:{worker.log_tail()}")
+        if worker.pid not in self._expected_to_end and is_ready(worker):
+            self.failures.append(f"{worker.name} ended by itself:{worker.last_words()}")
         worker.stop()
         self.workers.remove(worker)
 
     def _start_worker(self) -> Service:
         name = f"worker-{self._started}@{socket.gethostname()}"
-        service = Service(
-            name,
-            [
-                *(sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "2"),
-                *("-l", "INFO", "-n", name, "--without-mingle"),
-            ],
-            log=self._folder / f"worker-{self._started}.log",
-            environment=self._here.environment(**{**SETTINGS, **self._settings}),
-            folder=ROOT,
-        )
+        log = self._folder / f"worker-{self._started}.log"
+        environment = self._here.environment(**{**SETTINGS, **self._settings})
+        service = worker_service(log, environment, name=name)
         self._started += 1
         service.start()
         return service
@@ -226,7 +219,3 @@ class Supervisor:
             os.kill(pid, signal.SIGCONT)
         if pid in self._must_stop_by:
             self._must_stop_by[pid] = time.monotonic() + _STOP_SECONDS
-
-
-def _is_ready(worker: Service) -> bool:
-    return worker.alive and b" ready." in worker.log.read_bytes()

@@ -71,8 +71,8 @@ class TestBatches:
             here.answer(alone)
             sent = send_together(here, new_users(BATCH), ids)
             verified_results(here, sent)
-            ours = {alone, *sent}
-            until(lambda: Counter(event_types(received, ours))["task-succeeded"] == BATCH + 1)
+            job_ids = {alone, *sent}
+            until(lambda: Counter(event_types(received, job_ids))["task-succeeded"] == BATCH + 1)
         events_of: dict[str, list[dict[str, object]]] = {}
         for event in received:
             if "uuid" in event:
@@ -212,20 +212,20 @@ class TestFaults:
         """Terminating one job of a batch cancels only that job."""
         with gate_at(relays, "before the transaction") as gate:
             sent = send_together(here, new_users(BATCH), ids)
-            child = psutil.Process(gate.until_reached())
+            process = psutil.Process(gate.until_reached())
             running = here.producer.control.inspect(timeout=10, limit=1).active() or {}
             inside = [
                 one["id"]
                 for jobs in running.values()
                 for one in jobs
-                if one["worker_pid"] == child.pid
+                if one["worker_pid"] == process.pid
             ]
             assert len(inside) > 2  # the other pool process has the rest
             assert set(inside) < set(sent)
             revoked = {inside[0], inside[-1]}
             for job_id in revoked:
                 here.producer.control.revoke(job_id, terminate=True, signal="SIGKILL")
-            child.wait(30)
+            process.wait(30)
         results = verified_results(here, sent)
         for job_id in sent:
             kind = results[job_id].get("exc_type", "success")

@@ -32,11 +32,11 @@ class TestPoolProcesses:
         """A job for which the pool processes lack memory runs in their successors."""
         many = [str(uuid4()) for _ in range(90_000)]
         with short_lease_worker(here, tmp_path) as service:
-            children = process_tree(service)[1:]
-            for child in children:
-                child.rlimit(psutil.RLIMIT_AS, (child.memory_info().vms, psutil.RLIM_INFINITY))
+            pool = process_tree(service)[1:]
+            for process in pool:
+                process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, psutil.RLIM_INFINITY))
             job_id = here.send("ann", many)
-            until(lambda: not all(child.is_running() for child in children))
+            until(lambda: not all(process.is_running() for process in pool))
             result = verified_results(here, [job_id])[job_id]
         assert result["exc_type"] == "InvalidInterviewIdException"
 
@@ -60,15 +60,15 @@ class TestPoolProcesses:
         with relayed_worker(here, tmp_path) as (relays, service):
             with gate_at(relays, "inside the transaction") as gate:
                 job_id = here.send("ann", ids)
-                child = psutil.Process(gate.until_reached())
-                child.suspend()
+                process = psutil.Process(gate.until_reached())
+                process.suspend()
                 os.kill(service.pid, signal.SIGKILL)
             try:
                 with short_lease_worker(here, tmp_path):
                     assert verified_results(here, [job_id])[job_id] == success(10)
             finally:
-                if child.is_running():
-                    child.kill()
+                if process.is_running():
+                    process.kill()
 
 
 class TestWorkers:

@@ -254,7 +254,7 @@ class TestRelay:
         assert large in queued(idle)
 
     @pytest.mark.parametrize(
-        ("command", "says"),
+        ("command", "message"),
         [
             ("ACL SETUSER default -lpush", "no permissions"),
             ("CONFIG SET min-replicas-to-write 1", "NOREPLICAS"),
@@ -262,7 +262,7 @@ class TestRelay:
         ids=["NOPERM", "NOREPLICAS"],
     )
     def test_a_refusal_of_every_request_is_raised(
-        self, idle: Site, tmp_path: Path, command: str, says: str
+        self, idle: Site, tmp_path: Path, command: str, message: str
     ) -> None:
         """If Redis refuses every request, its error is raised at the first, and all stay due."""
         for _ in range(2):
@@ -270,7 +270,7 @@ class TestRelay:
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
             redis.set("interview-access:relay", 1)
             redis.execute_command(*command.split())
-            with pytest.raises(ResponseError, match=says):
+            with pytest.raises(ResponseError, match=message):
                 run_relay(idle, redis=redis)
         run_relay(idle)
         assert idle.redis.llen(QUEUE) == 2

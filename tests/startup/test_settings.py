@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import string
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,8 +14,8 @@ from sqlalchemy import make_url
 
 from storage.database_url import parse_database_url
 from storage.schema import DatabaseUnavailableError, check_schema
-from tests.support.workers import ROOT
-from worker.broker.transport import BrokerConnection, celery_settings
+from tests.support.commands import run_module
+from worker.broker.connections import BrokerConnection, celery_settings
 from worker.settings import Settings, SettingsError
 
 PIECES = ("hun", "ter2")
@@ -90,20 +88,20 @@ class TestPasswords:
     @pytest.mark.parametrize("variable", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
     def test_of_redis(self, variable: str, url: str) -> None:
         """The error for a Redis URL names the variable, what was received and what was expected."""
-        said = refusal(**{"CELERY_BROKER_URL": "redis://127.0.0.1", variable: url})
-        assert said.startswith(f"{variable}: got ")
-        assert ", expected " in said
-        assert not [piece for piece in PIECES if piece in said]
-        assert len(said.splitlines()) == 1
+        error = refusal(**{"CELERY_BROKER_URL": "redis://127.0.0.1", variable: url})
+        assert error.startswith(f"{variable}: got ")
+        assert ", expected " in error
+        assert not [piece for piece in PIECES if piece in error]
+        assert len(error.splitlines()) == 1
 
     @pytest.mark.parametrize("url", MALFORMED_POSTGRESQL)
     def test_of_postgresql(self, url: str) -> None:
         """The error for a PostgreSQL URL does so as well."""
-        said = refusal(CELERY_BROKER_URL="redis://127.0.0.1", DATABASE_URL=url)
-        assert said.startswith("DATABASE_URL: got ")
-        assert ", expected " in said
-        assert not [piece for piece in PIECES if piece in said]
-        assert len(said.splitlines()) == 1
+        error = refusal(CELERY_BROKER_URL="redis://127.0.0.1", DATABASE_URL=url)
+        assert error.startswith("DATABASE_URL: got ")
+        assert ", expected " in error
+        assert not [piece for piece in PIECES if piece in error]
+        assert len(error.splitlines()) == 1
 
     @pytest.mark.parametrize("url", [*MALFORMED_REDIS, *MALFORMED_POSTGRESQL])
     def test_of_any_url(self, url: str) -> None:
@@ -153,22 +151,15 @@ class TestPasswords:
         words = ["grant", "--user", "x", "--interview", "i"]
         self._ends_2(words, {"CELERY_BROKER_URL": url}, "CELERY_BROKER_URL: got ")
 
-    def _ends_2(self, words: list[str], environment: dict[str, str], says: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "worker.cli", *words],
-            env={
-                "PATH": os.environ["PATH"],
-                "CELERY_BROKER_URL": "redis://127.0.0.1",
-                **environment,
-            },
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+    def _ends_2(self, words: list[str], environment: dict[str, str], prefix: str) -> None:
+        complete = {
+            "PATH": os.environ["PATH"],
+            "CELERY_BROKER_URL": "redis://127.0.0.1",
+            **environment,
+        }
+        done = run_module(complete, "worker.cli", *words)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(says)
+        assert done.stderr.startswith(prefix)
         assert not [piece for piece in PIECES if piece in done.stderr]
         assert len(done.stderr.splitlines()) == 1
 
@@ -274,16 +265,16 @@ class TestEnvironment:
 
     def test_an_empty_list_of_queues_is_refused(self) -> None:
         """A list without names is refused instead of allowing every queue."""
-        said = refusal(CELERY_BROKER_URL="redis://h", GRANT_CALLBACK_QUEUES=" , ")
-        assert said == (
+        error = refusal(CELERY_BROKER_URL="redis://h", GRANT_CALLBACK_QUEUES=" , ")
+        assert error == (
             "GRANT_CALLBACK_QUEUES: got ' , ', expected at least one name, or an empty value"
         )
 
     @pytest.mark.parametrize("name", ["CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"])
     def test_variables_that_only_celery_reads_are_refused(self, name: str) -> None:
         """Broker variables that Celery would read without validation are refused."""
-        said = refusal(CELERY_BROKER_URL="redis://h", **{name: "redis://:hunter2@h"})
-        assert said == f"{name}: got a value, expected CELERY_BROKER_URL alone"
+        error = refusal(CELERY_BROKER_URL="redis://h", **{name: "redis://:hunter2@h"})
+        assert error == f"{name}: got a value, expected CELERY_BROKER_URL alone"
 
     def test_certificate_files(self, tmp_path: Path) -> None:
         """An existing certificate file is accepted."""

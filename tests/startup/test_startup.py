@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
-from typing import Any
 
 import pytest
 from celery import Celery
-from interview_access.aio import AsyncInterviewAccessClient
 from interview_access.errors import QueueUnavailableError
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
-from devstack.servers import LocalStack
-from storage.samples import NAMED_SAMPLES, load_samples
+from storage.samples import NAMED_SAMPLES
+from tests.startup.checks import PASSWORD, check, refusal
 from tests.support.clients import CLIENTS
-from tests.support.sentinels import MASTER, Sentinels, redis_of, sentinels_of
-from tests.support.stores import until
+from tests.support.commands import run_module
+from tests.support.sentinels import redis_of
 from tests.support.tls_relay import CERTIFICATE, tls_relay
-from tests.support.workers import QUEUE, ROOT, Site, migrated_site, worker
-from worker.broker.transport import CLIENT_NAME
-from worker.settings import Settings
-from worker.startup import StartupError
-from worker.startup.servers import check_servers
-
-PASSWORD = "s3cret"  # noqa: S105 - of the tests' own servers
-
-
-def check(
-    database_url: str, broker: str, results: str | None = None, sentinel_password: str = ""
-) -> None:
-    """Run the checks of both servers."""
-    settings = Settings(
-        database_url=database_url,
-        celery_broker_url=broker,
-        celery_result_backend=results,
-        redis_sentinel_password=sentinel_password,
-    )
-    check_servers(settings)
-
-
-def refusal(
-    database_url: str, broker: str, results: str | None = None, sentinel_password: str = ""
-) -> str:
-    """Return the error with which the checks refuse to start."""
-    with pytest.raises(StartupError) as refused:
-        check(database_url, broker, results, sentinel_password)
-    sentence = str(refused.value)
-    assert PASSWORD not in sentence
-    assert len(sentence.splitlines()) == 1
-    return sentence
+from tests.support.workers import QUEUE, ROOT, Site, worker
 
 
 @contextmanager
@@ -91,14 +55,6 @@ def resp_server(*replies: str) -> Iterator[int]:
             thread.join()
 
 
-@pytest.fixture(scope="module")
-def here(stack: LocalStack, _migrated: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with migrated_site(stack, _migrated, 14) as here:
-        load_samples(here.store.database_url, len(NAMED_SAMPLES))
-        yield here
-
-
 class TestServers:
     """The checks of both servers."""
 
@@ -119,7 +75,7 @@ class TestServers:
             assert "got a Redis in cluster mode" in refusal(here.store.database_url, *urls)
 
     @pytest.mark.parametrize(
-        ("given", "says"),
+        ("given", "message"),
         [
             ("", "HELLO must be called with the client already authenticated"),
             ("wrong", "invalid username-password"),
@@ -127,7 +83,7 @@ class TestServers:
     )
     @pytest.mark.parametrize("which", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"])
     def test_a_wrong_password_is_refused(
-        self, here: Site, tmp_path: Path, which: str, given: str, says: str
+        self, here: Site, tmp_path: Path, which: str, given: str, message: str
     ) -> None:
         """The error for a wrong password names the variable and quotes the server's error."""
         with redis_of(tmp_path, "--requirepass", PASSWORD) as port:
@@ -136,10 +92,10 @@ class TestServers:
             urls = (url, here.broker) if broker else (here.broker, url)
             sentence = refusal(here.store.database_url, *urls)
         assert sentence.startswith(f"{which}: Redis at 127.0.0.1:{port} refuses the worker")
-        assert says in sentence
+        assert message in sentence
 
     @pytest.mark.parametrize(
-        ("rules", "says"),
+        ("rules", "message"),
         [
             ("~* &* +@all -xadd", "XADD interview-access:dead"),
             ("~interview-access* ~_kombu* &* +@all", "SETEX celery-task-meta-x"),
@@ -155,13 +111,13 @@ class TestServers:
         ],
     )
     def test_a_missing_permission_is_named(
-        self, here: Site, tmp_path: Path, rules: str, says: str
+        self, here: Site, tmp_path: Path, rules: str, message: str
     ) -> None:
         """A Redis user that lacks a permission is refused, and the permission is named."""
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
             redis.execute_command("ACL", "SETUSER", "limited", "on", f">{PASSWORD}", *rules.split())
             url = f"redis://limited:{PASSWORD}@127.0.0.1:{port}/3"
-            assert says in refusal(here.store.database_url, url)
+            assert message in refusal(here.store.database_url, url)
 
     def test_the_documented_user_suffices(self, here: Site, tmp_path: Path) -> None:
         """The Redis user of docs/running.md has every permission that worker and client need."""
@@ -267,20 +223,13 @@ class TestServers:
 @contextmanager
 def ended(here: Site, *words: str, **settings: object) -> Iterator[str]:
     """The error of a worker that ends at its start with status 1."""
-    process = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "worker", "worker", "-c", "1", *words],
-        env=here.environment(**settings),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    said = process.stdout + process.stderr
-    assert process.returncode == 1, said
-    assert "Traceback" not in said
-    assert PASSWORD not in said
-    (sentence,) = [line for line in said.splitlines() if "cannot start" in line]
+    command = ("celery", "-A", "worker", "worker", "-c", "1", *words)
+    process = run_module(here.environment(**settings), *command)
+    output = process.stdout + process.stderr
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert PASSWORD not in output
+    (sentence,) = [line for line in output.splitlines() if "cannot start" in line]
     yield sentence
 
 
@@ -325,7 +274,7 @@ class TestStart:
     """The worker's start."""
 
     @pytest.mark.parametrize(
-        ("words", "says"),
+        ("words", "message"),
         [
             (["-P", "solo"], "got the pool solo (-P, --pool), expected prefork."),
             (["-P", "threads"], "got the pool thread (-P, --pool), expected prefork."),
@@ -345,10 +294,10 @@ class TestStart:
             (["result.serializer=yaml"], "got result_serializer = 'yaml', expected 'json'."),
         ],
     )
-    def test_unsafe_options_are_refused(self, here: Site, words: list[str], says: str) -> None:
+    def test_unsafe_options_are_refused(self, here: Site, words: list[str], message: str) -> None:
         """Another pool, an unknown queue or early acknowledgement ends the worker at its start."""
         with ended(here, *words) as sentence:
-            assert sentence == f"The worker cannot start: {says}"
+            assert sentence == f"The worker cannot start: {message}"
 
     def test_a_failed_check_ends_the_worker(self, here: Site, tmp_path: Path) -> None:
         """A failed check ends the worker with one line and status 1."""
@@ -363,144 +312,6 @@ class TestStart:
         """The error for a malformed URL names the variable and shows no part of the password."""
         with ended(here, **{variable: f"redis://:{PASSWORD}{end}"}) as sentence:
             assert sentence.startswith(f"The worker cannot start: {variable}: got 'redis://***")
-
-
-@pytest.fixture(scope="module")
-def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """A primary and a Sentinel, both with a password."""
-    with sentinels_of(tmp_path_factory.mktemp("sentinels"), password=PASSWORD) as sentinels:
-        yield sentinels
-
-
-@pytest.fixture(scope="module")
-def behind(
-    here: Site, sentinels: Sentinels, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """The log of a worker whose queue and results are behind the Sentinel."""
-    log = tmp_path_factory.mktemp("behind") / "worker.log"
-    with worker(here, log, **sentinels.environment()):
-        yield log
-
-
-@pytest.fixture
-def client(
-    sentinels: Sentinels, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[InterviewAccessClient]:
-    """A client that reads its addresses from the environment."""
-    for name, value in sentinels.environment().items():
-        monkeypatch.setenv(name, str(value))
-    client = InterviewAccessClient()
-    yield client
-    client.close()
-
-
-@pytest.mark.usefixtures("behind")
-class TestSentinel:
-    """Worker, clients and command with ``sentinel://`` URLs."""
-
-    def test_latency_of_a_small_job(self, client: InterviewAccessClient) -> None:
-        """The result of a single small job arrives within 0.7 s."""
-        client.wait(client.enqueue("ann", [NAMED_SAMPLES[0]]), timeout=30)  # connects
-        started = time.monotonic()
-        result = client.wait(client.enqueue("bob", [NAMED_SAMPLES[0]]), timeout=30)
-        assert time.monotonic() - started < 0.7
-        assert result == {"success": True, "created_access_count": 1}
-
-    @pytest.mark.usefixtures("client")
-    def test_the_asyncio_client(self) -> None:
-        """The asyncio client enqueues, waits and reads the status."""
-
-        async def grant() -> str:
-            client = AsyncInterviewAccessClient()
-            job_id = await client.enqueue("cem", [NAMED_SAMPLES[0]])
-            await client.wait(job_id, timeout=30)
-            state = (await client.status(job_id)).state
-            await client.close()
-            return state
-
-        assert asyncio.run(grant()) == "succeeded"
-
-    def test_the_command(self, here: Site, sentinels: Sentinels) -> None:
-        """The command grants, prints the status, cancels and lists dead letters."""
-
-        def run(*words: str) -> subprocess.CompletedProcess[str]:
-            return _run(here, sentinels, "worker.cli", *words)
-
-        words = ["--user", "dan", "--interview", NAMED_SAMPLES[0], "--job-id", "dan", "--wait"]
-        assert json.loads(run("grant", *words).stdout)["created_access_count"] == 1
-        assert json.loads(run("status", "dan", "--json").stdout)["state"] == "succeeded"
-        assert run("cancel", "unsent").returncode == 0
-        assert "no dead letters" in run("dead-letters", "list").stderr
-
-    def test_an_unknown_task_does_not_end_the_worker(
-        self, sentinels: Sentinels, behind: Path, client: InterviewAccessClient
-    ) -> None:
-        """A message of an unknown task is dead-lettered, and the next job runs."""
-        envelope = {
-            "body": "[[], {}, {}]",
-            "content-type": "application/json",
-            "headers": {"task": "no.such", "id": "no-such"},
-            "properties": {},
-        }
-        with sentinels.redis(sentinels.primary()) as redis:
-            redis.lpush(QUEUE, json.dumps(envelope))
-            until(lambda: bool(redis.xlen("interview-access:dead")))
-            redis.delete("interview-access:dead")
-        assert client.wait(client.enqueue("eve", [NAMED_SAMPLES[0]]), timeout=30)["success"]
-        assert "Traceback" not in behind.read_text(encoding="utf-8")
-
-    def test_connections_have_names(
-        self, sentinels: Sentinels, client: InterviewAccessClient
-    ) -> None:
-        """All connections of worker and producer are named in CLIENT LIST."""
-        client.enqueue("fay", [NAMED_SAMPLES[0]])
-        with sentinels.redis(sentinels.primary()) as redis:
-            clients: Any = redis.client_list()
-            me = str(redis.client_id())
-        names = {one["name"] for one in clients if one["id"] != me and "slave" not in one["flags"]}
-        assert {CLIENT_NAME, "interview-access-client"} <= names
-        assert "" not in {name for name in names if not name.startswith("sentinel-")}
-
-    def test_no_password_is_shown(self, here: Site, sentinels: Sentinels, behind: Path) -> None:
-        """Log, banner, `inspect stats`, `inspect conf` and `report` contain no password."""
-        said = [behind.read_text(encoding="utf-8")]
-        for words in (["inspect", "stats"], ["inspect", "conf"], ["report"]):
-            done = _run(here, sentinels, "celery", "-A", "worker", *words)
-            said.append(done.stdout + done.stderr)
-        assert all(MASTER in text for text in said[1:3])
-        assert not [text for text in said if PASSWORD in text]
-
-    def test_an_unknown_master_name_is_refused(self, here: Site, sentinels: Sentinels) -> None:
-        """The error for a wrong master_name lists the names that the Sentinels know."""
-        url = sentinels.url.replace(f"master_name={MASTER}", "master_name=typo")
-        sentence = refusal(here.store.database_url, url, sentinel_password=PASSWORD)
-        assert "got the master_name 'typo'" in sentence
-        assert MASTER in sentence
-
-    def test_a_wrong_sentinel_password_is_refused(self, here: Site, sentinels: Sentinels) -> None:
-        """The error for a wrong password of a Sentinel names the Sentinel."""
-        sentence = refusal(here.store.database_url, sentinels.url, sentinel_password="wrong")  # noqa: S106 - wrong indeed
-        assert "the Sentinel at 127.0.0.1" in sentence
-
-    def test_a_redis_url_of_a_sentinel_is_refused(self, here: Site, sentinels: Sentinels) -> None:
-        """A redis:// URL that names a Sentinel is refused with a hint."""
-        url = f"redis://:{PASSWORD}@127.0.0.1:{sentinels.sentinel_ports[0]}/0"
-        assert "got a Sentinel" in refusal(here.store.database_url, url)
-
-
-def _run(
-    here: Site, sentinels: Sentinels, module: str, *words: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command that must succeed, with the Sentinels' URL in its environment."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *words],
-        env=here.environment(**sentinels.environment()),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
 
 
 def after_import(expression: str) -> str:

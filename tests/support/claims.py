@@ -11,9 +11,6 @@ from redis import Redis
 
 from worker.broker.claims import DEAD, PREFIX, Action, Claim, Claimed, Claims, Disposition
 
-DATABASE = 13
-"""Number of the Redis database."""
-
 URGENT, JOBS, LANE = "jobs\x06\x163", "jobs", "jobs\x06\x169"
 QUEUES = (URGENT, JOBS, LANE)
 """By priority; the last one is the low-priority lane."""
@@ -102,7 +99,7 @@ def claim(protocol: Claims, first_tag: int, *, by: str = "ann", **limits: Any) -
 
 
 def take(protocol: Claims, first_tag: int = 1, *, by: str = "ann", **limits: Any) -> list[Claim]:
-    """Claim likewise, and return only the messages."""
+    """Claim for a session whose lease is valid, and return the claimed messages."""
     return claim(protocol, first_tag, by=by, **limits).claims
 
 

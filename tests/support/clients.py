@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Client(Protocol):
-    """The methods of both clients; see the blocking client for each."""
+    """The methods of both clients; see :class:`InterviewAccessClient`."""
 
     @property
     def enqueue(self) -> Callable[..., str]:
@@ -53,27 +53,27 @@ class Awaited:
         self._client = AsyncInterviewAccessClient(broker_url, result_backend)
 
     def enqueue(self, user_id: Any, interview_ids: Any, **options: Any) -> str:
-        """Enqueue a job and return its ID."""
+        """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.enqueue(user_id, interview_ids, **options))
 
     def enqueue_cohort(self, user_ids: Any, interview_ids: Any, **options: Any) -> str:
-        """Enqueue a cohort job and return its ID."""
+        """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.enqueue_cohort(user_ids, interview_ids, **options))
 
     def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
-        """Enqueue jobs and return their IDs."""
+        """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.enqueue_many(jobs))
 
     def wait(self, job_id: str, **options: Any) -> dict[str, Any]:
-        """Wait for a result."""
+        """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.wait(job_id, **options))
 
     def status(self, job_id: str, *, timeout: float) -> JobStatus:
-        """Report a job's status."""
+        """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.status(job_id, timeout=timeout))
 
     def cancel(self, job_id: str, *, timeout: float) -> JobStatus:
-        """Cancel a job and report its status."""
+        """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.cancel(job_id, timeout=timeout))
 
     def close(self) -> None:

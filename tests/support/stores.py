@@ -143,13 +143,13 @@ class MemoryStore(Store):
         self._interviews: list[InterviewDTO] = []
 
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
-        """See the store."""
+        """See :class:`Store`."""
         assert configured or not interview.is_default_access_allowed, "the default is another"
         self._interviews.append(interview)
         self.storage.add_interview(interview)
 
     def delete_interview(self, interview_id: str) -> bool:
-        """See the store."""
+        """See :class:`Store`."""
         try:
             self.storage.delete_interview(interview_id)
         except StorageError:
@@ -157,15 +157,15 @@ class MemoryStore(Store):
         return True
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """See the store."""
+        """See :class:`Store`."""
         return self.storage.attempts()
 
     def add_request(self, request: AccessRequestDTO) -> None:
-        """See the store."""
+        """See :class:`Store`."""
         self.storage.add_request(request)
 
     def until_waiting(self, other: Background[Any]) -> None:
-        """See the store: a waiting thread is inside the model, at its lock."""
+        """See :class:`Store`: a waiting thread is inside the model, at its lock."""
 
         def waits() -> bool:
             frame = sys._current_frames().get(other.thread.ident or 0)
@@ -174,7 +174,7 @@ class MemoryStore(Store):
         until(lambda: other.over or waits())
 
     def clear(self) -> None:
-        """See the store."""
+        """See :class:`Store`."""
         self.storage = MemoryStorage(chunk_size=CHUNK_SIZE)
         for interview in self._interviews:
             self.storage.add_interview(interview)
@@ -195,7 +195,7 @@ class PostgresStore(Store):
         self._platform = platform
 
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
-        """See the store."""
+        """See :class:`Store`."""
         self._platform.execute(
             insert(models.interviews).values(
                 id=UUID(interview.id),
@@ -222,7 +222,7 @@ class PostgresStore(Store):
         )
 
     def delete_interview(self, interview_id: str) -> bool:
-        """See the store; the configuration is deleted too."""
+        """See :class:`Store`; the configuration is deleted too."""
         try:
             with connected(self.database_url) as connection:
                 for statement in DELETE_INTERVIEW:
@@ -233,7 +233,7 @@ class PostgresStore(Store):
         return True
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """See the store."""
+        """See :class:`Store`."""
         rows = self._platform.execute(select(models.interview_attempts)).mappings()
         return [
             InterviewAttemptDTO(
@@ -243,7 +243,7 @@ class PostgresStore(Store):
         ]
 
     def add_request(self, request: AccessRequestDTO) -> None:
-        """See the store."""
+        """See :class:`Store`."""
         self._platform.execute(
             insert(models.requests).values(
                 job_id=request.job_id,
@@ -255,11 +255,11 @@ class PostgresStore(Store):
         )
 
     def until_waiting(self, other: Background[Any]) -> None:
-        """See the store: PostgreSQL reports sessions that wait for a lock."""
+        """See :class:`Store`: PostgreSQL reports sessions that wait for a lock."""
         until(lambda: other.over or self.value(_WAITING) > 0)
 
     def clear(self) -> None:
-        """See the store."""
+        """See :class:`Store`."""
         for table in _JOBS_TABLES:
             self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
 

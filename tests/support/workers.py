@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,45 +167,58 @@ def events(here: Site) -> Iterator[list[dict[str, Any]]]:
             listener.result()
 
 
-@contextmanager
-def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
-    """A ready worker of two pool processes; the setting ``APP`` names its module."""
-    app = str(settings.pop("APP", "worker"))
-    service = Service(
-        "worker",
+def worker_service(
+    log: Path,
+    environment: Mapping[str, str],
+    *,
+    app: str = "worker",
+    processes: int = 2,
+    name: str = "",
+    prefix: Sequence[str] = (),
+) -> Service:
+    """Return the service of a worker, which is not started yet.
+
+    Args:
+        log: The worker's log file.
+        environment: The worker's complete environment.
+        app: The module of its app.
+        processes: Number of its pool processes.
+        name: Its node name; chosen by Celery, unless given.
+        prefix: A command that runs the worker's command.
+    """
+    return Service(
+        name or "worker",
         [
-            *(sys.executable, "-m", "celery", "-A", app, "worker", "-c", "2", "-l", "INFO"),
-            "--without-mingle",  # mingling takes a second at each start
+            *(*prefix, sys.executable, "-m", "celery", "-A", app, "worker", "-c", str(processes)),
+            *("-l", "INFO", "--without-mingle"),  # mingling takes a second at each start
+            *(("-n", name) if name else ()),
         ],
         log=log,
-        environment=here.environment(**settings),
+        environment=environment,
         folder=ROOT,
     )
+
+
+def is_ready(worker: Service) -> bool:
+    """Whether the worker runs, and has logged that it is ready."""
+    return worker.alive and b" ready." in worker.log.read_bytes()
+
+
+@contextmanager
+def started(service: Service) -> Iterator[Service]:
+    """Start a worker, wait until it is ready, and stop it at the end of the block."""
     service.start()
     try:
-        until(lambda: " ready." in log.read_text(encoding="utf-8") or not service.alive)
-        assert service.alive, service.log_tail()
+        until(lambda: is_ready(service) or not service.alive)
+        assert service.alive, service.last_words()
         yield service
     finally:
         service.stop()
 
 
 @contextmanager
-def site_with_worker(
-    stack: LocalStack, template: str, number: int, folder: Path, **settings: object
-) -> Iterator[Site]:
-    """A site with a database of its own and a worker.
-
-    Args:
-        stack: The servers.
-        template: Name of the database that is copied.
-        number: Number of the Redis database.
-        folder: Where the worker logs.
-        settings: Environment variables of the worker.
-    """
-    with (
-        database(stack.database_url, template=template) as url,
-        site(stack, url, number) as here,
-        worker(here, folder / "worker.log", **settings),
-    ):
-        yield here
+def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
+    """A ready worker of two pool processes; the setting ``APP`` names its module."""
+    app = str(settings.pop("APP", "worker"))
+    with started(worker_service(log, here.environment(**settings), app=app)) as service:
+        yield service

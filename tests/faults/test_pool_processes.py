@@ -50,17 +50,17 @@ class TestPredeterminedFailures:
             here.producer.send_task(
                 GRANT_ACCESS, ("ann", ids), task_id=job_id, queue=QUEUE, time_limit=1
             )
-            child = psutil.Process(gate.until_reached())
-            child.wait(30)
+            process = psutil.Process(gate.until_reached())
+            process.wait(30)
         assert verified_results(here, [job_id])[job_id] == success(10)
 
     def test_terminated_after_commit(self, here: Site, relays: Relays, ids: list[str]) -> None:
         """A job that an operator terminates after COMMIT has succeeded."""
         with gate_at(relays, "before the result") as gate:
             job_id = here.send("ann", ids)
-            child = psutil.Process(gate.until_reached())
+            process = psutil.Process(gate.until_reached())
             here.producer.control.revoke(job_id, terminate=True, signal="SIGKILL")
-            child.wait(30)
+            process.wait(30)
         assert verified_results(here, [job_id])[job_id] == success(10)
 
     @pytest.mark.usefixtures("relays")
@@ -88,8 +88,8 @@ class TestPredeterminedFailures:
             here.producer.send_task(
                 GRANT_ACCESS, ("ann", ids), task_id=job_id, queue=QUEUE, expires=2
             )
-            child = gate.until_reached()
-            os.kill(child, signal.SIGKILL)
+            process = gate.until_reached()
+            os.kill(process, signal.SIGKILL)
         assert verified_results(here, [job_id])[job_id] == success(10)
 
     def test_expired_after_it_began(self, here: Site, relays: Relays, ids: list[str]) -> None:
