@@ -22,10 +22,10 @@ from benchmarks.contenders import Contender
 from benchmarks.database import Database
 from benchmarks.deployment import Deployment
 from benchmarks.measuring import BenchmarkError
-from storage.samples import load_samples
-from storage.schema import migrate
 from devstack.servers import LocalStack
 from devstack.service import Service
+from storage.samples import load_samples
+from storage.schema import migrate
 
 ROOT = Path(__file__).parent.parent
 _WARM_UP_JOBS = 8  # enough that each of two pool processes has executed one

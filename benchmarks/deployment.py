@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
-from interview_access.contracts import GrantJob
+from interview_access.contracts import GrantJob, result_key
 from interview_access.errors import InvalidInterviewIdException
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
@@ -26,7 +26,6 @@ _WINDOW = 200  # results read in one round trip
 _HELD = "benchmark-held-back"  # a list that no worker reads
 _COPIES = "benchmark-copies"  # a list that no worker reads
 _RESULT_EXPIRES = 86_400  # seconds: this worker's retention, and Celery's default
-_PREFIX = "celery-task-meta-"  # of Celery's result keys
 
 
 @dataclass
@@ -161,7 +160,7 @@ class Deployment:
         )
 
     def _timed(self, job_id: str, enqueue: Callable[[], object]) -> float:
-        key = f"{_PREFIX}{job_id}"
+        key = result_key(job_id)
         with self.redis.pubsub() as channel:  # type: ignore[no-untyped-call] # redis-py's
             channel.subscribe(key)
             channel.get_message(timeout=TIMEOUT_SECONDS)  # the subscription's confirmation
@@ -181,7 +180,7 @@ class Deployment:
             self._check_alive()
             while left:
                 window = [left.popleft() for _ in range(min(_WINDOW, len(left)))]
-                stored: Any = self.redis.mget([f"{_PREFIX}{job_id}" for job_id in window])
+                stored: Any = self.redis.mget([result_key(job_id) for job_id in window])
                 counts = [read(raw) for raw in stored]
                 self.created += sum(count for count in counts if count is not None)
                 late = [one for one, count in zip(window, counts, strict=True) if count is None]
@@ -194,13 +193,13 @@ class Deployment:
 
     def delete_results(self, job_ids: Sequence[str]) -> None:
         """Delete the stored results of the jobs."""
-        self.redis.unlink(*(f"{_PREFIX}{job_id}" for job_id in job_ids))
+        self.redis.unlink(*(result_key(job_id) for job_id in job_ids))
 
     def stored_at(self, job_ids: Sequence[str]) -> list[float]:
         """Return when each result was stored, in seconds since 1970, to half a millisecond."""
         with self.redis.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
-                pipeline.pexpiretime(f"{_PREFIX}{job_id}")
+                pipeline.pexpiretime(result_key(job_id))
             expiries = pipeline.execute()
         return [(at + 0.5) / 1_000 - _RESULT_EXPIRES for at in expiries]
 

@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import make_url
 
+from devstack.servers import LocalStack
 from storage.samples import load_samples
 from storage.schema import migrate
 from tests.support.database import database

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.support.sessions import ManualClock, SteppedLease, connect
 from worker.broker.claims import Claims
 

@@ -6,10 +6,9 @@ from redis import Redis
 
 from tests.broker.leases import ACKNOWLEDGE, PROCESSES, claim, dispatched, lose, settle
 from tests.support.sessions import KEYS, LANE, QUEUE, ManualClock, SteppedLease
-from worker.broker.circuit_breaker import CircuitBreaker
+from worker.broker.claim_policy import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES, CircuitBreaker
 from worker.broker.claims import PREFIX
 from worker.broker.delivery import Delivery
-from worker.broker.lease import BATCH_BYTES, HUGE_BYTES, SMALL_BYTES
 
 
 def test_one_poison_candidate_runs_at_a_time(lease: SteppedLease, redis: Redis) -> None:
@@ -149,13 +148,13 @@ def test_an_oversized_message_is_not_transferred(
 def test_an_outage_stops_claims_and_one_job_probes(lease: SteppedLease, redis: Redis) -> None:
     """After the back-off one job is claimed, and further ones once it has succeeded."""
     redis.lpush(QUEUE, "a", "b", "c")
-    lease.breaker.record_failure("PostgreSQL is away")
+    lease.policy.breaker.record_failure("PostgreSQL is away")
     assert claim(lease) == []
     lease.clock.now += 1
     probe = dispatched(lease)
     assert [one.claim.message for one in probe] == [b"a"]
     assert claim(lease) == []
-    lease.breaker.record_success()
+    lease.policy.breaker.record_success()
     settle(lease, ACKNOWLEDGE, *probe)
     assert len(claim(lease)) == 2
 
@@ -165,7 +164,7 @@ def test_a_job_that_began_before_an_outage_is_no_probe(lease: SteppedLease, redi
     redis.lpush(QUEUE, "long")
     dispatched(lease)
     lease.clock.now += 1
-    lease.breaker.record_failure("PostgreSQL is away")
+    lease.policy.breaker.record_failure("PostgreSQL is away")
     lease.clock.now += 1
     redis.lpush(QUEUE, "probe", "other")
     assert [one.claim.message for one in claim(lease)] == [b"probe"]

@@ -10,6 +10,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from devstack.servers import LocalStack
 from tests.broker.leases import (
     ACKNOWLEDGE,
     PROCESSES,
@@ -39,7 +40,6 @@ from tests.support.sessions import (
 from tests.support.stores import until
 from worker.broker.claims import DEAD, PREFIX, Action, Claims, Disposition
 from worker.broker.lease import Lease
-from worker.local_stack import LocalStack
 
 # --- A lease that is lost ------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import pytest
 
+from devstack.servers import LocalStack
 from tests.support.commands import run_module
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, migrated_site, worker

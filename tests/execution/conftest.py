@@ -11,13 +11,13 @@ from celery import Celery
 from celery.worker import state as worker_state
 from redis import Redis
 
+from devstack.servers import LocalStack
 from tests.execution.jobs import CHUNK, LIMIT, ONE, TWO, many
 from tests.execution.stepped_worker import LIMITS, PROCESSES, SteppedWorker
 from tests.support.pools import SteppedPool, tasks_app
 from tests.support.sessions import ManualClock, SteppedLease, connect
 from tests.support.workers import QUEUE, Site, migrated_site, worker
 from worker.execution.dispatch import Dispatcher
-from worker.local_stack import LocalStack
 
 
 @pytest.fixture(scope="module")

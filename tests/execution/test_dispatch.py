@@ -24,10 +24,10 @@ from tests.support.sessions import (
     end_delays,
     messages,
 )
+from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import DEAD, Action
 from worker.broker.delivery import State
-from worker.broker.lease import SMALL_BYTES
-from worker.execution.dispatch import partition
+from worker.execution.batch import partition
 from worker.execution.request import JobRequest
 
 HOUR = timedelta(hours=1)
@@ -178,15 +178,15 @@ def test_an_outage_opens_the_circuit(stepped: SteppedWorker) -> None:
     stepped.pool.works[0].complete(
         *[settled(Action.RETRY)] * 2, outage="PostgreSQL is away", has_success=False
     )
-    assert stepped.lease.breaker.is_open
+    assert stepped.lease.policy.breaker.is_open
     stepped.lease.clock.now += 1
     stepped.lease.beat()
     stepped.pump()
     stepped.pool.works[0].complete(has_success=False)
-    assert stepped.lease.breaker.is_probing
+    assert stepped.lease.policy.breaker.is_probing
     stepped.pump()
     stepped.pool.works[0].complete()
-    assert not stepped.lease.breaker.is_probing
+    assert not stepped.lease.policy.breaker.is_probing
 
 
 # --- Deliveries that no pool process executes -----------------------------------------------------

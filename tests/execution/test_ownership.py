@@ -26,6 +26,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from devstack.servers import LocalStack
 from tests.support.pools import SteppedPool, Work, settled
 from tests.support.sessions import (
     DATABASE,

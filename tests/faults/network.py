@@ -20,7 +20,6 @@ from pathlib import Path
 from devstack.service import Service
 from tests.support.relay import Pair, SocketRelay
 from tests.support.workers import Site, started, worker_service
-from worker.local_stack import Service
 
 SERVERS = ("redis", "postgresql")
 

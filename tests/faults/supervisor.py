@@ -19,7 +19,6 @@ from tests.faults.invariants import all_settled, locate_messages, unfinished
 from tests.faults.workers import process_tree
 from tests.support.database import connected
 from tests.support.workers import Site, is_ready, worker_service
-from worker.local_stack import Service
 
 WORKERS = 2
 LIVENESS_SECONDS = 30.0
@@ -200,7 +199,7 @@ class Supervisor:
 
     def _remove(self, worker: Service) -> None:
         if worker.pid not in self._expected_to_end and is_ready(worker):
-            self.failures.append(f"{worker.name} ended by itself:{worker.last_words()}")
+            self.failures.append(f"{worker.name} ended by itself:{worker.log_tail()}")
         worker.stop()
         self.workers.remove(worker)
 

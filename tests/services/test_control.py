@@ -31,8 +31,8 @@ from interview_access.errors import (
     StorageUnavailableException,
 )
 from interview_access.producer import InterviewAccessClient
-from interview_access.protocol import reply_key
 
+from devstack.servers import LocalStack
 from tests.support.commands import run_module
 from tests.support.control import control_request, reply, reply_sizes
 from tests.support.stores import Background, until
@@ -44,7 +44,6 @@ from tests.support.workers import (
     migrated_site,
     worker,
 )
-from worker.local_stack import LocalStack
 
 CHUNK = 10
 

@@ -8,8 +8,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from interview_access.contracts import CANCEL_JOB, CONTROL_QUEUE
-from interview_access.protocol import reply_key
+from interview_access.contracts import CANCEL_JOB, CONTROL_QUEUE, reply_key
 from redis.exceptions import OutOfMemoryError
 
 from storage.postgres import PostgresStorage

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from worker.settings import Settings
-from worker.startup import StartupError, check_servers
+from worker.startup import StartupError
+from worker.startup.servers import check_servers
 
 PASSWORD = "s3cret"  # noqa: S105 - of the tests' own servers
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.workers import Site, migrated_site
-from worker.local_stack import LocalStack
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.support.commands import run_module
 from tests.support.sentinels import MASTER, Sentinels, sentinels_of
 from tests.support.stores import until
 from tests.support.workers import QUEUE, Site, worker
-from worker.broker.connections import CLIENT_NAME
+from worker.broker.transport import CLIENT_NAME
 
 
 @pytest.fixture(scope="module")

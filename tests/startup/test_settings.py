@@ -15,7 +15,7 @@ from sqlalchemy import make_url
 from storage.database_url import parse_database_url
 from storage.schema import DatabaseUnavailableError, check_schema
 from tests.support.commands import run_module
-from worker.broker.connections import BrokerConnection, celery_settings
+from worker.broker.transport import BrokerConnection, celery_settings
 from worker.settings import Settings, SettingsError
 
 PIECES = ("hun", "ter2")

@@ -6,8 +6,7 @@ import json
 from typing import Any
 from uuid import uuid4
 
-from interview_access.contracts import CONTROL_QUEUE, JOB_STATUS
-from interview_access.protocol import reply_key
+from interview_access.contracts import CONTROL_QUEUE, JOB_STATUS, reply_key
 
 from tests.support.stores import until
 from tests.support.workers import Site

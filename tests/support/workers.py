@@ -210,7 +210,7 @@ def started(service: Service) -> Iterator[Service]:
     service.start()
     try:
         until(lambda: is_ready(service) or not service.alive)
-        assert service.alive, service.last_words()
+        assert service.alive, service.log_tail()
         yield service
     finally:
         service.stop()
@@ -222,3 +222,23 @@ def worker(here: Site, log: Path, **settings: object) -> Iterator[Service]:
     app = str(settings.pop("APP", "worker"))
     with started(worker_service(log, here.environment(**settings), app=app)) as service:
         yield service
+
+
+@contextmanager
+def site_with_worker(
+    stack: LocalStack, template: str, number: int, folder: Path, **settings: object
+) -> Iterator[Site]:
+    """A site with a database of its own and a worker.
+
+    Args:
+        stack: The servers.
+        template: Name of the database that is copied.
+        number: Number of the Redis database.
+        folder: Where the worker logs.
+        settings: Environment variables of the worker.
+    """
+    with (
+        migrated_site(stack, template, number) as here,
+        worker(here, folder / "worker.log", **settings),
+    ):
+        yield here
