@@ -210,7 +210,7 @@ MUTATIONS = {
         "return redis.call('XDEL', prefix .. 'dead', arguments[1])",
         "return 1",
     ),
-    "a requeued dead letter is lost": ("redis.call('RPUSH', fields.queue", "tostring(fields.queue"),
+    "a requeued dead letter is lost": ("redis.call('RPUSH', queue, fields", "tostring(fields"),
     "a requeued dead letter keeps counts": ("forget(fields.message)\n", ""),
 }
 """Edits of the scripts, each of which breaks one invariant."""

@@ -22,6 +22,7 @@ from tests.broker.leases import (
     settle,
 )
 from tests.support.sessions import (
+    DUE,
     GRACE,
     ISOLATED,
     KEYS,
@@ -40,6 +41,7 @@ from tests.support.sessions import (
 from tests.support.stores import until
 from worker.broker.claims import DEAD, PREFIX, Action, Claims, Disposition
 from worker.broker.lease import Lease
+from worker.broker.scripts import claims_script
 
 # --- A lease that is lost ------------------------------------------------------------------------
 
@@ -169,6 +171,35 @@ def test_a_message_that_the_server_lost_is_enqueued_again(
     assert lease.tags == set()
 
 
+class CutAtPut(Redis):
+    """A client whose connection is lost once, at the script that puts a message back."""
+
+    is_cut = False
+
+    def evalsha(self, sha: str, *arguments: Any, **options: Any) -> Any:
+        """Run a script."""
+        if not self.is_cut and sha == self.register_script(claims_script("put")).sha:
+            self.is_cut = True
+            raise RedisConnectionError("cut")
+        return super().evalsha(sha, *arguments, **options)
+
+
+def test_a_lost_message_is_kept_until_it_is_enqueued_again(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """A connection that is lost while a failover's lost messages are put back loses none."""
+    redis.lpush(QUEUE, "a", "b")
+    dispatched(lease)
+    redis.flushdb()
+    lease._server = "another server's run ID"
+    with CutAtPut(connection_pool=client.connection_pool) as cut:
+        with pytest.raises(RedisConnectionError, match="cut"):
+            lease.open(cut)
+        lease.open(cut)
+    assert sorted(redis.lrange(QUEUE, 0, -1)) == [b"a", b"b"]
+    assert lease.tags == set()
+
+
 # --- Settling ------------------------------------------------------------------------------------
 
 
@@ -182,7 +213,9 @@ def test_a_delivery_is_settled_once(lease: SteppedLease, redis: Redis) -> None:
     assert lease.tags == set()
 
 
-def test_settlements_wait_for_redis(lease: SteppedLease, redis: Redis, client: Redis) -> None:
+def test_settlements_wait_for_redis(
+    lease: SteppedLease, redis: Redis, client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     """A later heartbeat sends the settlements of an outage; the first of each delivery applies."""
     redis.lpush(QUEUE, "a", "b", "c")
     one, two, three = dispatched(lease)
@@ -190,8 +223,8 @@ def test_settlements_wait_for_redis(lease: SteppedLease, redis: Redis, client: R
         settle(lease, ACKNOWLEDGE, one)
         settle(lease, Disposition(Action.DEAD_LETTER, reason="because"), two)
         settle(lease, REQUEUE, one, two)
-        with pytest.raises(RedisConnectionError):
-            lease.beat()
+        lease.beat()
+    assert "lease cannot be renewed" in caplog.text
     assert claimed(redis, lease.session) == [b"a", b"b", b"c"]
     lease.beat()
     assert claimed(redis, lease.session) == [b"c"]
@@ -229,16 +262,31 @@ def test_claims_without_delivery_are_requeued(
     assert errors(caplog) == ["claims without delivery are requeued: count=1"]
 
 
-def test_a_delivery_without_claim_is_forgotten(
+def test_a_lost_claim_is_requeued(
     lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A heartbeat removes deliveries that Redis does not know of, and logs an error."""
+    """A heartbeat requeues the message of a running job whose claim Redis has lost."""
     redis.lpush(QUEUE, "lost", "known")
     lost, known = claim(lease)
     redis.hdel(f"{PREFIX}held:{lease.session}", lost.claim.tag)
     lease.beat()
     assert lease.tags == {known.claim.tag}
-    assert errors(caplog) == [f"delivery without claim is forgotten: {lost}"]
+    assert redis.lrange(QUEUE, 0, -1) == [b"lost"]
+    assert errors(caplog) == [f"claim lost, its message is requeued: {lost}"]
+
+
+def test_a_settled_delivery_without_claim_is_not_requeued(
+    lease: SteppedLease, redis: Redis, client: Redis
+) -> None:
+    """A settlement whose reply was lost has removed the claim: the message stays settled."""
+    redis.lpush(QUEUE, "settled", "running")
+    settled, running = dispatched(lease)
+    with unreachable(client):
+        settle(lease, ACKNOWLEDGE, settled)
+    redis.hdel(f"{PREFIX}held:{lease.session}", settled.claim.tag)
+    lease.beat()
+    assert lease.tags == {running.claim.tag}
+    assert redis.llen(QUEUE) == 0
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -362,12 +410,16 @@ def test_delayed_messages_are_woken_by_a_heartbeat(lease: SteppedLease, redis: R
 # --- Stopping ------------------------------------------------------------------------------------
 
 
-def test_a_stuck_main_loop_loses_the_lease(lease: SteppedLease, redis: Redis) -> None:
+def test_a_stuck_main_loop_loses_the_lease(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     """A worker whose event loop does not turn stops renewing its lease."""
     lease.clock.now += 121
     before = sessions(redis)
-    lease._beat()
+    for _ in range(2):
+        lease._beat()
     assert sessions(redis) == before
+    assert errors(caplog) == ["event loop stuck, the lease is not renewed: seconds=121"]
     lease.loop_turned()
     lease._beat()
     assert sessions(redis) != before
@@ -511,6 +563,18 @@ def test_the_thread_survives_an_outage(
     until(lambda: sessions(redis).popitem()[1] > before)
     warnings = [one for one in caplog.records if "cannot be renewed" in one.getMessage()]
     assert len(warnings) == 1
+
+
+def test_an_error_of_another_step_does_not_lose_the_lease(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A heartbeat that cannot requeue delayed messages has renewed the lease."""
+    redis.set(DUE, "not a sorted set")
+    before = sessions(redis)[lease.session]
+    lease.beat_for(2 * TTL)
+    assert sessions(redis)[lease.session] == before + 16
+    assert not lease.is_lost
+    assert caplog.text.count("due messages cannot be requeued") == 1
 
 
 def test_a_demoted_server_is_a_lost_connection(running: Lease, redis: Redis) -> None:

@@ -217,7 +217,7 @@ def test_a_message_whose_queue_is_not_a_list_is_dead_lettered(
     requeue(protocol)
     ((_, letter),) = letters(redis)
     assert (letter[b"message"], letter[b"reason"]) == (b"a", b"Its queue is not a list.")
-    assert letter[b"in_ledger"] == b"0"
+    assert letter[b"in_ledger"] == b""  # the ledger was not queried
     assert take(protocol, 2, by="bob") == []
 
 
@@ -238,3 +238,16 @@ def test_a_message_without_destination_stays(
     state = contents(redis)
     values = [*state.get(f"{PREFIX}held:ann", {}).values(), *state.get(DEFERRED, {}).values()]
     assert values == [f"{JOBS}\0a".encode()]
+
+
+def test_an_isolated_message_without_origin_is_requeued_to_the_given_queue(
+    redis: Redis, protocol: Claims
+) -> None:
+    """An isolated value that names no queue becomes a dead letter that can be requeued."""
+    redis.lpush(ISOLATED, "no origin")
+    assert take(protocol) == []
+    ((name, letter),) = letters(redis)
+    assert (letter[b"reason"], letter[b"in_ledger"]) == (b"It names no origin queue.", b"")
+    assert protocol.requeue_dead_letter(name, JOBS) == 1
+    assert redis.lrange(JOBS, 0, -1) == [b"no origin"]
+    assert redis.llen(ISOLATED) == 0

@@ -90,7 +90,6 @@ class SteppedLease(Lease):
         """Advance the clock by so many seconds, turn the event loop and send a heartbeat."""
         self.clock.now += seconds
         self.loop_turned()
-        self.on_heartbeat()
         self._beat()
 
     def beat_for(self, seconds: float) -> None:

@@ -116,7 +116,7 @@ def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
         job_id=text.get("job_id", ""),
         attempts=int(text.get("attempts", 0)),
         size=int(text.get("size", 0)),
-        queue=text.get("queue", QUEUE),
+        queue=text.get("queue") or QUEUE,
         in_ledger={"1": True, "0": False}.get(text.get("in_ledger", "")),
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 from uuid import uuid4
 
 from billiard.process import active_children
@@ -26,6 +27,8 @@ from redis.exceptions import ReadOnlyError, RedisError
 from worker.broker.claim_policy import BATCH_BYTES, SMALL_BYTES, ClaimPolicy
 from worker.broker.claims import Action, Claims, Disposition, Heartbeat
 from worker.broker.delivery import Delivery, State
+
+T = TypeVar("T")
 
 logger = get_logger(__name__)
 
@@ -44,6 +47,9 @@ _SILENT_LOOP_SECONDS = 120.0
 
 _EXIT_SECONDS = 2.0
 """Seconds in which the main process ends by itself after its pool processes were killed."""
+
+_NOT_RENEWED = "lease cannot be renewed"
+"""The failure of a heartbeat after which the worker reconnects."""
 
 _NOT_RENEWED_SECONDS = 3.0  # of failed heartbeats, after which the worker reconnects
 
@@ -97,9 +103,12 @@ class Lease:
         self._closed = False
         self._drained_by: float | None = None
         self._loop_turned = self._clock()
-        self._observed: dict[str, tuple[float, float]] = {}  # session: counter, and since when
+        self._observed: dict[str, tuple[float, float]] = {}
+        """By session of another worker: its heartbeat counter, and when it was first observed."""
         self._observed_at = 0.0
-        self._failure: tuple[Exception, float] | None = None  # of heartbeats: the first, and when
+        self._failures: dict[str, tuple[Exception, float]] = {}
+        """By event phrase: the first of the consecutive errors of a heartbeat's step, and when."""
+        self._was_loop_stuck = False
 
     @property
     def _session(self) -> str:
@@ -121,7 +130,7 @@ class Lease:
         with self.lock:
             self._client, self._claims = client, Claims(client)
             self._open()
-            self._failure = None
+            self._failures.clear()
         self.loop_turned()
         if self._thread is None:
             self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -133,20 +142,25 @@ class Lease:
         self._sessions.append(session)
         server = str(self._client.info("server")["run_id"])
         kept = self._claims.open(session, self._sessions[:-1], self._deliveries)
-        self._sessions = [session]
         lost = self._deliveries.keys() - kept
         for tag in lost:
-            claim = self._deliveries.pop(tag).claim
-            if self._server not in {None, server} and len(claim.message) == claim.size:
+            if self._server not in {None, server}:
                 # A restarted server or a promoted replica may have lost both the claim and the
                 # message. A duplicate delivery is harmless.
-                self._claims.put(claim.queue, claim.message)
+                self._put_back(self._deliveries[tag])
+            del self._deliveries[tag]
         if lost:
-            logger.warning(
-                "lease lost, its jobs are redelivered elsewhere: deliveries=%d", len(lost)
-            )
+            logger.warning("claims lost, their jobs are redelivered: deliveries=%d", len(lost))
+        self._sessions = [session]
         self._server = server
         self._requeue_claimed()
+
+    def _put_back(self, delivery: Delivery) -> None:
+        """Requeue a message of which Redis may have lost every copy, if this process has it all."""
+        assert self._claims is not None  # noqa: S101 - set by open()
+        claim = delivery.claim
+        if len(claim.message) == claim.size:
+            self._claims.put(claim.queue, claim.message)
 
     def claim(
         self, queues: Sequence[str], lanes: int, processes: int, free: int = 1
@@ -235,7 +249,7 @@ class Lease:
     @property
     def is_lost(self) -> bool:
         """Whether to reconnect: Redis is no longer the primary, or heartbeats have failed."""
-        failure = self._failure
+        failure = self._failures.get(_NOT_RENEWED)
         if failure is None or self.is_draining:
             return False
         error, since = failure
@@ -339,30 +353,47 @@ class Lease:
                 self._wake_up.get(timeout=self._pause())
             if self._drained_by is not None and self._clock() >= self._drained_by:
                 self._end()
-            try:
-                try:
-                    self.on_heartbeat()
-                finally:
-                    self._beat()
-            except (
-                Exception
-            ) as error:  # without this thread the lease expires: every job runs twice
-                # Redis itself may have stalled: earlier observations of other leases are void.
-                self._observed.clear()
-                if not self._failure:
-                    known = isinstance(error, RedisError | OSError)
-                    logger.warning("lease cannot be renewed: %s", error, exc_info=not known)
-                    self._failure = error, self._clock()
-            else:
-                self._failure = None
+            self._beat()
 
     def _beat(self) -> None:
+        """Enforce time limits, renew the lease, and do the work that a heartbeat finds.
+
+        Without this thread the lease expires, so no error ends it.
+        """
+        self._attempt("time limits cannot be enforced", self.on_heartbeat)
+        heartbeat = self._attempt(_NOT_RENEWED, self._renew)
+        if heartbeat:
+            requeue_due = partial(self._requeue_due, heartbeat)
+            self._attempt("due messages cannot be requeued", requeue_due)
+
+    def _attempt(self, failure: str, step: Callable[[], T]) -> T | None:
+        """Call a step of the heartbeat, and log the first of its consecutive errors.
+
+        Args:
+            failure: The event phrase of its errors.
+            step: The step.
+
+        Returns:
+            What the step returns, or None if it failed.
+        """
+        try:
+            result = step()
+        except Exception as error:
+            # Redis itself may have stalled: earlier observations of other leases are void.
+            self._observed.clear()
+            if failure not in self._failures:
+                is_known = isinstance(error, RedisError | OSError)
+                logger.warning("%s: %s", failure, error, exc_info=not is_known)
+                self._failures[failure] = error, self._clock()
+            return None
+        self._failures.pop(failure, None)
+        return result
+
+    def _renew(self) -> Heartbeat | None:
+        """Renew the lease, unless it is to expire, and apply the dispositions that are left."""
         with self.lock:
-            if self._closed or self._claims is None:
-                return
-            silent = self._clock() - self._loop_turned
-            if not self.is_draining and silent > _SILENT_LOOP_SECONDS:
-                return
+            if self._closed or self._claims is None or self._is_loop_stuck():
+                return None
             heartbeat = [self._claims.heartbeat(name, self._queues) for name in self._sessions][-1]
             if heartbeat.alive and len(self._sessions) == 1:
                 self._reconcile(heartbeat)
@@ -371,6 +402,19 @@ class Lease:
             if self.is_draining:
                 self._requeue_claimed()
             self._send_settled()
+        return heartbeat
+
+    def _is_loop_stuck(self) -> bool:
+        seconds = self._clock() - self._loop_turned
+        is_stuck = not self.is_draining and seconds > _SILENT_LOOP_SECONDS
+        if is_stuck and not self._was_loop_stuck:
+            logger.error("event loop stuck, the lease is not renewed: seconds=%.0f", seconds)
+        self._was_loop_stuck = is_stuck
+        return is_stuck
+
+    def _requeue_due(self, heartbeat: Heartbeat) -> None:
+        """Requeue delayed messages that are due, and the claims of expired leases."""
+        assert self._claims is not None  # noqa: S101 - set by open()
         by = self._clock() + self._ttl / _HEARTBEATS
         if heartbeat.has_messages:
             while self._claims.wake() and self._clock() < by:
@@ -391,11 +435,9 @@ class Lease:
         for delivery in self._all():
             if delivery.claimed_at < before and not delivery.has_owner:
                 logger.error("delivery without owner is requeued: %s", delivery)
-                action = Action.REQUEUE
-                if delivery.state is State.DISPATCHED:
-                    action = (
-                        Action.FAILED_ATTEMPT
-                    )  # limits the attempts of a job that is lost each time
+                # A dispatched job may be lost each time: its attempts are limited.
+                is_dispatched = delivery.state is State.DISPATCHED
+                action = Action.FAILED_ATTEMPT if is_dispatched else Action.REQUEUE
                 delivery.settle(Disposition(action))
         if heartbeat.claimed == len(self._deliveries):
             return
@@ -405,7 +447,11 @@ class Lease:
             requeue = Disposition(Action.REQUEUE)
             self._claims.settle(self._session, dict.fromkeys(unknown, requeue))
         for tag in self._deliveries.keys() - tags:
-            logger.error("delivery without claim is forgotten: %s", self._deliveries.pop(tag))
+            delivery = self._deliveries[tag]
+            if delivery.state is not State.SETTLED:  # else the reply to its settlement was lost
+                logger.error("claim lost, its message is requeued: %s", delivery)
+                self._put_back(delivery)
+            del self._deliveries[tag]
 
     def _take_over_expired(self, sessions: Mapping[str, float], by: float) -> None:
         """Requeue the messages of sessions whose heartbeat counter has not changed for two TTLs.

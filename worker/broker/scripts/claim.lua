@@ -65,7 +65,7 @@ end
 if isolated_room > 0 then
     local value = next_of(isolated)
     if value and not string.find(value, '\0', 1, true) then
-        dead_letter(isolated, value, '', '', 'It names no origin queue.', '0', '0')
+        dead_letter('', value, '', '', 'It names no origin queue.', '', executions_of(value))
         redis.call('LTRIM', isolated, 0, -2)
     elseif value then
         local queue, message = parts(value)

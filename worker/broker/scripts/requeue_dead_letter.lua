@@ -9,5 +9,7 @@ if not letter then return 0 end
 local fields = {}
 for index = 1, #letter[2], 2 do fields[letter[2][index]] = letter[2][index + 1] end
 forget(fields.message)
-redis.call('RPUSH', fields.queue or arguments[2], fields.message)
+local queue = fields.queue
+if not queue or queue == '' then queue = arguments[2] end
+redis.call('RPUSH', queue, fields.message)
 return redis.call('XDEL', prefix .. 'dead', arguments[1])

@@ -68,6 +68,13 @@ local function forget(message)
     redis.call('HDEL', retry_counts, digest)
 end
 
+local function executions_of(message)
+    local digest = digest_of(message)
+    local attempts = redis.call('HGET', attempt_counts, digest) or 0
+    return attempts + (redis.call('HGET', retry_counts, digest) or 0)
+end
+
+-- An empty in_ledger denotes that the ledger was not queried.
 local function dead_letter(queue, message, job_id, task, reason, in_ledger, attempts)
     local time = redis.call('TIME')
     redis.call('XADD', prefix .. 'dead', '*', 'job_id', job_id, 'task', task, 'reason', reason,
@@ -85,7 +92,7 @@ local function put(value)
     if redis.call('HEXISTS', attempt_counts, digest_of(message)) == 1 then
         redis.call('LPUSH', isolated, value)
     elseif type(redis.pcall('RPUSH', queue, message)) ~= 'number' then
-        dead_letter(queue, message, '', '', 'Its queue is not a list.', '0', '0')
+        dead_letter(queue, message, '', '', 'Its queue is not a list.', '', executions_of(message))
     end
 end
 
