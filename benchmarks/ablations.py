@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -24,18 +24,16 @@ from benchmarks.bench import Bench
 from benchmarks.database import Database
 from benchmarks.measuring import BenchmarkError, Comparison, Figure, measure
 from benchmarks.small_jobs import IDS, INTERVIEWS, jobs_on
-from storage import postgres
-from storage.postgres import (
-    _CREATE_ALL,
-    _CREATE_IN_A_RACE,
-    _CREATE_MISSING,
-    _SETTINGS,
-    _TRY_LOCK_JOBS,
-    PostgresStorage,
-    PostgresTransaction,
-    _CreateAccess,
-    _UuidArray,
+from storage.postgres import PostgresStorage, PostgresTransaction, job_locks, session
+from storage.postgres.grant_chunks import UuidArray
+from storage.postgres.grants import (
+    INSERT_ALL,
+    INSERT_IF_ABSENT,
+    INSERT_MISSING,
+    InsertStrategy,
 )
+from storage.postgres.job_locks import TRY_LOCK_JOBS
+from storage.postgres.session import SETTINGS
 from tasks.celery_tasks import grant_access_job
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 
@@ -56,37 +54,42 @@ Execute = Callable[..., Any]
 
 
 def _ids_as(convert: Callable[[Sequence[str]], object]) -> Change:
-    return lambda: patch.object(_UuidArray, "of", staticmethod(convert))
+    return lambda: patch.object(UuidArray, "of", staticmethod(convert))
 
 
 def _text_literal(interview_ids: Sequence[str]) -> str:
     return "{" + ",".join(interview_ids) + "}"
 
 
-def _strategies(replaced: Mapping[_CreateAccess, _CreateAccess]) -> Change:
-    choose = PostgresTransaction._fastest_way  # noqa: SLF001 - is wrapped
+def _strategies(replaced: Mapping[InsertStrategy, InsertStrategy]) -> Change:
+    choose = PostgresTransaction._fastest_strategy  # noqa: SLF001 - from outside
 
-    def choose_other(*arguments: Any) -> _CreateAccess | None:
+    def choose_other(*arguments: Any) -> InsertStrategy | None:
         chosen = choose(*arguments)
         return chosen and replaced.get(chosen, chosen)
 
-    return lambda: patch.object(PostgresTransaction, "_fastest_way", choose_other)
+    return lambda: patch.object(PostgresTransaction, "_fastest_strategy", choose_other)
 
 
 def _no_shortcut() -> AbstractContextManager[object]:
-    return patch.object(PostgresTransaction, "_all_stand", lambda *_: False)
+    return patch.object(PostgresTransaction, "_are_all_granted", lambda *_: False)
 
 
-def _no_planner_settings() -> AbstractContextManager[object]:
-    changed = [_PLANNER_SETTINGS.subn("", one) for one in (_SETTINGS, _TRY_LOCK_JOBS)]
+@contextmanager
+def _no_planner_settings() -> Iterator[None]:
+    changed = [_PLANNER_SETTINGS.subn("", one) for one in (SETTINGS, TRY_LOCK_JOBS)]
     if any(count != 2 for _, count in changed):  # noqa: PLR2004 - both of them
         raise BenchmarkError("the planner's settings are not where they were expected")
     settings, lock_jobs = (statement for statement, _ in changed)
-    return patch.multiple(postgres, _SETTINGS=settings, _TRY_LOCK_JOBS=lock_jobs)
+    with (
+        patch.object(session, "SETTINGS", settings),
+        patch.object(job_locks, "TRY_LOCK_JOBS", lock_jobs),
+    ):
+        yield
 
 
 def _no_own_plans() -> AbstractContextManager[object]:
-    return patch.object(PostgresTransaction, "_planned_for", lambda *_: nullcontext())
+    return patch.object(PostgresTransaction, "planned_for", lambda *_: nullcontext())
 
 
 def _compiled_statements() -> AbstractContextManager[object]:
@@ -123,17 +126,17 @@ ABLATIONS = [
     _Ablation("IDs as a text literal", _ids_as(_text_literal)),
     _Ablation(
         "always ON CONFLICT",
-        _strategies(dict.fromkeys((_CREATE_ALL, _CREATE_MISSING), _CREATE_IN_A_RACE)),
+        _strategies(dict.fromkeys((INSERT_ALL, INSERT_MISSING), INSERT_IF_ABSENT)),
         *(_MANY, True),
     ),
     _Ablation(
         "missing grants looked up for new users too",
-        _strategies({_CREATE_ALL: _CREATE_MISSING}),
+        _strategies({INSERT_ALL: INSERT_MISSING}),
         *(_MANY, True),
     ),
     _Ablation(
         "missing grants never looked up",
-        _strategies({_CREATE_MISSING: _CREATE_IN_A_RACE}),
+        _strategies({INSERT_MISSING: INSERT_IF_ABSENT}),
         *(_MANY, True),
     ),
     _Ablation("no look for all granted", _no_shortcut, _MANY, is_about_granted=True),
@@ -230,11 +233,11 @@ def _read(job: GrantJob, ids: int) -> GrantAccessJob:
 def _grant(storage: PostgresStorage, jobs: Sequence[GrantAccessJob]) -> float:
     """Execute jobs in one transaction, and return its seconds."""
     started = time.perf_counter()
-    outcomes = GrantAccessInteractor(storage).grant_access(jobs)
+    results = GrantAccessInteractor(storage).grant_access(jobs)
     seconds = time.perf_counter() - started
-    for outcome in outcomes:
-        if outcome.answer is None or outcome.answer.error:
-            raise BenchmarkError(f"a job failed: {outcome}") from outcome.error
+    for result in results:
+        if result.outcome is None or result.outcome.error:
+            raise BenchmarkError(f"a job failed: {result}") from result.error
     return seconds
 
 

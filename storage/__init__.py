@@ -1,4 +1,4 @@
-"""The data: its shapes, the interface that the business works with, and the two stores behind it.
+"""Storage: its values, the interface that use cases work with, and two implementations of it.
 
-Knows nothing of Celery, of messages or of retries, and imports none of our other folders.
+Knows nothing of Celery, messages or retries, and imports no other folder of this repository.
 """

@@ -1,7 +1,7 @@
-"""What passes between the business and the data: values, of no database and no message.
+"""Values that use cases and storages exchange, independent of any database or message.
 
-Interview ids are canonical UUID text (lower case, 8-4-4-4-12) throughout: a job of 100,000 of them
-would pay more for UUID objects than for its whole insert's network.
+Interview IDs are canonical UUID strings (lower case, 8-4-4-4-12). UUID objects for 100,000 IDs
+would cost more time than sending them to PostgreSQL does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class InterviewDTO:
-    """An interview with its configuration, the defaults where it has none."""
+    """An interview with its configuration, or the default configuration if it has none."""
 
     id: str
     title: str
@@ -26,7 +26,7 @@ class InterviewDTO:
 
 @dataclass(frozen=True, slots=True)
 class InterviewAttemptDTO:
-    """One user's start of one interview; the datetimes are aware."""
+    """One user's attempt at one interview. The datetimes are timezone-aware."""
 
     id: str
     interview_id: str
@@ -45,11 +45,11 @@ class UserInterviewAccessDTO:
 
 
 @dataclass(frozen=True, slots=True)
-class AccessOrderDTO:
-    """What one user is to be granted.
+class RequestedGrantsDTO:
+    """The grants requested for one user.
 
     Attributes:
-        interview_ids: Each once, in any order.
+        interview_ids: Distinct IDs in any order.
     """
 
     user_id: str
@@ -61,8 +61,8 @@ class JobDTO:
     """A job as the ledger identifies it.
 
     Attributes:
-        user_id: None where the request has none that a table can hold.
-        request_digest: 64 hex digits: what tells one request from another.
+        user_id: None for a cohort, and if the request has no valid user ID.
+        request_digest: 64 hex digits that identify the request.
     """
 
     job_id: str
@@ -73,7 +73,7 @@ class JobDTO:
 
 @dataclass(frozen=True, slots=True)
 class FiguresDTO:
-    """How a job's ids add up: requested = repeated + already_granted + created."""
+    """Numbers of grants of one job: requested = repeated + already_granted + created."""
 
     requested: int
     repeated: int
@@ -83,25 +83,24 @@ class FiguresDTO:
 
 @dataclass(frozen=True, slots=True)
 class RejectedIdsDTO:
-    """All ids for which a job failed, as they were given, each spelling once."""
+    """All interview IDs for which a job failed, as the request spelled them, each once."""
 
     unknown: tuple[str, ...]
     malformed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerDTO:
-    """A job's final answer: a result or an error, never both.
+class OutcomeDTO:
+    """The final outcome of a job: a result or an error, never both.
 
     Attributes:
         state: ``succeeded`` with a result; ``failed``, ``cancelled`` or ``expired`` with an error.
-        result: The result as its producer reads it.
-        error: ``{"type": class name, "sentence": …, "details": {…}}``.
-        figures: Where the job was one of grants and succeeded.
-        created_by_user: How many of the grants each user had, where the job was one for several.
-            This and what follows is not read with other jobs' answers, only by
-            :meth:`~storage.interface.InterviewStorageInterface.get_finished_job`.
-        rejected: Where it failed for its ids.
+        result: The result that the producer polls.
+        error: ``{"type": class name, "sentence": text, "details": {...}}``.
+        figures: Set if a grant job succeeded.
+        created_by_user: Number of grants created by user ID, if a cohort job succeeded. Like
+            ``rejected``, it is read only by :meth:`storage.interface.JobReader.get_finished_job`.
+        rejected: Set if the job failed because of its interview IDs.
     """
 
     state: str
@@ -114,24 +113,24 @@ class AnswerDTO:
 
 @dataclass(frozen=True, slots=True)
 class FinishedJobDTO:
-    """A row of the ledger: a job and its answer.
+    """A ledger row: a job and its outcome.
 
     Attributes:
-        finished_at: Set by the store when the job is recorded; aware.
+        finished_at: Time of recording, timezone-aware; set by the storage.
     """
 
     job: JobDTO
-    answer: AnswerDTO
+    outcome: OutcomeDTO
     finished_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class FoundJobsDTO:
-    """What the store holds of some jobs.
+    """What the storage holds about some jobs.
 
     Attributes:
-        finished: Those in the ledger, by ID.
-        cancelled: IDs of those that are to be cancelled.
+        finished: Finished jobs by job ID.
+        cancelled: IDs of the jobs whose cancellation was requested, finished or not.
     """
 
     finished: Mapping[str, FinishedJobDTO]
@@ -140,14 +139,13 @@ class FoundJobsDTO:
 
 @dataclass(frozen=True, slots=True)
 class AccessRequestDTO:
-    """A job that a service asked for in a transaction of its own.
+    """An outbox request: a job that a service requested in a transaction of its own.
 
     Attributes:
-        interview_ids: As given; it may hold what a text array can besides, such as None or arrays.
-        requested_at: Aware, in the last hundred years: a service may have written any, which is
-            read as the nearest of these.
-        sent_at: When it was last put on the queue, likewise; None before the first time.
-        is_too_large: Whether the user ID and the interview IDs were too large to be read; they are
+        interview_ids: Unvalidated elements of a text array, which may be None or nested lists.
+        requested_at: Timezone-aware. A value outside the last hundred years is clamped to them.
+        sent_at: When the request was last enqueued, clamped likewise; None before the first time.
+        is_too_large: Whether the user ID and the interview IDs were too large to be read; both are
             empty then.
     """
 

@@ -1,7 +1,7 @@
-"""The reference model: the same obligations in dictionaries, for tests.
+"""The reference model: the storage interface in dictionaries, for tests.
 
-Transactions run one after another, which is the strictest isolation of all, and work on a copy
-that takes the store's place at their end: what PostgreSQL does by locks is here plain to see.
+Transactions are serialized by one lock and work on a copy of the tables, which replaces the tables
+when the transaction commits.
 """
 
 from __future__ import annotations
@@ -14,30 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 
+from storage import sqlstate
 from storage.dtos import (
-    AccessOrderDTO,
     AccessRequestDTO,
     FinishedJobDTO,
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    RequestedGrantsDTO,
     UserInterviewAccessDTO,
 )
-from storage.interface import (
-    MAX_REQUEST_BYTES,
-    ChunkDone,
-    HasFileno,
-    InterviewStorageInterface,
-    InterviewTransactionInterface,
-    LedgerConflictError,
-    StorageError,
-)
+from storage.errors import LedgerConflictError, StorageError
+from storage.interface import MAX_REQUEST_BYTES, ChunkDone, HasFileno, Storage, Transaction
 
-_OLDEST = timedelta(days=36_525)
-"""How long ago a request can have been made."""
-
-_STEP_SECONDS = 0.01
-"""Between two looks at what ends a wait."""
+_MAX_AGE = timedelta(days=36_525)  # of a request
+_POLL_SECONDS = 0.01
 
 
 @dataclass(slots=True)
@@ -48,18 +39,23 @@ class _Tables:
     jobs: dict[str, FinishedJobDTO] = field(default_factory=dict)
     cancellations: dict[str, None] = field(default_factory=dict)
     requests: dict[str, AccessRequestDTO] = field(default_factory=dict)
-    looks: dict[str, datetime] = field(default_factory=dict)
+    due_at: dict[str, datetime] = field(default_factory=dict)
 
     def copy(self) -> _Tables:
         return _Tables(*(dict(getattr(self, table.name)) for table in fields(self)))
 
 
-class MemoryStorage(InterviewStorageInterface):
-    """The store in dictionaries."""
+class MemoryStorage(Storage):
+    """The storage in dictionaries."""
 
     def __init__(self, *, chunk_size: int = 10_000) -> None:
+        """Create an empty storage.
+
+        Args:
+            chunk_size: Number of grants after which progress is reported.
+        """
         self._tables = _Tables()
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
         self._may_have_requests = threading.Event()
         self._may_have_requests.set()
         self._chunk_size = chunk_size
@@ -67,10 +63,9 @@ class MemoryStorage(InterviewStorageInterface):
     @contextmanager
     def transaction(self) -> Iterator[MemoryTransaction]:
         """See the interface."""
-        with self._one_at_a_time:
+        with self._lock:
             tables = self._tables.copy()
-            transaction = MemoryTransaction(tables, self._chunk_size)
-            yield transaction
+            yield MemoryTransaction(tables, self._chunk_size)
             self._tables = tables
 
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
@@ -81,59 +76,63 @@ class MemoryStorage(InterviewStorageInterface):
         """See the interface."""
         return self._tables.requests.get(job_id)
 
-    def make_requests_due(self) -> None:
+    def is_cancelled(self, job_id: str) -> bool:
         """See the interface."""
-        with self._one_at_a_time:
-            self._tables.looks = dict.fromkeys(self._tables.requests, datetime.now(UTC))
+        return job_id in self._tables.cancellations
 
-    def add_request(self, request: AccessRequestDTO) -> None:
-        """What a service does: ask for a job in a transaction of its own."""
-        with self._one_at_a_time:
-            now = datetime.now(UTC)
-            requested_at = max(min(request.requested_at, now), now - _OLDEST)
-            self._tables.requests[request.job_id] = replace(request, requested_at=requested_at)
-            self._tables.looks[request.job_id] = now
-        self._may_have_requests.set()
+    def schedule_all_requests_now(self) -> None:
+        """See the interface."""
+        with self._lock:
+            self._tables.due_at = dict.fromkeys(self._tables.requests, datetime.now(UTC))
 
     def has_due_requests(self) -> bool:
         """See the interface."""
         now = datetime.now(UTC)
-        return any(at <= now for at in self._tables.looks.values())
+        return any(at <= now for at in self._tables.due_at.values())
 
     def wait_for_requests(self, seconds: float, wakeup: HasFileno | None = None) -> bool | None:
         """See the interface."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not _is_readable(wakeup):
-            if self._may_have_requests.wait(_STEP_SECONDS):
+            if self._may_have_requests.wait(_POLL_SECONDS):
                 break
         is_added = self._may_have_requests.is_set()
         self._may_have_requests.clear()
         return is_added
 
-    def is_cancelled(self, job_id: str) -> bool:
-        """See the interface."""
-        return job_id in self._tables.cancellations
+    def add_request(self, request: AccessRequestDTO) -> None:
+        """Insert an outbox request, as a service does."""
+        with self._lock:
+            now = datetime.now(UTC)
+            requested_at = max(min(request.requested_at, now), now - _MAX_AGE)
+            self._tables.requests[request.job_id] = replace(request, requested_at=requested_at)
+            self._tables.due_at[request.job_id] = now
+        self._may_have_requests.set()
 
     def add_interview(self, interview: InterviewDTO) -> None:
-        """What the platform does: add an interview."""
-        with self._one_at_a_time:
+        """Insert an interview, as the platform does."""
+        with self._lock:
             self._tables.interviews[interview.id] = interview
 
     def delete_interview(self, interview_id: str) -> None:
-        """What the platform does: delete an interview, refused while anything refers to it."""
-        with self._one_at_a_time:
+        """Delete an interview, as the platform does.
+
+        Raises:
+            StorageError: if a grant or an attempt refers to it.
+        """
+        with self._lock:
             granted = {grant.interview_id for grant in self._tables.grants}
             attempted = {attempt.interview_id for attempt in self._tables.attempts.values()}
             if interview_id in granted | attempted:
-                raise StorageError("the interview is still referred to", "23503")
+                raise StorageError("the interview is referred to", sqlstate.FOREIGN_KEY_VIOLATION)
             self._tables.interviews.pop(interview_id, None)
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """All attempts that stand."""
+        """Return all attempts."""
         return list(self._tables.attempts.values())
 
 
-class MemoryTransaction(InterviewTransactionInterface):
+class MemoryTransaction(Transaction):
     """One transaction on a copy of the tables."""
 
     def __init__(self, tables: _Tables, chunk_size: int) -> None:
@@ -157,6 +156,13 @@ class MemoryTransaction(InterviewTransactionInterface):
         """See the interface."""
         return frozenset(job_ids) & self._tables.cancellations.keys()
 
+    def record_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """See the interface."""
+        for job in jobs:
+            if job.job.job_id in self._tables.jobs:
+                raise LedgerConflictError(f"the ledger already has job {job.job.job_id}")
+            self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
+
     def find_unknown_interviews(
         self,
         interview_ids: Collection[str],
@@ -166,11 +172,6 @@ class MemoryTransaction(InterviewTransactionInterface):
         """See the interface."""
         return frozenset(interview_ids) - self._tables.interviews.keys()
 
-    def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
-        """See the interface."""
-        known = self._tables.interviews
-        return [known[interview_id] for interview_id in set(interview_ids) & known.keys()]
-
     def get_existing_user_access(
         self, user_ids: Collection[str]
     ) -> Sequence[UserInterviewAccessDTO]:
@@ -178,43 +179,41 @@ class MemoryTransaction(InterviewTransactionInterface):
         return [grant for grant in self._tables.grants if grant.user_id in set(user_ids)]
 
     def bulk_create_user_access(
-        self, orders: Sequence[AccessOrderDTO], on_chunk: ChunkDone | None = None
+        self, requested: Sequence[RequestedGrantsDTO], on_chunk: ChunkDone | None = None
     ) -> Sequence[int]:
         """See the interface."""
-        self._must_exist(one for order in orders for one in order.interview_ids)
-        counts = [0] * len(orders)
-        asked: dict[UserInterviewAccessDTO, int] = {}
-        for number, order in enumerate(orders):
-            for interview_id in order.interview_ids:
-                asked.setdefault(UserInterviewAccessDTO(order.user_id, interview_id), number)
-        for done, (grant, number) in enumerate(asked.items(), start=1):
+        self._check_interviews_exist(one for grants in requested for one in grants.interview_ids)
+        counts = [0] * len(requested)
+        first: dict[UserInterviewAccessDTO, int] = {}
+        for index, grants in enumerate(requested):
+            for interview_id in grants.interview_ids:
+                first.setdefault(UserInterviewAccessDTO(grants.user_id, interview_id), index)
+        for done, (grant, index) in enumerate(first.items(), start=1):
             if grant not in self._tables.grants:
                 self._tables.grants[grant] = None
-                counts[number] += 1
-            if on_chunk and (done % self._chunk_size == 0 or done == len(asked)):
-                on_chunk(done, len(asked))
+                counts[index] += 1
+            if on_chunk and (done % self._chunk_size == 0 or done == len(first)):
+                on_chunk(done, len(first))
         return counts
+
+    def get_interview_details(self, interview_ids: Collection[str]) -> Sequence[InterviewDTO]:
+        """See the interface."""
+        known = self._tables.interviews
+        return [known[interview_id] for interview_id in set(interview_ids) & known.keys()]
 
     def create_interview_attempt(self, attempts: Sequence[InterviewAttemptDTO]) -> None:
         """See the interface."""
-        self._must_exist(attempt.interview_id for attempt in attempts)
+        self._check_interviews_exist(attempt.interview_id for attempt in attempts)
         self._tables.attempts.update((attempt.id, attempt) for attempt in attempts)
 
-    def record_jobs(self, jobs: Sequence[FinishedJobDTO]) -> None:
-        """See the interface."""
-        for job in jobs:
-            if job.job.job_id in self._tables.jobs:
-                raise LedgerConflictError(f"job {job.job.job_id} was recorded before")
-            self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
-
-    def take_due_requests(
+    def lock_due_requests(
         self, limit: int, *, page_bytes: int = MAX_REQUEST_BYTES
     ) -> Sequence[AccessRequestDTO]:
         """See the interface."""
         now = datetime.now(UTC)
         due = sorted(
             (self._tables.requests[job_id].sent_at is not None, at, job_id)
-            for job_id, at in self._tables.looks.items()
+            for job_id, at in self._tables.due_at.items()
             if at <= now
         )
         page: list[AccessRequestDTO] = []
@@ -230,27 +229,28 @@ class MemoryTransaction(InterviewTransactionInterface):
             page.append(request)
         return page
 
-    def forget_answered_requests(self, job_ids: Collection[str]) -> frozenset[str]:
+    def delete_finished_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        answered = frozenset(job_ids) & self._tables.jobs.keys() & self._tables.requests.keys()
-        for job_id in answered:
-            del self._tables.requests[job_id], self._tables.looks[job_id]
-        return answered
+        finished = frozenset(job_ids) & self._tables.jobs.keys() & self._tables.requests.keys()
+        for job_id in finished:
+            del self._tables.requests[job_id], self._tables.due_at[job_id]
+        return finished
 
-    def look_again_at_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
+    def reschedule_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
         """See the interface."""
         now = datetime.now(UTC)
         for job_id in job_ids:
             request = self._tables.requests[job_id]
             age = (now - request.requested_at).total_seconds()
-            self._tables.looks[job_id] = now + timedelta(seconds=min(max(age, 1), 60))
+            self._tables.due_at[job_id] = now + timedelta(seconds=min(max(age, 1), 60))
             if sent:
                 self._tables.requests[job_id] = replace(request, sent_at=now)
 
-    def _must_exist(self, interview_ids: Iterator[str]) -> None:
+    def _check_interviews_exist(self, interview_ids: Iterator[str]) -> None:
         missing = set(interview_ids) - self._tables.interviews.keys()
         if missing:
-            raise StorageError(f"{len(missing)} interviews do not exist", "23503")
+            reason = f"{len(missing)} interviews do not exist"
+            raise StorageError(reason, sqlstate.FOREIGN_KEY_VIOLATION)
 
 
 def _is_readable(file: HasFileno | None) -> bool:

@@ -1,11 +1,11 @@
-"""Sample interviews, for the demo and for a first look; never for a database in use."""
+"""Sample interviews for the demo and for local use; never for a production database."""
 
 from __future__ import annotations
 
 from sqlalchemy import create_engine, text
 
 NAMED_SAMPLES = ("89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6")
-"""The ids of the first two sample interviews."""
+"""The IDs of the first two sample interviews."""
 
 _INSERT = text("""
     INSERT INTO interview_interview (id, title, duration)
@@ -22,7 +22,18 @@ _SELECT = text("""
 
 
 def load_samples(database_url: str, count: int) -> list[str]:
-    """See that this many sample interviews stand, and return their ids, the named ones first."""
+    """Insert the missing ones of the first ``count`` sample interviews.
+
+    Args:
+        database_url: A migrated database.
+        count: Number of sample interviews.
+
+    Returns:
+        Their IDs, :data:`NAMED_SAMPLES` first.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: if the database failed.
+    """
     engine = create_engine(database_url)
     try:
         with engine.begin() as connection:

@@ -30,8 +30,9 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.schema import UniqueConstraint
 
 from storage import models
-from storage.connections import is_refused, open_engine, parsed, place_of
-from storage.interface import StorageError
+from storage.connections import open_engine, parsed, place_of
+from storage.driver_errors import is_refused
+from storage.errors import StorageError
 from storage.migrations import grant_key
 from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
 from storage.migrations.grant_key import DuplicateGrantsError

@@ -1,5 +1,4 @@
-"""The business: what a grant is, what an attempt is, and that every job takes effect once.
+"""The use cases: grant access, create interview attempts, relay the outbox, settle jobs once.
 
-Knows the storage interface and nothing below it, no SQL and no driver; only celery_tasks knows
-Celery.
+Depends on the storage interface, never on SQL or a driver. Only celery_tasks imports Celery.
 """

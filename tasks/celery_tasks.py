@@ -1,7 +1,7 @@
-"""The Celery tasks of the contract: from a message's arguments to a job, from jobs to outcomes.
+"""The Celery tasks of the contract: from a message's arguments to a job, from jobs to results.
 
-Owns what of Celery a job sees: its arguments, its progress, its line in the log. The worker
-executes the tasks in batches (``worker/execution/pool_process.py``), not through Celery's tracer.
+Owns a job's arguments, its progress and its log line. A pool process executes the tasks in batches
+(``worker/execution/pool_process.py``), not through Celery's tracer.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from interview_access.errors import (
 )
 
 from storage.dtos import JobDTO
-from storage.interface import InterviewStorageInterface
+from storage.interface import Storage
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
 from tasks.interview_attempts import InterviewAttemptInteractor, InterviewAttemptJob
-from tasks.ledger import Outcome
+from tasks.ledger import JobResult
 
 logger = get_task_logger(__name__)
 
@@ -51,26 +51,26 @@ Kwargs = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class TaskDependencies:
-    """What the tasks work with, decided where the worker is put together.
+    """What the tasks depend on, set by the application.
 
     Attributes:
-        storage: This process's store.
-        max_interview_ids: Grants that one job may request, IDs as given.
-        retry_limit: Retries of a job.
-        retry_max_delay: Seconds between two attempts at most.
+        storage: Returns this process's storage.
+        max_interview_ids: Largest number of grants that one job may request, duplicates included.
+        retry_limit: Largest number of retries of a job.
+        retry_max_delay: Longest delay before a retry, in seconds.
     """
 
-    storage: Callable[[], InterviewStorageInterface]
+    storage: Callable[[], Storage]
     max_interview_ids: int
     retry_limit: int
     retry_max_delay: int
 
 
 class JobTask(Task):  # type: ignore[misc] # Celery ships no types
-    """One task of the contract: reads its messages and has their jobs settled."""
+    """A task of the contract: parses messages into jobs and settles jobs in batches."""
 
     abstract = True
-    typing = False  # an argument error is the contract's, with the argument's name
+    typing = False  # invalid arguments fail with the contract's error, which names the argument
 
     def __init__(self, dependencies: TaskDependencies) -> None:
         self.dependencies = dependencies
@@ -78,30 +78,31 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
     def read(
         self, job_id: str, args: Args, kwargs: Kwargs, failure: InterviewAccessError | None = None
     ) -> Any:
-        """The job that a message requests, of the task's own kind.
+        """Parse a message into a job of this task's type.
 
         Args:
             job_id: The job's ID.
             args: Positional arguments.
             kwargs: Named arguments.
-            failure: Why the job fails without being executed, if it does.
+            failure: A predetermined failure, if the job is not to be executed.
 
         Returns:
-            The job, with the validation error of its request or else the failure, if there is one.
+            The job. Its ``failure`` is the validation error of its request if there is one, else
+            the predetermined failure.
         """
         job = self._read(job_id, args, kwargs)
-        return replace(job, fault=job.fault or failure) if failure else job
+        return replace(job, failure=job.failure or failure) if failure else job
 
     @abstractmethod
     def _read(self, job_id: str, args: Args, kwargs: Kwargs) -> Any:
-        """The job, with its validation error if it has one."""
+        """Parse a message into a job, with its validation error if it has one."""
 
     @abstractmethod
-    def settle(self, jobs: Sequence[Any]) -> list[Outcome]:
-        """Settle jobs of this task; their outcomes are in step."""
+    def settle(self, jobs: Sequence[Any]) -> list[JobResult]:
+        """Settle jobs of this task's type; see :func:`tasks.ledger.settle`."""
 
     def run(self, *_: object, **__: object) -> NoReturn:
-        """Refuse to be called, as by ``task_always_eager``: only the worker executes jobs.
+        """Refuse a direct call, as by ``task_always_eager``: only the worker executes jobs.
 
         Raises:
             NotImplementedError: always.
@@ -118,12 +119,11 @@ class GrantAccessTask(JobTask):
     name = GRANT_ACCESS
 
     def _read(self, job_id: str, args: Args, kwargs: Kwargs) -> GrantAccessJob:
-        """The job that a message makes."""
         limit = self.dependencies.max_interview_ids
         return grant_access_job(job_id, args, kwargs, max_interview_ids=limit)
 
-    def settle(self, jobs: Sequence[GrantAccessJob]) -> list[Outcome]:
-        """Create the grants; a single job reports its progress."""
+    def settle(self, jobs: Sequence[GrantAccessJob]) -> list[JobResult]:
+        """Create the grants. A single job reports its progress."""
         interactor = GrantAccessInteractor(self.dependencies.storage())
         on_chunk = _Progress(self, jobs[0].entry.job_id) if len(jobs) == 1 else None
         return interactor.grant_access(jobs, on_chunk)
@@ -135,7 +135,6 @@ class GrantCohortAccessTask(GrantAccessTask):
     name = GRANT_COHORT_ACCESS
 
     def _read(self, job_id: str, args: Args, kwargs: Kwargs) -> GrantAccessJob:
-        """The job that a message makes."""
         limit = self.dependencies.max_interview_ids
         return grant_cohort_access_job(job_id, args, kwargs, max_interview_ids=limit)
 
@@ -146,10 +145,9 @@ class CreateInterviewAttemptTask(JobTask):
     name = CREATE_INTERVIEW_ATTEMPT
 
     def _read(self, job_id: str, args: Args, kwargs: Kwargs) -> InterviewAttemptJob:
-        """The job that a message makes."""
         return interview_attempt_job(job_id, args, kwargs)
 
-    def settle(self, jobs: Sequence[InterviewAttemptJob]) -> list[Outcome]:
+    def settle(self, jobs: Sequence[InterviewAttemptJob]) -> list[JobResult]:
         """Create the interview attempts."""
         interactor = InterviewAttemptInteractor(self.dependencies.storage())
         return interactor.create_interview_attempt(jobs)
@@ -158,11 +156,21 @@ class CreateInterviewAttemptTask(JobTask):
 def grant_access_job(
     job_id: str, args: Args, kwargs: Kwargs, *, max_interview_ids: int
 ) -> GrantAccessJob:
-    """The job that a message of ``grant_access`` makes, with its fault where it cannot be read."""
+    """Parse a message of ``grant_access``.
+
+    Args:
+        job_id: The job's ID.
+        args: Positional arguments.
+        kwargs: Named arguments.
+        max_interview_ids: Largest number of interview IDs, duplicates included.
+
+    Returns:
+        The job, with the validation error of its request as its failure if there is one.
+    """
     try:
         request = GrantAccessRequest.read(args, kwargs, max_interview_ids=max_interview_ids)
-    except InvalidGrantRequestException as fault:
-        return GrantAccessJob(_unreadable(job_id, GRANT_ACCESS, args, kwargs), fault=fault)
+    except InvalidGrantRequestException as error:
+        return GrantAccessJob(_unreadable(job_id, GRANT_ACCESS, args, kwargs), failure=error)
     interviews = RequestedInterviews.among(request.interview_ids)
     digest = interviews.digest(GRANT_ACCESS, request.user_id)
     entry = JobDTO(job_id, GRANT_ACCESS, request.user_id, digest)
@@ -172,11 +180,14 @@ def grant_access_job(
 def grant_cohort_access_job(
     job_id: str, args: Args, kwargs: Kwargs, *, max_interview_ids: int
 ) -> GrantAccessJob:
-    """The job that a message of ``grant_cohort_access`` makes, likewise."""
+    """Parse a message of ``grant_cohort_access``; see :func:`grant_access_job`.
+
+    ``max_interview_ids`` limits the number of users times interviews.
+    """
     try:
         request = GrantCohortAccessRequest.read(args, kwargs, max_interview_ids=max_interview_ids)
-    except InvalidGrantRequestException as fault:
-        return GrantAccessJob(_unreadable(job_id, GRANT_COHORT_ACCESS, args, kwargs), fault=fault)
+    except InvalidGrantRequestException as error:
+        return GrantAccessJob(_unreadable(job_id, GRANT_COHORT_ACCESS, args, kwargs), failure=error)
     interviews = RequestedInterviews.among(request.interview_ids)
     digest = interviews.digest(GRANT_COHORT_ACCESS, request.user_ids)
     entry = JobDTO(job_id, GRANT_COHORT_ACCESS, None, digest)
@@ -184,21 +195,21 @@ def grant_cohort_access_job(
 
 
 def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewAttemptJob:
-    """The job that a message of ``create_interview_attempt`` makes, likewise."""
+    """Parse a message of ``create_interview_attempt``; see :func:`grant_access_job`."""
     try:
         request = CreateInterviewAttemptRequest.read(args, kwargs)
-    except InvalidGrantRequestException as fault:
+    except InvalidGrantRequestException as error:
         entry = _unreadable(job_id, CREATE_INTERVIEW_ATTEMPT, args, kwargs)
-        return InterviewAttemptJob(entry, fault=fault)
+        return InterviewAttemptJob(entry, failure=error)
     digest = request_digest(CREATE_INTERVIEW_ATTEMPT, request.user_id, [request.interview_id])
     entry = JobDTO(job_id, CREATE_INTERVIEW_ATTEMPT, request.user_id, digest)
     return InterviewAttemptJob(entry, request.user_id, request.interview_id)
 
 
 class _Progress:
-    """Reports a running job's progress as its state, at most twice a second.
+    """Stores a running job's progress as its state, at most twice a second.
 
-    A store that fails is the last: each may block the open transaction for a timeout of Redis.
+    It stops after the first failure: each may block the open transaction for a timeout of Redis.
     """
 
     def __init__(self, task: JobTask, job_id: str) -> None:
@@ -221,7 +232,11 @@ def _unreadable(job_id: str, task: str, args: Args, kwargs: Kwargs) -> JobDTO:
 
 
 def shown(args: object, kwargs: object) -> tuple[str, str]:
-    """A message's arguments for people: each in a few words, whatever its size."""
+    """Abbreviate a message's arguments for logs, whatever their types and sizes.
+
+    Returns:
+        The positional and the named arguments as text.
+    """
     positional = [_brief(value) for value in args] if isinstance(args, list | tuple) else []
     named = (
         [f"{shortened(str(key), quoted=False)}={_brief(value)}" for key, value in kwargs.items()]
@@ -231,11 +246,19 @@ def shown(args: object, kwargs: object) -> tuple[str, str]:
     return f"({_joined(positional)})", _joined(named)
 
 
-def log_outcome(job_id: str, args: Args, kwargs: Kwargs, outcome: Outcome, seconds: float) -> None:
-    """Log one line for a job, with its arguments cut and its figures."""
+def log_outcome(job_id: str, args: Args, kwargs: Kwargs, result: JobResult, seconds: float) -> None:
+    """Log the line of a settled job.
+
+    Args:
+        job_id: The job's ID.
+        args: Positional arguments.
+        kwargs: Named arguments.
+        result: The job's result.
+        seconds: Duration of its batch.
+    """
     line = _line(args, kwargs)
     logger.info(
-        "job settled: job=%s seconds=%.2f outcome=%s %s", job_id, seconds, _summary(outcome), line
+        "job settled: job=%s seconds=%.2f outcome=%s %s", job_id, seconds, _summary(result), line
     )
 
 
@@ -252,16 +275,16 @@ def _joined(parts: list[str], at_most: int = 4) -> str:
     return ", ".join(parts[:at_most] + [f"{len(parts) - at_most} more"] * (len(parts) > at_most))
 
 
-def _summary(outcome: Outcome) -> str:
-    answer = outcome.answer
-    if answer is None or answer.error:
-        summary = answer.error["sentence"] if answer and answer.error else "no result"
-    elif answer.figures:
-        figures = answer.figures
+def _summary(result: JobResult) -> str:
+    outcome = result.outcome
+    if outcome is None or outcome.error:
+        summary = outcome.error["sentence"] if outcome and outcome.error else "no result"
+    elif outcome.figures:
+        figures = outcome.figures
         summary = (
             f"{figures.created:,} created, {figures.already_granted:,} already granted, "
             f"{figures.repeated:,} repeated"
         )
     else:
         summary = "done"
-    return f"{summary} (already finished)" if outcome.repeated else summary
+    return f"{summary} (already finished)" if result.repeated else summary

@@ -1,67 +1,72 @@
-"""The use case: give users access to interviews, one user or a cohort a job, many jobs at once."""
+"""The use case of granting users access to interviews."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 from interview_access.contracts import GrantAccessResult, InterviewId, RequestedInterviews
 from interview_access.errors import InterviewAccessError, InvalidInterviewIdException
 
-from storage.dtos import AccessOrderDTO, AnswerDTO, FiguresDTO, JobDTO, RejectedIdsDTO
-from storage.interface import (
-    ChunkDone,
-    InterviewStorageInterface,
-    InterviewTransactionInterface,
-)
-from tasks.ledger import Outcome, failure, settle, stopping_if_cancelled
+from storage.dtos import FiguresDTO, JobDTO, OutcomeDTO, RejectedIdsDTO, RequestedGrantsDTO
+from storage.interface import ChunkDone, GrantStore, JobTransaction, Transactions
+from tasks.ledger import JobResult, failed, settle, stopping_if_cancelled
 
 NO_INTERVIEWS = RequestedInterviews.among([])
 
 
+class GrantTransaction(JobTransaction, GrantStore, Protocol):
+    """What this use case needs of a transaction."""
+
+
 @dataclass(frozen=True, slots=True)
 class GrantAccessJob:
-    """One job: its entry in the ledger, and the users and the interviews of a request that reads.
+    """A job that grants one user or a cohort access to interviews.
 
     Attributes:
-        entry: Names the user where the job is for one; a cohort's has none.
-        user_ids: As given; one given again counts once.
-        interviews: What every one of the users is to be granted.
-        fault: What is wrong with the request, where it cannot be read; the rest is then empty.
+        entry: The job as the ledger identifies it.
+        user_ids: User IDs in the request's order, duplicates included.
+        interviews: The interviews that every user is to be granted.
+        failure: Why the job fails without being executed, if it does. After a validation error of
+            the request there are no users and no interviews.
     """
 
     entry: JobDTO
     user_ids: tuple[str, ...] = ()
     interviews: RequestedInterviews = NO_INTERVIEWS
-    fault: InterviewAccessError | None = None
+    failure: InterviewAccessError | None = None
 
     @property
-    def orders(self) -> list[AccessOrderDTO]:
-        """What each of its users is to be granted."""
+    def requested_grants(self) -> list[RequestedGrantsDTO]:
+        """The requested grants of each distinct user."""
         users = dict.fromkeys(self.user_ids)
-        return [AccessOrderDTO(user_id, self.interviews.wanted) for user_id in users]
+        return [RequestedGrantsDTO(user_id, self.interviews.wanted) for user_id in users]
 
 
 class GrantAccessInteractor:
-    """Grants access on any store that keeps the interface's obligations."""
+    """Executes grant jobs on a storage."""
 
-    def __init__(self, storage: InterviewStorageInterface) -> None:
+    def __init__(self, storage: Transactions[GrantTransaction]) -> None:
         self._storage = storage
 
     def grant_access(
         self,
         jobs: Sequence[GrantAccessJob],
         on_chunk: ChunkDone | None = None,
-    ) -> list[Outcome]:
-        """Do the jobs, each all or nothing, and count exactly what each of them created.
+    ) -> list[JobResult]:
+        """Execute jobs, each atomically, and count exactly what each of them created.
 
         Args:
-            jobs: In order: a grant that two of them ask for is created by the earlier one.
-            on_chunk: Told of the grants done, within the transaction.
+            jobs: Jobs in order. A grant that two of them request is created by the earlier one.
+            on_chunk: Called with the progress, within the transaction.
 
         Returns:
-            The outcome of each job, in step. An error of the database is an outcome, no exception.
+            A result for each job, in order. Any error of a job is in its result.
+
+        Raises:
+            MemoryError: if this process is out of memory.
         """
         return settle(
             self._storage,
@@ -71,10 +76,10 @@ class GrantAccessInteractor:
 
 
 def _grant(
-    transaction: InterviewTransactionInterface,
+    transaction: GrantTransaction,
     jobs: Sequence[GrantAccessJob],
     on_chunk: ChunkDone | None,
-) -> Mapping[str, AnswerDTO]:
+) -> Mapping[str, OutcomeDTO]:
     wanted: Collection[InterviewId] = (
         jobs[0].interviews.wanted
         if len(jobs) == 1
@@ -85,35 +90,35 @@ def _grant(
         wanted, granted_to=users.pop() if len(users) == 1 else None
     )
 
-    answers: dict[str, AnswerDTO] = {}
-    granted: list[GrantAccessJob] = []
+    outcomes: dict[str, OutcomeDTO] = {}
+    valid: list[GrantAccessJob] = []
     for job in jobs:
         malformed = job.interviews.malformed
         if malformed or not unknown.isdisjoint(job.interviews.wanted):
             missing = job.interviews.spelled(unknown)
             distinct = tuple(dict.fromkeys(missing.values()))
             error = InvalidInterviewIdException.of(malformed, distinct)
-            answers[job.entry.job_id] = failure(error, RejectedIdsDTO(tuple(missing), malformed))
+            outcomes[job.entry.job_id] = failed(error, RejectedIdsDTO(tuple(missing), malformed))
         else:
-            granted.append(job)
+            valid.append(job)
 
-    orders = [job.orders for job in granted]
+    requested = [job.requested_grants for job in valid]
     counts = iter(
         transaction.bulk_create_user_access(
-            [*chain.from_iterable(orders)], stopping_if_cancelled(transaction, granted, on_chunk)
+            [*chain.from_iterable(requested)], stopping_if_cancelled(transaction, valid, on_chunk)
         )
     )
-    for job, ordered in zip(granted, orders, strict=True):
-        by_user = {order.user_id: next(counts) for order in ordered}
-        answers[job.entry.job_id] = _success(job, by_user)
-    return answers
+    for job, grants in zip(valid, requested, strict=True):
+        created_by_user = {one.user_id: next(counts) for one in grants}
+        outcomes[job.entry.job_id] = _succeeded(job, created_by_user)
+    return outcomes
 
 
-def _success(job: GrantAccessJob, by_user: Mapping[str, int]) -> AnswerDTO:
-    created = sum(by_user.values())
+def _succeeded(job: GrantAccessJob, created_by_user: Mapping[str, int]) -> OutcomeDTO:
+    created = sum(created_by_user.values())
     requested = len(job.user_ids) * len(job.interviews.given)
-    distinct = len(by_user) * len(job.interviews.wanted)
-    return AnswerDTO(
+    distinct = len(created_by_user) * len(job.interviews.wanted)
+    return OutcomeDTO(
         "succeeded",
         result=GrantAccessResult(created_access_count=created).model_dump(),
         figures=FiguresDTO(
@@ -122,5 +127,5 @@ def _success(job: GrantAccessJob, by_user: Mapping[str, int]) -> AnswerDTO:
             already_granted=distinct - created,
             created=created,
         ),
-        created_by_user=None if job.entry.user_id else by_user,
+        created_by_user=None if job.entry.user_id else created_by_user,
     )

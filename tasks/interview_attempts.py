@@ -1,86 +1,96 @@
-"""The use case: a user starts an interview."""
+"""The use case of creating interview attempts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 from uuid import uuid4
 
 from interview_access.contracts import InterviewAttemptResult, canonical_interview_id
 from interview_access.errors import InterviewAccessError, InvalidInterviewIdException
 
-from storage.dtos import AnswerDTO, InterviewAttemptDTO, InterviewDTO, JobDTO
-from storage.interface import InterviewStorageInterface, InterviewTransactionInterface
-from tasks.ledger import Outcome, failure, settle
+from storage.dtos import InterviewAttemptDTO, InterviewDTO, JobDTO, OutcomeDTO
+from storage.interface import InterviewStore, JobTransaction, Transactions
+from tasks.ledger import JobResult, failed, settle
+
+
+class AttemptTransaction(JobTransaction, InterviewStore, Protocol):
+    """What this use case needs of a transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class InterviewAttemptJob:
-    """One job: its entry in the ledger, and the user and the interview of a request that reads.
+    """A job that creates an attempt of one user at one interview.
 
     Attributes:
-        interview_id: As given; it may be no UUID.
-        fault: What is wrong with the request, where it cannot be read; the rest is then empty.
+        entry: The job as the ledger identifies it.
+        user_id: Empty after a validation error.
+        interview_id: Any string, as the request spells it; empty after a validation error.
+        failure: Why the job fails without being executed, if it does.
     """
 
     entry: JobDTO
     user_id: str = ""
     interview_id: str = ""
-    fault: InterviewAccessError | None = None
+    failure: InterviewAccessError | None = None
 
 
 class InterviewAttemptInteractor:
-    """Starts attempts on any store that keeps the interface's obligations."""
+    """Executes attempt jobs on a storage."""
 
-    def __init__(self, storage: InterviewStorageInterface) -> None:
+    def __init__(self, storage: Transactions[AttemptTransaction]) -> None:
         self._storage = storage
 
-    def create_interview_attempt(self, jobs: Sequence[InterviewAttemptJob]) -> list[Outcome]:
-        """Make one attempt for each job, starting now.
+    def create_interview_attempt(self, jobs: Sequence[InterviewAttemptJob]) -> list[JobResult]:
+        """Create one attempt for each job, which starts now.
 
         Args:
-            jobs: In order.
+            jobs: Jobs in order.
 
         Returns:
-            The outcome of each job, in step. An error of the database is an outcome, no exception.
+            A result for each job, in order. Any error of a job is in its result.
+
+        Raises:
+            MemoryError: if this process is out of memory.
         """
-        return settle(self._storage, jobs, _start)
+        return settle(self._storage, jobs, _create_attempts)
 
 
-def _start(
-    transaction: InterviewTransactionInterface, jobs: Sequence[InterviewAttemptJob]
-) -> Mapping[str, AnswerDTO]:
-    asked = {job.entry.job_id: canonical_interview_id(job.interview_id) for job in jobs}
-    found = transaction.get_interview_details({one for one in asked.values() if one})
+def _create_attempts(
+    transaction: AttemptTransaction, jobs: Sequence[InterviewAttemptJob]
+) -> Mapping[str, OutcomeDTO]:
+    requested = {job.entry.job_id: canonical_interview_id(job.interview_id) for job in jobs}
+    found = transaction.get_interview_details({one for one in requested.values() if one})
     interviews = {interview.id: interview for interview in found}
 
-    answers: dict[str, AnswerDTO] = {}
+    outcomes: dict[str, OutcomeDTO] = {}
     attempts: list[InterviewAttemptDTO] = []
     for job in jobs:
-        interview_id = asked[job.entry.job_id]
+        interview_id = requested[job.entry.job_id]
         if interview_id is None:
             error = InvalidInterviewIdException.of([job.interview_id], [])
-            answers[job.entry.job_id] = failure(error)
+            outcomes[job.entry.job_id] = failed(error)
         elif interview_id not in interviews:
             error = InvalidInterviewIdException.of([], [interview_id])
-            answers[job.entry.job_id] = failure(error)
+            outcomes[job.entry.job_id] = failed(error)
         else:
             attempt = _attempt(job.user_id, interviews[interview_id])
             attempts.append(attempt)
             result = InterviewAttemptResult(interview_attempt_id=attempt.id)
-            answers[job.entry.job_id] = AnswerDTO("succeeded", result.model_dump())
+            outcomes[job.entry.job_id] = OutcomeDTO("succeeded", result.model_dump())
     transaction.create_interview_attempt(attempts)
-    return answers
+    return outcomes
 
 
 def _attempt(user_id: str, interview: InterviewDTO) -> InterviewAttemptDTO:
     start = datetime.now(UTC)
-    ends = interview.should_end_interview_after_duration
+    has_end = interview.should_end_interview_after_duration
     return InterviewAttemptDTO(
         id=str(uuid4()),
         interview_id=interview.id,
         user_id=user_id,
         start_datetime=start,
-        scheduled_end_datetime=start + interview.duration if ends else None,
+        scheduled_end_datetime=start + interview.duration if has_end else None,
     )

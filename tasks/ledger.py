@@ -1,8 +1,8 @@
-"""Every job takes effect once and always has its first answer.
+"""Idempotency: every job takes effect once and always has its first outcome.
 
-Owns the order of things around a job's own work: equal ids merged, jobs locked, the ledger read,
-the work done for the jobs that are new, their answers recorded by the same transaction. What the
-work is, it does not know.
+Owns the steps around a job's own work: merge equal job IDs, lock the jobs, read the ledger, do the
+work of the new jobs, and record their outcomes in the same transaction. The work itself is passed
+in by the use case.
 """
 
 from __future__ import annotations
@@ -17,108 +17,108 @@ from interview_access.errors import (
     JobCancelledException,
     JobIdReusedException,
 )
-from interview_access.stored_errors import from_record, to_record
+from interview_access.stored_errors import to_record
 
-from storage.dtos import AnswerDTO, FinishedJobDTO, JobDTO, RejectedIdsDTO
-from storage.interface import (
-    ChunkDone,
-    InterviewStorageInterface,
-    InterviewTransactionInterface,
+from storage.dtos import FinishedJobDTO, JobDTO, OutcomeDTO, RejectedIdsDTO
+from storage.errors import (
     JobBusyError,
     LedgerConflictError,
     LedgerError,
     StorageError,
     is_outage,
 )
+from storage.interface import ChunkDone, JobTransaction, Ledger, Transactions
 
 
 class Job(Protocol):
-    """What the ledger must know of a job.
+    """What the ledger needs to know about a job.
 
     Attributes:
-        entry: How the job stands in the ledger.
-        fault: What is wrong with its request, where it cannot be read at all.
+        entry: The job as the ledger identifies it.
+        failure: Why the job fails without being executed, if it does: a validation error of its
+            request or a predetermined failure.
     """
 
     @property
     def entry(self) -> JobDTO: ...  # noqa: D102 - an attribute
 
     @property
-    def fault(self) -> InterviewAccessError | None: ...  # noqa: D102 - an attribute
+    def failure(self) -> InterviewAccessError | None: ...  # noqa: D102 - an attribute
 
 
 J = TypeVar("J", bound=Job)
+T = TypeVar("T", bound=JobTransaction)
 
-ALONE_SECONDS = 60.0
-"""Seconds in which a batch settles its jobs one by one, far less than a task's time limit."""
+INDIVIDUAL_SECONDS = 60.0
+"""Time limit for settling a batch's jobs one by one, far below a task's time limit."""
 
 _ATTEMPTS = 3
-"""Transactions of a job that was cancelled, or recorded by another transaction, while it ran."""
+"""Transactions for a job that is cancelled or recorded by another transaction while it runs."""
 
-Work = Callable[[InterviewTransactionInterface, Sequence[J]], Mapping[str, AnswerDTO]]
-"""Does the work of new jobs within a transaction and answers each, by its ID."""
+Work = Callable[[T, Sequence[J]], Mapping[str, OutcomeDTO]]
+"""Does the work of new jobs within a transaction. Returns an outcome for each job ID."""
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedJob:
-    """A job that fails without being executed: all that is known of it is its failure."""
+    """A job that fails without being executed."""
 
     entry: JobDTO
-    fault: InterviewAccessError
+    failure: InterviewAccessError
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one delivery of a job ended: with an answer, or with an error that a retry may mend.
+class JobResult:
+    """The result of one delivery of a job: an outcome, or an error that a retry may resolve.
 
     Attributes:
-        answer: The job ID's final answer, this delivery's or an earlier one's.
-        repeated: Whether the ledger held the answer before this delivery.
-        refusal: Set if this delivery's request is another than the one answered.
-        error: Why there is no answer; nothing of the job was kept.
+        outcome: The job's outcome in the ledger, from this delivery or an earlier one.
+        repeated: Whether the ledger had the outcome before this delivery.
+        refusal: Set if this delivery's request differs from the request that has the outcome.
+        error: Why there is no outcome. Nothing of the job was kept.
     """
 
-    answer: AnswerDTO | None = None
+    outcome: OutcomeDTO | None = None
     repeated: bool = False
     refusal: JobIdReusedException | None = None
     error: Exception | None = None
 
 
 def settle(
-    storage: InterviewStorageInterface,
+    storage: Transactions[T],
     jobs: Sequence[J],
-    work: Work[J],
+    work: Work[T, J],
     *,
-    alone_seconds: float = ALONE_SECONDS,
-) -> list[Outcome]:
-    """Give every job its one answer: all of them in one transaction if possible.
+    individual_seconds: float = INDIVIDUAL_SECONDS,
+) -> list[JobResult]:
+    """Give every job its one outcome, in one transaction if possible.
 
-    If the transaction fails, and for jobs whose lock another transaction holds, they are settled
-    one by one, so that no job fails another. Once one of them has failed, the others do not block
-    on locks.
+    If that transaction fails, the jobs are settled one by one, so that no job fails another. So
+    are jobs whose lock another transaction holds. Once one of them has failed, the others do not
+    block on locks.
 
     Args:
-        storage: Where the ledger is.
-        jobs: In order: of equal IDs the first is done, the others get its answer.
-        work: What is done for the jobs that are new and valid.
-        alone_seconds: Time in which jobs are settled one by one. The jobs that are left then are
-            not attempted; their error is an outage.
+        storage: The storage with the ledger.
+        jobs: Jobs in order. Of equal job IDs the first is executed; the others get its outcome.
+        work: Does the work of the jobs that are new and valid.
+        individual_seconds: Time limit for settling jobs one by one. The remaining jobs are not
+            attempted; their error is an outage.
 
     Returns:
-        The outcome of each job, in step.
+        A result for each job, in order. Any error of a job is in its result.
 
     Raises:
-        MemoryError: another process may have more.
+        MemoryError: if this process is out of memory; another process may have more.
     """
     first = {job.entry.job_id: job for job in reversed(jobs)}
-    firsts = [job for job in jobs if job is first[job.entry.job_id]]
-    settled = _settle_distinct(storage, firsts, work, alone_seconds)
-    return [_outcome_of(job, settled[job.entry.job_id], first[job.entry.job_id]) for job in jobs]
+    distinct = [job for job in jobs if job is first[job.entry.job_id]]
+    settled = _settle_distinct(storage, distinct, work, individual_seconds)
+    return [_result(job, settled[job.entry.job_id], first[job.entry.job_id]) for job in jobs]
 
 
 def settle_rejected(
-    storage: InterviewStorageInterface, jobs: Sequence[RejectedJob]
-) -> list[Outcome]:
+    storage: Transactions[JobTransaction], jobs: Sequence[RejectedJob]
+) -> list[JobResult]:
     """Record the failures of jobs that are not executed; see :func:`settle`."""
     return settle(storage, jobs, lambda _, __: {})
 
@@ -130,153 +130,164 @@ class _Settled:
 
 
 def _settle_distinct(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], alone_seconds: float
+    storage: Transactions[T], jobs: Sequence[J], work: Work[T, J], individual_seconds: float
 ) -> dict[str, _Settled | Exception]:
     if len(jobs) == 1:
-        return {jobs[0].entry.job_id: _settle_alone(storage, jobs[0], work, wait=True)}
+        return {jobs[0].entry.job_id: _settle_one(storage, jobs[0], work, wait=True)}
     settled: dict[str, _Settled | Exception] = {}
     outage: Exception | None = None
     try:
-        settled.update(_settle_together(storage, jobs, work, wait=False))
+        settled.update(_settle_in_one_transaction(storage, jobs, work, wait=False))
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - one job's defect must not fail the others
         outage = error if is_outage(error) else None
-    wait, deadline = True, time.monotonic() + alone_seconds
+    wait, deadline = True, time.monotonic() + individual_seconds
     for job in jobs:
         if job.entry.job_id in settled:
             continue
         if time.monotonic() >= deadline:
             outage = outage or StorageError(
-                f"not attempted: the batch's other jobs took {alone_seconds:.0f} s one by one"
+                f"not attempted: other jobs of the batch took {individual_seconds:.0f} s one by one"
             )
-        result = outage or _settle_alone(storage, job, work, wait=wait)
+        result = outage or _settle_one(storage, job, work, wait=wait)
         settled[job.entry.job_id] = result
         if isinstance(result, Exception):
-            wait = False  # each wait for a lock would delay the jobs that are left
+            wait = False  # each wait for a lock would delay the remaining jobs
             outage = result if is_outage(result) else None
     return settled
 
 
-def _settle_alone(
-    storage: InterviewStorageInterface,
+def _settle_one(
+    storage: Transactions[T],
     job: J,
-    work: Work[J],
+    work: Work[T, J],
     *,
     wait: bool,
     attempts: int = _ATTEMPTS,
 ) -> _Settled | Exception:
     try:
-        settled = _settle_together(storage, [job], work, wait=wait)
+        settled = _settle_in_one_transaction(storage, [job], work, wait=wait)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - likewise
         if attempts > 1 and isinstance(error, _CancelledMidwayError | LedgerConflictError):
-            return _settle_alone(storage, job, work, wait=wait, attempts=attempts - 1)
+            return _settle_one(storage, job, work, wait=wait, attempts=attempts - 1)
         return error
-    busy = JobBusyError("another transaction holds the job's lock")
-    return settled.get(job.entry.job_id, busy)
+    return settled.get(job.entry.job_id) or JobBusyError()
 
 
-def _settle_together(
-    storage: InterviewStorageInterface, jobs: Sequence[J], work: Work[J], *, wait: bool
+def _settle_in_one_transaction(
+    storage: Transactions[T], jobs: Sequence[J], work: Work[T, J], *, wait: bool
 ) -> dict[str, _Settled]:
-    """Settle the jobs whose locks are free; block on the locks if ``wait``."""
+    """Settle the jobs whose locks are free. Block on the locks if ``wait``."""
     with storage.transaction() as transaction:
         locked = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=wait)
         found = transaction.find_jobs(locked)
         new = [job for job in jobs if job.entry.job_id in locked - found.finished.keys()]
-        answers = {job.entry.job_id: failure(job.fault) for job in new if job.fault}
+        outcomes = {job.entry.job_id: failed(job.failure) for job in new if job.failure}
         for job in new:
             if job.entry.job_id in found.cancelled:
-                answers[job.entry.job_id] = failure(JobCancelledException.of(job.entry.job_id))
-        answers.update(work(transaction, [job for job in new if job.entry.job_id not in answers]))
-        recorded = [FinishedJobDTO(job.entry, answers[job.entry.job_id]) for job in new]
+                outcomes[job.entry.job_id] = failed(JobCancelledException.of(job.entry.job_id))
+        outcomes.update(work(transaction, [job for job in new if job.entry.job_id not in outcomes]))
+        recorded = [FinishedJobDTO(job.entry, outcomes[job.entry.job_id]) for job in new]
         transaction.record_jobs(recorded)
     settled = {job_id: _Settled(job, repeated=True) for job_id, job in found.finished.items()}
     settled.update((job.job.job_id, _Settled(job, repeated=False)) for job in recorded)
     return settled
 
 
-def _outcome_of(job: Job, settled: _Settled | Exception, first: Job) -> Outcome:
+def _result(job: Job, settled: _Settled | Exception, first: Job) -> JobResult:
     if isinstance(settled, Exception):
-        return Outcome(error=settled)
-    answered, asked = settled.finished.job, job.entry
+        return JobResult(error=settled)
+    recorded, requested = settled.finished.job, job.entry
     refusal = (
-        JobIdReusedException.of(asked.job_id, answered.request_digest, asked.request_digest)
-        if answered.request_digest != asked.request_digest
+        JobIdReusedException.of(requested.job_id, recorded.request_digest, requested.request_digest)
+        if recorded.request_digest != requested.request_digest
         else None
     )
-    return Outcome(
-        answer=settled.finished.answer,
+    return JobResult(
+        outcome=settled.finished.outcome,
         repeated=settled.repeated or job is not first,
         refusal=refusal,
     )
 
 
 class _CancelledMidwayError(LedgerError):
-    """A job whose work has begun is to be cancelled: nothing of this transaction is kept."""
+    """Cancellation was requested while the job runs. The transaction is rolled back."""
 
 
 def stopping_if_cancelled(
-    transaction: InterviewTransactionInterface, jobs: Sequence[Job], on_chunk: ChunkDone | None
+    transaction: Ledger, jobs: Sequence[Job], on_chunk: ChunkDone | None
 ) -> ChunkDone:
-    """What is to be called after each chunk of the jobs' work, so that a cancelled one stops.
+    """Return a callback that stops the jobs' work after a chunk if one of them is cancelled.
 
-    The settling begins anew then, and finds the job cancelled before any work is done for it.
+    The jobs are then settled again, and the cancelled one fails before any work is done for it.
+
+    Args:
+        transaction: The transaction of the work.
+        jobs: The jobs whose work it is.
+        on_chunk: Called after each chunk if no job is cancelled.
     """
     job_ids = [job.entry.job_id for job in jobs]
 
     def chunk_done(done: int, total: int) -> None:
         if done < total and transaction.find_cancelled_jobs(job_ids):
-            raise _CancelledMidwayError("a job is to be cancelled")
+            raise _CancelledMidwayError("cancellation of a job was requested while it ran")
         if on_chunk:
             on_chunk(done, total)
 
     return chunk_done
 
 
-def cancel(storage: InterviewStorageInterface, job_id: str, entry: JobDTO | None) -> bool:
-    """Have a job cancelled: unless it has ended, it never begins, or it stops at its next chunk.
+def cancel(storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | None) -> bool:
+    """Request cancellation of a job. It never begins, or stops after its current chunk.
+
+    A finished job is not affected.
 
     Args:
-        storage: Where the ledger is.
-        job_id: The job's id.
-        entry: How the job stands in the ledger; None where nothing but its id is known, and then
-            its message, when it comes, has it settled as cancelled.
+        storage: The storage with the ledger.
+        job_id: The job's ID.
+        entry: The job as the ledger identifies it, to record its outcome now. None if only the ID
+            is known; the job then fails as cancelled when its message is delivered.
 
     Returns:
-        Whether another transaction is at the job now. If not, and it is known, the ledger has its
-        answer.
+        Whether another transaction is executing the job. If it is not and ``entry`` is given, the
+        ledger has the job's outcome.
 
     Raises:
-        StorageError: it is not known to be cancelled.
+        StorageError: if the request is not known to be recorded.
     """
     with storage.transaction() as transaction:
         transaction.request_cancellation(job_id)
         if not transaction.lock_jobs([job_id], wait=False):
             return True
         if entry and not transaction.find_jobs([job_id]).finished:
-            answer = failure(JobCancelledException.of(job_id))
-            transaction.record_jobs([FinishedJobDTO(entry, answer)])
+            outcome = failed(JobCancelledException.of(job_id))
+            transaction.record_jobs([FinishedJobDTO(entry, outcome)])
     return False
 
 
-def failure(error: InterviewAccessError, rejected: RejectedIdsDTO | None = None) -> AnswerDTO:
-    """The answer of a job that ended for cause, with all ids that it rejected, if any."""
-    return AnswerDTO(
+def failed(error: InterviewAccessError, rejected: RejectedIdsDTO | None = None) -> OutcomeDTO:
+    """Build the outcome of a job that ends with an error.
+
+    Args:
+        error: The error; its class decides the state.
+        rejected: All interview IDs that the job rejected.
+    """
+    return OutcomeDTO(
         error.state,
         error=to_record(error),
         rejected=rejected,
     )
 
 
-def result_of(answer: AnswerDTO) -> dict[str, Any]:
-    """The result that an answer holds.
+def result_of(outcome: OutcomeDTO) -> dict[str, Any]:
+    """Return the result of a successful outcome.
 
     Raises:
-        InterviewAccessError: the error that it holds instead, in its own class.
+        InterviewAccessError: the outcome's error in its own class, if the job did not succeed.
     """
-    if answer.error:
-        raise from_record(answer.error)
-    return answer.result or {}
+    if outcome.error:
+        raise from_record(outcome.error)
+    return outcome.result or {}

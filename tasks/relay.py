@@ -1,73 +1,82 @@
-"""The use case: jobs that services ask for in transactions of their own are put on the queue."""
+"""The use case of enqueueing the jobs that services request in the outbox."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Protocol
 
 from interview_access.contracts import GRANT_ACCESS, unreadable_request_digest
 from interview_access.errors import InvalidGrantRequestException
 
 from storage.dtos import AccessRequestDTO, JobDTO
-from storage.interface import MAX_REQUEST_BYTES, InterviewStorageInterface
+from storage.interface import MAX_REQUEST_BYTES, JobTransaction, Outbox, Transactions
 from tasks.ledger import RejectedJob, settle_rejected
 
-SENT_AGAIN_AFTER = timedelta(minutes=10)
-"""For how long a message that the queue's server seems to have is trusted to be there, at least.
+RESEND_AFTER = timedelta(minutes=10)
+"""Minimum age of a message after which it is sent again although Redis seems to have it.
 
-Later for as long as it was waited for before: a queue that is hours behind has few copies.
+It grows to the time that the request waited before it was sent, so that a backlog of hours gets few
+duplicate messages.
 """
 
-PAGE = 500
-"""Requests in one transaction at most."""
+PAGE_SIZE = 500
+"""Largest number of requests in one transaction."""
 
-_PAGE_BYTES = 10_000_000
-"""Memory that they take up at most, about, unless one alone takes up more."""
+_PAGE_BYTES = 10_000_000  # approximate memory of a page; one request alone may take more
+
+
+class OutboxTransaction(JobTransaction, Outbox, Protocol):
+    """What this use case needs of a transaction."""
 
 
 def relay(
-    storage: InterviewStorageInterface,
-    announced: Callable[[Sequence[str]], Collection[str]],
+    storage: Transactions[OutboxTransaction],
+    find_queued: Callable[[Sequence[str]], Collection[str]],
     send: Callable[[AccessRequestDTO], bool],
 ) -> int:
-    """Put on the queue what is due, and again what the queue has lost, until the ledger has it.
+    """Enqueue one page of due requests, and those whose message was lost, until they finish.
 
-    Every request is sent at least once, also under an ID that the ledger has: the worker refuses an
-    ID that another request had. A request that cannot be sent delays no other; one that is too
-    large to be read fails, and its row is deleted at the next look.
+    Every request is sent at least once, also if its job ID is in the ledger: the worker refuses a
+    job ID that another request has used. A request that cannot be sent delays no other. A request
+    that is too large to be read fails; its row is deleted when it is due next.
 
     Args:
-        storage: Where the requests and the ledger are.
-        announced: Which of these job IDs the queue's server knows.
-        send: Puts one on the queue. Returns False where the request itself cannot be sent: it is
-            due again later. Raises where no other can be sent either: what was sent before that is
-            noted as sent, the rest stays due, and the exception is raised again.
+        storage: The storage with the outbox and the ledger.
+        find_queued: Returns those of the given job IDs that Redis knows.
+        send: Enqueues a request. Returns False if only this request cannot be sent; it is due again
+            later. Raises if no other can be sent either: the requests sent before are recorded as
+            sent, and the remaining ones stay due.
 
     Returns:
-        How many requests were due, :data:`PAGE` at most.
+        The number of requests that were due, at most :data:`PAGE_SIZE`.
+
+    Raises:
+        StorageError: if the database failed.
+        Exception: the exception of ``send``.
     """
     failure: Exception | None = None
     with storage.transaction() as transaction:
-        due = transaction.take_due_requests(PAGE, page_bytes=_PAGE_BYTES)
-        once_sent = [request.job_id for request in due if request.sent_at]
+        due = transaction.lock_due_requests(PAGE_SIZE, page_bytes=_PAGE_BYTES)
+        sent_before = [request.job_id for request in due if request.sent_at]
         too_large = [request.job_id for request in due if request.is_too_large]
-        answered = transaction.forget_answered_requests([*once_sent, *too_large])
-        on_queue = frozenset(announced([one for one in once_sent if one not in answered]))
+        finished = transaction.delete_finished_requests([*sent_before, *too_large])
+        queued = frozenset(find_queued([one for one in sent_before if one not in finished]))
         now = datetime.now(UTC)
-        transaction.look_again_at_requests(too_large, sent=False)
-        left = [one for one in due if one.job_id not in answered and not one.is_too_large]
+        transaction.reschedule_requests(too_large, sent=False)
+        unfinished = [one for one in due if one.job_id not in finished and not one.is_too_large]
         sent: list[str] = []
-        seen: list[str] = []
-        for request in left:
+        not_sent: list[str] = []
+        for request in unfinished:
             try:
-                is_sent = _is_lost(request, now, on_queue) and send(request)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again below
+                is_sent = _needs_sending(request, now, queued) and send(request)
+            except Exception as error:  # noqa: BLE001 - raised again below
                 failure = error
                 break
-            (sent if is_sent else seen).append(request.job_id)
-        transaction.look_again_at_requests(sent, sent=True)
-        transaction.look_again_at_requests(seen, sent=False)
-    if rejected := [_rejected(job_id) for job_id in too_large if job_id not in answered]:
+            (sent if is_sent else not_sent).append(request.job_id)
+        transaction.reschedule_requests(sent, sent=True)
+        transaction.reschedule_requests(not_sent, sent=False)
+    if rejected := [_rejected(job_id) for job_id in too_large if job_id not in finished]:
         settle_rejected(storage, rejected)
     if failure:
         raise failure
@@ -81,9 +90,9 @@ def _rejected(job_id: str) -> RejectedJob:
     return RejectedJob(entry, InvalidGrantRequestException.of([problem]))
 
 
-def _is_lost(request: AccessRequestDTO, now: datetime, on_queue: Collection[str]) -> bool:
-    """Whether the request has no message on the queue, or has waited for too long for one."""
-    if request.sent_at is None or request.job_id not in on_queue:
+def _needs_sending(request: AccessRequestDTO, now: datetime, queued: Collection[str]) -> bool:
+    """Return whether the request has no message, or has waited too long for its job to finish."""
+    if request.sent_at is None or request.job_id not in queued:
         return True
     waited = request.sent_at - request.requested_at
-    return now - request.sent_at > max(SENT_AGAIN_AFTER, waited)
+    return now - request.sent_at > max(RESEND_AFTER, waited)

@@ -1,7 +1,7 @@
-"""Reports work that does not end soon, from a thread of its own.
+"""Reports work that takes longer than a quarter of a second, from a thread of its own.
 
-A job that finishes early pays for two assignments and one comparison: starting or waking a thread
-for each of thousands of short jobs would take longer than some of them do.
+A job that finishes early pays for two assignments and one comparison. Starting or waking a thread
+for each job would take longer than some jobs do.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from threading import Event, Thread
 
 _POLL_SECONDS = 0.25
-_POLLS_AWAKE = 8  # without a block, after which the thread sleeps until the next one
+_POLLS_AWAKE = 8  # without work, after which the thread sleeps until the next block
 
 
 class StartedReporter:
-    """One for a process; made after the fork, which threads do not survive."""
+    """The reporter of one process. Create it after the fork: threads do not survive one."""
 
     def __init__(self) -> None:
-        """Start its thread, which polls every quarter of a second while the process has work."""
+        """Start the thread, which polls every quarter of a second while the process has work."""
         self._report: Callable[[], object] | None = None
         self._is_asleep = False
         self._wake_up = Event()
@@ -27,7 +27,11 @@ class StartedReporter:
 
     @contextmanager
     def reporting(self, report: Callable[[], object]) -> Iterator[None]:
-        """Call ``report`` once, in a quarter to half a second, unless the block has ended."""
+        """Call ``report`` once after a quarter to half a second, unless the block has ended.
+
+        Args:
+            report: Called on the reporter's thread; its exceptions are suppressed.
+        """
         self._report = report
         if self._is_asleep:
             self._wake_up.set()
@@ -48,14 +52,14 @@ class StartedReporter:
                 self._sleep()
                 idle_polls, report = 0, self._report
             if report is not None and report is seen and report is not done:
-                with suppress(Exception):  # a courtesy, which must not end this thread
+                with suppress(Exception):  # a failed report must not end the thread
                     report()
                 done = report
             seen = report
 
     def _sleep(self) -> None:
         self._is_asleep = True
-        if self._report is None:  # after the line above: a block that begins now wakes the thread
+        if self._report is None:  # read after _is_asleep is set: a block that begins now wakes it
             self._wake_up.wait()
         self._is_asleep = False
         self._wake_up.clear()

@@ -12,7 +12,13 @@ from devstack.servers import LocalStack
 from storage.samples import load_samples
 from storage.schema import migrate
 from tests.support.database import database
-from tests.support.stores import MemoryStore, PostgresStore, Store, postgres_store
+from tests.support.stores import (
+    BULK_THRESHOLD,
+    MemoryStore,
+    PostgresStore,
+    Store,
+    postgres_store,
+)
 from tests.support.workers import Site, site
 
 SAMPLES = 30
@@ -49,13 +55,20 @@ def migrated_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def bulk_threshold() -> int:
+    """Number of grants from which PostgreSQL gets statements for many; tests override it."""
+    return BULK_THRESHOLD
+
+
 @pytest.fixture(params=["memory", "postgres"])
-def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    """An empty store: once the reference model, once PostgreSQL."""
+def store(request: pytest.FixtureRequest, bulk_threshold: int) -> Iterator[Store]:
+    """An empty store: the reference model and PostgreSQL in turn."""
     if request.param == "memory":
         yield MemoryStore()
         return
-    with postgres_store(request.getfixturevalue("_stores_url")) as store:
+    url = request.getfixturevalue("_stores_url")
+    with postgres_store(url, bulk_threshold=bulk_threshold) as store:
         yield store
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.migrations.catalog import FoundTable, FoundUniqueKey, find_table
 from storage.migrations.locks import (
     OLD_TRANSACTIONS_SECONDS,

@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 
 OLD_TRANSACTIONS_SECONDS = 600
 """How long a concurrent build waits for transactions that began before it; nobody waits for it."""
@@ -124,7 +124,7 @@ def run_concurrently(
     """
     driver: Any = connection.connection.driver_connection
     if driver.is_pooled:
-        driver.unknown_looks = math.inf  # no transaction, so the session is not known
+        driver.checks_without_pid = math.inf  # no transaction, so the session is not known
     else:
         values = {"lock": f"{seconds}s", "idle": _IDLE_TIMEOUT, "local": False}
         connection.exec_driver_sql(_SETTINGS, values)

@@ -21,7 +21,7 @@ from interview_access.errors import (
 from redis import Redis
 
 from devstack.servers import LocalStack
-from storage.interface import StorageError
+from storage.errors import StorageError
 from tasks.celery_tasks import GrantAccessTask, TaskDependencies
 from tests.faults.gates import Relay
 from tests.support.stores import CHUNK_SIZE, Background, PostgresStore, a_job, created

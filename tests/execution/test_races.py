@@ -11,7 +11,7 @@ from interview_access.errors import InvalidInterviewIdException
 from sqlalchemy import text
 
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
-from tasks.ledger import Outcome, result_of
+from tasks.ledger import JobResult, result_of
 from tests.support.database import connected
 from tests.support.stores import (
     DELETE_INTERVIEW,
@@ -26,8 +26,8 @@ from tests.support.stores import (
 AT_ONCE = 20
 
 
-def grant(store: PostgresStore, jobs: list[GrantAccessJob]) -> list[Outcome]:
-    """Execute jobs with a separate storage, as another worker does."""
+def grant(store: PostgresStore, jobs: list[GrantAccessJob]) -> list[JobResult]:
+    """Have jobs done by a worker of its own: another storage, other connections."""
     with store.another() as storage:
         return GrantAccessInteractor(storage).grant_access(jobs)
 
@@ -42,7 +42,7 @@ def test_racing_jobs_of_one_user_add_up(postgres: PostgresStore, batch: int) -> 
     """Overlapping jobs in different orders succeed, and their counts add up to the rows."""
     ids = postgres.add_interviews(40)
     numbers = range(AT_ONCE)
-    racing: list[Callable[[], list[Outcome]]] = [
+    racing: list[Callable[[], list[JobResult]]] = [
         partial(
             grant,
             postgres,
@@ -105,9 +105,9 @@ def test_an_interview_deleted_first_fails_the_job_that_names_it(postgres: Postgr
         assert not batch.over
         platform.commit()
     failed, neighbour = batch.result()
-    assert failed.answer
+    assert failed.outcome
     with pytest.raises(InvalidInterviewIdException, match=gone):
-        result_of(failed.answer)
+        result_of(failed.outcome)
     assert created(neighbour) == 1
     assert postgres.granted("ann") == []
 

@@ -133,8 +133,8 @@ def test_an_invalid_request_fails_with_its_reason(
     assert here.store.rows() == before
     finished = here.store.storage.get_finished_job(job_id)
     assert finished
-    assert finished.answer.error
-    assert finished.answer.error["type"] == kind
+    assert finished.outcome.error
+    assert finished.outcome.error["type"] == kind
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from devstack.servers import LocalStack
-from storage.interface import StorageError
+from storage.errors import StorageError
 from tests.support.stores import until
 from worker.services.background import BackgroundService
 

@@ -26,7 +26,7 @@ from sqlalchemy import text
 
 from devstack.servers import LocalStack
 from storage.dtos import AccessRequestDTO
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage, PostgresTransaction
 from storage.samples import NAMED_SAMPLES, load_samples
@@ -249,7 +249,7 @@ class TestRelay:
             idle.redis.config_set(limit, previous)
         assert sorted(queued(idle)) == sorted([first, last])
         assert idle.store.value(f"{REQUESTS} WHERE sent_at IS NULL") == 1
-        idle.store.storage.make_requests_due()
+        idle.store.storage.schedule_all_requests_now()
         run_relay(idle)
         assert large in queued(idle)
 
@@ -287,9 +287,9 @@ class TestRelay:
         assert sorted(queued(idle)) == sorted([first, last])
         finished = idle.store.storage.get_finished_job("large")
         assert finished
-        assert finished.answer.error
-        assert finished.answer.error["type"] == "InvalidGrantRequestException"
-        idle.store.storage.make_requests_due()
+        assert finished.outcome.error
+        assert finished.outcome.error["type"] == "InvalidGrantRequestException"
+        idle.store.storage.schedule_all_requests_now()
         run_relay(idle)
         assert idle.store.value(f"{REQUESTS} WHERE job_id = 'large'") == 0
 

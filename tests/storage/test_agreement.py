@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job
 from tasks.grant_access import GrantAccessJob
-from tasks.ledger import Outcome
+from tasks.ledger import JobResult
 from tests.support.stores import (
     MemoryStore,
     PostgresStore,
@@ -82,22 +82,25 @@ def users_of(*generated: list[Message]) -> set[str]:
     return {user for batch in generated for job in jobs_of(batch) for user in job.user_ids}
 
 
-def refusals(outcomes: list[Outcome]) -> list[object]:
+def refusals(outcomes: list[JobResult]) -> list[object]:
     """An exception equals only itself: its arguments tell it."""
     return [outcome.refusal and outcome.refusal.args for outcome in outcomes]
 
 
-def answers(outcomes: list[Outcome]) -> list[tuple[object, bool]]:
+def answers(outcomes: list[JobResult]) -> list[tuple[object, bool]]:
     """What a poller is answered, and whether it stood."""
     assert not any(outcome.error for outcome in outcomes)
-    return [(outcome.answer, outcome.repeated) for outcome in outcomes]
+    return [(outcome.outcome, outcome.repeated) for outcome in outcomes]
 
 
-@pytest.fixture(scope="module")
-def stores(request: pytest.FixtureRequest) -> Iterator[tuple[MemoryStore, PostgresStore]]:
+@pytest.fixture
+def stores(
+    request: pytest.FixtureRequest, bulk_threshold: int
+) -> Iterator[tuple[MemoryStore, PostgresStore]]:
     """Both stores with the same interviews."""
     memory = MemoryStore()
-    with postgres_store(request.getfixturevalue("_stores_url")) as postgres:
+    url = request.getfixturevalue("_stores_url")
+    with postgres_store(url, bulk_threshold=bulk_threshold) as postgres:
         for store in (memory, postgres):
             for number, interview_id in enumerate(KNOWN):
                 interview = an_interview(title=f"Interview {number}")
@@ -109,16 +112,15 @@ def _rest(interview: Any) -> list[Any]:
     return [getattr(interview, name) for name in interview.__slots__[1:]]
 
 
-@pytest.mark.parametrize("many", [1_000, 1])
+@pytest.mark.parametrize("bulk_threshold", [1_000, 1])
 def test_generated_requests_are_answered_alike(
-    stores: tuple[MemoryStore, PostgresStore], many: int, monkeypatch: pytest.MonkeyPatch
+    stores: tuple[MemoryStore, PostgresStore],
 ) -> None:
     """Any requests, many at once and under equal ids, have the same answers, grants and ledger."""
-    monkeypatch.setattr("storage.postgres._MANY", many)
     memory, postgres = stores
     seen = 0
 
-    @settings(GENERATED, max_examples=100)
+    @settings(GENERATED, max_examples=150)
     @given(batches)
     def agree(generated: list[list[Message]]) -> None:
         nonlocal seen
@@ -138,7 +140,7 @@ def test_generated_requests_are_answered_alike(
             assert finished == model_finished
             assert finished
             assert model_finished
-            assert finished.answer.created_by_user == model_finished.answer.created_by_user
+            assert finished.outcome.created_by_user == model_finished.outcome.created_by_user
 
     agree()
     assert seen >= REQUESTS_AT_LEAST
@@ -197,7 +199,7 @@ def test_many_jobs_at_once_in_two_batches_add_up(
             counted = [
                 created(outcome)
                 for outcome in outcomes
-                if outcome.answer and outcome.answer.result and not outcome.repeated
+                if outcome.outcome and outcome.outcome.result and not outcome.repeated
             ]
             assert sum(counted) == sum(len(store.granted(user)) for user in users_of(one, two))
 

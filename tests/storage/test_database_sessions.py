@@ -21,14 +21,9 @@ from sqlalchemy import NullPool, make_url
 from sqlalchemy.exc import OperationalError
 
 from storage.connections import open_engine, parsed
-from storage.dtos import AccessOrderDTO, AccessRequestDTO, InterviewAttemptDTO
-from storage.interface import (
-    InterviewStorageInterface,
-    JobBusyError,
-    LedgerConflictError,
-    LedgerError,
-    StorageError,
-)
+from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, RequestedGrantsDTO
+from storage.errors import JobBusyError, LedgerConflictError, LedgerError, StorageError
+from storage.interface import Storage
 from storage.migrations import locks
 from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
 from tests.storage.test_storage_conformance import ends_with, finish, finished
@@ -125,7 +120,7 @@ class TestDriverErrors:
     def test_a_value_that_python_cannot_hold(self, postgres: PostgresStore) -> None:
         """A row that the driver cannot read is about the job that reads it."""
         with pytest.raises(StorageError) as caught, postgres.storage.transaction() as transaction:
-            transaction._query("SELECT 'infinity'::timestamptz")
+            transaction.query("SELECT 'infinity'::timestamptz")
         assert not caught.value.is_outage
 
     def test_a_missing_privilege(self, postgres: PostgresStore) -> None:
@@ -171,11 +166,11 @@ class TestFailedTransaction:
         assert not postgres.storage.is_cancelled("a")
 
 
-def server_process(storage: InterviewStorageInterface) -> int:
+def server_process(storage: Storage) -> int:
     """The process of the server that serves a storage's only connection."""
     with storage.transaction() as transaction:
         assert isinstance(transaction, PostgresTransaction)
-        return int(transaction._value("SELECT pg_backend_pid()", None))
+        return int(transaction.value("SELECT pg_backend_pid()", None))
 
 
 SETTINGS = [
@@ -218,15 +213,15 @@ class TestSettings:
         with postgres.another() as storage:
             with storage.transaction() as transaction:
                 transaction.lock_jobs(["日本語"], wait=True)
-                transaction._query("SELECT pg_sleep(0.3)")  # longer than the timeouts above
+                transaction.query("SELECT pg_sleep(0.3)")  # longer than the timeouts above
                 assert transaction.get_interview_details([interview.id]) == [interview]
                 transaction.create_interview_attempt(
                     [InterviewAttemptDTO(str(uuid4()), interview.id, "Zoë", NOON, None, NOON)]
                 )
-                order = AccessOrderDTO("Zoë 日本語", (interview.id,))
+                order = RequestedGrantsDTO("Zoë 日本語", (interview.id,))
                 assert transaction.bulk_create_user_access([order]) == [1]
                 transaction.record_jobs([finished("a")])
-                assert transaction.take_due_requests(10) == [request]
+                assert transaction.lock_due_requests(10) == [request]
             again = storage.get_finished_job("a")
         assert again == finished("a")
         assert again.finished_at
@@ -341,7 +336,7 @@ def network(postgres: PostgresStore) -> Iterator[Network]:
     url = make_url(postgres.database_url)
     relay = Relay(f"{url.query['host']}/.s.PGSQL.5432")
     through = url.set(host="127.0.0.1", port=relay.port, query={})
-    limits = DatabaseLimits(look=0.5)
+    limits = DatabaseLimits(check=0.5)
     storage = PostgresStorage(through.render_as_string(hide_password=False), limits=limits)
     yield Network(relay, storage)
     storage.close()
@@ -378,7 +373,7 @@ class TestLostConnection:
     def test_a_statement_that_runs_is_waited_for(self, network: Network) -> None:
         """A statement that takes longer than a reply may be missing is not cut off."""
         with network.storage.transaction() as transaction:
-            transaction._query("SELECT pg_sleep(1.5)")
+            transaction.query("SELECT pg_sleep(1.5)")
             assert transaction.find_cancelled_jobs(["a"]) == frozenset()
 
     @pytest.mark.parametrize("options", [{}, {"target_session_attrs": "read-write"}])
@@ -392,12 +387,12 @@ class TestLostConnection:
         hosts = [f"127.0.0.1:{port}", f"127.0.0.1:{network.relay.port}"]
         both = url.set(host=None, port=None, query={"host": hosts, **options})
         storage = PostgresStorage(
-            both.render_as_string(hide_password=False), limits=DatabaseLimits(look=0.3)
+            both.render_as_string(hide_password=False), limits=DatabaseLimits(check=0.3)
         )
         with storage.transaction() as transaction:
             transaction.find_cancelled_jobs(["a"])
             first = Relay(str(url.query["host"]) + "/.s.PGSQL.5432", port)
-            transaction._query("SELECT pg_sleep(1)")
+            transaction.query("SELECT pg_sleep(1)")
         assert not first.is_used
         storage.close()
         first.close()
@@ -425,17 +420,17 @@ class TestLostConnection:
         """A refusal, as at a role's limit of connections, is a reply: the statement goes on."""
         with role(postgres.database_url) as url:
             postgres.execute(f"ALTER ROLE {make_url(url).username} CONNECTION LIMIT 1")
-            storage = PostgresStorage(url, limits=DatabaseLimits(look=LOOK))
+            storage = PostgresStorage(url, limits=DatabaseLimits(check=LOOK))
             with storage.transaction() as transaction:
-                assert transaction._value(SLEEP, {"seconds": 8 * LOOK}) == 7
+                assert transaction.value(SLEEP, {"seconds": 8 * LOOK}) == 7
             storage.close()
 
     def test_a_frozen_session_on_a_unix_socket_is_lost(self, postgres: PostgresStore) -> None:
         """A session that reads nothing is noticed where no kernel's timeout is."""
-        storage = PostgresStorage(postgres.database_url, limits=DatabaseLimits(look=LOOK))
+        storage = PostgresStorage(postgres.database_url, limits=DatabaseLimits(check=LOOK))
         with ends_with(StorageError, storage) as transaction:
             assert isinstance(transaction, PostgresTransaction)
-            pid = transaction._value("SELECT pg_backend_pid()", None)
+            pid = transaction.value("SELECT pg_backend_pid()", None)
             os.kill(pid, signal.SIGSTOP)
             began = time.monotonic()
             try:
@@ -476,17 +471,17 @@ class TestPooler:
         self, pooler: Pooler, pooled_url: str
     ) -> None:
         """That the second connection has no reply does not mean that the first one is lost."""
-        storage = PostgresStorage(pooled_url, limits=DatabaseLimits(look=LOOK))
+        storage = PostgresStorage(pooled_url, limits=DatabaseLimits(check=LOOK))
         with storage.transaction() as transaction:
             transaction.find_cancelled_jobs(["a"])
             pooler.is_saturated = True
-            assert transaction._value(SLEEP, {"seconds": 8 * LOOK}) == 7
+            assert transaction.value(SLEEP, {"seconds": 8 * LOOK}) == 7
         storage.close()
 
     def test_a_connection_without_a_reply_is_lost(self, pooler: Pooler, pooled_url: str) -> None:
         """A paused pooler delays neither a worker's start nor a migration for ever."""
         pooler.is_saturated = True
-        engine = open_engine(parsed(pooled_url), application_name="test", look_seconds=LOOK)
+        engine = open_engine(parsed(pooled_url), application_name="test", check_seconds=LOOK)
         with pytest.raises(OperationalError, match="no reply"):
             engine.connect()
 
@@ -502,7 +497,7 @@ class TestPooler:
         engine = open_engine(
             parsed(pooled_url),
             application_name="test",
-            look_seconds=LOOK,
+            check_seconds=LOOK,
             poolclass=NullPool,
             execution_options={"isolation_level": "AUTOCOMMIT"},
         )

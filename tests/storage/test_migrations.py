@@ -31,15 +31,15 @@ from sqlalchemy import NullPool, create_engine, insert, make_url, select, text
 from devstack.servers import LocalStack
 from storage import models
 from storage.dtos import (
-    AccessOrderDTO,
-    AnswerDTO,
     FinishedJobDTO,
     FoundJobsDTO,
     InterviewAttemptDTO,
     JobDTO,
+    OutcomeDTO,
     RejectedIdsDTO,
+    RequestedGrantsDTO,
 )
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from storage.privileges import NEEDED
 from storage.schema import (
@@ -956,7 +956,7 @@ def test_a_role_with_these_privileges_serves(database: Database, grants: list[st
             "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
         )
         job = JobDTO("a", "t", None, "d" * 64)
-        answer = AnswerDTO(
+        outcome = OutcomeDTO(
             "succeeded",
             result={},
             created_by_user={"ann": 1},
@@ -969,18 +969,18 @@ def test_a_role_with_these_privileges_serves(database: Database, grants: list[st
             assert transaction.find_cancelled_jobs(["b"]) == {"b"}
             assert transaction.find_unknown_interviews([str(interview)]) == frozenset()
             assert len(transaction.get_interview_details([str(interview)])) == 1
-            order = AccessOrderDTO("ann", (str(interview),))
+            order = RequestedGrantsDTO("ann", (str(interview),))
             assert transaction.bulk_create_user_access([order]) == [1]
             transaction.get_existing_user_access(["ann"])
             start = datetime.now(UTC)
             attempt = InterviewAttemptDTO(str(uuid4()), str(interview), "ann", start)
             transaction.create_interview_attempt([attempt])
-            transaction.record_jobs([FinishedJobDTO(job, answer)])
-            (request,) = transaction.take_due_requests(1)
-            transaction.look_again_at_requests([request.job_id], sent=True)
-            assert transaction.forget_answered_requests([request.job_id]) == frozenset()
-        storage.make_requests_due()
-        assert storage.get_finished_job("a") == FinishedJobDTO(job, answer)
+            transaction.record_jobs([FinishedJobDTO(job, outcome)])
+            (request,) = transaction.lock_due_requests(1)
+            transaction.reschedule_requests([request.job_id], sent=True)
+            assert transaction.delete_finished_requests([request.job_id]) == frozenset()
+        storage.schedule_all_requests_now()
+        assert storage.get_finished_job("a") == FinishedJobDTO(job, outcome)
         storage.close()
 
 

@@ -21,27 +21,22 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from storage.dtos import (
-    AccessOrderDTO,
     AccessRequestDTO,
-    AnswerDTO,
     FiguresDTO,
     FinishedJobDTO,
     FoundJobsDTO,
     InterviewAttemptDTO,
     JobDTO,
+    OutcomeDTO,
     RejectedIdsDTO,
+    RequestedGrantsDTO,
     UserInterviewAccessDTO,
 )
-from storage.interface import (
-    InterviewStorageInterface,
-    InterviewTransactionInterface,
-    JobBusyError,
-    LedgerConflictError,
-    LedgerError,
-    StorageError,
-)
-from storage.notifications import _LOCK
-from storage.postgres import _TAKE_DUE_REQUESTS, DatabaseLimits, PostgresStorage
+from storage.errors import JobBusyError, LedgerConflictError, LedgerError, StorageError
+from storage.interface import Storage, Transaction
+from storage.postgres import DatabaseLimits, PostgresStorage
+from storage.postgres.notifications import SLEEP_LOCK
+from storage.postgres.outbox import LOCK_DUE_REQUESTS
 from tests.support.database import connected, role
 from tests.support.stores import (
     CHUNK_SIZE,
@@ -82,12 +77,12 @@ def ledger_entry(job_id: str, digest: str = DIGEST) -> JobDTO:
 
 def finished(job_id: str, created: int = 0, digest: str = DIGEST) -> FinishedJobDTO:
     """A job and its answer, a success."""
-    answer = AnswerDTO(
+    outcome = OutcomeDTO(
         "succeeded",
         result={"success": True, "created_access_count": created},
         figures=FiguresDTO(created + 5, 2, 3, created),
     )
-    return FinishedJobDTO(ledger_entry(job_id, digest), answer)
+    return FinishedJobDTO(ledger_entry(job_id, digest), outcome)
 
 
 def a_request(job_id: str) -> AccessRequestDTO:
@@ -95,29 +90,27 @@ def a_request(job_id: str) -> AccessRequestDTO:
     return AccessRequestDTO(job_id, "ann", ("one", "two"), datetime.now(UTC))
 
 
-def finish(storage: InterviewStorageInterface, *jobs: FinishedJobDTO) -> None:
+def finish(storage: Storage, *jobs: FinishedJobDTO) -> None:
     """Record finished jobs in one transaction."""
     with storage.transaction() as transaction:
         transaction.record_jobs(jobs)
 
 
-def make_grants(storage: InterviewStorageInterface, user_id: str, *interview_ids: str) -> int:
+def make_grants(storage: Storage, user_id: str, *interview_ids: str) -> int:
     """Grant in one transaction; the rows that were added."""
     with storage.transaction() as transaction:
-        order = AccessOrderDTO(user_id, interview_ids)
+        order = RequestedGrantsDTO(user_id, interview_ids)
         (created,) = transaction.bulk_create_user_access([order])
         return created
 
 
-def lock(
-    storage: InterviewStorageInterface, job_ids: Collection[str], *, wait: bool
-) -> frozenset[str]:
+def lock(storage: Storage, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
     """The jobs that a transaction of its own could lock."""
     with storage.transaction() as transaction:
         return transaction.lock_jobs(job_ids, wait=wait)
 
 
-def is_locked_by(storage: InterviewStorageInterface, job_id: str) -> bool:
+def is_locked_by(storage: Storage, job_id: str) -> bool:
     """Whether the storage can lock the job now."""
     try:
         return lock(storage, [job_id], wait=True) == {job_id}
@@ -139,8 +132,8 @@ def an_attempt(interview_id: str) -> InterviewAttemptDTO:
 
 @contextmanager
 def ends_with(
-    kind: type[Exception], storage: InterviewStorageInterface, *, sqlstate: str | None = None
-) -> Iterator[InterviewTransactionInterface]:
+    kind: type[Exception], storage: Storage, *, sqlstate: str | None = None
+) -> Iterator[Transaction]:
     """A transaction that must end with an error of this kind, and of this code where given."""
     with pytest.raises(kind) as caught, storage.transaction() as transaction:
         yield transaction
@@ -252,7 +245,7 @@ class TestRecordJobs:
         before = datetime.now(UTC)
         job = FinishedJobDTO(
             JobDTO("a", "task", "ann", DIGEST),
-            AnswerDTO(
+            OutcomeDTO(
                 "succeeded", result={"success": True, "n": 1}, figures=FiguresDTO(10, 1, 2, 7)
             ),
         )
@@ -266,7 +259,7 @@ class TestRecordJobs:
     def test_row_tells_all_of_a_failure(self, store: Store) -> None:
         """A failure is kept with its error, without figures, also where it has no user."""
         error = {"type": "T", "sentence": "Says “no” \\ 🦄", "details": {"total": 1, "x": [None]}}
-        job = FinishedJobDTO(JobDTO("a", "task", None, DIGEST), AnswerDTO("failed", error=error))
+        job = FinishedJobDTO(JobDTO("a", "task", None, DIGEST), OutcomeDTO("failed", error=error))
         finish(store.storage, job)
         assert store.storage.get_finished_job("a") == job
 
@@ -274,14 +267,14 @@ class TestRecordJobs:
         """All rejected ids come back to the letter, also what no other column could hold."""
         rejected = RejectedIdsDTO(("one", "ONE"), ("NUL\0", "\ud800", "ä", "x" * 5000))
         error = {"type": "X", "sentence": "No.", "details": {}}
-        answer = AnswerDTO("failed", error=error, rejected=rejected)
-        finish(store.storage, FinishedJobDTO(ledger_entry("a"), answer), finished("b"))
+        outcome = OutcomeDTO("failed", error=error, rejected=rejected)
+        finish(store.storage, FinishedJobDTO(ledger_entry("a"), outcome), finished("b"))
         row = store.storage.get_finished_job("a")
         assert row
-        assert row.answer.rejected == rejected
+        assert row.outcome.rejected == rejected
         other = store.storage.get_finished_job("b")
         assert other
-        assert other.answer.rejected is None
+        assert other.outcome.rejected is None
 
     def test_job_that_was_recorded_before_is_refused(self, store: Store) -> None:
         """Where the ledger has one of the jobs, all are refused, and the first answer stays."""
@@ -383,7 +376,7 @@ class TestRequests:
         for request in requests:
             store.add_request(request)
         with store.storage.transaction() as transaction:
-            assert list(transaction.take_due_requests(2)) == requests[:2]
+            assert list(transaction.lock_due_requests(2)) == requests[:2]
         assert store.storage.get_request("c") == requests[2]
         assert store.storage.get_request("d") is None
 
@@ -392,12 +385,12 @@ class TestRequests:
         for job_id in "a", "b", "c":
             store.add_request(a_request(job_id))
         with store.storage.transaction() as transaction:
-            transaction.look_again_at_requests(["a"], sent=True)
-        store.storage.make_requests_due()
+            transaction.reschedule_requests(["a"], sent=True)
+        store.storage.schedule_all_requests_now()
         store.add_request(a_request("d"))
         for limit, expected in (2, 2), (4, 4):
             with store.storage.transaction() as transaction:
-                taken = [request.job_id for request in transaction.take_due_requests(limit)]
+                taken = [request.job_id for request in transaction.lock_due_requests(limit)]
             assert len(taken) == expected
             assert "a" not in taken[:3]
 
@@ -407,9 +400,9 @@ class TestRequests:
             ids = tuple(str(uuid4()) for _ in range(40))
             store.add_request(replace(a_request(job_id), interview_ids=ids))
         with store.storage.transaction() as transaction:
-            assert len(transaction.take_due_requests(9, page_bytes=1)) == 1
-            assert len(transaction.take_due_requests(9, page_bytes=9_000)) == 2
-            assert len(transaction.take_due_requests(9, page_bytes=40_000)) == 3
+            assert len(transaction.lock_due_requests(9, page_bytes=1)) == 1
+            assert len(transaction.lock_due_requests(9, page_bytes=9_000)) == 2
+            assert len(transaction.lock_due_requests(9, page_bytes=40_000)) == 3
 
     @pytest.mark.parametrize(
         ("user_id", "ids"),
@@ -429,7 +422,7 @@ class TestRequests:
         large = replace(a_request("b"), user_id=user_id, interview_ids=ids)
         store.add_request(large)
         with store.storage.transaction() as transaction:
-            taken = {one.job_id: one for one in transaction.take_due_requests(9)}
+            taken = {one.job_id: one for one in transaction.lock_due_requests(9)}
         empty = replace(large, user_id="", interview_ids=(), is_too_large=True)
         assert taken == {"a": first, "b": empty, "c": last}
 
@@ -441,8 +434,8 @@ class TestRequests:
         written = datetime(year, 1, 1, tzinfo=UTC)
         store.add_request(replace(a_request("a"), requested_at=written))
         with store.storage.transaction() as transaction:
-            (request,) = transaction.take_due_requests(9)
-            transaction.look_again_at_requests(["a"], sent=True)
+            (request,) = transaction.lock_due_requests(9)
+            transaction.reschedule_requests(["a"], sent=True)
         age = datetime.now(UTC) - request.requested_at
         assert timedelta(minutes=-1) < age < timedelta(days=36_600)
 
@@ -468,11 +461,11 @@ class TestRequests:
         )
         postgres.add_request(a_request("a"))
         with postgres.storage.transaction() as transaction:
-            taken = [request.job_id for request in transaction.take_due_requests(9)]
+            taken = [request.job_id for request in transaction.lock_due_requests(9)]
             assert sorted(taken) == ["a", "b"]
-            transaction.look_again_at_requests(taken, sent=False)
+            transaction.reschedule_requests(taken, sent=False)
         with postgres.storage.transaction() as transaction:
-            assert transaction.take_due_requests(9) == []
+            assert transaction.lock_due_requests(9) == []
         assert postgres.storage.get_request("b")
 
     def test_due_ones_are_found_by_an_index(self, postgres: PostgresStore) -> None:
@@ -486,7 +479,7 @@ class TestRequests:
         with postgres.storage.transaction() as transaction:
             transaction.lock_jobs(["a"], wait=False)  # for the settings
             plan = transaction._connection.exec_driver_sql(
-                f"EXPLAIN (ANALYZE, FORMAT JSON) {_TAKE_DUE_REQUESTS}",
+                f"EXPLAIN (ANALYZE, FORMAT JSON) {LOCK_DUE_REQUESTS}",
                 {"limit": 10, "page_bytes": 1_000_000, "request_bytes": 1_000_000},
             ).scalar_one()
 
@@ -510,23 +503,23 @@ class TestRequests:
         postgres.add_request(a_request("a"))
         postgres.add_request(a_request("b"))
         with postgres.storage.transaction() as one:
-            assert [request.job_id for request in one.take_due_requests(1)] == ["a"]
+            assert [request.job_id for request in one.lock_due_requests(1)] == ["a"]
             with postgres.another() as storage, storage.transaction() as other:
-                assert [request.job_id for request in other.take_due_requests(9)] == ["b"]
+                assert [request.job_id for request in other.lock_due_requests(9)] == ["b"]
         with postgres.storage.transaction() as one:
-            assert len(one.take_due_requests(9)) == 2
+            assert len(one.lock_due_requests(9)) == 2
 
     def test_later_means_not_now(self, store: Store) -> None:
         """One that is to be looked at later is not due, until all are made due."""
         for job_id in "a", "b":
             store.add_request(a_request(job_id))
         with store.storage.transaction() as transaction:
-            transaction.look_again_at_requests(["a"], sent=True)
-            transaction.look_again_at_requests(["b"], sent=False)
-            assert transaction.take_due_requests(9) == []
-        store.storage.make_requests_due()
+            transaction.reschedule_requests(["a"], sent=True)
+            transaction.reschedule_requests(["b"], sent=False)
+            assert transaction.lock_due_requests(9) == []
+        store.storage.schedule_all_requests_now()
         with store.storage.transaction() as transaction:
-            taken = {request.job_id: request for request in transaction.take_due_requests(9)}
+            taken = {request.job_id: request for request in transaction.lock_due_requests(9)}
         assert taken["a"].sent_at is not None
         assert taken["b"].sent_at is None
 
@@ -538,7 +531,7 @@ class TestRequests:
         requested_at = datetime.now(UTC) - timedelta(seconds=age)
         postgres.add_request(replace(a_request("a"), requested_at=requested_at))
         with postgres.storage.transaction() as transaction:
-            transaction.look_again_at_requests(["a"], sent=True)
+            transaction.reschedule_requests(["a"], sent=True)
         wait = postgres.value(
             "SELECT extract(epoch FROM look_at - sent_at) FROM grant_access_request"
         )
@@ -550,8 +543,8 @@ class TestRequests:
             store.add_request(a_request(job_id))
         finish(store.storage, finished("a"), finished("c"), finished("d"))
         with store.storage.transaction() as transaction:
-            assert transaction.forget_answered_requests(["a", "b", "d"]) == {"a"}
-            assert transaction.forget_answered_requests([]) == frozenset()
+            assert transaction.delete_finished_requests(["a", "b", "d"]) == {"a"}
+            assert transaction.delete_finished_requests([]) == frozenset()
         assert store.storage.get_request("a") is None
         assert store.storage.get_request("b")
         assert store.storage.get_request("c")
@@ -607,8 +600,8 @@ class TestWaitForRequests:
         store.add_request(a_request("a"))
         assert store.storage.has_due_requests()
         with store.storage.transaction() as transaction:
-            transaction.take_due_requests(1)
-            transaction.look_again_at_requests(["a"], sent=True)
+            transaction.lock_due_requests(1)
+            transaction.reschedule_requests(["a"], sent=True)
         assert not store.storage.has_due_requests()
 
     def test_all_relays_are_woken(self, postgres: PostgresStore) -> None:
@@ -640,7 +633,7 @@ class TestWaitForRequests:
     def test_a_lock_that_a_service_keeps_stops_no_relay(self, postgres: PostgresStore) -> None:
         """A session that keeps the lock of the trigger, by whatever defect, has relays poll."""
         with connected(postgres.database_url) as service:
-            service.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": _LOCK})
+            service.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": SLEEP_LOCK})
             assert [postgres.storage.wait_for_requests(60) for _ in range(5)] == [True] * 5
 
     def test_one_rolled_back_is_not_reported(self, postgres: PostgresStore) -> None:
@@ -689,7 +682,7 @@ _SLEEPERS = """
 """
 
 
-def fall_asleep(storage: InterviewStorageInterface) -> None:
+def fall_asleep(storage: Storage) -> None:
     """Wait until a wait finds that no request can have been added."""
     until(lambda: storage.wait_for_requests(0) is False)
 
@@ -707,12 +700,9 @@ class TestFindUnknownInterviews:
             assert transaction.find_unknown_interviews([]) == frozenset()
 
     @pytest.mark.parametrize("granted", range(3))
-    @pytest.mark.parametrize("many", [1_000, 1])
-    def test_what_a_user_has_access_to_is_known(
-        self, store: Store, granted: int, many: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("bulk_threshold", [1_000, 1])
+    def test_what_a_user_has_access_to_is_known(self, store: Store, granted: int) -> None:
         """The same ids are unknown whatever the user, or another one, has been granted."""
-        monkeypatch.setattr("storage.postgres._MANY", many)
         known, unknown = store.add_interviews(2), str(uuid4())
         make_grants(store.storage, "ann", *known[:granted], *store.add_interviews(2))
         for user_id in ("ann", "bob"):
@@ -819,9 +809,11 @@ class TestGetExistingUserAccess:
 class TestBulkCreateUserAccess:
     """bulk_create_user_access; on PostgreSQL also by the statements for many grants."""
 
-    @pytest.fixture(autouse=True, params=[1_000, 1], ids=["few", "many"])
-    def _many(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("storage.postgres._MANY", request.param)
+    @pytest.fixture(params=[1_000, 1], ids=["few", "many"])
+    def bulk_threshold(self, request: pytest.FixtureRequest) -> int:
+        """Create grants by the statements for few and for many."""
+        threshold: int = request.param
+        return threshold
 
     def test_missing_grants_are_made_and_counted(self, store: Store) -> None:
         """Each missing grant of each order is made, over several chunks, and counted for it."""
@@ -829,8 +821,8 @@ class TestBulkCreateUserAccess:
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
                 [
-                    AccessOrderDTO("ann", tuple(reversed(ids))),
-                    AccessOrderDTO("bob", tuple(ids[:2])),
+                    RequestedGrantsDTO("ann", tuple(reversed(ids))),
+                    RequestedGrantsDTO("bob", tuple(ids[:2])),
                 ]
             )
         assert counts == [len(ids), 2]
@@ -854,7 +846,7 @@ class TestBulkCreateUserAccess:
             other = Background(lambda: make_grants(store.storage, "ann", *ids[:2]))
             store.until_waiting(other)
             side_by_side = other.over
-            order = AccessOrderDTO("ann", tuple(ids))
+            order = RequestedGrantsDTO("ann", tuple(ids))
             counts = transaction.bulk_create_user_access([order])
         assert (counts, other.result()) == (([1], 2) if side_by_side else ([3], 0))
         assert store.granted("ann") == ids
@@ -863,7 +855,7 @@ class TestBulkCreateUserAccess:
         """Whether another's uncommitted grant counts is known, and told, when its fate is."""
         (interview_id,) = store.add_interviews(1)
         with ends_with(KeyError, store.storage) as first:
-            order = AccessOrderDTO("ann", (interview_id,))
+            order = RequestedGrantsDTO("ann", (interview_id,))
             assert first.bulk_create_user_access([order]) == [1]
             other = Background(lambda: make_grants(store.storage, "ann", interview_id))
             store.until_waiting(other)
@@ -883,7 +875,7 @@ class TestBulkCreateUserAccess:
             make_grants(store.storage, "ann", *ids[:standing])
         fate: AbstractContextManager[object] = nullcontext() if kept else pytest.raises(KeyError)
         with fate, store.storage.transaction() as first:
-            order = AccessOrderDTO("ann", (ids[-1],))
+            order = RequestedGrantsDTO("ann", (ids[-1],))
             assert first.bulk_create_user_access([order]) == [1]
             other = Background(lambda: make_grants(store.storage, "ann", *ids))
             store.until_waiting(other)
@@ -899,10 +891,10 @@ class TestBulkCreateUserAccess:
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
                 [
-                    AccessOrderDTO("ann", (ids[3], ids[1])),
-                    AccessOrderDTO("ann", tuple(ids)),
-                    AccessOrderDTO("ann", (ids[0],)),
-                    AccessOrderDTO("bob", (ids[0],)),
+                    RequestedGrantsDTO("ann", (ids[3], ids[1])),
+                    RequestedGrantsDTO("ann", tuple(ids)),
+                    RequestedGrantsDTO("ann", (ids[0],)),
+                    RequestedGrantsDTO("bob", (ids[0],)),
                 ]
             )
         assert counts == [2, 2, 0, 1]
@@ -917,7 +909,7 @@ class TestBulkCreateUserAccess:
         told: list[tuple[int, int]] = []
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
-                [AccessOrderDTO(user_id, tuple(ids)) for user_id in users],
+                [RequestedGrantsDTO(user_id, tuple(ids)) for user_id in users],
                 lambda done, total: told.append((done, total)),
             )
         assert counts == [interviews, interviews - 1, interviews, 0, interviews]
@@ -935,11 +927,11 @@ class TestBulkCreateUserAccess:
 
         def grant_all() -> list[int]:
             with store.storage.transaction() as transaction:
-                orders = [AccessOrderDTO(user_id, tuple(ids)) for user_id in ("ann", "bob")]
+                orders = [RequestedGrantsDTO(user_id, tuple(ids)) for user_id in ("ann", "bob")]
                 return list(transaction.bulk_create_user_access(orders))
 
         with fate, store.storage.transaction() as first:
-            first.bulk_create_user_access([AccessOrderDTO("bob", (ids[0],))])
+            first.bulk_create_user_access([RequestedGrantsDTO("bob", (ids[0],))])
             other = Background(grant_all)
             store.until_waiting(other)
             if not kept:
@@ -952,7 +944,7 @@ class TestBulkCreateUserAccess:
         make_grants(store.storage, "ann", interview_id)
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(
-                [AccessOrderDTO("ann", (interview_id,)), AccessOrderDTO("ann", ())]
+                [RequestedGrantsDTO("ann", (interview_id,)), RequestedGrantsDTO("ann", ())]
             )
             assert counts == [0, 0]
             assert transaction.bulk_create_user_access([]) == []
@@ -965,8 +957,8 @@ class TestBulkCreateUserAccess:
         ids = store.add_interviews(2 * CHUNK_SIZE + 1)
         assert store.delete_interview(ids[position])
         orders = [
-            AccessOrderDTO("bob", (ids[position - 1],)),
-            AccessOrderDTO("ann", tuple(ids)),
+            RequestedGrantsDTO("bob", (ids[position - 1],)),
+            RequestedGrantsDTO("ann", tuple(ids)),
         ]
         with ends_with(StorageError, store.storage, sqlstate="23503") as transaction:
             transaction.bulk_create_user_access(orders)
@@ -987,7 +979,7 @@ class TestBulkCreateUserAccess:
     def test_user_ids_side_by_side_stay_apart(self, store: Store) -> None:
         """Orders of users whose ids look alike are each counted and granted for themselves."""
         (interview_id,) = store.add_interviews(1)
-        orders = [AccessOrderDTO(user_id, (interview_id,)) for user_id in LETTERS]
+        orders = [RequestedGrantsDTO(user_id, (interview_id,)) for user_id in LETTERS]
         with store.storage.transaction() as transaction:
             counts = transaction.bulk_create_user_access(orders)
             grants = transaction.get_existing_user_access(LETTERS)
@@ -1002,7 +994,7 @@ class TestBulkCreateUserAccess:
         told: list[tuple[int, int]] = []
         with store.storage.transaction() as transaction:
             transaction.bulk_create_user_access(
-                [AccessOrderDTO("ann", (*ids,)), AccessOrderDTO("bob", (ids[0],))],
+                [RequestedGrantsDTO("ann", (*ids,)), RequestedGrantsDTO("bob", (ids[0],))],
                 lambda done, total: told.append((done, total)),
             )
         total = 2 * CHUNK_SIZE + 1
@@ -1013,7 +1005,7 @@ class TestBulkCreateUserAccess:
         told: list[tuple[int, int]] = []
         with store.storage.transaction() as transaction:
             transaction.bulk_create_user_access(
-                [AccessOrderDTO("ann", ())], lambda done, total: told.append((done, total))
+                [RequestedGrantsDTO("ann", ())], lambda done, total: told.append((done, total))
             )
         assert told == []
 
@@ -1026,7 +1018,7 @@ class TestBulkCreateUserAccess:
                 raise KeyError
 
         with ends_with(KeyError, store.storage) as transaction:
-            order = AccessOrderDTO("ann", tuple(ids))
+            order = RequestedGrantsDTO("ann", tuple(ids))
             transaction.bulk_create_user_access([order], stop_at_the_end)
         assert store.granted("ann") == []
 
@@ -1060,7 +1052,7 @@ class TestTransaction:
         (interview_id,) = store.add_interviews(1)
         attempt = an_attempt(interview_id)
         with store.storage.transaction() as transaction:
-            transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
+            transaction.bulk_create_user_access([RequestedGrantsDTO("ann", (interview_id,))])
             transaction.create_interview_attempt([attempt])
             transaction.record_jobs([finished("a", 1)])
         assert store.granted("ann") == [interview_id]
@@ -1075,7 +1067,7 @@ class TestTransaction:
             return store.granted("ann"), store.storage.get_finished_job("a")
 
         with store.storage.transaction() as transaction:
-            transaction.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
+            transaction.bulk_create_user_access([RequestedGrantsDTO("ann", (interview_id,))])
             transaction.record_jobs([finished("a", 1)])
             reader = Background(seen)
             store.until_waiting(reader)
@@ -1088,7 +1080,7 @@ class TestTransaction:
         """What the block raises leaves it as it is, and nothing of the transaction stands."""
         (interview_id,) = store.add_interviews(1)
         with ends_with(KeyError, store.storage) as one:
-            one.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
+            one.bulk_create_user_access([RequestedGrantsDTO("ann", (interview_id,))])
             one.create_interview_attempt([an_attempt(interview_id)])
             one.record_jobs([finished("a", 1)])
             raise KeyError("the block's own")
@@ -1134,7 +1126,7 @@ class TestPostgres:
             assert list(transaction.get_existing_user_access(["ann"])) == []
             other = Background(lambda: make_grants(postgres.storage, "ann", ids[0]))
             assert other.result() == 1
-            order = AccessOrderDTO("ann", tuple(ids))
+            order = RequestedGrantsDTO("ann", tuple(ids))
             assert transaction.bulk_create_user_access([order]) == [1]
 
     def test_commit_is_durable_whatever_the_server_prefers(self, postgres: PostgresStore) -> None:
@@ -1192,7 +1184,7 @@ class TestPostgres:
         for turn in range(12):
             with postgres.storage.transaction() as transaction:
                 transaction.find_unknown_interviews(ids, granted_to="ann")
-                order = AccessOrderDTO("ann", tuple(ids[: 1_000 + turn]))
+                order = RequestedGrantsDTO("ann", tuple(ids[: 1_000 + turn]))
                 transaction.bulk_create_user_access([order])
                 plans = transaction._connection.exec_driver_sql(
                     "SELECT statement FROM pg_prepared_statements"
@@ -1236,7 +1228,7 @@ class TestPostgres:
             stopped.lock_jobs(["a"], wait=True)
             stopped.record_jobs([finished("a")])
             assert lock(duplicate, ["a", "b"], wait=True) == {"a", "b"}
-            stopped.bulk_create_user_access([AccessOrderDTO("ann", (interview_id,))])
+            stopped.bulk_create_user_access([RequestedGrantsDTO("ann", (interview_id,))])
         assert postgres.granted("ann") == []
 
     def test_duplicate_ends_nothing_before_the_limit(self, postgres: PostgresStore) -> None:

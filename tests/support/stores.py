@@ -21,12 +21,13 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import memory, models
 from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, InterviewDTO
-from storage.interface import InterviewStorageInterface, StorageError
+from storage.errors import StorageError
+from storage.interface import Storage
 from storage.memory import MemoryStorage
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
-from tasks.ledger import Outcome
+from tasks.ledger import JobResult
 from tests.support.database import connected
 
 CHUNK_SIZE = 3
@@ -34,6 +35,9 @@ CHUNK_SIZE = 3
 
 PATIENCE_SECONDS = 30
 """The timeout in seconds of every wait in a test."""
+
+BULK_THRESHOLD = 1_000
+"""Grants from which PostgreSQL gets other statements, unless a test says otherwise."""
 
 T = TypeVar("T")
 
@@ -90,7 +94,7 @@ class Store(ABC):
         storage: The storage under test.
     """
 
-    storage: InterviewStorageInterface
+    storage: Storage
 
     @abstractmethod
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
@@ -130,8 +134,8 @@ class Store(ABC):
         assert {grant.user_id for grant in grants} <= {user_id}
         return sorted(grant.interview_id for grant in grants)
 
-    def grant(self, *jobs: GrantAccessJob) -> list[Outcome]:
-        """Execute jobs in one call."""
+    def grant(self, *jobs: GrantAccessJob) -> list[JobResult]:
+        """Have jobs done, all in one call."""
         return GrantAccessInteractor(self.storage).grant_access(jobs)
 
 
@@ -183,15 +187,20 @@ class MemoryStore(Store):
 class PostgresStore(Store):
     """PostgreSQL."""
 
-    def __init__(self, database_url: str, platform: Connection) -> None:
+    def __init__(
+        self, database_url: str, platform: Connection, *, bulk_threshold: int = BULK_THRESHOLD
+    ) -> None:
         """Use a database with all tables.
 
         Args:
             database_url: The database.
             platform: A connection to it that commits each statement.
+            bulk_threshold: Number of grants from which statements for many grants are used.
         """
         self.database_url = database_url
-        self.storage: PostgresStorage = PostgresStorage(database_url, chunk_size=CHUNK_SIZE)
+        self.storage: PostgresStorage = PostgresStorage(
+            database_url, chunk_size=CHUNK_SIZE, bulk_threshold=bulk_threshold
+        )
         self._platform = platform
 
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
@@ -335,10 +344,12 @@ _WAITING = (
 
 
 @contextmanager
-def postgres_store(database_url: str) -> Iterator[PostgresStore]:
-    """An empty store on a database with all tables."""
+def postgres_store(
+    database_url: str, *, bulk_threshold: int = BULK_THRESHOLD
+) -> Iterator[PostgresStore]:
+    """A database with all tables as a store, empty."""
     with connected(database_url, autocommit=True) as platform:
-        store = PostgresStore(database_url, platform)
+        store = PostgresStore(database_url, platform, bulk_threshold=bulk_threshold)
         store.empty()
         try:
             yield store
@@ -420,12 +431,12 @@ def a_cohort(
     )
 
 
-def created(outcome: Outcome) -> int:
-    """Return the created count of a succeeded job."""
+def created(outcome: JobResult) -> int:
+    """The count that a job's success tells."""
     assert outcome.error is None
-    assert outcome.answer is not None
-    assert outcome.answer.error is None
-    result = outcome.answer.result
+    assert outcome.outcome is not None
+    assert outcome.outcome.error is None
+    result = outcome.outcome.result
     assert result is not None
     assert result.keys() == {"success", "created_access_count"}
     assert result["success"] is True
@@ -433,10 +444,10 @@ def created(outcome: Outcome) -> int:
     return count
 
 
-def error_of(outcome: Outcome) -> dict[str, Any]:
-    """Return the error of a failed job."""
+def error_of(outcome: JobResult) -> dict[str, Any]:
+    """The error that a job's failure tells."""
     assert outcome.error is None
-    assert outcome.answer is not None
-    assert outcome.answer.result is None
-    assert outcome.answer.error is not None
-    return outcome.answer.error
+    assert outcome.outcome is not None
+    assert outcome.outcome.result is None
+    assert outcome.outcome.error is not None
+    return outcome.outcome.error

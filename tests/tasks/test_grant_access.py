@@ -15,11 +15,11 @@ from interview_access.errors import (
 )
 from sqlalchemy import text
 
-from storage.dtos import AccessOrderDTO, AnswerDTO, FiguresDTO, FinishedJobDTO, JobDTO
-from storage.interface import JobBusyError, StorageError, is_outage
+from storage.dtos import FiguresDTO, FinishedJobDTO, JobDTO, OutcomeDTO, RequestedGrantsDTO
+from storage.errors import JobBusyError, StorageError, is_outage
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.grant_access import GrantAccessInteractor
-from tasks.ledger import Outcome, RejectedJob, result_of, settle
+from tasks.ledger import JobResult, RejectedJob, result_of, settle
 from tests.support.database import connected, role
 from tests.support.stores import (
     CHUNK_SIZE,
@@ -35,11 +35,11 @@ from tests.support.stores import (
 NO_UUID = "a1b2c3d4-e5f6-7g8h-9i0j-k1l2m3n4o5p6"
 
 
-def error_of(outcome: Outcome) -> InterviewAccessError:
+def error_of(outcome: JobResult) -> InterviewAccessError:
     """The error that a job's answer holds."""
-    assert outcome.answer
+    assert outcome.outcome
     with pytest.raises(InterviewAccessError) as caught:
-        result_of(outcome.answer)
+        result_of(outcome.outcome)
     return caught.value
 
 
@@ -48,7 +48,7 @@ def figures_of(store: Store, job_id: str) -> FiguresDTO | None:
     finished = store.storage.get_finished_job(job_id)
     assert finished
     assert finished.finished_at
-    return finished.answer.figures
+    return finished.outcome.figures
 
 
 class TestOneJob:
@@ -126,7 +126,7 @@ class TestCohort:
         assert store.granted("ann") == store.granted("bob") == ids
         finished = store.storage.get_finished_job("a")
         assert finished
-        assert finished.answer.created_by_user == {"bob": len(ids) - 2, "ann": len(ids)}
+        assert finished.outcome.created_by_user == {"bob": len(ids) - 2, "ann": len(ids)}
         assert finished.job.user_id is None
 
     def test_repeated_users_and_interviews_count_once(self, store: Store) -> None:
@@ -259,13 +259,13 @@ class TestTheSameJobAgain:
             holder.lock_jobs(["a"], wait=True)
             job = a_job("a", "ann", [one, two])
             with postgres.storage.transaction() as first:
-                first.bulk_create_user_access([AccessOrderDTO("ann", (one,))])
-                first.record_jobs([FinishedJobDTO(job.entry, AnswerDTO("succeeded", {"n": 1}))])
+                first.bulk_create_user_access([RequestedGrantsDTO("ann", (one,))])
+                first.record_jobs([FinishedJobDTO(job.entry, OutcomeDTO("succeeded", {"n": 1}))])
                 second = Background(lambda: GrantAccessInteractor(storage).grant_access([job]))
                 postgres.until_waiting(second)
             (outcome,) = second.result()
         assert outcome.repeated
-        assert outcome.answer == AnswerDTO("succeeded", {"n": 1})
+        assert outcome.outcome == OutcomeDTO("succeeded", {"n": 1})
         assert postgres.granted("ann") == [one]
 
 
@@ -396,7 +396,7 @@ class TestPostgres:
     def test_one_job_of_a_batch_waits_for_a_locked_table(self, postgres: PostgresStore) -> None:
         """After one wait for a lock as long as a lone job's, the other jobs wait briefly."""
         ids = postgres.add_interviews(1)
-        limits = DatabaseLimits(lock=2, several=0.05)
+        limits = DatabaseLimits(lock=2, batch_lock=0.05)
         jobs = [a_job(f"job-{number}", "ann", ids) for number in range(10)]
         with locked(postgres, "grant_access_job"), postgres.another(limits=limits) as storage:
             began = time.monotonic()
@@ -411,9 +411,9 @@ class TestPostgres:
         fault = InvalidGrantRequestException("wrong", {})
         entries = [JobDTO(job_id, "task", "ann", "0" * 64) for job_id in "abc"]
         jobs = [RejectedJob(entry, fault) for entry in entries]
-        limits = DatabaseLimits(lock=0.5, several=0.05)
+        limits = DatabaseLimits(lock=0.5, batch_lock=0.05)
         with locked(postgres, "grant_access_job"), postgres.another(limits=limits) as storage:
-            outcomes = settle(storage, jobs, lambda _, __: {}, alone_seconds=0.3)
+            outcomes = settle(storage, jobs, lambda _, __: {}, individual_seconds=0.3)
         first, *others = [outcome.error for outcome in outcomes]
         assert isinstance(first, StorageError)
         assert first.sqlstate == "55P03"

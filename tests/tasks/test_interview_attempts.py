@@ -10,11 +10,11 @@ from interview_access.errors import InvalidGrantRequestException, InvalidIntervi
 
 from tasks.celery_tasks import interview_attempt_job
 from tasks.interview_attempts import InterviewAttemptInteractor
-from tasks.ledger import Outcome, result_of
+from tasks.ledger import JobResult, result_of
 from tests.support.stores import Store, an_interview
 
 
-def start(store: Store, job_id: str, user_id: object, interview_id: object) -> Outcome:
+def start(store: Store, job_id: str, user_id: object, interview_id: object) -> JobResult:
     """Have one attempt started."""
     job = interview_attempt_job(job_id, (), {"user_id": user_id, "interview_id": interview_id})
     (outcome,) = InterviewAttemptInteractor(store.storage).create_interview_attempt([job])
@@ -32,9 +32,9 @@ def test_an_attempt_starts_now(store: Store, configured: bool, ends: bool) -> No
     store.add_interview(interview, configured=configured)
     before = datetime.now(UTC)
     outcome = start(store, "a", "ann", interview.id.upper())
-    assert outcome.answer
+    assert outcome.outcome
     (attempt,) = store.attempts()
-    assert result_of(outcome.answer) == {"success": True, "interview_attempt_id": attempt.id}
+    assert result_of(outcome.outcome) == {"success": True, "interview_attempt_id": attempt.id}
     assert (attempt.user_id, attempt.interview_id) == ("ann", interview.id)
     assert before <= attempt.start_datetime <= datetime.now(UTC)
     assert attempt.end_datetime is None
@@ -46,7 +46,7 @@ def test_a_job_again_makes_no_second_attempt(store: Store) -> None:
     """A message delivered again has the attempt that the first made."""
     (interview_id,) = store.add_interviews(1)
     first, again = (start(store, "a", "ann", interview_id) for _ in range(2))
-    assert first.answer == again.answer
+    assert first.outcome == again.outcome
     assert len(store.attempts()) == 1
 
 
@@ -72,7 +72,7 @@ def test_a_wrong_interview_makes_no_attempt(
 ) -> None:
     """An interview that is unknown, malformed or no string fails the job."""
     outcome = start(store, "a", "ann", interview_id)
-    assert outcome.answer
+    assert outcome.outcome
     with pytest.raises(error):
-        result_of(outcome.answer)
+        result_of(outcome.outcome)
     assert store.attempts() == []

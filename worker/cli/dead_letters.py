@@ -13,7 +13,7 @@ from interview_access.connections import CLIENT_NAME, connect
 from interview_access.contracts import is_job_id
 from redis.exceptions import RedisError
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from worker.broker.dead_letters import DeadLetter, DeadLetters, readable
 from worker.cli.environment import read_settings

@@ -14,7 +14,7 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from worker.app import create_app
 from worker.cli.environment import read_settings
 from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line

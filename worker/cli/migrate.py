@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.schema import migrate as migrate_schema
 from worker.cli.environment import read_settings
 from worker.cli.terminal import FAILED, end

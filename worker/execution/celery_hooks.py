@@ -68,7 +68,7 @@ def send_final(runs: Sequence[JobRun]) -> None:
 
 
 def _send_final(run: JobRun) -> None:
-    job_id, result, error = run.delivery.job_id, run.result, run.outcome.error
+    job_id, result, error = run.delivery.job_id, run.result, run.settled.error
     call = {"args": run.call.args, "kwargs": run.call.kwargs}
     state: str
     value: object

@@ -32,9 +32,9 @@ from kombu.utils.encoding import safe_repr
 from redis.exceptions import RedisError
 
 from storage.dtos import JobDTO
-from storage.interface import StorageError, is_outage
+from storage.errors import StorageError, is_outage
 from tasks.celery_tasks import JobTask, TaskDependencies, log_outcome
-from tasks.ledger import Outcome, RejectedJob, result_of, settle_rejected
+from tasks.ledger import JobResult, RejectedJob, result_of, settle_rejected
 from tasks.started_reporter import StartedReporter
 from worker.broker.claims import Action, Disposition
 from worker.execution.body import NO_CALL, UndecodableBodyError, decode
@@ -110,26 +110,26 @@ def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
         lambda: app.backend.store_started(polled, pid=os.getpid(), hostname=hostname)
     ):
         send_prerun(runs)
-        for run, outcome in zip(runs, _settle_jobs(app, runs), strict=True):
-            run.outcome = outcome
+        for run, settled in zip(runs, _settle_jobs(app, runs), strict=True):
+            run.settled = settled
     for run in runs:
         run.result = _result(run, app.task_dependencies)
     stored = app.backend.store_results(
         {run.delivery.job_id: run.result for run in runs if run.result and run.has_poller}
     )
     app.backend.store_retries(
-        {run.delivery.job_id: _as_shown(run.outcome.error) for run in runs if run.is_retried}
+        {run.delivery.job_id: _as_shown(run.settled.error) for run in runs if run.is_retried}
     )
     seconds = time.monotonic() - started
     settlements = [_settlement(app, run, stored, seconds) for run in runs]
     send_final(runs)
-    outages = [str(run.outcome.error) for run in runs if is_outage(run.outcome.error)]
+    outages = [str(run.settled.error) for run in runs if is_outage(run.settled.error)]
     if any(run.is_missing_in(stored) for run in runs):
         outages.append("results cannot be stored")
     return BatchReport(
         settlements,
         outages[0] if outages else None,
-        any(run.outcome.answer for run in runs),
+        any(run.settled.outcome for run in runs),
     )
 
 
@@ -153,7 +153,7 @@ def _prepare(app: Celery, delivery: Dispatched) -> JobRun:
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a defect, which must not fail other jobs
-            return JobRun(delivery, task, call, None, Outcome(error=error))
+            return JobRun(delivery, task, call, None, JobResult(error=error))
     failure = failure or JobFailedError("The job cannot be read.")
     body = {"body": (delivery.body or "")[:_UNREADABLE_DIGEST_BYTES]}
     digest = unreadable_request_digest(delivery.task, (), body)
@@ -169,9 +169,9 @@ def _undecodable(error: Exception) -> JobFailedError:
 # --- Through the ledger -------------------------------------------------------------------------
 
 
-def _settle_jobs(app: Celery, runs: Sequence[JobRun]) -> list[Outcome]:
-    """Settle the jobs of each task together. Returns the outcomes in the order of the runs."""
-    outcomes: dict[int, Outcome] = {}
+def _settle_jobs(app: Celery, runs: Sequence[JobRun]) -> list[JobResult]:
+    """Settle the jobs of each task together. Returns their results in the order of the runs."""
+    results: dict[int, JobResult] = {}
 
     def task_name(at: int) -> str:
         run = runs[at]
@@ -184,23 +184,23 @@ def _settle_jobs(app: Celery, runs: Sequence[JobRun]) -> list[Outcome]:
         jobs = [runs[at].job for at in positions]
         storage = app.task_dependencies.storage
         settled = app.tasks[name].settle(jobs) if name else settle_rejected(storage(), jobs)
-        outcomes.update(zip(positions, settled, strict=True))
-    return [outcomes.get(at, run.outcome) for at, run in enumerate(runs)]
+        results.update(zip(positions, settled, strict=True))
+    return [results.get(at, run.settled) for at, run in enumerate(runs)]
 
 
 def _result(
     run: JobRun, dependencies: TaskDependencies
 ) -> dict[str, Any] | InterviewAccessError | None:
     """Build what the poller reads; None if the job is to be retried."""
-    outcome = run.outcome
-    if outcome.answer:
+    settled = run.settled
+    if settled.outcome:
         try:
-            return result_of(outcome.answer)
+            return result_of(settled.outcome)
         except InterviewAccessError as error:
             return error
     if run.delivery.retries < dependencies.retry_limit:
         return None
-    return StorageUnavailableException.of(run.delivery.retries + 1, _reason(outcome.error))
+    return StorageUnavailableException.of(run.delivery.retries + 1, _reason(settled.error))
 
 
 def _reason(error: Exception | None) -> str:
@@ -236,19 +236,19 @@ def _settlement_of_defect(app: Celery, run: JobRun, error: Exception) -> Settlem
 def _settlement_of_end(
     app: Celery, run: JobRun, stored: Collection[str], seconds: float
 ) -> Settlement:
-    outcome, result, job_id = run.outcome, run.result, run.delivery.job_id
+    settled, result, job_id = run.settled, run.result, run.delivery.job_id
     if result is None:
         return _retry(run, app.task_dependencies)
     if run.is_missing_in(stored):
         return Settlement(Disposition(Action.DELAY, delay=_NOT_STORED_SECONDS), ())
     if logger.isEnabledFor(logging.INFO):
         with as_current(run):
-            log_outcome(job_id, run.call.args, run.call.kwargs, outcome, seconds)
+            log_outcome(job_id, run.call.args, run.call.kwargs, settled, seconds)
             log_end(run, seconds)
-    if outcome.refusal and run.delivery.body is not None:
+    if settled.refusal and run.delivery.body is not None:
         return Settlement(
-            _dead_letter(run, f"{type(outcome.refusal).__name__}: {outcome.refusal}"),
-            [("job-refused", {"reason": outcome.refusal.sentence}), ("task-rejected", {})],
+            _dead_letter(run, f"{type(settled.refusal).__name__}: {settled.refusal}"),
+            [("job-refused", {"reason": settled.refusal.sentence}), ("task-rejected", {})],
         )
     disposition = _send_followers(app, run)
     is_kept = isinstance(result, StorageUnavailableException | JobFailedError)
@@ -283,13 +283,13 @@ def _dead_letter(run: JobRun, reason: str) -> Disposition:
         job_id=delivery.job_id,
         task=delivery.task,
         reason=reason,
-        in_ledger=run.outcome.answer is not None,
+        in_ledger=run.settled.outcome is not None,
         attempts=delivery.attempts + delivery.retries + (delivery.failure is None),
     )
 
 
 def _retry(run: JobRun, dependencies: TaskDependencies) -> Settlement:
-    error, retries = run.outcome.error, run.delivery.retries
+    error, retries = run.settled.error, run.delivery.retries
     delay = _back_off(run.delivery, dependencies)
     logger.warning(
         "job retried: job=%s attempt=%d delay_seconds=%d error=%s",

@@ -9,9 +9,9 @@ from typing import Any
 from celery.app.task import Context
 from interview_access.errors import InterviewAccessError
 
-from storage.interface import JobBusyError
+from storage.errors import JobBusyError
 from tasks.celery_tasks import JobTask
-from tasks.ledger import Outcome
+from tasks.ledger import JobResult
 from worker.execution.body import Call
 from worker.execution.request import Dispatched
 
@@ -31,7 +31,7 @@ class JobRun:
         task: Its task, unless the worker does not have it.
         call: The decoded body; empty if it was not decoded.
         job: The job that the ledger settles; None after a defect in reading it.
-        outcome: How this delivery ended.
+        settled: How this delivery ended in the ledger.
         result: What the job's poller reads; None while the job is to be retried.
     """
 
@@ -39,7 +39,7 @@ class JobRun:
     task: JobTask | None
     call: Call
     job: Any
-    outcome: Outcome = field(default_factory=Outcome)
+    settled: JobResult = field(default_factory=JobResult)
     result: dict[str, Any] | InterviewAccessError | None = None
 
     @property
@@ -50,7 +50,7 @@ class JobRun:
     @property
     def is_retried(self) -> bool:
         """Whether the poller reads the state RETRY: nothing else executes the job now."""
-        is_busy = isinstance(self.outcome.error, JobBusyError)
+        is_busy = isinstance(self.settled.error, JobBusyError)
         return self.result is None and self.has_poller and not is_busy
 
     @property

@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import RedisError
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 
 logger = get_logger(__name__)
 

@@ -39,7 +39,8 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from storage.interface import InterviewStorageInterface, StorageError
+from storage.errors import StorageError
+from storage.interface import JobStorage
 from worker.broker.claims import PREFIX
 from worker.broker.queue_wait import QueueWait, QueueWaitRefusedError
 from worker.broker.scripts import script
@@ -61,7 +62,7 @@ _CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_u
 class ControlService(BackgroundService):
     """Executes control requests, one at a time."""
 
-    def __init__(self, app: Celery, storage: Callable[[], InterviewStorageInterface]) -> None:
+    def __init__(self, app: Celery, storage: Callable[[], JobStorage]) -> None:
         """Connect to nothing before :meth:`start`."""
         super().__init__(app)
         self._wait: QueueWait | None = None

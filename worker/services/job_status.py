@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from redis import Redis
 
 from storage.dtos import FinishedJobDTO, JobDTO
-from storage.interface import InterviewStorageInterface
+from storage.interface import JobStorage
 from tasks import ledger
 from worker.services.outbox_relay import message_of
 
@@ -37,9 +37,7 @@ _READ_BYTES = 65_536  # of an announcement or a result: producers may write both
 class JobStatusService:
     """Reports and cancels jobs. Every method raises StorageError and redis-py's errors."""
 
-    def __init__(
-        self, storage: Callable[[], InterviewStorageInterface], results: RedisBackend
-    ) -> None:
+    def __init__(self, storage: Callable[[], JobStorage], results: RedisBackend) -> None:
         """Connect at the first call.
 
         Args:
@@ -123,21 +121,21 @@ def _announced(redis: Redis, job_id: str) -> Announcement | None:
 
 
 def _finished(finished: FinishedJobDTO) -> JobStatus:
-    job, answer = finished.job, finished.answer
-    figures, rejected = answer.figures, answer.rejected
+    job, outcome = finished.job, finished.outcome
+    figures, rejected = outcome.figures, outcome.rejected
     return JobStatus.model_validate(
         {
             "job_id": job.job_id,
-            "state": answer.state,
+            "state": outcome.state,
             "task": job.task,
             "user_id": job.user_id,
             "requested": figures and figures.requested,
             "repeated": figures and figures.repeated,
             "already_granted": figures and figures.already_granted,
             "created": figures and figures.created,
-            "result": answer.result,
-            "error": answer.error,
-            "created_by_user": answer.created_by_user,
+            "result": outcome.result,
+            "error": outcome.error,
+            "created_by_user": outcome.created_by_user,
             "unknown_interview_ids": rejected and rejected.unknown,
             "malformed_interview_ids": rejected and rejected.malformed,
             "finished_at": finished.finished_at,

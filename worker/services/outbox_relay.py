@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from storage.dtos import AccessRequestDTO
-from storage.interface import InterviewStorageInterface
+from storage.interface import Storage
 from tasks.relay import relay
 from worker.broker.claims import PREFIX
 from worker.services.background import BackgroundService
@@ -37,7 +37,7 @@ _TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
 class OutboxRelay(BackgroundService):
     """Enqueues requests from the outbox table."""
 
-    def __init__(self, app: Celery, new_storage: Callable[[], InterviewStorageInterface]) -> None:
+    def __init__(self, app: Celery, new_storage: Callable[[], Storage]) -> None:
         """Connect to nothing before :meth:`start`.
 
         Args:
@@ -52,7 +52,7 @@ class OutboxRelay(BackgroundService):
         """Enqueue one page of requests, or wait for one."""
         storage = self._storage()
         if not redis.exists(_SEEN):
-            storage.make_requests_due()
+            storage.schedule_all_requests_now()
             redis.set(_SEEN, 1)
             self._query_at = 0.0
         if time.monotonic() >= self._query_at:

@@ -32,7 +32,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.schema import DatabaseUnavailableError, check_schema
 from worker.broker.claims import DEAD, PREFIX
 from worker.broker.scripts import script

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.migrations.catalog import find_table
 from storage.migrations.locks import got_briefly
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import op
 from sqlalchemy import text
 
-from storage.interface import StorageError
+from storage.errors import StorageError
 from storage.migrations.catalog import find_table
 from storage.migrations.locks import executed_briefly
 

@@ -1,8 +1,8 @@
-"""Notifications of new requests in the outbox: LISTEN, and a wait that another event can end.
+"""Notifications of new outbox requests: LISTEN, and a wait that another event can end.
 
-PostgreSQL commits transactions that notify one after another. So services notify only while a relay
-sleeps, which it does with an advisory lock held. A relay that is awake polls; it falls asleep when
-no transaction is left that may have added a request without a notification.
+PostgreSQL serializes the commits of transactions that notify. So services notify only while a relay
+sleeps, which it does while it holds an advisory lock. A relay that is awake polls. It falls asleep
+once no transaction is open that may have added a request without a notification.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from sqlalchemy import PoolProxiedConnection
 from storage import models
 from storage.interface import HasFileno
 
+SLEEP_LOCK = 7_160_244_398_155_012_683
+"""Key of the advisory lock of sleeping relays; the trigger of migration 0006 has the same."""
+
 _CHANNEL = models.requests.name
-_LOCK = 7_160_244_398_155_012_683  # as in migration 0006
 _AWAKE_SECONDS = 1.0  # after the last notification
 _POLL_SECONDS = 0.5
 
 _LISTEN = f"LISTEN {_CHANNEL}"
-# The trigger of migration 0006. It does not notify where transactions may be prepared.
+# The trigger of migration 0006. It does not notify if transactions may be prepared.
 _IS_NOTIFIED = """
     SELECT current_setting('max_prepared_transactions') = '0' AND EXISTS (
         SELECT FROM pg_trigger
@@ -32,18 +34,18 @@ _IS_NOTIFIED = """
 """
 _UNLOCK = "SELECT pg_advisory_unlock_shared(%s)"
 _TRY_LOCK = "SELECT pg_try_advisory_lock_shared(%s)"
-_NEXT_TRANSACTION = "SELECT pg_current_xact_id()::text::bigint"  # no snapshot has it
+_NEXT_TRANSACTION = "SELECT pg_current_xact_id()::text::bigint"  # in no snapshot yet
 _OLDEST_TRANSACTION = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
 
 
 class RequestNotifications:
-    """The notifications that reach one session, from its first use on."""
+    """Notifications that arrive on one session."""
 
     def __init__(self, connection: Any) -> None:
-        """Listen, unless nothing would be received.
+        """Execute LISTEN, unless no notification can arrive.
 
         Args:
-            connection: psycopg's, as :func:`storage.connections.open_engine` opens it.
+            connection: A connection of an engine of :func:`storage.connections.open_engine`.
 
         Raises:
             psycopg.Error: if the connection is lost.
@@ -52,22 +54,22 @@ class RequestNotifications:
         self._may_have_requests = True
         self._is_asleep = False
         self._awake_until = 0.0
-        self._asleep_after: int | None = None
-        """The first transaction that certainly notifies."""
+        self._first_notifying: int | None = None
+        """ID of a transaction from which on every transaction notifies."""
         self._can_wait = not connection.is_pooled and self._listen()
-        # Receives those that come with the reply to a statement.
+        # Handles notifications that arrive with the reply to a statement.
         connection.add_notify_handler(lambda _: self._receive())
 
     @classmethod
     def of(cls, connection: PoolProxiedConnection) -> Self:
-        """Return those of a pool's connection, which keeps them until it is closed."""
+        """Return the notifications of a pooled connection, which keeps them until it is closed."""
         if cls not in connection.info:
             connection.info[cls] = cls(connection.driver_connection)
         notifications: Self = connection.info[cls]
         return notifications
 
     def wait(self, seconds: float, wakeup: HasFileno | None) -> bool | None:
-        """See :meth:`storage.interface.InterviewStorageInterface.wait_for_requests`.
+        """Wait for a request; see :meth:`storage.interface.OutboxMonitor.wait_for_requests`.
 
         Raises:
             psycopg.Error: if the connection is lost.
@@ -76,7 +78,7 @@ class RequestNotifications:
             return None
         if not self._may_have_requests:
             if self._falls_asleep():
-                return True  # the last of them may have added a request just now
+                return True  # the last transaction without a notification may have added a request
             self._receive_for(seconds if self._is_asleep else _POLL_SECONDS, wakeup)
         if self._may_have_requests:
             self._wake_up()
@@ -85,20 +87,20 @@ class RequestNotifications:
         return is_added
 
     def _falls_asleep(self) -> bool:
-        """Have services notify, and sleep once no transaction is left that may not have."""
+        """Have services notify, then sleep once every older transaction has ended."""
         if self._is_asleep or time.monotonic() < self._awake_until:
             return False
-        if self._asleep_after is None:
-            if not self._query(_TRY_LOCK, _LOCK):
-                return False  # a service has the lock, for a moment or by a defect: poll
-            self._asleep_after = self._query(_NEXT_TRANSACTION)
-        self._is_asleep = self._query(_OLDEST_TRANSACTION) >= self._asleep_after
+        if self._first_notifying is None:
+            if not self._value(_TRY_LOCK, SLEEP_LOCK):
+                return False  # a service holds the lock, briefly or by a defect: poll
+            self._first_notifying = self._value(_NEXT_TRANSACTION)
+        self._is_asleep = self._value(_OLDEST_TRANSACTION) >= self._first_notifying
         return self._is_asleep
 
     def _wake_up(self) -> None:
-        if self._asleep_after is not None:
-            self._query(_UNLOCK, _LOCK)
-        self._is_asleep, self._asleep_after = False, None
+        if self._first_notifying is not None:
+            self._value(_UNLOCK, SLEEP_LOCK)
+        self._is_asleep, self._first_notifying = False, None
         self._awake_until = time.monotonic() + _AWAKE_SECONDS
 
     def _receive_for(self, seconds: float, wakeup: HasFileno | None) -> None:
@@ -116,10 +118,10 @@ class RequestNotifications:
                 self._receive()
 
     def _listen(self) -> bool:
-        """Listen. Returns whether the server notifies of new requests."""
+        """Execute LISTEN. Returns whether the server notifies of new requests."""
         try:
             self._connection.execute(_LISTEN)
-            is_notified = self._query(_IS_NOTIFIED, _CHANNEL)
+            is_notified = self._value(_IS_NOTIFIED, _CHANNEL)
         except psycopg.Error:
             if self._connection.closed:
                 raise
@@ -127,8 +129,8 @@ class RequestNotifications:
             return False
         return bool(is_notified)
 
-    def _query(self, statement: str, *parameters: object) -> Any:
-        """The one value that a statement returns, in a transaction of its own."""
+    def _value(self, statement: str, *parameters: object) -> Any:
+        """Return a statement's only value, in a transaction of its own."""
         ((value,),) = self._connection.execute(statement, parameters).fetchall()
         self._connection.commit()
         return value

@@ -1,0 +1,75 @@
+"""Translation of the errors of psycopg and SQLAlchemy into storage errors."""
+
+from __future__ import annotations
+
+import re
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+from psycopg.pq import PGconn, Ping
+from sqlalchemy import URL
+from sqlalchemy.exc import DBAPIError
+
+from storage import sqlstate
+from storage.errors import StorageError
+from storage.server_connection import DEFAULT_OPTIONS, traced_attempt
+
+# Authentication failed, no such role or database, no right to connect to it.
+_REFUSED = re.compile(rb'ErrorResponse.* C "(28...|3D000|42501)"')
+
+
+class driver_errors_translated:  # noqa: N801 - used as a function, and cheaper than a generator
+    """Raise every exception of the driver or SQLAlchemy in a block as :class:`StorageError`.
+
+    Wraps driver calls only, so that OSError and UnicodeDecodeError come from the driver as well.
+    """
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """End the block.
+
+        Raises:
+            StorageError: if the block raised any Exception but StorageError and MemoryError.
+        """
+        if isinstance(error, Exception) and not isinstance(error, StorageError | MemoryError):
+            raise _translated(error) from error
+
+
+def _translated(error: Exception) -> StorageError:
+    driver = error.orig if isinstance(error, DBAPIError) else error
+    if not isinstance(driver, psycopg.Error):
+        return StorageError(f"the driver failed: {type(driver).__name__}")
+    lines = str(driver).strip().splitlines() or [type(driver).__name__]
+    # The driver itself rejects values that it cannot send or hold, as the server would.
+    own = sqlstate.DATA_EXCEPTION if isinstance(driver, psycopg.DataError) else None
+    return StorageError(driver.diag.message_primary or lines[0], driver.sqlstate or own)
+
+
+def sqlstate_of(error: DBAPIError) -> str | None:
+    """Return PostgreSQL's error code, or None if no server replied."""
+    code: str | None = getattr(error.orig, "sqlstate", None)
+    return code
+
+
+def is_refused(url: URL, error: DBAPIError) -> bool:
+    """Return whether the configuration prevents a connection: a role, a password, an option.
+
+    libpq reports the SQLSTATE of a failed connection in its trace only; its message is in the
+    server's language. So this function connects once more, with a trace.
+
+    Args:
+        url: The database URL.
+        error: The error of the connection that failed.
+    """
+    driver = error.orig
+    if not isinstance(driver, psycopg.Error) or driver.sqlstate is not None:
+        return False  # the connection was open
+    if isinstance(driver, psycopg.ProgrammingError):
+        return True
+    (_, parameters) = url.get_dialect()().create_connect_args(url)
+    conninfo = make_conninfo(**{**DEFAULT_OPTIONS, **parameters}).encode()
+    if PGconn.ping(conninfo) == Ping.NO_ATTEMPT:
+        return True
+    return _REFUSED.search(traced_attempt(conninfo)) is not None

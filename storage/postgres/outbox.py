@@ -1,0 +1,116 @@
+"""The outbox: requests that services insert in the table ``grant_access_request``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Row, delete, func, select, update
+
+from storage import models
+from storage.dtos import AccessRequestDTO
+from storage.interface import MAX_REQUEST_BYTES, Outbox
+from storage.postgres.session import Session
+
+HAS_DUE_REQUESTS = (
+    "SELECT EXISTS (SELECT FROM grant_access_request WHERE look_at <= statement_timestamp())"
+)
+
+# Python has neither infinite timestamps nor years before 1.
+_CLAMPED = "greatest(least({0}, clock_timestamp()), clock_timestamp() - interval '100 years')"
+_REQUESTED_AT = _CLAMPED.format("requested_at")
+_COLUMNS = f"""
+    job_id, user_id, interview_ids, {_REQUESTED_AT} AS requested_at,
+    CASE WHEN sent_at IS NOT NULL THEN {_CLAMPED.format("sent_at")} END AS sent_at
+"""
+_FIND_REQUEST = f"SELECT {_COLUMNS} FROM grant_access_request WHERE job_id = %(job_id)s"  # noqa: S608 - a constant
+
+# The table has an index in the order of each of these two.
+_LOCK_DUE = """
+    SELECT job_id, look_at, pg_column_size(interview_ids) AS size FROM grant_access_request
+    WHERE {condition} AND look_at <= statement_timestamp()
+    ORDER BY look_at LIMIT {limit} FOR UPDATE SKIP LOCKED
+"""
+_LOCK_UNSENT = _LOCK_DUE.format(condition="sent_at IS NULL", limit="%(limit)s")
+_LOCK_SENT = _LOCK_DUE.format(
+    condition="sent_at IS NOT NULL", limit="%(limit)s - (SELECT count(*) FROM unsent)"
+)
+# First a page by compressed size, so that no more is decompressed. Then a page by the memory that
+# it takes in Python: the text of the IDs, and about 64 bytes each.
+LOCK_DUE_REQUESTS = f"""
+    WITH unsent AS ({_LOCK_UNSENT}), sent AS ({_LOCK_SENT}), due AS (
+        SELECT job_id, row_number() OVER page AS number, sum(size) OVER page AS stored
+        FROM (SELECT 1 AS turn, * FROM unsent UNION ALL SELECT 2, * FROM sent) AS either
+        WINDOW page AS (ORDER BY turn, look_at, job_id ROWS UNBOUNDED PRECEDING)
+    ), sized AS (
+        SELECT number, request.*, CASE
+            WHEN pg_column_size(interview_ids) + octet_length(user_id)::bigint <= %(request_bytes)s
+             AND cardinality(interview_ids)::bigint * 64 <= %(request_bytes)s
+            THEN octet_length(array_send(interview_ids)) + octet_length(user_id)::bigint
+                 + cardinality(interview_ids)::bigint * 64
+        END AS size
+        FROM due JOIN grant_access_request AS request USING (job_id)
+        WHERE number = 1 OR stored <= %(page_bytes)s
+    ), page AS (
+        SELECT *, size <= %(request_bytes)s IS TRUE AS is_read,
+            sum(size) FILTER (WHERE size <= %(request_bytes)s) OVER (ORDER BY number) AS total
+        FROM sized
+    )
+    SELECT job_id, requested_at, sent_at, NOT is_read AS is_too_large,
+        CASE WHEN is_read THEN user_id ELSE '' END AS user_id,
+        CASE WHEN is_read THEN interview_ids ELSE '{{}}' END AS interview_ids
+    FROM (SELECT {_COLUMNS}, number, is_read, total FROM page) AS page
+    WHERE number = 1 OR NOT is_read OR total <= %(page_bytes)s ORDER BY number
+"""  # noqa: S608 - a constant
+_RESCHEDULE = f"""
+    UPDATE grant_access_request
+    SET sent_at = CASE WHEN %(sent)s THEN clock_timestamp() ELSE sent_at END,
+        look_at = clock_timestamp() + least(
+            greatest(clock_timestamp() - {_REQUESTED_AT}, interval '1 s'), interval '60 s')
+    WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
+"""  # noqa: S608 - a constant
+
+
+class PostgresOutbox(Session, Outbox):
+    """Outbox requests in the table ``grant_access_request``."""
+
+    def find_request(self, job_id: str) -> AccessRequestDTO | None:
+        """Return the request of a job, or None if there is none."""
+        rows = self.query(_FIND_REQUEST, {"job_id": job_id})
+        return next(map(_request, rows), None)
+
+    def lock_due_requests(
+        self, limit: int, *, page_bytes: int = MAX_REQUEST_BYTES
+    ) -> Sequence[AccessRequestDTO]:
+        """See the interface."""
+        bounds = {"limit": limit, "page_bytes": page_bytes, "request_bytes": MAX_REQUEST_BYTES}
+        rows = self.query(LOCK_DUE_REQUESTS, bounds)
+        return [replace(_request(row), is_too_large=row.is_too_large) for row in rows]
+
+    def delete_finished_requests(self, job_ids: Collection[str]) -> frozenset[str]:
+        """See the interface."""
+        finished = select(models.jobs.c.job_id).where(models.jobs.c.job_id.in_(job_ids))
+        rows = self.query(
+            delete(models.requests)
+            .where(models.requests.c.job_id.in_(finished))
+            .returning(models.requests.c.job_id)
+        )
+        return frozenset(job_id for (job_id,) in rows)
+
+    def reschedule_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
+        """See the interface."""
+        self.execute(_RESCHEDULE, {"job_ids": list(job_ids), "sent": sent})
+
+    def schedule_all_requests_now(self) -> None:
+        """Make every request due now."""
+        now = func.clock_timestamp()
+        self.execute(
+            update(models.requests).where(models.requests.c.look_at > now).values(look_at=now)
+        )
+
+
+def _request(row: Row[*tuple[Any, ...]]) -> AccessRequestDTO:
+    return AccessRequestDTO(
+        row.job_id, row.user_id, tuple(row.interview_ids), row.requested_at, row.sent_at
+    )
