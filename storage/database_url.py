@@ -1,4 +1,4 @@
-"""The address of PostgreSQL: what ``DATABASE_URL`` may hold, checked without a connection."""
+"""Validation of ``DATABASE_URL``, without a connection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ FORM = "postgresql://USER:PASSWORD@HOST:5432/DATABASE"
 
 _INTEGERS = ("connect_timeout", "tcp_user_timeout", "keepalives")
 _SERVER = ("host", "hostaddr", "port", "service", "dbname", "user", "password")
-_LIKE_A_SECRET = re.compile(r"pass|pw|secret|token|auth|cred|key", re.IGNORECASE)
+_SECRET_LIKE = re.compile(r"pass|pw|secret|token|auth|cred|key", re.IGNORECASE)
 
 
 def parse_database_url(url: str) -> str:
-    """Read the URL and return it as SQLAlchemy takes it, always with psycopg.
+    """Validate a database URL and convert it for SQLAlchemy with psycopg.
+
+    Args:
+        url: ``postgresql://…`` or ``postgresql+psycopg://…``, with options of libpq.
 
     Raises:
-        ValueError: if it names no database of PostgreSQL, or libpq would refuse one of its
-            options. The text says what was expected and holds no part of a password.
+        ValueError: if it is no PostgreSQL URL, or libpq would reject one of its options. The
+            message says what is expected and contains no part of a password.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in {"postgresql", "postgresql+psycopg"}:
@@ -42,14 +45,14 @@ def parse_database_url(url: str) -> str:
     if parsed is None or not 0 < (parsed.port or 1) < 1 << 16:
         raise ValueError(f"a host and a port from 1 to 65535, as in {FORM}") from None
     _check_options(parsed)
-    if password := parsed.query.get("password"):  # where SQLAlchemy masks it
+    if password := parsed.query.get("password"):  # SQLAlchemy masks it in the URL only
         parsed = parsed.difference_update_query(["password"]).set(password=str(password))
-    # SQLAlchemy leaves spaces as they are, which a URL must not hold.
+    # SQLAlchemy does not encode spaces, which are invalid in a URL.
     return parsed.render_as_string(hide_password=False).replace(" ", "%20")
 
 
 def _with_one_host(location: str) -> str:
-    """Several hosts with ports, as libpq takes them, in SQLAlchemy's form."""
+    """Convert libpq's list of several hosts into SQLAlchemy's form."""
     hosts, rest = re.fullmatch(r"([^/?]*)(.*)", location, re.DOTALL).groups()  # type: ignore[union-attr] # matches any
     if "," not in hosts:
         return location
@@ -60,8 +63,8 @@ def _with_one_host(location: str) -> str:
 
 def _check_options(url: URL) -> None:
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-    # Next to a secret, what looks like another option may be the rest of it.
-    is_secret = any(_LIKE_A_SECRET.search(name) for name in url.query)
+    # Beside a secret, an apparent option may be the rest of an unescaped secret.
+    is_secret = any(_SECRET_LIKE.search(name) for name in url.query)
     if unknown := url.query.keys() - known:
         names = "" if is_secret else f", without {', '.join(sorted(unknown))[:100]}"
         raise ValueError(f"options of libpq only{names}")
@@ -73,7 +76,7 @@ def _check_options(url: URL) -> None:
         if len(values) > 1 and name not in {"host", "port"}:
             raise ValueError(f"{name} once")
     options = {name: value for name, value in url.query.items() if name not in _SERVER}
-    # libpq checks its options before it opens the socket, which does not exist.
+    # libpq validates options before it opens the socket, which does not exist.
     refusal = _refusal(options)
     if refusal != _refusal({}):
         sentence = "" if is_secret else f"; it says: {refusal}"

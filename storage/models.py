@@ -1,9 +1,8 @@
-"""The tables: four of the platform's Django service, and four of ours.
+"""The tables: four of the platform's Django service, and five of the worker.
 
-The first four stand to the name, type, index and key as Django declares them, so that a worker
-pointed at that service's database works and the service reads what the worker wrote. Nothing
-outside storage/ sees a row: what leaves is a DTO. SQLAlchemy's ORM, which no statement needs, would
-take a tenth of a worker's start.
+The platform's tables have the names, types, indexes and keys that Django declares, so that worker
+and service can share them. Storages return DTOs, never rows. SQLAlchemy's ORM is not used:
+importing it would take a tenth of a worker's start.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 USER_ID_LENGTH = 36
-"""Characters of a user id at most, as the platform's tables hold it."""
+"""Largest number of characters of a user ID, as in the platform's tables."""
 
 METADATA = MetaData()
-"""What the migrations and their check compare a database with."""
+"""The schema that migrations and the check at a worker's start compare a database with."""
 
 
 def _interview_key(name: str, *, unique: bool = False) -> Column[UUID]:
-    """A reference to an interview as Django declares it: no action, checked at COMMIT."""
+    """Build a foreign key to interviews as Django declares it: no action, checked at COMMIT."""
     key = ForeignKey("interview_interview.id", name=name, deferrable=True, initially="DEFERRED")
     return Column("interview_id", Uuid, key, unique=unique or None, nullable=False)
 
@@ -52,7 +51,7 @@ def _user_id() -> Column[str]:
 
 
 def _user_indexes(name: str) -> tuple[Index, Index]:
-    """What Django makes for indexed text: one index for equality and one for LIKE."""
+    """Build the two indexes that Django creates for text: for equality and for LIKE."""
     by_prefix = {"user_id": "varchar_pattern_ops"}
     return Index(name, "user_id"), Index(f"{name}_like", "user_id", postgresql_ops=by_prefix)
 
@@ -88,7 +87,7 @@ interview_configs = Table(
     Column("is_default_access_allowed", Boolean, nullable=False),
     Column("should_end_interview_after_duration", Boolean, nullable=False),
 )
-"""How one interview is run; an interview without one has the defaults."""
+"""Configuration of interviews. An interview without a row has the defaults."""
 
 interview_attempts = Table(
     "interview_interviewattempt",
@@ -114,7 +113,7 @@ grants = Table(
     Index("interview_userinterviewaccess_interview_id_473ac53f", "interview_id"),
     *_user_indexes("interview_userinterviewaccess_user_id_0f6e2105"),
 )
-"""Grants, each one user's access to one interview. The unique key is ours."""
+"""Grants: each row is one user's access to one interview. The worker adds the unique key."""
 
 jobs = Table(
     "grant_access_job",
@@ -133,7 +132,7 @@ jobs = Table(
     _time("finished_at"),
     Index("grant_access_job_finished_at_idx", "finished_at"),
 )
-"""The ledger: finished jobs and their answers, each inserted by the job's own transaction."""
+"""The ledger: finished jobs and their outcomes, each inserted by the job's own transaction."""
 
 requests = Table(
     "grant_access_request",
@@ -153,29 +152,29 @@ requests = Table(
     Index("grant_access_request_look_at_idx", "look_at"),
     Index("grant_access_request_unsent_idx", "look_at", postgresql_where=text("sent_at IS NULL")),
 )
-"""Jobs that services asked for in transactions of their own, until the ledger has their answers.
+"""The outbox: jobs that services request in their own transactions, until the jobs finish.
 
-``sent_at`` is when one was last put on the queue, ``look_at`` when a relay looks at it next.
+``sent_at`` is when a request was last enqueued, ``look_at`` when it is due next.
 """
 
 cancellations = Table("grant_access_cancellation", METADATA, _job_id(), _now("requested_at"))
-"""Jobs that are to be cancelled. What becomes of that, the ledger says."""
+"""Cancellation requests. The ledger has the outcome."""
 
 rejections = Table(
     "grant_access_rejection",
     METADATA,
     _job_id(),
-    # The type json keeps every string that JSON can hold; jsonb refuses NUL and lone surrogates.
+    # The type json stores every JSON string; jsonb rejects NUL and lone surrogates.
     Column("unknown_interview_ids", JSON, nullable=False),
     Column("malformed_interview_ids", JSON, nullable=False),
 )
-"""All ids for which a job failed, as they were given; its error names the first of them."""
+"""All interview IDs that failed a job, as its request spelled them. Its error names the first."""
 
 cohorts = Table(
     "grant_access_cohort",
     METADATA,
     _job_id(),
-    # The type json, for jsonb would sort the users and take ten times as long.
+    # Not jsonb, which would sort the users and take ten times as long.
     Column("created_by_user", JSON, nullable=False),
 )
-"""How many grants each user had of a job for several: ``{"user id": count}``."""
+"""Numbers of grants that a cohort job created, as ``{user ID: count}``."""

@@ -1,1 +1,1 @@
-"""The revisions of the schema, run by Alembic and driven by :mod:`storage.schema` alone."""
+"""The revisions of the schema. Alembic runs them, for :mod:`storage.schema.migration` only."""

@@ -1,6 +1,6 @@
-"""What PostgreSQL's catalog says of a table: its columns and keys, as found, judged by others.
+"""Columns and keys of a table, read from PostgreSQL's catalog.
 
-Tables are looked for along the connection's search path, as the worker's own statements find them.
+Tables are found along the connection's search path, as by the worker's own statements.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _TABLES = text("""
 _COLUMNS = text("""
     SELECT a.attrelid AS table_oid, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
            a.attnotnull AS not_null,
-           a.atthasdef OR a.attidentity <> '' OR a.attgenerated <> '' AS is_filled,
-           coalesce(l.collisdeterministic, true) AS is_to_the_letter
+           a.atthasdef OR a.attidentity <> '' OR a.attgenerated <> '' AS has_default,
+           coalesce(l.collisdeterministic, true) AS is_deterministic
     FROM pg_attribute a LEFT JOIN pg_collation l ON l.oid = a.attcollation
     WHERE a.attrelid = ANY (CAST(:oids AS oid[])) AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attnum
@@ -43,7 +43,7 @@ _UNIQUE_KEYS = text("""
     WHERE x.indrelid = ANY (CAST(:oids AS oid[])) AND x.indisunique
     ORDER BY i.relname
 """)
-# "conenforced" came with PostgreSQL 18; before it every key was enforced.
+# "conenforced" exists since PostgreSQL 18. Before, every key was enforced.
 _FOREIGN_KEYS = text("""
     SELECT k.conrelid AS table_oid,
            ARRAY(SELECT a.attname::text FROM pg_attribute a
@@ -58,7 +58,7 @@ _FOREIGN_KEYS = text("""
 """)
 
 ORDINARY_TABLE = "r"
-"""The kind, as pg_class has it, of a table that is no view, partition's parent or foreign table."""
+"""``pg_class.relkind`` of a table that is no view, partitioned or foreign table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +66,28 @@ class FoundColumn:
     """A column.
 
     Attributes:
-        type: As SQL writes it: ``character varying(36)``.
-        is_filled: A row that does not give it gets a value: a default, an identity, a formula.
-        is_to_the_letter: Two values that differ in a byte differ; some collations fold case.
+        type: As PostgreSQL's format_type() writes it, such as ``character varying(36)``.
+        has_default: Whether an omitted value is filled in: a default, an identity or a formula.
+        is_deterministic: Whether values that differ in a byte are different. In some collations
+            strings that differ in case are equal.
     """
 
     name: str
     type: str
     not_null: bool
-    is_filled: bool
-    is_to_the_letter: bool
+    has_default: bool
+    is_deterministic: bool
 
 
 @dataclass(frozen=True, slots=True)
 class FoundUniqueKey:
-    """A unique index, a constraint's or a bare one.
+    """A unique index.
 
     Attributes:
-        is_valid: Finished: an interrupted concurrent build leaves one that is not.
-        is_immediate: Checked with each statement; ON CONFLICT refuses one that is not.
-        is_partial: Holds for some of the rows, or for an expression.
+        is_valid: False after an interrupted concurrent build.
+        is_immediate: Whether it is not deferrable. ON CONFLICT requires that.
+        is_partial: Whether it covers some of the rows, or an expression.
+        is_constraint: Whether a constraint owns it.
     """
 
     name: str
@@ -96,14 +98,18 @@ class FoundUniqueKey:
     is_partial: bool
     is_constraint: bool
 
-    def holds_for(self, *columns: str) -> bool:
-        """Whether no two rows can agree in just these columns."""
+    def is_unique_on(self, *columns: str) -> bool:
+        """Return whether exactly these columns are unique together, in any order."""
         return self.is_valid and not self.is_partial and self.columns == frozenset(columns)
 
 
 @dataclass(frozen=True, slots=True)
 class FoundForeignKey:
-    """A reference to another table."""
+    """A foreign key.
+
+    Attributes:
+        target: Name of the table that it refers to.
+    """
 
     columns: frozenset[str]
     target_oid: int
@@ -114,11 +120,12 @@ class FoundForeignKey:
 
 @dataclass(frozen=True, slots=True)
 class FoundTable:
-    """A table as it stands.
+    """An existing table.
 
     Attributes:
-        qualified_name: With its schema, quoted where need be: ready to stand in a statement.
-        quoted_schema: Likewise.
+        kind: ``pg_class.relkind``.
+        qualified_name: Schema and name, quoted for use in a statement.
+        quoted_schema: Schema, quoted likewise.
     """
 
     oid: int
@@ -132,12 +139,12 @@ class FoundTable:
 
 
 def find_table(connection: Connection, name: str) -> FoundTable | None:
-    """The table of this name, the first of the search path, or None."""
+    """Return the first table of this name in the search path, or None."""
     return find_tables(connection, [name]).get(name)
 
 
 def find_tables(connection: Connection, names: Iterable[str]) -> dict[str, FoundTable]:
-    """The tables of these names that there are, each as of :func:`find_table`."""
+    """Return the existing ones of these tables by name; see :func:`find_table`."""
     tables = connection.execute(_TABLES, {"names": list(names)}).all()
 
     def parts(statement: TextClause) -> dict[int, list[dict[str, Any]]]:

@@ -1,7 +1,7 @@
-"""Alembic's entrance: runs the revisions on the connection that :mod:`storage.schema` hands over.
+"""Alembic's entry point: runs the revisions on a connection of :mod:`storage.schema.migration`.
 
-Each revision has a transaction of its own, so that one that works outside of transactions (the
-unique key's) leaves its predecessors finished.
+Each revision has a transaction of its own, so that its predecessors are committed when a revision
+leaves the transaction to build an index concurrently.
 """
 
 from alembic import context

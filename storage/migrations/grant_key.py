@@ -1,13 +1,12 @@
-"""The unique key on (user_id, interview_id), added to a table that others write to all the while.
+"""The unique key on (user_id, interview_id), added to a table while it is written to.
 
-The index is built concurrently, which locks nobody out, but fails on duplicates that stand and on
-those that arrive meanwhile, and then leaves an invalid index. So: drop that, remove the
-duplicates, again, for five rounds. From the second round on a trigger refuses new duplicates, as
-the key will a moment later: without it a writer of duplicates every few milliseconds would win
-all of the rounds.
+The index is built concurrently, which blocks nobody, but fails on duplicates that exist or arrive
+meanwhile, and then leaves an invalid index. So it is dropped, the duplicates are removed, and it is
+built again, for up to five rounds. From the second round on a trigger rejects new duplicates, as
+the key will: without it a frequent writer of duplicates would fail every round.
 
-Every function wants a connection in AUTOCOMMIT. Whatever is killed wherever: the next run begins
-by clearing away what the last one left.
+Every function needs a connection in AUTOCOMMIT. A run begins by removing what an interrupted one
+left.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from storage import sqlstate
+from storage.driver_errors import sqlstate_of
 from storage.errors import StorageError
 from storage.migrations.catalog import FoundTable, FoundUniqueKey, find_table
 from storage.migrations.locks import (
     OLD_TRANSACTIONS_SECONDS,
-    executed_briefly,
-    got_briefly,
+    retry_lock,
+    retry_statement,
     run_concurrently,
-    sqlstate,
     transaction,
 )
 
@@ -35,37 +35,35 @@ COLUMNS = ("user_id", "interview_id")
 KEY = "interview_userinterviewaccess_user_id_interview_id_key"
 ROUNDS = 5
 
-_GUARD = "interview_access_refuse_duplicate"  # the trigger and its function
-_GUARD_SECONDS = 5
+_TRIGGER = "interview_access_refuse_duplicate"  # name of the trigger and of its function
+_TRIGGER_SECONDS = 5
 _DELETE_SECONDS = 60
 _ATTACH_SECONDS = 30
-_CLEAR_SECONDS = 60
-_LAST_WAIT_SECONDS = 10  # for the same, where the work has failed already
-_BATCH = 1_000  # rows removed by one statement: few enough to be locked for a moment only
-_PASS = 500_000  # duplicates looked up at a time: what this process holds in memory
-
-_UNIQUE_VIOLATION = "23505"
-_FOREIGN_KEY_VIOLATION = "23503"
+_CLEAN_UP_SECONDS = 60
+_CLEAN_UP_AFTER_ERROR_SECONDS = 10
+_BATCH_SIZE = 1_000  # rows deleted by one statement, and locked for a moment only
+_PASS_SIZE = 500_000  # duplicates in this process's memory at a time
 
 
 class DuplicateGrantsError(StorageError):
-    """Duplicate grants stand, and could not be removed.
+    """Duplicate grants exist that could not be removed.
 
     Attributes:
-        duplicates: Rows that stand beside an older one of the same user and interview.
+        duplicates: Number of rows beside an older row of the same user and interview.
     """
 
     def __init__(self, reason: str, duplicates: int) -> None:
         self.duplicates = duplicates
-        super().__init__(reason, _UNIQUE_VIOLATION)
+        super().__init__(reason, sqlstate.UNIQUE_VIOLATION)
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """How many grants are too many: rows beside the oldest of their user and interview.
+    """Numbers of duplicate grants.
 
     Attributes:
-        pairs: The pairs of user and interview that they belong to.
+        rows: Rows beside the oldest row of the same user and interview.
+        pairs: Pairs of user and interview that have such rows.
     """
 
     rows: int
@@ -79,18 +77,18 @@ class Duplicates:
 
 
 def find_key(table: FoundTable) -> FoundUniqueKey | None:
-    """The key on the pair that stands, in whichever order of the columns and of whoever's making.
+    """Return an existing key on the pair that ON CONFLICT can use, or None.
 
-    It serves where ON CONFLICT can rely on it: finished, for all rows, checked at once.
+    Its name and the order of its columns do not matter.
     """
     for key in table.unique_keys:
-        if key.holds_for(*COLUMNS) and key.is_immediate:
+        if key.is_unique_on(*COLUMNS) and key.is_immediate:
             return key
     return None
 
 
 def count_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
-    """Count the duplicate grants that are committed now."""
+    """Count the duplicate grants."""
     row = connection.execute(
         text(f"""
             SELECT coalesce(sum(grants - 1), 0)::bigint AS rows, count(*) AS pairs
@@ -102,14 +100,18 @@ def count_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
 
 
 def add(connection: Connection, report: Callable[[str], None]) -> None:
-    """Add the key, unless one stands; remove duplicate grants first, the lowest id of each stays.
+    """Add the key unless one exists, after removing duplicate grants but the lowest ID of each.
+
+    Args:
+        connection: A connection in AUTOCOMMIT.
+        report: Called with a sentence about each step.
 
     Raises:
-        DuplicateGrantsError: Duplicates came in every round, or cannot be removed.
-        StorageError: Others held a lock for too long; run it again.
+        DuplicateGrantsError: if duplicates arrived in every round, or cannot be removed.
+        StorageError: if a lock was not free in time.
     """
     table = _grants(connection)
-    _drop_guard(connection, table)
+    _drop_trigger(connection, table)
     _drop_unfinished_key(connection)
     key = find_key(table)
     if key is not None and (key.is_constraint or key.name != KEY):
@@ -120,23 +122,23 @@ def add(connection: Connection, report: Callable[[str], None]) -> None:
             _build(connection, table, report)
         _attach(connection, table, report)
     except BaseException:
-        # What stopped the work is what is told; the next run clears away what this cannot.
+        # The original error is reported. The next run removes what this clean-up cannot.
         with contextlib.suppress(SQLAlchemyError, StorageError):
-            _drop_guard(connection, table)
-            _drop_unfinished_key(connection, seconds=_LAST_WAIT_SECONDS)
+            _drop_trigger(connection, table)
+            _drop_unfinished_key(connection, seconds=_CLEAN_UP_AFTER_ERROR_SECONDS)
         raise
-    _drop_guard(connection, table)
+    _drop_trigger(connection, table)
 
 
 def _grants(connection: Connection) -> FoundTable:
     table = find_table(connection, TABLE)
     if table is None:
-        raise StorageError(f"table {TABLE} is not there, though revision 0001 creates it")
+        raise StorageError(f"table {TABLE} does not exist, though revision 0001 creates it")
     return table
 
 
 def _build(connection: Connection, table: FoundTable, report: Callable[[str], None]) -> None:
-    """Build the unique index, in as many rounds as there are."""
+    """Build the unique index, in up to :data:`ROUNDS` rounds."""
     for number in range(1, ROUNDS + 1):
         removed = _remove_duplicates(connection, table)
         if removed.rows:
@@ -149,48 +151,48 @@ def _build(connection: Connection, table: FoundTable, report: Callable[[str], No
             return
         _drop_unfinished_key(connection)
         if number == 1:
-            _put_up_guard(connection, table)
+            _create_trigger(connection, table)
     with transaction(connection):
-        standing = count_duplicates(connection, table)
+        left = count_duplicates(connection, table)
     raise DuplicateGrantsError(
         f"duplicate grants kept arriving in each of {ROUNDS} rounds, so {TABLE} has no unique key "
-        f"on (user_id, interview_id), and no unfinished index either; {standing} stand now; stop "
+        f"on (user_id, interview_id) and no unfinished index; there are {left} now; stop "
         "what writes them, and run migrate again",
-        standing.rows,
+        left.rows,
     )
 
 
 def _built_index(connection: Connection, table: FoundTable) -> bool:
-    """Build it once; False where a duplicate was in the way, which leaves an invalid index."""
+    """Build the index. Returns False if a duplicate made it invalid."""
     statement = (
         f"CREATE UNIQUE INDEX CONCURRENTLY {KEY} ON {table.qualified_name} (user_id, interview_id)"
     )
     try:
         run_concurrently(connection, statement, KEY)
     except DBAPIError as error:
-        if sqlstate(error) == _UNIQUE_VIOLATION:
+        if sqlstate_of(error) == sqlstate.UNIQUE_VIOLATION:
             return False
         raise
     return True
 
 
 def _attach(connection: Connection, table: FoundTable, report: Callable[[str], None]) -> None:
-    """Make the index a constraint; where the table is never free for it, the index alone serves."""
+    """Make the index a constraint. If the table stays locked, the index alone has the effect."""
     statement = f"ALTER TABLE {table.qualified_name} ADD CONSTRAINT {KEY} UNIQUE USING INDEX {KEY}"
-    if executed_briefly(connection, statement, seconds=_ATTACH_SECONDS):
+    if retry_statement(connection, statement, seconds=_ATTACH_SECONDS):
         report(f"added the unique key {KEY}")
     else:
         report(
-            f"added the unique key {KEY}, as a unique index, which serves the same: {TABLE} was "
-            f"in use for {_ATTACH_SECONDS} s without a gap to make it a constraint"
+            f"added the unique key {KEY} as a unique index, which has the same effect: {TABLE} was "
+            f"locked for {_ATTACH_SECONDS} s, so it could not become a constraint"
         )
 
 
 def _remove_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
-    """Remove the duplicates that stand, except the lowest id of each pair.
+    """Delete duplicates, except the lowest ID of each pair.
 
-    A row goes only while its elder is locked and still of the same pair: were the elder revoked
-    at this very moment, the grant would be lost.
+    A row is deleted only while its elder is locked and has the same pair. Otherwise a grant would
+    be lost whose elder is revoked at this moment.
     """
     find = text(f"""
         SELECT extra.id, elder.id AS elder_id
@@ -198,7 +200,7 @@ def _remove_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
               GROUP BY user_id, interview_id HAVING count(*) > 1) AS elder
         JOIN {table.qualified_name} AS extra USING (user_id, interview_id)
         WHERE extra.id > elder.id
-        LIMIT {_PASS}
+        LIMIT {_PASS_SIZE}
     """)  # noqa: S608 - the name is quoted by PostgreSQL itself
     delete = text(f"""
         WITH elder AS MATERIALIZED (
@@ -216,21 +218,21 @@ def _remove_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
     while True:
         with transaction(connection):
             found = connection.execute(find).all()
-        for start in range(0, len(found), _BATCH):
-            batch = found[start : start + _BATCH]
+        for start in range(0, len(found), _BATCH_SIZE):
+            batch = found[start : start + _BATCH_SIZE]
             elders = _delete(
                 connection, delete, [row.id for row in batch], [row.elder_id for row in batch]
             )
             rows += len(elders)
             pairs.update(elders)
-        if len(found) < _PASS:
+        if len(found) < _PASS_SIZE:
             return Duplicates(rows, len(pairs))
 
 
 def _delete(
     connection: Connection, statement: TextClause, ids: list[int], elder_ids: list[int]
 ) -> list[int]:
-    """Delete one batch; the ids of the elders of those that went."""
+    """Delete one batch. Returns the IDs of the elders of the deleted rows."""
     elders: list[int] = []
 
     def delete() -> None:
@@ -240,10 +242,10 @@ def _delete(
         elders.extend(deleted)
 
     try:
-        if got_briefly(delete, seconds=_DELETE_SECONDS):
+        if retry_lock(delete, seconds=_DELETE_SECONDS):
             return elders
     except DBAPIError as error:
-        if sqlstate(error) != _FOREIGN_KEY_VIOLATION:
+        if sqlstate_of(error) != sqlstate.FOREIGN_KEY_VIOLATION:
             raise
         raise DuplicateGrantsError(
             f"duplicate grants cannot be removed while rows of other tables refer to them: "
@@ -252,7 +254,7 @@ def _delete(
             len(ids),
         ) from error
     raise StorageError(
-        f"duplicate grants were kept locked for {_DELETE_SECONDS} s; look in pg_stat_activity for "
+        f"duplicate grants were locked for {_DELETE_SECONDS} s; look in pg_stat_activity for "
         "a transaction left open, and run migrate again"
     )
 
@@ -260,19 +262,19 @@ def _delete(
 def _drop_unfinished_key(
     connection: Connection, *, seconds: int = OLD_TRANSACTIONS_SECONDS
 ) -> None:
-    """Drop the index that an interrupted or failed build left; it waits for old transactions."""
+    """Drop the index that a failed build left, after waiting for old transactions."""
     table = _grants(connection)
     if any(key.name == KEY and not key.is_valid for key in table.unique_keys):
         drop = f"DROP INDEX CONCURRENTLY IF EXISTS {table.quoted_schema}.{KEY}"
         run_concurrently(connection, drop, KEY, seconds=seconds)
 
 
-def _put_up_guard(connection: Connection, table: FoundTable) -> None:
-    """Have a trigger refuse duplicates, with the key's own error, until the key does.
+def _create_trigger(connection: Connection, table: FoundTable) -> None:
+    """Create a trigger that rejects duplicates with the key's own error, until the key exists.
 
-    It is there to win the race against a busy writer, not to be safe: of two transactions that
-    cannot see each other's rows it stops neither. It looks through an index on user_id; on a
-    table without one it would hold every writer up, and stays away.
+    It only reduces the number of duplicates: it rejects neither of two transactions that cannot see
+    each other's rows. It is not created on a table without an index on user_id, where it would
+    slow every writer down.
     """
     has_index = connection.execute(
         text("""
@@ -287,10 +289,10 @@ def _put_up_guard(connection: Connection, table: FoundTable) -> None:
     ).scalar_one()
     if not has_index:
         return
-    # Run as the table's owner, since a writer may have no right to read.
+    # Runs as the table's owner, since a writer may lack the SELECT privilege.
     connection.execute(
         text(f"""
-            CREATE OR REPLACE FUNCTION {table.quoted_schema}.{_GUARD}() RETURNS trigger
+            CREATE OR REPLACE FUNCTION {table.quoted_schema}.{_TRIGGER}() RETURNS trigger
             LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
             BEGIN
                 PERFORM FROM {table.qualified_name}
@@ -305,26 +307,26 @@ def _put_up_guard(connection: Connection, table: FoundTable) -> None:
         """)
     )
     trigger = (
-        f"CREATE TRIGGER {_GUARD} BEFORE INSERT OR UPDATE OF user_id, interview_id "
+        f"CREATE TRIGGER {_TRIGGER} BEFORE INSERT OR UPDATE OF user_id, interview_id "
         f"ON {table.qualified_name} FOR EACH ROW "
-        f"EXECUTE FUNCTION {table.quoted_schema}.{_GUARD}()"
+        f"EXECUTE FUNCTION {table.quoted_schema}.{_TRIGGER}()"
     )
-    executed_briefly(connection, trigger, seconds=_GUARD_SECONDS)
+    retry_statement(connection, trigger, seconds=_TRIGGER_SECONDS)
 
 
-def _drop_guard(connection: Connection, table: FoundTable) -> None:
-    """Take the trigger away, where one stands.
+def _drop_trigger(connection: Connection, table: FoundTable) -> None:
+    """Drop the trigger and its function if they exist.
 
     Raises:
-        StorageError: The table was never free for it.
+        StorageError: if the table was not free in time.
     """
-    names = {"oid": table.oid, "name": _GUARD}
-    stands = text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = :oid AND tgname = :name)")
-    if connection.execute(stands, names).scalar_one():
-        drop = f"DROP TRIGGER IF EXISTS {_GUARD} ON {table.qualified_name}"
-        if not executed_briefly(connection, drop, seconds=_CLEAR_SECONDS):
+    names = {"oid": table.oid, "name": _TRIGGER}
+    exists = text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = :oid AND tgname = :name)")
+    if connection.execute(exists, names).scalar_one():
+        drop = f"DROP TRIGGER IF EXISTS {_TRIGGER} ON {table.qualified_name}"
+        if not retry_statement(connection, drop, seconds=_CLEAN_UP_SECONDS):
             raise StorageError(
-                f"{TABLE} was in use for {_CLEAR_SECONDS} s without a gap to drop the trigger "
-                f"{_GUARD} in, which refuses duplicates as the key does; run migrate again"
+                f"{TABLE} was locked for {_CLEAN_UP_SECONDS} s, so the trigger {_TRIGGER} could "
+                "not be dropped; it rejects duplicates as the key does; run migrate again"
             )
-    connection.execute(text(f"DROP FUNCTION IF EXISTS {table.quoted_schema}.{_GUARD}()"))
+    connection.execute(text(f"DROP FUNCTION IF EXISTS {table.quoted_schema}.{_TRIGGER}()"))

@@ -1,11 +1,10 @@
-"""Transactions of a migration: no timeouts meant for short statements, and brief waits for locks.
+"""Transactions of a migration: short waits for locks, and no timeouts meant for short statements.
 
-A statement that waits for a table's lock holds up everyone who comes after it. So it gives up
-after a tenth of a second, lets the others pass, and asks again.
+A statement that waits for a table's lock blocks every later statement on that table. So it gives up
+after 0.1 s, lets the others proceed, and is retried.
 
-Settings are local to a transaction, for a pooler may give the session to another service next. One
-kind of statement cannot run in a transaction, the concurrent build of an index:
-:func:`run_concurrently`.
+Settings are local to a transaction, because a pooler may give the session to another service next.
+Building an index concurrently cannot run in a transaction: :func:`run_concurrently`.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from storage import sqlstate
+from storage.driver_errors import sqlstate_of
 from storage.errors import StorageError
 
 OLD_TRANSACTIONS_SECONDS = 600
-"""How long a concurrent build waits for transactions that began before it; nobody waits for it."""
+"""Longest wait of a concurrent build for transactions that began before it. It blocks nobody."""
 
 _SETTINGS = """
     SELECT pg_backend_pid(),
@@ -34,24 +35,11 @@ _SETTINGS = """
 """
 _LOCK_TIMEOUT = "100ms"
 _IDLE_TIMEOUT = "60s"
-_PAUSE_SECONDS = 0.4  # between two tries: four fifths of the time belong to the others
-_LOCK_NOT_AVAILABLE = "55P03"
-_STATEMENT_TOOK_TOO_LONG = "57014"
-
-
-def sqlstate(error: DBAPIError) -> str | None:
-    """PostgreSQL's code of an error, or None where no server answered."""
-    code: str | None = getattr(error.orig, "sqlstate", None)
-    return code
-
-
-def is_lock_timeout(error: DBAPIError) -> bool:
-    """Whether a statement gave up waiting for a lock."""
-    return sqlstate(error) == _LOCK_NOT_AVAILABLE
+_RETRY_SECONDS = 0.4  # leaves other statements four fifths of the time
 
 
 def set_up_transaction(connection: Connection) -> None:
-    """Set, until the open transaction ends, what a migration's transaction needs."""
+    """Set the timeouts of a migration until the open transaction ends."""
     values = {"lock": _LOCK_TIMEOUT, "idle": _IDLE_TIMEOUT, "local": True}
     (pid, *_) = connection.exec_driver_sql(_SETTINGS, values).one()
     driver: Any = connection.connection.driver_connection
@@ -60,7 +48,7 @@ def set_up_transaction(connection: Connection) -> None:
 
 @contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """A transaction of a connection in AUTOCOMMIT."""
+    """Run a transaction on a connection in AUTOCOMMIT."""
     connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
     try:
         set_up_transaction(connection)
@@ -72,80 +60,101 @@ def transaction(connection: Connection) -> Iterator[None]:
         raise
 
 
-def got_briefly(action: Callable[[], object], *, seconds: float) -> bool:
-    """Do what needs a lock, as often as it takes for ``seconds``; False where it never got it.
+def retry_lock(action: Callable[[], object], *, seconds: float) -> bool:
+    """Retry an action that needs a lock until it succeeds or the time is up.
 
     Args:
-        action: Runs in a transaction as of :func:`set_up_transaction`, and undoes what it did where
-            it raises.
-        seconds: After which no new try is made.
+        action: Runs in a transaction with the settings of :func:`set_up_transaction`, and rolls
+            back what it did if it raises.
+        seconds: Time after which no further attempt is made.
+
+    Returns:
+        Whether the action succeeded.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any error of the action but a lock timeout.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
             action()
         except DBAPIError as error:
-            if not is_lock_timeout(error):
+            if sqlstate_of(error) != sqlstate.LOCK_NOT_AVAILABLE:
                 raise
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(_RETRY_SECONDS)
         else:
             return True
 
 
-def executed_briefly(connection: Connection, statement: str, *, seconds: float) -> bool:
-    """Execute a statement that needs a lock, each try in a transaction of its own, likewise."""
+def retry_statement(connection: Connection, statement: str, *, seconds: float) -> bool:
+    """Execute a statement that needs a lock, each attempt in its own transaction.
+
+    Args:
+        connection: A connection in AUTOCOMMIT.
+        statement: The statement.
+        seconds: See :func:`retry_lock`.
+
+    Returns:
+        Whether the statement was executed.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: any error of the statement but a lock timeout.
+    """
 
     def execute() -> None:
         with transaction(connection):
             connection.execute(text(statement))
 
-    return got_briefly(execute, seconds=seconds)
+    return retry_lock(execute, seconds=seconds)
 
 
 def run_concurrently(
     connection: Connection, statement: str, index: str, *, seconds: int = OLD_TRANSACTIONS_SECONDS
 ) -> None:
-    """Run CREATE or DROP INDEX CONCURRENTLY, which wait for the transactions before them.
+    """Execute CREATE or DROP INDEX CONCURRENTLY, which waits for older transactions to end.
 
-    Its settings are the session's, since it cannot run in a transaction, and are reset after it.
-    Behind a pooler nothing is set: the reset might reach another session than the one that was
-    set. The timeouts of the role apply to it there.
+    It cannot run in a transaction, so the timeouts are set for the session and reset afterwards.
+    Through a pooler nothing is set, since the reset might reach another session: the role's own
+    timeouts apply there.
 
     Args:
-        connection: In AUTOCOMMIT.
+        connection: A connection in AUTOCOMMIT.
         statement: The statement.
-        index: The index's name.
-        seconds: How long it may wait.
+        index: The index's name, for errors.
+        seconds: Longest wait for older transactions.
 
     Raises:
-        StorageError: One of them stayed open for too long.
+        StorageError: if an older transaction stayed open for too long, or the role's
+            statement_timeout ended the statement.
+        sqlalchemy.exc.DBAPIError: any other error of the statement.
     """
     driver: Any = connection.connection.driver_connection
     if driver.is_pooled:
-        driver.checks_without_pid = math.inf  # no transaction, so the session is not known
+        driver.checks_without_pid = math.inf  # outside a transaction the session stays unknown
     else:
         values = {"lock": f"{seconds}s", "idle": _IDLE_TIMEOUT, "local": False}
         connection.exec_driver_sql(_SETTINGS, values)
     try:
         connection.exec_driver_sql(statement)
     except DBAPIError as error:
-        if is_lock_timeout(error):
+        code = sqlstate_of(error)
+        if code == sqlstate.LOCK_NOT_AVAILABLE:
             raise StorageError(
                 f"the index {index} waited {seconds} s for transactions that are "
                 "still open; look for them in pg_stat_activity (the oldest xact_start), end them, "
                 "and run migrate again",
-                sqlstate(error),
+                code,
             ) from error
-        if driver.is_pooled and sqlstate(error) == _STATEMENT_TOOK_TOO_LONG:
+        if driver.is_pooled and code == sqlstate.QUERY_CANCELED:
             raise StorageError(
                 f"the index {index} took longer than the role's statement_timeout, which cannot be "
                 "changed through a pooler; run migrate with PostgreSQL's own address",
-                sqlstate(error),
+                code,
             ) from error
         raise
     finally:
         if not driver.is_pooled:
-            with suppress(SQLAlchemyError):  # a connection that is lost has nothing to reset
+            with suppress(SQLAlchemyError):  # a lost connection has nothing to reset
                 connection.exec_driver_sql("RESET ALL")

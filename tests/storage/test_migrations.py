@@ -41,7 +41,6 @@ from storage.dtos import (
 )
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
-from storage.privileges import NEEDED
 from storage.schema import (
     DatabaseUnavailableError,
     Difference,
@@ -52,6 +51,7 @@ from storage.schema import (
     expected_revision,
     migrate,
 )
+from storage.schema.privileges import NEEDED
 from tests.support.database import connected, role
 from tests.support.database import database as temporary_database
 
@@ -752,8 +752,8 @@ def test_misfit_stops_before_anything_is_changed(database: Database) -> None:
         migrated(database.url)
 
     attempts = "interview_interviewattempt"
-    unfilled = "a default, or null allowed: the worker does not give this column"
-    late = "one that is checked at once: INSERT … ON CONFLICT cannot stand a deferrable one"
+    unfilled = "a default, or null allowed: the worker does not set this column"
+    late = "a key that is not deferrable, as INSERT … ON CONFLICT requires"
     assert set(caught.value.differences) == {
         Difference("interview_interview", "duration", "integer", "interval"),
         Difference("interview_interviewconfig", None, "a view", "an ordinary table"),
@@ -766,7 +766,7 @@ def test_misfit_stops_before_anything_is_changed(database: Database) -> None:
             attempts,
             "(user_id)",
             "the unique key interview_interviewattempt_user_id_key",
-            "none: two rows of the worker may agree in it",
+            "no such key: two rows of the worker may have equal values",
         ),
         Difference(GRANTS, "(id)", "no primary key", "the primary key"),
         Difference(GRANTS, "id", "no default", "an identity or a sequence"),

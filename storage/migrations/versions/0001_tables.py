@@ -1,8 +1,8 @@
 """The platform's four tables, created or adopted, and the ledger.
 
-What is created has the very names that Django gives, so that the platform's own migrations find it
-as their own (`manage.py migrate --fake-initial`). That a standing table fits has been found out
-before, by :mod:`storage.schema`.
+Tables are created with the names that Django generates, so that the platform's own migrations
+recognize them (`manage.py migrate --fake-initial`). :mod:`storage.schema.comparison` has verified
+before that existing tables fit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from storage.errors import StorageError
 from storage.migrations.catalog import find_table
-from storage.migrations.locks import got_briefly
+from storage.migrations.live import FORWARD_ONLY, live_migration
+from storage.migrations.locks import retry_lock
 
 revision = "0001"
 down_revision = None
@@ -22,11 +23,12 @@ _LOCK_SECONDS = 60
 
 
 def upgrade() -> None:
-    """Create what is missing, in one transaction."""
-    context = op.get_context()
-    if context.config is None or context.connection is None:
-        raise RuntimeError("the revisions run on a live connection only: call storage.schema")
-    connection, report = context.connection, context.config.attributes["report"]
+    """Create the missing tables in one transaction.
+
+    Raises:
+        StorageError: if interview_interview could not be locked.
+    """
+    migration = live_migration()
     creators = {
         "interview_interview": _create_interview,
         "interview_interviewconfig": _create_interview_config,
@@ -34,37 +36,36 @@ def upgrade() -> None:
         "interview_userinterviewaccess": _create_user_interview_access,
         "grant_access_job": _create_grant_access_job,
     }
-    standing = {name for name in creators if find_table(connection, name)}
-    if "interview_interview" in standing and len(standing) < len(creators):
-        _lock_interviews(connection)
-    for name, create in creators.items():
-        if name in standing:
-            report(f"adopted table {name}")
-        else:
-            create()
-            report(f"created table {name}")
+    existing = {name for name in creators if find_table(migration.connection, name)}
+    if "interview_interview" in existing and len(existing) < len(creators):
+        _lock_interviews(migration.connection)
+    migration.create_missing(creators)
 
 
 def downgrade() -> None:
-    """Refused: the platform's tables are not ours to drop."""
-    raise NotImplementedError("migrations go forward only")
+    """Refuse to downgrade: the tables belong to the platform.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(FORWARD_ONLY)
 
 
 def _lock_interviews(connection: sa.Connection) -> None:
-    """Take, for the few milliseconds that are left, the lock that a new foreign key asks for.
+    """Take the lock that a new foreign key needs, for the milliseconds until the commit.
 
     Raises:
-        StorageError: Others kept it for as long as it was asked for.
+        StorageError: if the lock was not free in time.
     """
 
     def lock() -> None:
-        with connection.begin_nested():  # so that a refusal leaves the transaction usable
+        with connection.begin_nested():  # a lock timeout leaves the transaction usable
             op.execute("LOCK TABLE interview_interview IN SHARE ROW EXCLUSIVE MODE")
 
-    if not got_briefly(lock, seconds=_LOCK_SECONDS):
+    if not retry_lock(lock, seconds=_LOCK_SECONDS):
         raise StorageError(
-            f"interview_interview was being written to for {_LOCK_SECONDS} s without a gap, so no "
-            "table that refers to it could be created; nothing was changed; look in "
+            f"interview_interview was locked by writers for {_LOCK_SECONDS} s, so no table that "
+            "refers to it could be created; nothing was changed; look in "
             "pg_stat_activity for a transaction left open, and run migrate again"
         )
 
@@ -80,7 +81,7 @@ def _interview_key(name: str) -> sa.ForeignKeyConstraint:
 
 
 def _create_user_index(table: str, name: str) -> None:
-    """The pair of indexes that Django makes for text: one for equality and one for LIKE."""
+    """Create the two indexes that Django creates for text: for equality and for LIKE."""
     op.create_index(name, table, ["user_id"])
     op.create_index(
         f"{name}_like", table, ["user_id"], postgresql_ops={"user_id": "varchar_pattern_ops"}

@@ -1,24 +1,32 @@
-"""One grant per user and interview: the unique key, added while the table is in use."""
+"""The unique key on (user_id, interview_id), added while the table is in use."""
 
 from __future__ import annotations
 
 from alembic import op
 
 from storage.migrations import grant_key
+from storage.migrations.live import FORWARD_ONLY, live_migration
 
 revision = "0002"
 down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add the key, outside of any transaction: an index cannot be built concurrently in one."""
-    context = op.get_context()
-    if context.config is None or context.connection is None:
-        raise RuntimeError("the revisions run on a live connection only: call storage.schema")
-    with context.autocommit_block():
-        grant_key.add(context.connection, context.config.attributes["report"])
+    """Add the key outside a transaction, since its index is built concurrently.
+
+    Raises:
+        DuplicateGrantsError: if duplicate grants kept arriving, or cannot be removed.
+        StorageError: if a lock was not free in time.
+    """
+    migration = live_migration()
+    with op.get_context().autocommit_block():
+        grant_key.add(migration.connection, migration.report)
 
 
 def downgrade() -> None:
-    """Refused: without the key no count of the worker is exact."""
-    raise NotImplementedError("migrations go forward only")
+    """Refuse to downgrade: without the key no count is exact.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(FORWARD_ONLY)

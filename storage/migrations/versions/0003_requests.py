@@ -1,38 +1,33 @@
-"""Jobs asked for or cancelled through the database, and what failed ones rejected."""
+"""Tables of outbox requests, cancellation requests and rejected interview IDs."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
 
-from storage.migrations.catalog import find_table
+from storage.migrations.live import FORWARD_ONLY, live_migration
 
 revision = "0003"
 down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Create what is missing; nothing that stands is touched."""
-    context = op.get_context()
-    if context.config is None or context.connection is None:
-        raise RuntimeError("the revisions run on a live connection only: call storage.schema")
-    report = context.config.attributes["report"]
+    """Create the missing tables, and leave existing ones as they are."""
     creators = {
         "grant_access_request": _create_request,
         "grant_access_cancellation": _create_cancellation,
         "grant_access_rejection": _create_rejection,
     }
-    for name, create in creators.items():
-        if find_table(context.connection, name):
-            report(f"adopted table {name}")
-        else:
-            create()
-            report(f"created table {name}")
+    live_migration().create_missing(creators)
 
 
 def downgrade() -> None:
-    """Refused: requests that wait would be lost."""
-    raise NotImplementedError("migrations go forward only")
+    """Refuse to downgrade: pending requests would be lost.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(FORWARD_ONLY)
 
 
 def _create_request() -> None:
@@ -59,7 +54,7 @@ def _create_request() -> None:
             nullable=False,
             server_default=sa.text("clock_timestamp()"),
         ),
-        # A worker takes no other job id; refused here, the service's own transaction hears of it.
+        # A worker accepts no other job ID. Here the service's own transaction fails.
         sa.CheckConstraint("job_id ~ '^[ -~]{1,255}$'", name="grant_access_request_job_id_check"),
     )
     op.create_index("grant_access_request_look_at_idx", "grant_access_request", ["look_at"])
@@ -79,7 +74,7 @@ def _create_cancellation() -> None:
 
 
 def _create_rejection() -> None:
-    # The type json keeps every string that JSON can hold; jsonb refuses NUL and lone surrogates.
+    # The type json stores every JSON string; jsonb rejects NUL and lone surrogates.
     op.create_table(
         "grant_access_rejection",
         sa.Column("job_id", sa.String(255, collation="C"), primary_key=True),

@@ -1,11 +1,11 @@
-"""An index of the requests that were never sent, in the order in which a relay takes them."""
+"""An index on the unsent requests, in the order in which a relay locks them."""
 
 from __future__ import annotations
 
 from alembic import op
 from sqlalchemy import text
 
-from storage.migrations.catalog import find_table
+from storage.migrations.live import FORWARD_ONLY, live_migration
 from storage.migrations.locks import run_concurrently
 
 revision = "0005"
@@ -20,16 +20,15 @@ _IS_VALID = text("""
 
 
 def upgrade() -> None:
-    """Build the index while services go on writing requests; an unfinished one is built anew."""
-    context = op.get_context()
-    if context.config is None or context.connection is None:
-        raise RuntimeError("the revisions run on a live connection only: call storage.schema")
-    report = context.config.attributes["report"]
-    with context.autocommit_block():
-        connection = context.connection
-        table = find_table(connection, _TABLE)
-        if table is None:
-            raise RuntimeError(f"table {_TABLE} is not there, though revision 0003 creates it")
+    """Build the index concurrently, and replace an unfinished one.
+
+    Raises:
+        StorageError: if older transactions stayed open for too long.
+    """
+    migration = live_migration()
+    with op.get_context().autocommit_block():
+        connection, report = migration
+        table = migration.table(_TABLE)
         is_valid = connection.scalar(_IS_VALID, {"table": table.oid, "index": INDEX})
         if is_valid:
             report(f"adopted the index {INDEX}")
@@ -46,5 +45,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Refused: a relay would sort all requests that are due for each page."""
-    raise NotImplementedError("migrations go forward only")
+    """Refuse to downgrade: a relay would sort all due requests for each page.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(FORWARD_ONLY)

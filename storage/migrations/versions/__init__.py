@@ -1,1 +1,1 @@
-"""The revisions, oldest first. Each finds by looking what is left to do, so it can be run again."""
+"""The revisions in order. Each checks what is left to do, so that it can be run again."""

@@ -1,4 +1,4 @@
-"""The privileges that the worker needs, by name."""
+"""The privileges that the worker's role needs, and those that it lacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy import Connection, text
 
 Needed = Mapping[str, Mapping[str, Sequence[str]]]
-"""Columns by privilege by table; no columns: any column, or the table."""
+"""Columns by privilege by table. Without columns: the privilege on any column or on the table."""
 
 _LEDGER_COLUMNS = (
     *("job_id", "task", "state", "user_id", "request_digest", "requested", "repeated"),
@@ -55,7 +55,7 @@ NEEDED: Needed = {
     },
 }
 
-# A privilege is had for the table, or for each of the columns. Only a table's can be DELETE.
+# A role has a privilege on the table or on each of the columns; DELETE only on the table.
 _MISSING = text("""
     SELECT format('%I.%I', n.nspname, c.relname) AS object, needed.privilege,
            quote_ident(current_user) AS role
@@ -72,7 +72,7 @@ _MISSING = text("""
       END
     ORDER BY needed.number
 """)
-# An identity asks for nothing; the sequence behind a column that Django made "serial" does.
+# An identity column needs no privilege on its sequence; a "serial" column of older Djangos does.
 _MISSING_OF_SEQUENCES = text("""
     SELECT format('%I.%I', n.nspname, s.relname) AS object, 'USAGE' AS privilege,
            quote_ident(current_user) AS role
@@ -97,6 +97,10 @@ _HIDDEN = text("""
 def missing_privileges(connection: Connection, needed: Needed) -> str | None:
     """Find the privileges on these tables that the role lacks.
 
+    Args:
+        connection: A connection of the role.
+        needed: Columns by privilege by table. Tables that do not exist are ignored.
+
     Returns:
         The missing privileges and the GRANT statements to run, or None if none is missing.
     """
@@ -118,6 +122,10 @@ def missing_privileges(connection: Connection, needed: Needed) -> str | None:
 
 def missing_usage(connection: Connection, table: str) -> str | None:
     """Detect that a table exists in a schema on which the role lacks USAGE.
+
+    Args:
+        connection: A connection of the role.
+        table: The table's name.
 
     Returns:
         The missing privilege and the GRANT statement to run, or None if none is missing.
