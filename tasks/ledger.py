@@ -17,7 +17,7 @@ from interview_access.errors import (
     JobCancelledException,
     JobIdReusedException,
 )
-from interview_access.stored_errors import to_record
+from interview_access.stored_errors import from_record, to_record
 
 from storage.dtos import FinishedJobDTO, JobDTO, OutcomeDTO, RejectedIdsDTO
 from storage.errors import (
