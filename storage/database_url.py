@@ -45,7 +45,7 @@ def parse_database_url(url: str) -> str:
     if parsed is None or not 0 < (parsed.port or 1) < 1 << 16:
         raise ValueError(f"a host and a port from 1 to 65535, as in {FORM}") from None
     _check_options(parsed)
-    if password := parsed.query.get("password"):  # SQLAlchemy masks it in the URL only
+    if password := parsed.query.get("password"):  # SQLAlchemy masks no option
         parsed = parsed.difference_update_query(["password"]).set(password=str(password))
     # SQLAlchemy does not encode spaces, which are invalid in a URL.
     return parsed.render_as_string(hide_password=False).replace(" ", "%20")

@@ -101,7 +101,7 @@ interview_attempts = Table(
     Index("interview_interviewattempt_interview_id_a47e01a3", "interview_id"),
     *_user_indexes("interview_interviewattempt_user_id_ee1d88a1"),
 )
-"""Each one user's start of one interview."""
+"""Interview attempts: each row is one user's attempt at one interview."""
 
 grants = Table(
     "interview_userinterviewaccess",

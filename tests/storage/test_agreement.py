@@ -1,4 +1,4 @@
-"""PostgreSQL against the reference model, on generated requests."""
+"""Model-based tests: PostgreSQL and the reference model agree on generated requests."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ USERS = ["ann", "bob", "bad,user"]
 LIMIT = 8
 REQUESTS_AT_LEAST = 400
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
-rubbish = st.recursive(
-    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+)
+arbitrary_json = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
 )
 known = st.sampled_from(KNOWN).flatmap(
     lambda one: st.sampled_from([one, one.upper(), one.replace("-", ""), UUID(one)])
@@ -41,25 +43,25 @@ interview_ids = st.one_of(
     st.lists(known, max_size=LIMIT),
     st.lists(known, max_size=LIMIT),
     st.lists(known | st.sampled_from([UNKNOWN, "no-uuid", f"{KNOWN[0]}\n", None, 7, []])),
-    rubbish,
+    arbitrary_json,
 )
 cohorts = st.fixed_dictionaries(
     {
-        "user_ids": st.lists(st.sampled_from(USERS), max_size=3) | rubbish,
+        "user_ids": st.lists(st.sampled_from(USERS), max_size=3) | arbitrary_json,
         "interview_ids": interview_ids,
     }
 )
 requests = st.fixed_dictionaries(
-    {"user_id": st.sampled_from(USERS) | rubbish, "interview_ids": interview_ids},
-    optional={"extra": rubbish},
-) | st.dictionaries(st.sampled_from(["user_id", "interview_ids"]), rubbish)
+    {"user_id": st.sampled_from(USERS) | arbitrary_json, "interview_ids": interview_ids},
+    optional={"extra": arbitrary_json},
+) | st.dictionaries(st.sampled_from(["user_id", "interview_ids"]), arbitrary_json)
 messages = st.tuples(st.sampled_from("abcdefgh"), requests | requests | requests | cohorts)
 batches = st.lists(st.lists(messages, min_size=1, max_size=5), min_size=1, max_size=4)
 
 GENERATED = settings(
     deadline=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),  # a store is a fixture, and emptied for each example
+    suppress_health_check=list(HealthCheck),  # the stores are fixtures, emptied for each example
     derandomize=True,
     database=None,
 )
@@ -68,7 +70,7 @@ Message = tuple[str, dict[str, Any]]
 
 
 def jobs_of(batch: list[Message]) -> list[GrantAccessJob]:
-    """The jobs that messages make."""
+    """Parse messages into jobs."""
     return [
         (grant_cohort_access_job if "user_ids" in kwargs else grant_access_job)(
             job_id, (), kwargs, max_interview_ids=LIMIT
@@ -78,26 +80,26 @@ def jobs_of(batch: list[Message]) -> list[GrantAccessJob]:
 
 
 def users_of(*generated: list[Message]) -> set[str]:
-    """Every user that the messages name in a way that can be read."""
+    """Return every user of the valid messages."""
     return {user for batch in generated for job in jobs_of(batch) for user in job.user_ids}
 
 
-def refusals(outcomes: list[JobResult]) -> list[object]:
-    """An exception equals only itself: its arguments tell it."""
-    return [outcome.refusal and outcome.refusal.args for outcome in outcomes]
+def refusals(results: list[JobResult]) -> list[object]:
+    """Return the arguments of the refusals, since equal exceptions do not compare equal."""
+    return [result.refusal and result.refusal.args for result in results]
 
 
-def answers(outcomes: list[JobResult]) -> list[tuple[object, bool]]:
-    """What a poller is answered, and whether it stood."""
-    assert not any(outcome.error for outcome in outcomes)
-    return [(outcome.outcome, outcome.repeated) for outcome in outcomes]
+def outcomes(results: list[JobResult]) -> list[tuple[object, bool]]:
+    """Return the outcomes, and whether the ledger had them before."""
+    assert not any(result.error for result in results)
+    return [(result.outcome, result.repeated) for result in results]
 
 
 @pytest.fixture
 def stores(
     request: pytest.FixtureRequest, bulk_threshold: int
 ) -> Iterator[tuple[MemoryStore, PostgresStore]]:
-    """Both stores with the same interviews."""
+    """Return both stores with the same interviews."""
     memory = MemoryStore()
     url = request.getfixturevalue("_stores_url")
     with postgres_store(url, bulk_threshold=bulk_threshold) as postgres:
@@ -113,10 +115,10 @@ def _rest(interview: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("bulk_threshold", [1_000, 1])
-def test_generated_requests_are_answered_alike(
+def test_generated_requests_have_the_same_results(
     stores: tuple[MemoryStore, PostgresStore],
 ) -> None:
-    """Any requests, many at once and under equal ids, have the same answers, grants and ledger."""
+    """Any requests, in batches and with equal job IDs, have the same results, grants and ledger."""
     memory, postgres = stores
     seen = 0
 
@@ -130,7 +132,7 @@ def test_generated_requests_are_answered_alike(
             jobs = jobs_of(batch)
             seen += len(jobs)
             model, real = memory.grant(*jobs), postgres.grant(*jobs)
-            assert answers(real) == answers(model)
+            assert outcomes(real) == outcomes(model)
             assert refusals(real) == refusals(model)
         for user in users_of(*generated):
             assert postgres.granted(user) == memory.granted(user)
@@ -146,12 +148,12 @@ def test_generated_requests_are_answered_alike(
     assert seen >= REQUESTS_AT_LEAST
 
 
-def test_two_transactions_at_once_end_as_one_after_the_other(
+def test_concurrent_transactions_are_serializable(
     stores: tuple[MemoryStore, PostgresStore],
 ) -> None:
-    """Two batches at the same time end as the model has them in one of the two orders."""
+    """Two concurrent batches have the results of the model in one of the two orders."""
     memory, postgres = stores
-    good = st.tuples(
+    valid = st.tuples(
         st.sampled_from("abc"),
         st.fixed_dictionaries(
             {
@@ -160,31 +162,33 @@ def test_two_transactions_at_once_end_as_one_after_the_other(
             }
         ),
     )
-    # A batch does the jobs that it finds busy after the others, so that several in each would have
-    # more ends than the two orders of whole batches.
-    alone = st.lists(good, min_size=1, max_size=1)
+    # A batch settles busy jobs after the others, so that batches of several jobs have more possible
+    # results than the two orders of whole batches.
+    single = st.lists(valid, min_size=1, max_size=1)
 
     @settings(GENERATED, max_examples=40)
-    @given(st.tuples(alone, alone))
+    @given(st.tuples(single, single))
     def agree(pair: tuple[list[Message], list[Message]]) -> None:
         first, second = map(jobs_of, pair)
         postgres.clear()
         real = all_at_once([lambda: postgres.grant(*first), lambda: postgres.grant(*second)])
-        ends = []
+        expected = []
         for one_first in (True, False):
             memory.clear()
             order = [first, second] if one_first else [second, first]
             done = [memory.grant(*jobs) for jobs in order]
-            ends.append(done if one_first else done[::-1])
-        assert [answers(one) for one in real] in [[answers(one) for one in end] for end in ends]
+            expected.append(done if one_first else done[::-1])
+        assert [outcomes(one) for one in real] in [
+            [outcomes(one) for one in results] for results in expected
+        ]
 
     agree()
 
 
-def test_many_jobs_at_once_in_two_batches_add_up(
+def test_counts_of_concurrent_batches_equal_the_rows(
     stores: tuple[MemoryStore, PostgresStore],
 ) -> None:
-    """Of two batches at the same time, whatever their jobs, the counts sum to the rows."""
+    """The counts of two concurrent batches of any jobs add up to the number of rows."""
     memory, postgres = stores
 
     @settings(GENERATED, max_examples=40)
@@ -194,12 +198,12 @@ def test_many_jobs_at_once_in_two_batches_add_up(
             store.clear()
             racing = [partial(store.grant, *jobs) for jobs in (jobs_of(one), jobs_of(two))]
             done = all_at_once(racing)
-            outcomes = [outcome for outcomes in done for outcome in outcomes]
-            assert not any(outcome.error for outcome in outcomes)
+            results = [result for batch in done for result in batch]
+            assert not any(result.error for result in results)
             counted = [
-                created(outcome)
-                for outcome in outcomes
-                if outcome.outcome and outcome.outcome.result and not outcome.repeated
+                created(result)
+                for result in results
+                if result.outcome and result.outcome.result and not result.repeated
             ]
             assert sum(counted) == sum(len(store.granted(user)) for user in users_of(one, two))
 

@@ -1,7 +1,4 @@
-"""Stores for tests: a storage with the platform's side of its database.
-
-Tests fill and read a store as the platform or an operator does, without the worker's code.
-"""
+"""Storages under test, with the platform's side of each: filled and inspected from outside."""
 
 from __future__ import annotations
 
@@ -31,19 +28,19 @@ from tasks.ledger import JobResult
 from tests.support.database import connected
 
 CHUNK_SIZE = 3
-"""Grants in one chunk, few, so that small requests take several chunks."""
+"""Grants in one chunk: few, so that small requests take several chunks."""
 
 PATIENCE_SECONDS = 30
-"""The timeout in seconds of every wait in a test."""
+"""Time limit of every wait in a test."""
 
 BULK_THRESHOLD = 1_000
-"""Grants from which PostgreSQL gets other statements, unless a test says otherwise."""
+"""Default number of grants from which PostgreSQL gets statements for many grants."""
 
 T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """A function that runs in a separate thread."""
+    """A function that runs in a thread beside the test."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -55,7 +52,7 @@ class Background(Generic[T]):
     def _run(self) -> None:
         try:
             self._result = self._function()
-        except BaseException as error:  # noqa: BLE001 - result() raises it again
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             self._error = error
 
     @property
@@ -64,16 +61,16 @@ class Background(Generic[T]):
         return not self.thread.is_alive()
 
     def result(self) -> T:
-        """Wait for the function's end, and return its result or raise its exception."""
+        """Wait for the function. Returns its result or raises its exception."""
         self.thread.join(PATIENCE_SECONDS)
-        assert self.over, "it still runs"
+        assert self.over, "the function is still running"
         if self._error:
             raise self._error
         return self._result
 
 
 def all_at_once(functions: Sequence[Callable[[], T]]) -> list[T]:
-    """Start functions at the same time in separate threads, and return their results in order."""
+    """Run functions at once, each in a thread. Returns their results in order."""
     start = threading.Barrier(len(functions))
 
     def started_by(function: Callable[[], T]) -> Callable[[], T]:
@@ -88,7 +85,7 @@ def all_at_once(functions: Sequence[Callable[[], T]]) -> list[T]:
 
 
 class Store(ABC):
-    """A storage with the platform's side of its database.
+    """A storage with the platform's side of it.
 
     Attributes:
         storage: The storage under test.
@@ -98,44 +95,44 @@ class Store(ABC):
 
     @abstractmethod
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
-        """Add an interview as the platform does, with its configuration unless it has none."""
+        """Insert an interview, as the platform does, with its configuration unless disabled."""
 
     @abstractmethod
     def delete_interview(self, interview_id: str) -> bool:
-        """Delete an interview as the platform does; return False if a row refers to it."""
+        """Delete an interview, as the platform does. Returns False if a row refers to it."""
 
     @abstractmethod
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """Return all interview attempts."""
+        """Return all attempts."""
 
     @abstractmethod
     def add_request(self, request: AccessRequestDTO) -> None:
-        """Request a job in a committed transaction, as another service does."""
+        """Insert an outbox request, as a service does, and commit."""
 
     @abstractmethod
     def until_waiting(self, other: Background[Any]) -> None:
-        """Wait until the other function waits for a transaction, or has ended."""
+        """Return when the other function waits for a transaction, or has ended."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Delete all grants, attempts and jobs; keep the interviews."""
+        """Delete all grants, attempts and jobs, but not the interviews."""
 
     def add_interviews(self, count: int) -> list[str]:
-        """Add interviews, and return their IDs, sorted."""
+        """Insert interviews. Returns their IDs, sorted."""
         interviews = [an_interview() for _ in range(count)]
         for interview in interviews:
             self.add_interview(interview)
         return sorted(interview.id for interview in interviews)
 
     def granted(self, user_id: str) -> list[str]:
-        """Return the interview IDs of the user's grants, sorted."""
+        """Return the interviews of the user's grants, sorted."""
         with self.storage.transaction() as transaction:
             grants = transaction.get_existing_user_access([user_id])
         assert {grant.user_id for grant in grants} <= {user_id}
         return sorted(grant.interview_id for grant in grants)
 
     def grant(self, *jobs: GrantAccessJob) -> list[JobResult]:
-        """Have jobs done, all in one call."""
+        """Execute jobs in one batch."""
         return GrantAccessInteractor(self.storage).grant_access(jobs)
 
 
@@ -147,13 +144,13 @@ class MemoryStore(Store):
         self._interviews: list[InterviewDTO] = []
 
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
-        """See :class:`Store`."""
+        """See the base class."""
         assert configured or not interview.is_default_access_allowed, "the default is another"
         self._interviews.append(interview)
         self.storage.add_interview(interview)
 
     def delete_interview(self, interview_id: str) -> bool:
-        """See :class:`Store`."""
+        """See the base class."""
         try:
             self.storage.delete_interview(interview_id)
         except StorageError:
@@ -161,15 +158,15 @@ class MemoryStore(Store):
         return True
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """See :class:`Store`."""
+        """See the base class."""
         return self.storage.attempts()
 
     def add_request(self, request: AccessRequestDTO) -> None:
-        """See :class:`Store`."""
+        """See the base class."""
         self.storage.add_request(request)
 
     def until_waiting(self, other: Background[Any]) -> None:
-        """See :class:`Store`: a waiting thread is inside the model, at its lock."""
+        """See the base class: a thread that waits, waits inside the model for its lock."""
 
         def waits() -> bool:
             frame = sys._current_frames().get(other.thread.ident or 0)
@@ -178,7 +175,7 @@ class MemoryStore(Store):
         until(lambda: other.over or waits())
 
     def clear(self) -> None:
-        """See :class:`Store`."""
+        """See the base class."""
         self.storage = MemoryStorage(chunk_size=CHUNK_SIZE)
         for interview in self._interviews:
             self.storage.add_interview(interview)
@@ -204,7 +201,7 @@ class PostgresStore(Store):
         self._platform = platform
 
     def add_interview(self, interview: InterviewDTO, *, configured: bool = True) -> None:
-        """See :class:`Store`."""
+        """See the base class."""
         self._platform.execute(
             insert(models.interviews).values(
                 id=UUID(interview.id),
@@ -231,7 +228,7 @@ class PostgresStore(Store):
         )
 
     def delete_interview(self, interview_id: str) -> bool:
-        """See :class:`Store`; the configuration is deleted too."""
+        """See the base class. Deletes its configuration as well."""
         try:
             with connected(self.database_url) as connection:
                 for statement in DELETE_INTERVIEW:
@@ -242,7 +239,7 @@ class PostgresStore(Store):
         return True
 
     def attempts(self) -> Sequence[InterviewAttemptDTO]:
-        """See :class:`Store`."""
+        """See the base class."""
         rows = self._platform.execute(select(models.interview_attempts)).mappings()
         return [
             InterviewAttemptDTO(
@@ -252,7 +249,7 @@ class PostgresStore(Store):
         ]
 
     def add_request(self, request: AccessRequestDTO) -> None:
-        """See :class:`Store`."""
+        """See the base class."""
         self._platform.execute(
             insert(models.requests).values(
                 job_id=request.job_id,
@@ -264,42 +261,42 @@ class PostgresStore(Store):
         )
 
     def until_waiting(self, other: Background[Any]) -> None:
-        """See :class:`Store`: PostgreSQL reports sessions that wait for a lock."""
+        """See the base class: the server reports who waits for a lock."""
         until(lambda: other.over or self.value(_WAITING) > 0)
 
     def clear(self) -> None:
-        """See :class:`Store`."""
+        """See the base class."""
         for table in _JOBS_TABLES:
-            self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+            self.execute(f"DELETE FROM {table}")  # noqa: S608 - constants
 
     def empty(self) -> None:
         """Delete all rows."""
         self.clear()
         for table in _INTERVIEW_TABLES:
-            self.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+            self.execute(f"DELETE FROM {table}")  # noqa: S608 - constants
 
     def execute(self, statement: str, **values: object) -> None:
-        """Run a statement, as an operator or another service does."""
+        """Execute one statement, as an operator or another service does."""
         self._platform.execute(text(statement), values)
 
     def value(self, statement: str, **values: object) -> Any:
-        """Return a query's single value."""
+        """Execute a query that returns one value."""
         return self._platform.execute(text(statement), values).scalar_one()
 
     def rows(self) -> int:
-        """Count all grants."""
+        """Return the number of all grants."""
         count: int = self.value("SELECT count(*) FROM interview_userinterviewaccess")
         return count
 
     def configure(self, setting: str, value: str) -> None:
-        """Set a parameter for all later connections to this database."""
+        """Set a default of the database for later connections."""
         self.execute(
             f"DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {setting} = %L',"
             f" current_database(), '{value}'); END $$"
         )
 
     def raise_for_grants(self, condition: str, sqlstate: str) -> None:
-        """Make the database refuse every new grant that meets a condition on ``NEW``."""
+        """Create a trigger that rejects new grants for which a condition on ``NEW`` is true."""
         self.execute(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
             f"$$ BEGIN RAISE 'refused' USING ERRCODE = '{sqlstate}'; END $$"
@@ -313,7 +310,7 @@ class PostgresStore(Store):
     def another(
         self, *, chunk_size: int = CHUNK_SIZE, limits: DatabaseLimits | None = None
     ) -> Iterator[PostgresStorage]:
-        """Another storage on the same database, with separate connections and limits."""
+        """Open another storage on the same database, with its own connections and limits."""
         storage = PostgresStorage(self.database_url, chunk_size=chunk_size, limits=limits)
         try:
             yield storage
@@ -325,7 +322,7 @@ DELETE_INTERVIEW = (
     text("DELETE FROM interview_interviewconfig WHERE interview_id = CAST(:id AS uuid)"),
     text("DELETE FROM interview_interview WHERE id = CAST(:id AS uuid)"),
 )
-"""The statements by which the platform deletes an interview without grants."""
+"""Statements by which the platform deletes an interview without grants."""
 
 _JOBS_TABLES = (
     "interview_userinterviewaccess",
@@ -347,7 +344,7 @@ _WAITING = (
 def postgres_store(
     database_url: str, *, bulk_threshold: int = BULK_THRESHOLD
 ) -> Iterator[PostgresStore]:
-    """A database with all tables as a store, empty."""
+    """Use a database with all tables as an empty store."""
     with connected(database_url, autocommit=True) as platform:
         store = PostgresStore(database_url, platform, bulk_threshold=bulk_threshold)
         store.empty()
@@ -358,16 +355,16 @@ def postgres_store(
 
 
 def until(condition: Callable[[], bool], *, within: float = PATIENCE_SECONDS) -> None:
-    """Wait until the condition is true; fail after so many seconds."""
+    """Return when the condition is true. Fails after ``within`` seconds."""
     deadline = time.monotonic() + within
     while not condition():
-        assert time.monotonic() < deadline, "never came true"
-        time.sleep(0.002)  # the polling interval
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.002)  # between two polls
 
 
 @contextmanager
 def statements_counted() -> Iterator[list[str]]:
-    """The statements that any connection runs within the block."""
+    """Collect the statements that any engine executes in the block."""
     statements: list[str] = []
 
     def note(*arguments: Any) -> None:
@@ -388,7 +385,7 @@ def an_interview(
     is_default_access_allowed: bool = False,
     should_end_interview_after_duration: bool = True,
 ) -> InterviewDTO:
-    """Return an interview with a new ID; the defaults are those without configuration."""
+    """Return an interview with a new ID; by default configured like one without configuration."""
     return InterviewDTO(
         id=str(uuid4()),
         title=title,
@@ -406,7 +403,7 @@ def a_job(
     *,
     max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
 ) -> GrantAccessJob:
-    """Return the job of a message with these arguments."""
+    """Parse a message of ``grant_access`` into a job."""
     return grant_access_job(
         job_id,
         (),
@@ -422,7 +419,7 @@ def a_cohort(
     *,
     max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
 ) -> GrantAccessJob:
-    """Return the job of a message for several users."""
+    """Parse a message of ``grant_cohort_access`` into a job."""
     return grant_cohort_access_job(
         job_id,
         (),
@@ -431,23 +428,14 @@ def a_cohort(
     )
 
 
-def created(outcome: JobResult) -> int:
-    """The count that a job's success tells."""
-    assert outcome.error is None
-    assert outcome.outcome is not None
-    assert outcome.outcome.error is None
-    result = outcome.outcome.result
-    assert result is not None
-    assert result.keys() == {"success", "created_access_count"}
-    assert result["success"] is True
-    count: int = result["created_access_count"]
+def created(result: JobResult) -> int:
+    """Return the number of created grants of a successful job."""
+    assert result.error is None
+    assert result.outcome is not None
+    assert result.outcome.error is None
+    polled = result.outcome.result
+    assert polled is not None
+    assert polled.keys() == {"success", "created_access_count"}
+    assert polled["success"] is True
+    count: int = polled["created_access_count"]
     return count
-
-
-def error_of(outcome: JobResult) -> dict[str, Any]:
-    """The error that a job's failure tells."""
-    assert outcome.error is None
-    assert outcome.outcome is not None
-    assert outcome.outcome.result is None
-    assert outcome.outcome.error is not None
-    return outcome.outcome.error

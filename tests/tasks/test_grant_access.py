@@ -1,4 +1,4 @@
-"""The use case of grants, on the reference model and on PostgreSQL."""
+"""The use case of granting access, on the reference model and on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -35,52 +35,52 @@ from tests.support.stores import (
 NO_UUID = "a1b2c3d4-e5f6-7g8h-9i0j-k1l2m3n4o5p6"
 
 
-def error_of(outcome: JobResult) -> InterviewAccessError:
-    """The error that a job's answer holds."""
-    assert outcome.outcome
+def error_of(result: JobResult) -> InterviewAccessError:
+    """Return the error of a failed job."""
+    assert result.outcome
     with pytest.raises(InterviewAccessError) as caught:
-        result_of(outcome.outcome)
+        result_of(result.outcome)
     return caught.value
 
 
 def figures_of(store: Store, job_id: str) -> FiguresDTO | None:
-    """The figures in the job's row of the ledger."""
+    """Return the figures in a job's ledger row."""
     finished = store.storage.get_finished_job(job_id)
     assert finished
     assert finished.finished_at
     return finished.outcome.figures
 
 
-class TestOneJob:
-    """A sequence of one."""
+class TestSingleJob:
+    """One job of one user."""
 
-    def test_missing_grants_are_made(self, store: Store) -> None:
-        """A job grants what it asks for and counts it."""
+    def test_missing_grants_are_created(self, store: Store) -> None:
+        """A job creates the requested grants and counts them."""
         ids = store.add_interviews(2 * CHUNK_SIZE + 1)
         assert created(*store.grant(a_job("a", "ann", ids))) == len(ids)
         assert store.granted("ann") == ids
 
-    def test_standing_grants_are_not_counted(self, store: Store) -> None:
-        """A job counts only what it added to what stood."""
+    def test_existing_grants_are_not_counted(self, store: Store) -> None:
+        """A job counts only the grants that it created."""
         ids = store.add_interviews(5)
         store.grant(a_job("a", "ann", ids[:2]))
         assert created(*store.grant(a_job("b", "ann", ids))) == 3
         assert figures_of(store, "b") == FiguresDTO(5, 0, 2, 3)
 
     def test_repeated_ids_count_once(self, store: Store) -> None:
-        """An id given again, in whatever spelling, is repeated and granted once."""
+        """A duplicate ID, in any spelling, counts as repeated and is granted once."""
         (one,) = store.add_interviews(1)
         spellings = [one, one.upper(), one.replace("-", ""), UUID(one), one]
         assert created(*store.grant(a_job("a", "ann", spellings))) == 1
         assert figures_of(store, "a") == FiguresDTO(5, 4, 0, 1)
 
     def test_an_empty_list_is_a_success(self, store: Store) -> None:
-        """A job of no ids succeeds with 0 and stands in the ledger."""
+        """A job without IDs succeeds with 0 and is recorded in the ledger."""
         assert created(*store.grant(a_job("a", "ann", []))) == 0
         assert figures_of(store, "a") == FiguresDTO(0, 0, 0, 0)
 
     def test_unknown_and_malformed_ids_fail_the_job(self, store: Store) -> None:
-        """One wrong id fails the whole job, naming each with its reason, nothing granted."""
+        """One invalid ID fails the whole job; the error names each with its reason."""
         (one,), unknown = store.add_interviews(1), str(uuid4())
         error = error_of(*store.grant(a_job("a", "ann", [one, unknown, NO_UUID, unknown.upper()])))
         assert isinstance(error, InvalidInterviewIdException)
@@ -90,14 +90,14 @@ class TestOneJob:
         assert store.granted("ann") == []
 
     def test_at_most_twenty_ids_are_named(self, store: Store) -> None:
-        """An error names twenty of many wrong ids and tells how many there are."""
+        """An error names twenty of many invalid IDs and their total."""
         error = error_of(*store.grant(a_job("a", "ann", [str(uuid4()) for _ in range(30)])))
         assert len(error.details["interview_ids"]) == 20
         assert error.details["total"] == 30
         assert "and 10 more" in error.sentence
 
-    def test_what_cannot_be_read_is_answered_and_kept(self, store: Store) -> None:
-        """A request that cannot be read fails with a ledger row, before its ids are looked at."""
+    def test_invalid_request_fails_and_is_recorded(self, store: Store) -> None:
+        """An invalid request fails with a validation error and is recorded in the ledger."""
         error = error_of(*store.grant(a_job("a", "ann", [NO_UUID, None])))
         assert isinstance(error, InvalidGrantRequestException)
         assert error.details["problems"] == [
@@ -105,8 +105,8 @@ class TestOneJob:
         ]
         assert figures_of(store, "a") is None
 
-    def test_too_many_ids_are_refused(self, store: Store) -> None:
-        """More ids than the limit, as given, fail the job and name the limit."""
+    def test_too_many_ids_fail_the_job(self, store: Store) -> None:
+        """More IDs than the limit, duplicates included, fail the job; the error names the limit."""
         (one,) = store.add_interviews(1)
         error = error_of(*store.grant(a_job("a", "ann", [one] * 4, max_interview_ids=3)))
         assert isinstance(error, InvalidGrantRequestException)
@@ -115,14 +115,14 @@ class TestOneJob:
 
 
 class TestCohort:
-    """A job for several users."""
+    """One job of several users."""
 
     def test_every_user_is_granted_every_interview(self, store: Store) -> None:
-        """Each user is granted each interview, over several chunks, and counted in the ledger."""
+        """Each user gets each interview, over several chunks, with a count in the ledger."""
         ids = store.add_interviews(CHUNK_SIZE + 1)
         store.grant(a_job("before", "bob", ids[:2]))
-        (outcome,) = store.grant(a_cohort("a", ["bob", "ann"], ids))
-        assert created(outcome) == 2 * len(ids) - 2
+        (result,) = store.grant(a_cohort("a", ["bob", "ann"], ids))
+        assert created(result) == 2 * len(ids) - 2
         assert store.granted("ann") == store.granted("bob") == ids
         finished = store.storage.get_finished_job("a")
         assert finished
@@ -130,7 +130,7 @@ class TestCohort:
         assert finished.job.user_id is None
 
     def test_repeated_users_and_interviews_count_once(self, store: Store) -> None:
-        """What is given again, on either side, is repeated; the figures are those of grants."""
+        """Duplicate users and interviews count as repeated; the figures count grants."""
         one, two = store.add_interviews(2)
         store.grant(a_job("before", "ann", [one]))
         store.grant(a_cohort("a", ["ann", "bob", "ann"], [one, two, one.upper()]))
@@ -138,21 +138,21 @@ class TestCohort:
 
     @pytest.mark.parametrize(("users", "interviews"), [(0, 1), (1, 0), (0, 0)])
     def test_an_empty_list_is_a_success(self, store: Store, users: int, interviews: int) -> None:
-        """Without users or without interviews it succeeds with 0."""
+        """A job without users or without interviews succeeds with 0."""
         ids = store.add_interviews(1)[:interviews]
         users_given = ["ann"][:users]
         assert created(*store.grant(a_cohort("a", users_given, ids))) == 0
         assert figures_of(store, "a") == FiguresDTO(0, 0, 0, 0)
 
     def test_one_unknown_interview_fails_the_job(self, store: Store) -> None:
-        """It is all or nothing for all users."""
+        """One unknown interview fails the job for all users."""
         (one,), unknown = store.add_interviews(1), str(uuid4())
         error = error_of(*store.grant(a_cohort("a", ["ann", "bob"], [one, unknown])))
         assert isinstance(error, InvalidInterviewIdException)
         assert store.granted("ann") == store.granted("bob") == []
 
     @pytest.mark.parametrize(
-        ("user_ids", "interviews", "told"),
+        ("user_ids", "interviews", "problem"),
         [
             ("ann", 1, "user_ids: expected a list of user ids, got the string 'ann'"),
             (["ann", 7, ""], 1, "user_ids[1]: expected a string of 1 to 36 characters"),
@@ -164,17 +164,17 @@ class TestCohort:
             ),
         ],
     )
-    def test_what_cannot_be_read_is_told(
-        self, store: Store, user_ids: object, interviews: int, told: str
+    def test_validation_error_names_the_problem(
+        self, store: Store, user_ids: object, interviews: int, problem: str
     ) -> None:
-        """A wrong list, a wrong user, and more grants in all than the limit are each named."""
+        """An invalid list, an invalid user and too many grants are named in the error."""
         ids = store.add_interviews(interviews)
         error = error_of(*store.grant(a_cohort("a", user_ids, ids, max_interview_ids=6)))
         assert isinstance(error, InvalidGrantRequestException)
-        assert told in error.sentence
+        assert problem in error.sentence
 
-    def test_the_same_cohort_again_has_its_first_count(self, store: Store) -> None:
-        """Order and repetition of the users make no other request; another user does."""
+    def test_repeated_cohort_has_its_first_count(self, store: Store) -> None:
+        """Order and duplicates of users do not change a request; another user does."""
         ids = store.add_interviews(2)
         store.grant(a_cohort("a", ["ann", "bob"], ids))
         (again,) = store.grant(a_cohort("a", ["bob", "ann", "bob"], ids[::-1]))
@@ -184,22 +184,22 @@ class TestCohort:
         (other,) = store.grant(a_cohort("a", ["ann"], ids))
         assert other.refusal
 
-    def test_beside_other_jobs_each_counts_its_own(self, store: Store) -> None:
-        """Cohorts and single jobs in one sequence: a shared grant counts for the earlier."""
+    def test_shared_grant_counts_for_the_earlier_job(self, store: Store) -> None:
+        """A grant that several jobs of a batch request counts for the first of them."""
         one, two = store.add_interviews(2)
-        outcomes = store.grant(
+        results = store.grant(
             a_job("a", "ann", [one]),
             a_cohort("b", ["bob", "ann"], [one, two]),
             a_cohort("c", ["ann", "cyd"], [two]),
         )
-        assert [created(outcome) for outcome in outcomes] == [1, 3, 1]
+        assert [created(result) for result in results] == [1, 3, 1]
 
 
-class TestTheSameJobAgain:
-    """The ledger's part."""
+class TestRepeatedJob:
+    """A job ID that is executed again."""
 
-    def test_a_success_is_repeated(self, store: Store) -> None:
-        """The same request under one id has its first count, in any order and spelling."""
+    def test_success_is_repeated(self, store: Store) -> None:
+        """An equal request has its first count, in any order and spelling of its IDs."""
         ids = store.add_interviews(3)
         store.grant(a_job("a", "ann", ids))
         (again,) = store.grant(a_job("a", "ann", [one.upper() for one in reversed(ids)]))
@@ -207,16 +207,16 @@ class TestTheSameJobAgain:
         assert again.repeated
         assert not again.refusal
 
-    def test_a_failure_is_repeated(self, store: Store) -> None:
-        """A job that failed for cause fails so again, also when the cause has gone."""
+    def test_failure_is_repeated(self, store: Store) -> None:
+        """A failed job fails with its first error, also if the cause is gone."""
         (one,) = store.add_interviews(1)
         assert store.delete_interview(one)
         first = error_of(*store.grant(a_job("a", "ann", [one])))
         store.add_interviews(1)
         assert error_of(*store.grant(a_job("a", "ann", [one]))).args == first.args
 
-    def test_an_unreadable_request_is_repeated(self, store: Store) -> None:
-        """So does a request that could not be read, and another such request is refused."""
+    def test_validation_error_is_repeated(self, store: Store) -> None:
+        """An invalid request has its first error; another invalid request is refused."""
         first = error_of(*store.grant(a_job("a", None, [[1]])))
         (again,) = store.grant(a_job("a", None, [[1]]))
         assert error_of(again).args == first.args
@@ -225,8 +225,8 @@ class TestTheSameJobAgain:
         assert other.refusal
 
     @pytest.mark.parametrize("first_ids", [0, 1], ids=["empty", "granted"])
-    def test_another_request_is_refused(self, store: Store, first_ids: int) -> None:
-        """An id that was used for another request: the first answer stays, nothing is done."""
+    def test_reused_job_id_is_refused(self, store: Store, first_ids: int) -> None:
+        """If another request has used the job ID, the first outcome remains; nothing is granted."""
         one, two = store.add_interviews(2)
         store.grant(a_job("a", "ann", [one][:first_ids]))
         (refused,) = store.grant(a_job("a", "ann", [two]))
@@ -235,18 +235,18 @@ class TestTheSameJobAgain:
         assert created(refused) == first_ids
         assert store.granted("ann") == [one][:first_ids]
 
-    def test_another_user_makes_another_request(self, store: Store) -> None:
-        """The same ids for another user are another request."""
+    def test_request_of_another_user_is_refused(self, store: Store) -> None:
+        """The same interviews for another user are another request."""
         (one,) = store.add_interviews(1)
         store.grant(a_job("a", "ann", [one]))
         (refused,) = store.grant(a_job("a", "bob", [one]))
         assert refused.refusal
         assert store.granted("bob") == []
 
-    def test_job_that_another_transaction_records_meanwhile(self, postgres: PostgresStore) -> None:
-        """Where no lock keeps two transactions apart, the ledger's key decides; one takes effect.
+    def test_concurrently_recorded_job_takes_effect_once(self, postgres: PostgresStore) -> None:
+        """Without a lock the ledger's primary key decides which of two transactions takes effect.
 
-        The lock is another role's, which does not stop a job.
+        The lock is held by another role, which does not block a job.
         """
         one, two = postgres.add_interviews(2)
         limits = DatabaseLimits(busy=0.05)
@@ -263,31 +263,31 @@ class TestTheSameJobAgain:
                 first.record_jobs([FinishedJobDTO(job.entry, OutcomeDTO("succeeded", {"n": 1}))])
                 second = Background(lambda: GrantAccessInteractor(storage).grant_access([job]))
                 postgres.until_waiting(second)
-            (outcome,) = second.result()
-        assert outcome.repeated
-        assert outcome.outcome == OutcomeDTO("succeeded", {"n": 1})
+            (result,) = second.result()
+        assert result.repeated
+        assert result.outcome == OutcomeDTO("succeeded", {"n": 1})
         assert postgres.granted("ann") == [one]
 
 
-class TestManyJobs:
-    """A sequence of many, in one transaction."""
+class TestBatch:
+    """Several jobs in one transaction."""
 
-    def test_the_earlier_job_created_a_shared_grant(self, store: Store) -> None:
-        """Of two jobs that ask for one grant the earlier in the sequence counts it."""
+    def test_earlier_job_creates_a_shared_grant(self, store: Store) -> None:
+        """Of two jobs that request the same grant the earlier one counts it."""
         one, two, three = store.add_interviews(3)
-        outcomes = store.grant(a_job("z", "ann", [one, two]), a_job("a", "ann", [two, three]))
-        assert [created(outcome) for outcome in outcomes] == [2, 1]
+        results = store.grant(a_job("z", "ann", [one, two]), a_job("a", "ann", [two, three]))
+        assert [created(result) for result in results] == [2, 1]
         assert store.granted("ann") == [one, two, three]
 
-    def test_one_id_twice_has_one_effect(self, store: Store) -> None:
-        """A job that stands twice in a sequence is done once and has one answer."""
+    def test_equal_job_ids_take_effect_once(self, store: Store) -> None:
+        """A job that is in a batch twice is executed once and has one outcome."""
         ids = store.add_interviews(2)
         first, again = store.grant(a_job("a", "ann", ids), a_job("a", "ann", ids[::-1]))
         assert created(first) == created(again) == 2
         assert (first.repeated, again.repeated) == (False, True)
 
-    def test_one_id_with_two_requests(self, store: Store) -> None:
-        """Of two requests under one id in a sequence the first is done, the second refused."""
+    def test_second_request_of_a_job_id_is_refused(self, store: Store) -> None:
+        """Of two requests with one job ID in a batch the first is executed, the second refused."""
         one, two = store.add_interviews(2)
         first, second = store.grant(a_job("a", "ann", [one]), a_job("a", "bob", [two]))
         assert created(first) == created(second) == 1
@@ -295,11 +295,11 @@ class TestManyJobs:
         assert not first.refusal
         assert store.granted("bob") == []
 
-    def test_failing_neighbours_touch_nobody(self, store: Store) -> None:
-        """Unknown, malformed, unreadable and reused neighbours leave the others as they are."""
+    def test_failing_jobs_do_not_affect_others(self, store: Store) -> None:
+        """Jobs with unknown, malformed, invalid or reused IDs do not affect the others."""
         one, two = store.add_interviews(2)
         store.grant(a_job("used", "ann", []))
-        outcomes = store.grant(
+        results = store.grant(
             a_job("unknown", "ann", [one, str(uuid4())]),
             a_job("good", "ann", [one]),
             a_job("malformed", "ann", [two, NO_UUID]),
@@ -307,53 +307,51 @@ class TestManyJobs:
             a_job("used", "ann", [two]),
             a_job("also-good", "bob", [one, two]),
         )
-        assert created(outcomes[1]) == 1
-        assert created(outcomes[5]) == 2
-        assert outcomes[4].refusal
-        assert isinstance(error_of(outcomes[0]), InvalidInterviewIdException)
-        assert isinstance(error_of(outcomes[2]), InvalidInterviewIdException)
-        assert isinstance(error_of(outcomes[3]), InvalidGrantRequestException)
+        assert created(results[1]) == 1
+        assert created(results[5]) == 2
+        assert results[4].refusal
+        assert isinstance(error_of(results[0]), InvalidInterviewIdException)
+        assert isinstance(error_of(results[2]), InvalidInterviewIdException)
+        assert isinstance(error_of(results[3]), InvalidGrantRequestException)
         assert store.granted("ann") == [one]
 
-    def test_no_job_is_a_sequence_too(self, store: Store) -> None:
-        """An empty sequence has no outcomes."""
+    def test_empty_batch_has_no_results(self, store: Store) -> None:
+        """An empty batch has no results."""
         assert store.grant() == []
 
 
 @contextmanager
 def locked(postgres: PostgresStore, table: str) -> Iterator[None]:
-    """Lock a table away from every other session, as VACUUM FULL does."""
+    """Lock a table exclusively, as VACUUM FULL does."""
     with connected(postgres.database_url) as connection:
         connection.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
         yield
 
 
 class TestPostgres:
-    """What only a database can do to jobs."""
+    """Failures and locks of PostgreSQL."""
 
-    def test_an_empty_list_asks_nothing_of_the_interview_tables(
-        self, postgres: PostgresStore
-    ) -> None:
-        """A job of no ids succeeds where the tables of interviews and grants are gone."""
+    def test_empty_list_does_not_access_the_platform_tables(self, postgres: PostgresStore) -> None:
+        """A job without IDs succeeds without the tables of interviews and grants."""
         postgres.execute("ALTER TABLE interview_interview RENAME TO elsewhere")
         postgres.execute("ALTER TABLE interview_userinterviewaccess RENAME TO elsewhere_too")
         assert created(*postgres.grant(a_job("a", "ann", []))) == 0
 
-    def test_a_failure_in_the_last_chunk_leaves_nothing(self, postgres: PostgresStore) -> None:
-        """A job whose last chunk fails leaves no grant and no row of the ledger."""
+    def test_failure_in_the_last_chunk_rolls_back(self, postgres: PostgresStore) -> None:
+        """If the last chunk of a job fails, no grant and no ledger row remain."""
         ids = postgres.add_interviews(3 * CHUNK_SIZE)
         postgres.raise_for_grants(f"NEW.interview_id = '{ids[-1]}'", "53100")
-        (outcome,) = postgres.grant(a_job("a", "ann", ids))
-        assert isinstance(outcome.error, StorageError)
-        assert outcome.error.sqlstate == "53100"
+        (result,) = postgres.grant(a_job("a", "ann", ids))
+        assert isinstance(result.error, StorageError)
+        assert result.error.sqlstate == "53100"
         assert postgres.rows() == 0
         assert postgres.storage.get_finished_job("a") is None
 
     @pytest.mark.parametrize("sqlstate", ["40001", "23503", "XX000"])
-    def test_where_the_whole_fails_jobs_are_done_one_by_one(
+    def test_failed_batch_is_settled_one_by_one(
         self, postgres: PostgresStore, sqlstate: str
     ) -> None:
-        """A job that the database refuses does not fail its neighbours."""
+        """A job that the database rejects does not fail the other jobs of its batch."""
         ids = postgres.add_interviews(2)
         postgres.raise_for_grants("NEW.user_id = 'bob'", sqlstate)
         jobs = [a_job(user, user, ids) for user in ("ann", "bob", "cy")]
@@ -363,8 +361,8 @@ class TestPostgres:
         assert bob.error.sqlstate == sqlstate
         assert postgres.rows() == 4
 
-    def test_a_busy_job_holds_no_neighbour_up(self, postgres: PostgresStore) -> None:
-        """A job that another transaction is at is waited for after the others are done."""
+    def test_busy_job_does_not_delay_others(self, postgres: PostgresStore) -> None:
+        """The batch blocks on a busy job after the other jobs are settled."""
         ids = postgres.add_interviews(2)
         with postgres.storage.transaction() as holder:
             holder.lock_jobs(["busy"], wait=True)
@@ -374,18 +372,18 @@ class TestPostgres:
             postgres.until_waiting(batch)
             assert not batch.over
             assert postgres.rows() == 2
-        assert [created(outcome) for outcome in batch.result()] == [2, 2]
+        assert [created(result) for result in batch.result()] == [2, 2]
 
-    def test_a_busy_job_does_not_fail_the_jobs_after_it(self, postgres: PostgresStore) -> None:
-        """Where the whole fails, every job whose own lock is free is done, wherever it comes."""
+    def test_busy_job_does_not_fail_others(self, postgres: PostgresStore) -> None:
+        """If a batch fails, every job whose lock is free is executed, in any position."""
         ids = postgres.add_interviews(2)
         postgres.raise_for_grants("NEW.user_id = 'bad'", "23503")
         users = ["busy", "before", "bad", "busy-too", "after"]
         with postgres.another() as elsewhere, elsewhere.transaction() as holder:
             holder.lock_jobs(["busy", "busy-too"], wait=True)
             with statements_counted() as statements:
-                outcomes = postgres.grant(*(a_job(user, user, ids) for user in users))
-        busy, before, bad, busy_too, after = outcomes
+                results = postgres.grant(*(a_job(user, user, ids) for user in users))
+        busy, before, bad, busy_too, after = results
         assert isinstance(busy.error, JobBusyError)
         assert isinstance(busy_too.error, JobBusyError)
         assert isinstance(bad.error, StorageError)
@@ -394,34 +392,34 @@ class TestPostgres:
         assert sum("pg_advisory_xact_lock(key)" in statement for statement in statements) == 1
 
     def test_one_job_of_a_batch_waits_for_a_locked_table(self, postgres: PostgresStore) -> None:
-        """After one wait for a lock as long as a lone job's, the other jobs wait briefly."""
+        """After one job has waited for the full lock timeout, the other jobs wait briefly."""
         ids = postgres.add_interviews(1)
         limits = DatabaseLimits(lock=2, batch_lock=0.05)
         jobs = [a_job(f"job-{number}", "ann", ids) for number in range(10)]
         with locked(postgres, "grant_access_job"), postgres.another(limits=limits) as storage:
             began = time.monotonic()
-            outcomes = GrantAccessInteractor(storage).grant_access(jobs)
+            results = GrantAccessInteractor(storage).grant_access(jobs)
             assert time.monotonic() - began < 3 * limits.lock
-        assert {getattr(outcome.error, "sqlstate", None) for outcome in outcomes} == {"55P03"}
+        assert {getattr(result.error, "sqlstate", None) for result in results} == {"55P03"}
 
     def test_jobs_beyond_the_time_of_a_batch_are_not_attempted(
         self, postgres: PostgresStore
     ) -> None:
-        """Settling one by one ends after its time; the jobs that are left fail by an outage."""
-        fault = InvalidGrantRequestException("wrong", {})
+        """Settling one by one ends at its time limit; the remaining jobs fail by an outage."""
+        failure = InvalidGrantRequestException("wrong", {})
         entries = [JobDTO(job_id, "task", "ann", "0" * 64) for job_id in "abc"]
-        jobs = [RejectedJob(entry, fault) for entry in entries]
+        jobs = [RejectedJob(entry, failure) for entry in entries]
         limits = DatabaseLimits(lock=0.5, batch_lock=0.05)
         with locked(postgres, "grant_access_job"), postgres.another(limits=limits) as storage:
-            outcomes = settle(storage, jobs, lambda _, __: {}, individual_seconds=0.3)
-        first, *others = [outcome.error for outcome in outcomes]
+            results = settle(storage, jobs, lambda _, __: {}, individual_seconds=0.3)
+        first, *others = [result.error for result in results]
         assert isinstance(first, StorageError)
         assert first.sqlstate == "55P03"
         for error in others:
             assert is_outage(error)
             assert "not attempted" in str(error)
 
-    def test_statements_do_not_grow_with_jobs(self, postgres: PostgresStore) -> None:
+    def test_number_of_statements_is_constant(self, postgres: PostgresStore) -> None:
         """Fifty jobs take no more statements than one."""
         ids = postgres.add_interviews(2)
         counts = []
