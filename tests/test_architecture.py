@@ -143,6 +143,13 @@ def test_the_database_is_known_to_storage_only(folder: str) -> None:
             assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
 
 
+@pytest.mark.parametrize("folder", ["worker", "tasks"])
+def test_sqlstates_are_known_to_storage_only(folder: str) -> None:
+    """No file above storage/ decides by a SQLSTATE: it asks a storage error what it means."""
+    for path in sources(folder):
+        assert "sqlstate" not in path.read_text(encoding="utf-8").lower(), path
+
+
 @pytest.mark.parametrize("folder", ["tasks", "storage", "client/interview_access"])
 def test_celery_is_known_where_messages_are_made_and_read(folder: str) -> None:
     """Business rules, storage and client do not import Celery, kombu or Redis, with exceptions."""

@@ -124,7 +124,13 @@ class InsertStrategy:
         explicit_pairs_source: str = "wanted",
         conflict: str = "",
     ) -> InsertStrategy:
-        """Build the statements from what they have in common."""
+        """Build the statements.
+
+        Args:
+            cross_product_source: FROM clause of the rows to insert of a cross product.
+            explicit_pairs_source: The same of explicit pairs.
+            conflict: ON CONFLICT clause.
+        """
         product = _INSERT_GRANTS.format(source=cross_product_source, conflict=conflict)
         pairs = _INSERT_GRANTS.format(source=explicit_pairs_source, conflict=conflict)
         return cls(
