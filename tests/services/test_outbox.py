@@ -31,7 +31,7 @@ from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage, PostgresTransaction
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.client.test_producers import blocks
-from tests.support.database import connected, database
+from tests.support.database import connected
 from tests.support.platform import Database, DjangoService
 from tests.support.sentinels import redis_of
 from tests.support.stores import all_at_once, until

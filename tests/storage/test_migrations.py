@@ -11,7 +11,6 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import NullPool, create_engine, insert, select
 
-from devstack.servers import LocalStack
 from storage import models
 from storage.schema import (
     Difference,

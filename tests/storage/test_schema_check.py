@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import make_url, text
 
+from devstack.servers import LocalStack
 from storage.dtos import (
     FinishedJobDTO,
     FoundJobsDTO,
@@ -36,7 +37,6 @@ from tests.storage.migrations import (
 from tests.support.database import connected, role
 from tests.support.database import database as temporary_database
 from tests.support.platform import CHECKOUT, Database
-from worker.local_stack import LocalStack
 
 
 def test_check_reports_the_problem_and_the_remedy(database: Database) -> None:
