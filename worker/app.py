@@ -47,9 +47,9 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
     """Celery's app with what its bootsteps, background services and pool processes work with.
 
     Attributes:
-        settings: The environment's.
-        limits: What a message is allowed.
-        task_dependencies: What the tasks work with.
+        settings: The validated settings.
+        limits: Limits of a message and its job.
+        task_dependencies: Dependencies of the tasks.
         lease: The worker session, once the consumer has made it; None in a pool process.
     """
 
@@ -91,8 +91,8 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
             self._storage = self.new_storage()
         return self._storage
 
-    def forget_parent(self) -> None:
-        """Forget what belongs to the process that forked this one: connections and its session."""
+    def reset_after_fork(self) -> None:
+        """Drop the connections and the lease that a fork inherits."""
         self._storage = None
         self.lease = None
 
@@ -117,19 +117,19 @@ def _connect_signals(app: WorkerApp) -> None:
     """Connect hooks for which Celery has no bootstep."""
 
     def prepare_pool_process(**_: Any) -> None:
-        app.forget_parent()
+        app.reset_after_fork()
         restrict_publishing(app.settings.grant_callback_queues)
 
     def prepare_fork(**_: Any) -> None:
-        gc.freeze()  # pool processes share what exists: a collection in one would copy it
+        gc.freeze()  # a garbage collection in a pool process would copy shared memory
 
     def drain(how: str, **_: Any) -> None:
-        # In the signal handler, before the main loop turns: the grace begins now.
+        # The grace period begins in the signal handler, not at the loop's next iteration.
         if app.lease:
             app.lease.drain(at_once=how == "Cold" or app.lease.is_draining)
 
     def end_session(**_: Any) -> None:
-        # After the pool has stopped: no bootstep ends later than Celery's own of the pool.
+        # Bootsteps stop before the pool has; this signal follows it.
         if app.lease:
             app.lease.close()
 

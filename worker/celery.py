@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 
-gc.disable()  # imports leave next to no garbage, and collections are a tenth of a worker's start
+gc.disable()  # imports leave no garbage; benchmarks/starting.py measures the start
 
 from worker.app import create_app
 from worker.settings import Settings, SettingsError
@@ -16,5 +16,5 @@ except SettingsError as error:
     # Celery's command prints a traceback for an ordinary exception.
     raise SystemExit(f"The worker cannot start: {error}") from None
 
-gc.freeze()  # or gc.enable() begins with a collection of all that was imported
+gc.freeze()  # exempts the imported modules from collections
 gc.enable()

@@ -79,7 +79,8 @@ class Settings(DatabaseSettings):
         grant_retry_limit: Retries of a job during an outage.
         grant_retry_max_delay: Seconds between two attempts at most. They grow from 1 by doubling,
             with full jitter, which makes about ten minutes in all.
-        grant_lease_seconds: Lease TTL. After a worker dies its jobs are redelivered within two.
+        grant_lease_seconds: Lease TTL. After a worker dies its jobs are redelivered about
+            two TTLs later.
         grant_attempt_limit: Attempts of a job that ends its pool process or worker each time.
         grant_stop_grace: Grace period of a graceful shutdown, in seconds.
         grant_callback_queues: Queues, separated by commas, to which the worker may publish the

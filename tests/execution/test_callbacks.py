@@ -108,7 +108,7 @@ def test_built_in_tasks_are_refused_as_callbacks(here: Site, name: str) -> None:
     here.push({"user_id": a_user(), "interview_ids": ids}, job_id=job_id, embed={name: [builtin]})
     until(lambda: job_id in {letter["job_id"] for letter in here.dead_letters()})
     (letter,) = [one for one in here.dead_letters() if one["job_id"] == job_id]
-    assert "expected a task of yours, got 'celery.backend_cleanup'" in letter["reason"]
+    assert "expected a task of an application, got 'celery.backend_cleanup'" in letter["reason"]
 
 
 def test_callbacks_reach_the_producers_queue(here: Site) -> None:

@@ -213,9 +213,17 @@ UNREADABLE = {
         JOB,
     ),
     "a list as expiry": (envelope(headers__expires=[]), "expires: expected a time", JOB),
-    "one time limit": (envelope(headers__timelimit=[1]), "timelimit: expected two", JOB),
-    "three time limits": (envelope(headers__timelimit=[1, 2, 3]), "timelimit: expected two", JOB),
-    "time limits as text": (envelope(headers__timelimit="ab"), "timelimit: expected two", JOB),
+    "one time limit": (envelope(headers__timelimit=[1]), "timelimit: expected [hard, soft]", JOB),
+    "three time limits": (
+        envelope(headers__timelimit=[1, 2, 3]),
+        "timelimit: expected [hard, soft]",
+        JOB,
+    ),
+    "time limits as text": (
+        envelope(headers__timelimit="ab"),
+        "timelimit: expected [hard, soft]",
+        JOB,
+    ),
     "a time limit as text": (envelope(headers__timelimit=["1", None]), "expected seconds", JOB),
     "no time": (envelope(headers__timelimit=[0, None]), "timelimit: expected seconds", JOB),
     "less than no time": (envelope(headers__timelimit=[-1, None]), "expected seconds", JOB),
@@ -386,7 +394,9 @@ def test_attempts_are_limited(
     assert (request.dispatched.body is not None) == is_decoded
     assert request.is_hopeless(LIMITS) == is_hopeless
     if request.failure:
-        assert request.failure.sentence.startswith(f"The job ended its worker's process {attempts}")
+        assert request.failure.sentence.startswith(
+            f"The job's process ended in {attempts} attempts"
+        )
 
 
 def test_an_unreadable_message_keeps_its_reason(app: Celery) -> None:

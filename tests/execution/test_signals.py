@@ -55,5 +55,5 @@ def test_a_defect_outside_of_a_job_is_no_attempt(idle: Site, tmp_path: Path) -> 
         assert service.alive
     (letter,) = idle.dead_letters()
     assert (letter["job_id"], letter["in_ledger"]) == (job_id, "0")
-    assert letter["reason"] == "A defect: RuntimeError"
+    assert letter["reason"] == "Unexpected error: RuntimeError"
     assert idle.redis.hlen(f"{PREFIX}tries") == 0

@@ -50,7 +50,7 @@ class TestPoolProcesses:
                     os.kill(gate.until_reached(), signal.SIGKILL)
             result = verified_results(here, [job_id])[job_id]
         assert result["exc_type"] == "JobFailedError"
-        assert "ended its worker's process 2 times" in result["exc_message"][0]
+        assert "process ended in 2 attempts" in result["exc_message"][0]
         (letter,) = here.dead_letters()
         assert (letter["job_id"], letter["attempts"], letter["in_ledger"]) == (job_id, "2", "1")
         assert here.store.granted("ann") == []

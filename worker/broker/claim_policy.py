@@ -37,7 +37,7 @@ class CircuitBreaker:
     """Stops claims during an outage, then admits a single job as a probe."""
 
     _BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-    """Seconds; the last one repeats. At most a retry's own delay, so that both end together."""
+    """Seconds; the last one repeats."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with a closed circuit.
@@ -57,7 +57,7 @@ class CircuitBreaker:
 
     @property
     def is_probing(self) -> bool:
-        """Whether the last job failed, so that only one job may be claimed."""
+        """Whether no job has succeeded since an outage: only one job may be claimed."""
         return self._failures > 0
 
     @property
@@ -157,7 +157,9 @@ class ClaimPolicy:
         return not (is_recent and largest <= self._largest_not_found)
 
     def may_claim_from_lane(self, processes: int) -> bool:
-        """Report whether a message may be claimed of which no wait for a queue reports.
+        """Report whether a message in a low-priority lane, or an isolated one, may be claimed.
+
+        A wait for a queue does not watch these lists.
 
         Args:
             processes: Pool processes, including busy ones.

@@ -8,7 +8,7 @@ caller's session still has the claim. This module does not depend on Celery and 
 Keys, beside the queues that producers write:
 
 - ``leases``: sorted set, worker session by its heartbeat counter
-- ``held:SESSION``: hash, delivery tag to origin queue, NUL and the message
+- ``held:SESSION``: hash, the claims of a session: delivery tag to origin queue, NUL and the message
 - ``deferred`` and ``due``: delayed messages, and the time (ms) at which each is due
 - ``isolated``: list of poison candidates (messages with attempts), each with its origin queue
 - ``tries``: hash, digest of a message to its attempts that ended a pool process or a worker
@@ -17,10 +17,14 @@ Keys, beside the queues that producers write:
 - ``clock``: hash, the time (ms) when messages were last delayed or checked, and the sum of the
   steps by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
+- ``replies`` and ``relay``: of the control service and the outbox relay
+
+``held``, ``deferred``, ``tries`` and ``deferrals`` are names of earlier releases.
 
 No script compares times of sessions: workers observe heartbeat counters. Scripts that move several
-messages end after 4 MiB and report that there is more, so that Redis serves other clients. All have
-the flag ``allow-oom``: a full Redis refuses every other command that moves a message.
+messages end after 4 MiB and report that there is more, so that Redis serves other clients; the
+script that settles does not. All have the flag ``allow-oom``: a full Redis refuses every other
+command that moves a message.
 """
 
 from __future__ import annotations
@@ -145,7 +149,7 @@ class Disposition:
 
 
 class Claims:
-    """The scripts as typed methods. Each is sent once, and raises the errors of redis-py.
+    """The scripts as typed methods. No script is retried. Each method raises redis.RedisError.
 
     A *session* is one worker process on one connection, identified by a random name. A delivery tag
     is valid only together with the session that claimed it.
@@ -249,7 +253,8 @@ class Claims:
                 used them before.
             room: Messages at most.
             size: Bytes after which no more is claimed.
-            small: Bytes of the largest small message. Small and large messages are claimed apart.
+            small: Bytes of the largest small message. Small and large ones are never claimed
+                together.
             largest: Bytes of the largest message that is claimed. Larger ones are moved to the
                 low-priority lane of their queue, so that others pass them. Large messages of that
                 lane are claimed first.

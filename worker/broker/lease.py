@@ -43,7 +43,7 @@ _EXPIRED_AFTER = 2
 """Lease TTLs without a heartbeat after which a session's messages are requeued."""
 
 _SILENT_LOOP_SECONDS = 120.0
-"""Seconds after which a main loop that has not turned is stuck: its lease is no longer renewed."""
+"""Seconds without an iteration of the event loop after which the lease is not renewed."""
 
 _EXIT_SECONDS = 2.0
 """Seconds in which the main process ends by itself after its pool processes were killed."""
@@ -235,7 +235,7 @@ class Lease:
         return list(self._deliveries.values())  # in one step: the lease's thread removes some
 
     def may_claim_from_lane(self, processes: int) -> bool:
-        """Report whether a message may be claimed of which no wait for a queue reports.
+        """Report whether a message in a low-priority lane, or an isolated one, may be claimed.
 
         Args:
             processes: Pool processes, including busy ones.
@@ -256,7 +256,7 @@ class Lease:
         return isinstance(error, ReadOnlyError) or self._clock() > since + _NOT_RENEWED_SECONDS
 
     def loop_turned(self) -> None:
-        """Record that the main loop has turned."""
+        """Record an iteration of the event loop."""
         self._loop_turned = self._clock()
 
     # --- Settling -------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class Lease:
             try:
                 self._send_settled()
             except RedisError as error:
-                logger.warning("settlements delayed, Redis is away: %s", error)
+                logger.warning("settlements delayed, Redis is unavailable: error=%s", error)
 
     def _send_settled(self) -> None:
         settled = {  # the oldest last: the last requeued message is claimed next
@@ -322,11 +322,11 @@ class Lease:
                 assert self._claims is not None  # noqa: S101 - set by open()
                 self._claims.close(self._session)
             except RedisError as error:
-                logger.warning("jobs are requeued when the lease expires: %s", error)
+                logger.warning("jobs are requeued when the lease expires: error=%s", error)
             self._deliveries.clear()
 
     def _end(self) -> None:
-        """Requeue what did not finish within the grace, and end the pool and the worker."""
+        """Force the shutdown: requeue unfinished jobs, kill the pool and exit."""
         logger.warning(
             "grace over, running jobs are requeued: deliveries=%d", len(self._deliveries)
         )

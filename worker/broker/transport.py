@@ -31,9 +31,9 @@ from worker.settings import Settings
 logger = get_logger(__name__)
 
 _RESERVED = (PREFIX, result_key(""), "_kombu.", "unacked")
-"""Beginnings of keys that no message may be published to: the protocol's, results, kombu's."""
+"""Reserved prefixes of keys, to which no message is published: claims, results, kombu's."""
 
-_REFUSED_SECONDS = 1.0  # before a server that takes no writes is connected to again
+_REFUSED_SECONDS = 1.0  # before reconnecting to a server that refuses writes
 
 
 CLIENT_NAME = "interview-access-worker"
@@ -62,7 +62,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             **_sentinels(results),
             "connection": {
                 **({} if results.path else KEEPALIVE),
-                # Of rediss:// Celery's backend learns by the URL.
+                # The backend parses the options of a rediss:// URL by itself.
                 **(results.connection_options if results.master_name else {}),
             },
         },
@@ -172,7 +172,7 @@ class _TolerantChannel:
             try:
                 super()._queue_bind(exchange, *args)  # type: ignore[misc] # kombu's
             except OutOfMemoryError as error:
-                logger.warning("Redis is full, remote control may not reply: %s", error)
+                logger.warning("Redis is full, remote control may not reply: error=%s", error)
 
     def _size(self: Any, queue: str) -> int:
         try:

@@ -52,7 +52,7 @@ def grant(
     """Enqueue a job that grants a user access to interviews, and print its ID.
 
     With --wait, standard output gets the result as a line of JSON, and standard error the rest. The
-    exit status is 0 on success, 1 if the job failed, 2 for a wrong call, and 3 if there was no
+    exit status is 0 on success, 1 if the job failed, 2 for a usage error, and 3 if there was no
     result in time or Redis is unavailable.
     """
     if bool(interview_ids) == bool(file):

@@ -32,7 +32,7 @@ def _job_id(_: object, __: object, job_id: str) -> str:
 @click.argument("job_id", callback=_job_id)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def status(job_id: str, *, as_json: bool) -> None:
-    """Report a job's state and result, from the ledger, the result backend and its announcement.
+    """Report a job's state and result, from the ledger, the results and its announcement.
 
     The exit status is 0 in every state, and 3 if Redis or PostgreSQL is unavailable.
     """

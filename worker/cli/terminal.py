@@ -9,7 +9,7 @@ import click
 from interview_access.errors import shortened
 
 FAILED, UNAVAILABLE = 1, 3
-"""Exit statuses. 0 is success, and 2 is click's for a wrong call."""
+"""Exit statuses. 0 is success, and 2 is click's for a usage error."""
 
 VALUE_CHARACTERS = 2_000
 """Characters of a value that are printed."""

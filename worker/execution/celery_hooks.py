@@ -170,7 +170,9 @@ def _refuse_builtin_tasks(embedded: Any) -> None:
     if isinstance(embedded, dict):
         task = embedded.get("task")
         if isinstance(task, str) and task.startswith("celery.") and task not in _CANVAS:
-            raise CallbackRefusedError(f"task: expected a task of yours, got {task[:100]!r}")
+            raise CallbackRefusedError(
+                f"task: expected a task of an application, got {task[:100]!r}"
+            )
     for one in embedded.values() if isinstance(embedded, dict) else embedded:
         if isinstance(one, dict | list):
             _refuse_builtin_tasks(one)

@@ -61,7 +61,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     """Celery's consumer, which keeps running jobs when it loses its connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Start without gossip, which nothing uses and each worker receives from all others."""
+        """Disable gossip: it is unused, and its traffic grows with the number of workers."""
         super().__init__(*args, **(kwargs | {"without_gossip": True}))
         self._events_due = 0.0
 
@@ -71,7 +71,7 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Log the cause; Celery logs its class, and warns of a setting that is set."""
-        logger.warning("connection to Redis lost: %s", exc)
+        logger.warning("connection to Redis lost: error=%s", exc)
         with warnings.catch_warnings(action="ignore", category=PendingDeprecationWarning):
             super().on_connection_error_after_connected(exc)
 
@@ -151,15 +151,17 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             dispatcher.send(kind, **fields)
 
     def _on_free(self) -> None:
-        """Claim for a free pool process, in the loop: Celery swallows exceptions raised here."""
+        """Schedule a claim on the event loop: callbacks of the pool swallow exceptions."""
         if self._hub and not self.lease.is_draining:
             self._hub.call_soon(self._pump)
 
     def _on_tick(self) -> None:
         self.lease.loop_turned()
         assert self._wait  # noqa: S101 - set by start()
-        if self._wait.is_lost(_LOST_SECONDS) or self.lease.is_lost:
-            raise RedisConnectionError("no reply from Redis, or none that renews the lease")
+        if self._wait.is_lost(_LOST_SECONDS):
+            raise RedisConnectionError(f"no reply to a wait for {_LOST_SECONDS:.0f} s")
+        if self.lease.is_lost:
+            raise RedisConnectionError("the lease was not renewed for seconds")
         if self._wait.seconds is None or self.lease.has_more:
             self._pump()
 
@@ -229,7 +231,9 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             self._is_refused = False
         except QueueWaitRefusedError as error:
             if not self._is_refused:
-                logger.warning("Redis refuses to wait for jobs, polling once a second: %s", error)
+                logger.warning(
+                    "Redis refuses to wait for jobs, polling once a second: error=%s", error
+                )
             has_message, self._is_refused = False, True
             self._refused_until = time.monotonic() + _TICK_SECONDS
         if has_message is None:

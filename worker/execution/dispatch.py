@@ -220,7 +220,7 @@ def _logged(callback: Callable[..., object]) -> Callable[..., object]:
         try:
             callback(*args)
         except Exception:
-            logger.exception("defect in a callback of the pool")
+            logger.exception("unexpected exception in a callback of the pool")
             raise
 
     return logged

@@ -98,7 +98,7 @@ def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
         except MemoryError:
             raise
         except Exception as error:
-            logger.exception("defect in the execution of a batch: jobs=%d", len(runs))
+            logger.exception("unexpected exception in a batch: jobs=%d", len(runs))
             settlements = [_settlement_of_defect(app, run, error) for run in runs]
             return BatchReport(settlements, None, has_success=False)
 
@@ -222,7 +222,9 @@ def _settlement(app: Celery, run: JobRun, stored: Collection[str], seconds: floa
     except MemoryError:
         raise
     except Exception as error:
-        logger.exception("defect after the transaction of a job: job=%s", run.delivery.job_id)
+        logger.exception(
+            "unexpected exception after a job's transaction: job=%s", run.delivery.job_id
+        )
         return _settlement_of_defect(app, run, error)
 
 
@@ -230,7 +232,7 @@ def _settlement_of_defect(app: Celery, run: JobRun, error: Exception) -> Settlem
     if run.delivery.retries < app.task_dependencies.retry_limit:
         delay = _back_off(run.delivery, app.task_dependencies)
         return Settlement(Disposition(Action.RETRY, delay=delay), ())
-    return Settlement(_dead_letter(run, f"A defect: {type(error).__name__}"), ())
+    return Settlement(_dead_letter(run, f"Unexpected error: {type(error).__name__}"), ())
 
 
 def _settlement_of_end(

@@ -243,8 +243,8 @@ class JobRequest:
             if claim.attempts > limits.attempts:
                 self._body = None
             return JobFailedError(
-                f"The job ended its worker's process {claim.attempts} times, by its size perhaps, "
-                "or exceeded its time limit; it is not tried again.",
+                f"The job's process ended in {claim.attempts} attempts (out of memory, a crash or "
+                "the time limit). It is not retried: send the request under a new job ID.",
                 {"total": 1, "attempts": claim.attempts},
             )
         if self._is_revoked:
@@ -362,7 +362,7 @@ def _time_limits(headers: dict[str, Any]) -> list[float]:
         case [hard, soft]:
             limits = [one for one in (hard, soft) if one is not None]
         case odd:
-            raise UnreadableMessageError(f"timelimit: expected two, got {describe(odd)}")
+            raise UnreadableMessageError(f"timelimit: expected [hard, soft], got {describe(odd)}")
     for one in limits:
         is_number = isinstance(one, int | float) and not isinstance(one, bool)
         if not (is_number and 0 < one <= _LONGEST_LIMIT_SECONDS):

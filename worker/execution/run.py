@@ -1,4 +1,4 @@
-"""One job on its way through a pool process."""
+"""The state of one delivery while a pool process executes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of the command line and settings of Celery under which the promises do not hold."""
+"""Options of the command line and settings of Celery that the guarantees exclude."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REQUIRED = {
 
 
 def check_options(worker: Any) -> None:
-    """Refuse options of the command line and settings of Celery that break the promises.
+    """Refuse options of the command line and settings of Celery that break the guarantees.
 
     Args:
         worker: Celery's, before its pool exists.

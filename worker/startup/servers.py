@@ -1,7 +1,7 @@
 """What a worker verifies of PostgreSQL and Redis.
 
 An unreachable server does not stop the worker, which waits for it as the jobs do. A server that
-refuses the worker, or on which the promises do not hold, stops it with one sentence.
+refuses the worker, or does not meet the requirements, stops it with one sentence.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def check_servers(settings: Settings) -> None:
     A server that cannot be reached, and a setting of Redis that risks jobs, is a warning.
 
     Raises:
-        StartupError: if a server refuses the worker or cannot keep its promises.
+        StartupError: if a server refuses the worker or does not meet the requirements.
     """
     _check_database(settings.database_url)
     if settings.results == settings.broker:

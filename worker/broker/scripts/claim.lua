@@ -56,7 +56,7 @@ local function take(list, queue, message, digest)
     done = #claimed > room * 6 or bytes <= 0 or (has_large and large_bytes <= 0)
 end
 
--- Large and small messages are claimed apart; the first large one may be as large as any.
+-- Large and small messages are never claimed together; the first large one may exceed the budget.
 local function fits(message)
     if #message <= small then return not has_large end
     return #message <= largest and (#claimed == 3 or (has_large and #message <= large_bytes))
