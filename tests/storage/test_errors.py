@@ -11,9 +11,7 @@ from sqlalchemy import make_url
 from storage.errors import JobBusyError, LedgerError, StorageError
 from storage.interface import Storage
 from storage.postgres import PostgresStorage, PostgresTransaction
-from tests.storage.transactions import (
-    failing_transaction,
-)
+from tests.storage.transactions import failing_transaction
 from tests.support.database import role
 from tests.support.stores import PostgresStore
 

@@ -10,12 +10,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
-from storage.schema import (
-    DatabaseUnavailableError,
-    DuplicateGrantsError,
-    check_schema,
-    migrate,
-)
+from storage.schema import DatabaseUnavailableError, DuplicateGrantsError, check_schema, migrate
 from tests.storage.migrations import (
     BUILD_WAITS,
     GRANTS,

@@ -7,21 +7,10 @@ from uuid import uuid4
 
 import pytest
 
-from storage.dtos import (
-    RequestedGrantsDTO,
-    UserInterviewAccessDTO,
-)
+from storage.dtos import RequestedGrantsDTO, UserInterviewAccessDTO
 from storage.errors import StorageError
-from tests.storage.transactions import (
-    create_grants,
-    failing_transaction,
-)
-from tests.support.stores import (
-    CHUNK_SIZE,
-    Background,
-    PostgresStore,
-    Store,
-)
+from tests.storage.transactions import create_grants, failing_transaction
+from tests.support.stores import CHUNK_SIZE, Background, PostgresStore, Store
 
 UNUSUAL_USER_IDS = [
     "bad,user",

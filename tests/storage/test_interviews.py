@@ -6,15 +6,8 @@ from datetime import timedelta
 from uuid import uuid4
 
 from storage.errors import StorageError
-from tests.storage.transactions import (
-    an_attempt,
-    failing_transaction,
-)
-from tests.support.stores import (
-    Background,
-    Store,
-    an_interview,
-)
+from tests.storage.transactions import an_attempt, failing_transaction
+from tests.support.stores import Background, Store, an_interview
 
 
 class TestGetInterviewDetails:

@@ -6,25 +6,12 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from storage.dtos import (
-    RequestedGrantsDTO,
-)
+from storage.dtos import RequestedGrantsDTO
 from storage.errors import JobBusyError, LedgerConflictError, StorageError
 from storage.postgres import DatabaseLimits, PostgresStorage
-from tests.storage.transactions import (
-    can_lock,
-    failing_transaction,
-    finished,
-    lock,
-)
+from tests.storage.transactions import can_lock, failing_transaction, finished, lock
 from tests.support.database import role
-from tests.support.stores import (
-    PATIENCE_SECONDS,
-    Background,
-    PostgresStore,
-    Store,
-    until,
-)
+from tests.support.stores import PATIENCE_SECONDS, Background, PostgresStore, Store, until
 
 
 class TestLockJobs:

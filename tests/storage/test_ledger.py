@@ -21,11 +21,7 @@ from tests.storage.transactions import (
     finished,
     ledger_entry,
 )
-from tests.support.stores import (
-    Background,
-    PostgresStore,
-    Store,
-)
+from tests.support.stores import Background, PostgresStore, Store
 
 
 class TestFindJobs:

@@ -21,11 +21,7 @@ from storage.connections import open_engine, parsed
 from storage.errors import LedgerConflictError, StorageError
 from storage.migrations import locks
 from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
-from tests.storage.transactions import (
-    failing_transaction,
-    finish,
-    finished,
-)
+from tests.storage.transactions import failing_transaction, finish, finished
 from tests.support.database import role
 from tests.support.relay import Pair, SocketRelay
 from tests.support.stores import PATIENCE_SECONDS, Background, PostgresStore, until
@@ -42,7 +38,7 @@ class Relay(SocketRelay):
         self.port: int = listener.getsockname()[1]
         super().__init__(Path(server), listener)
 
-    def forget(self) -> None:
+    def drop_data(self) -> None:
         """Drop all further data of the present connections, and close none."""
         self._generation += 1
 
@@ -66,14 +62,13 @@ class Relay(SocketRelay):
             self.disconnect(pair)
 
 
-_SESSION = re.compile(rb"(K\0\0\0\x0c)....", re.DOTALL)
+_BACKEND_KEY_DATA = re.compile(rb"(K\0\0\0\x0c)....", re.DOTALL)
 """PostgreSQL's BackendKeyData message, with the process ID of the session."""
 
+_OTHER_PROCESS = (1).to_bytes(4)
+"""The process ID that is reported instead."""
 
-_ANOTHER = (1).to_bytes(4)
-
-
-_READY = b"Z\0\0\0\x05I"
+_READY_FOR_QUERY = b"Z\0\0\0\x05I"
 """PostgreSQL's ReadyForQuery message outside a transaction."""
 
 
@@ -101,17 +96,18 @@ class Pooler(SocketRelay):
         def replies() -> None:
             with contextlib.suppress(OSError):
                 while data := server.recv(65_536):
-                    if _READY in data:
+                    if _READY_FOR_QUERY in data:
                         is_ready.set()
-                    client.sendall(_SESSION.sub(lambda found: found[1] + _ANOTHER, data))
+                    client.sendall(
+                        _BACKEND_KEY_DATA.sub(lambda found: found[1] + _OTHER_PROCESS, data)
+                    )
             self.disconnect(pair)
 
         return requests, replies
 
 
-LOOK = 0.3
+CHECK_SECONDS = 0.3
 """Short time limit for a missing reply, in seconds."""
-
 
 SLEEP = "SELECT 7 FROM pg_sleep(%(seconds)s)"
 
@@ -158,14 +154,14 @@ class TestLostConnection:
     def test_connection_lost_between_transactions_is_replaced(self, network: Network) -> None:
         """The next transaction begins on a new connection."""
         finish(network.storage, finished("a"))
-        network.relay.forget()
+        network.relay.drop_data()
         assert network.storage.get_finished_job("a") == finished("a")
 
     def test_connection_lost_within_a_transaction_is_an_outage(self, network: Network) -> None:
         """The transaction fails, and the next one works."""
         with failing_transaction(StorageError, network.storage) as transaction:
             transaction.find_jobs(["a"])
-            network.relay.forget()
+            network.relay.drop_data()
             with pytest.raises(StorageError, match="no reply") as caught:
                 transaction.record_jobs([finished("a")])
             raise caught.value
@@ -176,7 +172,7 @@ class TestLostConnection:
         """A COMMIT without a reply is an error; the ledger shows that it was not committed."""
         with failing_transaction(StorageError, network.storage) as transaction:
             transaction.record_jobs([finished("a")])
-            network.relay.forget()
+            network.relay.drop_data()
         assert network.storage.get_finished_job("a") is None
 
     def test_running_statement_is_not_interrupted(self, network: Network) -> None:
@@ -229,14 +225,14 @@ class TestLostConnection:
         """A refused second connection, as at a role's connection limit, counts as a reply."""
         with role(postgres.database_url) as url:
             postgres.execute(f"ALTER ROLE {make_url(url).username} CONNECTION LIMIT 1")
-            storage = PostgresStorage(url, limits=DatabaseLimits(check=LOOK))
+            storage = PostgresStorage(url, limits=DatabaseLimits(check=CHECK_SECONDS))
             with storage.transaction() as transaction:
-                assert transaction.value(SLEEP, {"seconds": 8 * LOOK}) == 7
+                assert transaction.value(SLEEP, {"seconds": 8 * CHECK_SECONDS}) == 7
             storage.close()
 
     def test_a_frozen_session_on_a_unix_socket_is_lost(self, postgres: PostgresStore) -> None:
         """A session that reads nothing is detected where no TCP timeout applies."""
-        storage = PostgresStorage(postgres.database_url, limits=DatabaseLimits(check=LOOK))
+        storage = PostgresStorage(postgres.database_url, limits=DatabaseLimits(check=CHECK_SECONDS))
         with failing_transaction(StorageError, storage) as transaction:
             assert isinstance(transaction, PostgresTransaction)
             pid = transaction.value("SELECT pg_backend_pid()", None)
@@ -259,11 +255,11 @@ class TestPooler:
         self, pooler: Pooler, pooled_url: str
     ) -> None:
         """A second connection without a reply does not mean that the first one is lost."""
-        storage = PostgresStorage(pooled_url, limits=DatabaseLimits(check=LOOK))
+        storage = PostgresStorage(pooled_url, limits=DatabaseLimits(check=CHECK_SECONDS))
         with storage.transaction() as transaction:
             transaction.find_cancelled_jobs(["a"])
             pooler.is_saturated = True
-            assert transaction.value(SLEEP, {"seconds": 8 * LOOK}) == 7
+            assert transaction.value(SLEEP, {"seconds": 8 * CHECK_SECONDS}) == 7
         storage.close()
 
     def test_connecting_through_a_paused_pooler_fails(
@@ -271,7 +267,9 @@ class TestPooler:
     ) -> None:
         """A paused pooler does not block a worker's start or a migration forever."""
         pooler.is_saturated = True
-        engine = open_engine(parsed(pooled_url), application_name="test", check_seconds=LOOK)
+        engine = open_engine(
+            parsed(pooled_url), application_name="test", check_seconds=CHECK_SECONDS
+        )
         with pytest.raises(OperationalError, match="no reply"):
             engine.connect()
 
@@ -287,14 +285,14 @@ class TestPooler:
         engine = open_engine(
             parsed(pooled_url),
             application_name="test",
-            check_seconds=LOOK,
+            check_seconds=CHECK_SECONDS,
             poolclass=NullPool,
             execution_options={"isolation_level": "AUTOCOMMIT"},
         )
         with engine.connect() as connection:
             with locks.transaction(connection):
-                connection.exec_driver_sql(f"SELECT pg_sleep({4 * LOOK})")
-            locks.run_concurrently(connection, f"SELECT pg_sleep({4 * LOOK})", "index")
+                connection.exec_driver_sql(f"SELECT pg_sleep({4 * CHECK_SECONDS})")
+            locks.run_concurrently(connection, f"SELECT pg_sleep({4 * CHECK_SECONDS})", "index")
 
 
 def recorded_before(storage: PostgresStorage, job_id: str) -> bool:

@@ -18,18 +18,9 @@ from storage.errors import StorageError
 from storage.interface import Storage
 from storage.postgres.notifications import SLEEP_LOCK
 from storage.postgres.outbox import LOCK_DUE_REQUESTS
-from tests.storage.transactions import (
-    a_request,
-    finish,
-    finished,
-)
+from tests.storage.transactions import a_request, finish, finished
 from tests.support.database import connected
-from tests.support.stores import (
-    Background,
-    PostgresStore,
-    Store,
-    until,
-)
+from tests.support.stores import Background, PostgresStore, Store, until
 
 
 class TestRequests:

@@ -22,18 +22,9 @@ from storage.dtos import (
 )
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
-from storage.schema import (
-    DatabaseUnavailableError,
-    SchemaMismatchError,
-    check_schema,
-)
+from storage.schema import DatabaseUnavailableError, SchemaMismatchError, check_schema
 from storage.schema.privileges import NEEDED
-from tests.storage.migrations import (
-    GRANTS,
-    KEY,
-    add_interviews,
-    migrated,
-)
+from tests.storage.migrations import GRANTS, KEY, add_interviews, migrated
 from tests.support.database import connected, role
 from tests.support.database import database as temporary_database
 from tests.support.platform import CHECKOUT, Database

@@ -8,10 +8,7 @@ from uuid import uuid4
 import pytest
 
 from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, RequestedGrantsDTO
-from tests.storage.transactions import (
-    finish,
-    finished,
-)
+from tests.storage.transactions import finish, finished
 from tests.support.stores import PostgresStore, an_interview
 
 NOON = datetime(2024, 2, 29, 12, 0, 0, 123456, tzinfo=UTC)

@@ -7,10 +7,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from storage.dtos import (
-    FinishedJobDTO,
-    RequestedGrantsDTO,
-)
+from storage.dtos import FinishedJobDTO, RequestedGrantsDTO
 from storage.errors import StorageError
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tests.storage.transactions import (
@@ -21,11 +18,7 @@ from tests.storage.transactions import (
     finished,
     lock,
 )
-from tests.support.stores import (
-    Background,
-    PostgresStore,
-    Store,
-)
+from tests.support.stores import Background, PostgresStore, Store
 
 
 class TestTransaction:

@@ -1,4 +1,4 @@
-"""Temporary databases and roles, and connections to them."""
+"""Temporary databases, roles and connections for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, create_engine, make_url, text
 
 @contextmanager
 def connected(database_url: str, *, autocommit: bool = False) -> Iterator[Connection]:
-    """A connection outside of a pool; at the end it is rolled back and closed."""
+    """Open a connection and close it at the end, with a rollback of uncommitted changes."""
     engine = create_engine(
         database_url, isolation_level="AUTOCOMMIT" if autocommit else "READ COMMITTED"
     )
@@ -24,7 +24,7 @@ def connected(database_url: str, *, autocommit: bool = False) -> Iterator[Connec
 
 @contextmanager
 def database(server_url: str, *, template: str = "template0", options: str = "") -> Iterator[str]:
-    """The URL of a new database on the server, which is dropped at the end with all connections."""
+    """Create a database and drop it at the end, also if clients are connected. Yields its URL."""
     name = f"test_{uuid4().hex}"
     with connected(server_url, autocommit=True) as connection:
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} {options}"))
@@ -37,7 +37,7 @@ def database(server_url: str, *, template: str = "template0", options: str = "")
 
 @contextmanager
 def role(database_url: str, *grants: str) -> Iterator[str]:
-    """The database's URL for a new role; privileges have the form ``SELECT ON some_table``."""
+    """Create a role with privileges such as ``SELECT ON some_table``. Yields the URL with it."""
     name = f"role_{uuid4().hex}"
     with connected(database_url, autocommit=True) as connection:
         connection.execute(text(f"CREATE ROLE {name} LOGIN"))
