@@ -1,4 +1,4 @@
-# Each target creates the environment that it needs. Required: python3 (3.11 or newer, with venv), make, git.
+# Each target creates the environment that it needs. It requires python3 (3.11 or newer, with venv), make, git.
 # `make help` prints the lines that begin with "#:" and the text behind "##".
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -8,7 +8,7 @@ LOCKS := requirements.lock requirements-dev.lock
 PYTHON ?= python3
 #: PYTEST_WORKERS=2           processes of `make test` (6)
 PYTEST_WORKERS ?= 6
-#: BENCH="small --runs 5"     parts and options of `make bench` and `make bench-full` (all their parts)
+#: BENCH="small --runs 5"     parts and options of `make bench` and `make bench-full` (all parts)
 BENCH ?=
 #: CHAOS="--seed 7"           options of the fault injection in `make chaos` (seed 1)
 CHAOS ?=
@@ -51,10 +51,10 @@ fuzz: .venv/ready ## send 200,000 messages of every kind (30 min)
 soak: .venv/ready ## send 100,000 jobs from one process; run the quick benchmarks (10 min)
 	@$(BIN)/python -m pytest -q -s tests/client/slow_client.py tests/slow_benchmarks.py
 
-bench: .venv/ready ## measure the main figures, beside COPY and bare Celery (5 min)
+bench: .venv/ready ## measure the main figures, and compare with COPY and a bare Celery task (5 min)
 	@$(BIN)/python -m benchmarks $(or $(BENCH),--quick)
 
-bench-full: .venv/ready .venv/bench/ready ## measure all figures, also other queues; write charts and results page (2 h)
+bench-full: .venv/ready .venv/bench/ready ## measure everything, also other queues; write the charts and the results page (2 h)
 	@touch .venv/bench/begun
 	@$(BIN)/python -m benchmarks $(BENCH)
 	@test ! benchmarks/results.json -nt .venv/bench/begun \

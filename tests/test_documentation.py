@@ -1,4 +1,4 @@
-"""Links between Markdown files, and the output of `make help`."""
+"""Markdown files: their links, the paths and settings that they name; and `make help`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 CALLERS = (".ci/run", ".pre-commit-config.yaml", ".github/workflows/ci.yml")
@@ -87,6 +89,47 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert broken_links(page, tmp_path) == ["missing.md", "#four", "missing.svg"]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_named_test_exists(page: Path) -> None:
+    """A file or folder of tests in a code span exists under that path."""
+    spans = {token.content for token in tokens(page) if token.type == "code_inline"}
+    named = {span for span in spans if re.fullmatch(r"(tests/)?[\w/]+\.py|tests/[\w/]+", span)}
+    tests = {span for span in named if re.match(r"tests/|(test|slow)_", span)}
+    assert [name for name in sorted(tests) if not (ROOT / name).exists()] == []
+
+
+def test_the_index_links_every_page() -> None:
+    """docs/README.md links every other page of docs/."""
+    folder = ROOT / "docs"
+    index = folder / "README.md"
+    linked = {(folder / link).resolve() for link in links(index)}
+    assert {page for page in folder.rglob("*.md") if page != index} <= linked
+
+
+def test_the_readme_is_short() -> None:
+    """The README has fewer than 200 lines; the rest is in docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_the_configuration_is_that_of_the_settings() -> None:
+    """docs/configuration.md lists every variable with its default and its limits."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (\S+)[^|]* \| ([^|]+) \|.*\|$", text, re.MULTILINE)
+    fields = Settings.model_fields
+    assert sorted(name for name, _, _ in rows) == sorted(name.upper() for name in fields)
+    for name, default, allowed in rows:
+        field = fields[name.lower()]
+        if field.is_required():
+            assert default == "required"
+        elif isinstance(field.default, int | float):
+            assert float(default) == field.default
+            limits = {
+                type(one).__name__: getattr(one, type(one).__name__.lower())
+                for one in field.metadata
+            }
+            assert allowed == f"{limits['Ge']:,} to {limits['Le']:,}"
 
 
 def test_make_help_describes_every_target() -> None:
