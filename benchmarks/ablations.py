@@ -105,7 +105,7 @@ def _text(statement: str) -> TextClause:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ablation:
+class Ablation:
     """An optimization of the storage that can be disabled.
 
     Attributes:
@@ -122,27 +122,27 @@ class _Ablation:
 
 
 ABLATIONS = [
-    _Ablation("IDs as a list of strings", _ids_as(list)),
-    _Ablation("IDs as a text literal", _ids_as(_text_literal)),
-    _Ablation(
+    Ablation("IDs as a list of strings", _ids_as(list)),
+    Ablation("IDs as a text literal", _ids_as(_text_literal)),
+    Ablation(
         "always ON CONFLICT",
         _strategies(dict.fromkeys((INSERT_ALL, INSERT_MISSING), INSERT_IF_ABSENT)),
         *(_MANY, True),
     ),
-    _Ablation(
+    Ablation(
         "missing grants looked up for new users too",
         _strategies({INSERT_ALL: INSERT_MISSING}),
         *(_MANY, True),
     ),
-    _Ablation(
+    Ablation(
         "missing grants never looked up",
         _strategies({INSERT_MISSING: INSERT_IF_ABSENT}),
         *(_MANY, True),
     ),
-    _Ablation("no look for all granted", _no_shortcut, _MANY, is_about_granted=True),
-    _Ablation("plans not for these arrays", _no_own_plans, _MANY, is_about_granted=True),
-    _Ablation("enable_seqscan and jit not set", _no_planner_settings, is_about_granted=True),
-    _Ablation("statements compiled by text()", _compiled_statements),
+    Ablation("no look for all granted", _no_shortcut, _MANY, is_about_granted=True),
+    Ablation("plans not for these arrays", _no_own_plans, _MANY, is_about_granted=True),
+    Ablation("enable_seqscan and jit not set", _no_planner_settings, is_about_granted=True),
+    Ablation("statements compiled by text()", _compiled_statements),
 ]
 
 
@@ -189,7 +189,7 @@ class _Transactions:
         return f"{jobs}, {self.granted:.0%} granted"
 
     @property
-    def ablations(self) -> Sequence[_Ablation]:
+    def ablations(self) -> Sequence[Ablation]:
         """The ablations that affect these transactions."""
         return [
             one
