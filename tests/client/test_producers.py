@@ -92,7 +92,7 @@ def url(port: int) -> str:
 
 def test_the_client_package(here: Site, url: str) -> None:
     """Both clients enqueue a job, wait for it and read its status."""
-    blocking, asyncio = blocks("Python, with our package", "python")
+    blocking, asyncio = blocks("Python, with the client package", "python")
     assert run(PYTHON, blocking, url) == ["1 created", "succeeded", "succeeded"]
     assert run(PYTHON, asyncio, url) == [
         "{'success': True, 'created_access_count': 1}",
@@ -212,7 +212,7 @@ def test_the_redis_users_have_sufficient_permissions(here: Site, url: str) -> No
     names = [re.findall(r"SETUSER (\w+)", block)[0] for block in (ours, plain, celery)]
     client, pusher, sender = (f"{name}:secret" for name in names)
     try:
-        sections = "Python, with our package", "Thousands of jobs at once"
+        sections = "Python, with the client package", "Thousands of jobs at once"
         for block in (block for section in sections for block in blocks(section, "python")):
             run(PYTHON, block, url.replace("//", f"//{client}@"))
         push, get, announced = blocks("Any Redis client", "redis")
