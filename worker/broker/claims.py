@@ -170,7 +170,6 @@ class Claims:
 
         self._open = script("open")
         self._renew = script("renew")
-        self._claimed_tags = script("claimed_tags")
         self._claim = script("claim")
         self._settle = script("settle")
         self._wake = script("wake")
@@ -225,7 +224,8 @@ class Claims:
 
     def claimed_tags(self, session: str) -> set[str]:
         """Return the delivery tags of a session's claims, as stored in Redis."""
-        return {tag.decode() for tag in self._run(self._claimed_tags, session)}
+        tags: Any = self._client.hkeys(f"{self._prefix}held:{session}")
+        return {tag.decode() for tag in tags}
 
     def claim(
         self,
