@@ -61,7 +61,8 @@ class OutboxRelay(BackgroundService):
                     self.pause(_PAUSE_SECONDS)  # others have locked what is due
                 return
             self._query_at = time.monotonic() + _QUERY_SECONDS
-        is_added = storage.wait_for_requests(_SEEN_SECONDS, self.wakeup)
+        until_query = max(self._query_at - time.monotonic(), 0.0)
+        is_added = storage.wait_for_requests(min(_SEEN_SECONDS, until_query), self.wakeup)
         if is_added is None:
             self.pause(_PAUSE_SECONDS)
         if is_added is not False:
