@@ -94,10 +94,7 @@ def _row(
     user_id: str | UUID, interview_ids: Iterable[str | UUID], job_id: str | None
 ) -> dict[str, object]:
     job_id = str(uuid4()) if job_id is None else job_id
-    if not _JOB_ID.fullmatch(job_id):
-        raise ValueError(
-            f"job id: expected 1 to 255 printable ASCII characters, got {describe(job_id)}"
-        )
+    _check_job_id(job_id)
     given = {"user_id": user_id, "interview_ids": as_texts(interview_ids)}
     request = GrantAccessRequest.read((), given, max_interview_ids=sys.maxsize)
     return {
@@ -105,3 +102,11 @@ def _row(
         "user_id": request.user_id,
         "interview_ids": list(request.interview_ids),
     }
+
+
+def _check_job_id(job_id: object) -> None:
+    if not (isinstance(job_id, str) and _JOB_ID.fullmatch(job_id)):
+        raise ValueError(
+            f"job id: expected 1 to {MAX_JOB_ID_LENGTH} printable ASCII characters, "
+            f"got {describe(job_id)}"
+        )

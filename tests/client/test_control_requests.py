@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
 from interview_access.contracts import CONTROL_QUEUE, result_key
-from interview_access.errors import NoAnswerInTimeError
+from interview_access.errors import JobFailedError, NoAnswerInTimeError
 from redis import Redis
 
 from tests.support.clients import Client
-from tests.support.stores import Background
+from tests.support.stores import Background, until
 
 
 @pytest.mark.parametrize("call", ["status", "cancel"])
@@ -77,3 +78,71 @@ def test_progress_in_an_unknown_form_is_ignored(redis: Redis, client: Client) ->
     redis.set(result_key("odd"), json.dumps(meta))
     with pytest.raises(NoAnswerInTimeError, match="its state is PROGRESS"):
         client.wait("odd", timeout=0.05, on_progress=print)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"status": "SUCCESS"},
+        {"status": "SUCCESS", "result": 7},
+        {"status": "SUCCESS", "result": None},
+        {"status": "SUCCESS", "result": [1]},
+        {"status": "FAILURE"},
+        {"status": "REVOKED", "result": [[]]},
+    ],
+    ids=str,
+)
+def test_a_malformed_final_state_is_a_job_failed_error(
+    redis: Redis, client: Client, meta: dict[str, Any]
+) -> None:
+    """Waiting ends with JobFailedError if the result of a final state is malformed."""
+    redis.set(result_key("odd"), json.dumps(meta))
+    with pytest.raises(JobFailedError, match=r"failed|malformed"):
+        client.wait("odd", timeout=5)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"",
+        b"\xff\xfe",
+        b"{",
+        b"[" * 100_000,
+        b"null",
+        b"[]",
+        b"7",
+        b"{}",
+        b'{"status": null}',
+        b'{"status": []}',
+        b'{"status": {}, "queue": []}',
+    ],
+    ids=lambda stored: repr(stored[:20]),
+)
+def test_a_value_that_is_not_a_state_counts_as_nothing(
+    redis: Redis, client: Client, stored: bytes
+) -> None:
+    """Waiting goes on if the value of the result key is not a state that Celery stores."""
+    redis.set(result_key("odd"), stored)
+    with pytest.raises(NoAnswerInTimeError, match="nothing is stored of it"):
+        client.wait("odd", timeout=0.05)
+
+
+def test_progress_without_a_result_is_ignored(redis: Redis, client: Client) -> None:
+    """Waiting goes on if the stored progress has no numbers."""
+    redis.set(result_key("odd"), json.dumps({"status": "PROGRESS"}))
+    with pytest.raises(NoAnswerInTimeError, match="its state is PROGRESS"):
+        client.wait("odd", timeout=0.05, on_progress=print)
+
+
+def test_a_result_is_returned_although_no_worker_replies(redis: Redis, client: Client) -> None:
+    """A result that is stored while a status is awaited is returned about a second later."""
+
+    def store_result() -> None:
+        until(lambda: redis.llen(CONTROL_QUEUE) == 1)
+        redis.set(result_key("one"), json.dumps({"status": "SUCCESS", "result": {"n": 1}}))
+
+    storing = Background(store_result)
+    before = time.monotonic()
+    assert client.wait("one", timeout=30) == {"n": 1}
+    assert time.monotonic() - before < 3
+    storing.result()

@@ -6,7 +6,6 @@ Redis is in the ledger.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,11 +31,12 @@ from interview_access.protocol import control_requests
 from interview_access.protocol.commands import Commands, Conversation
 from interview_access.protocol.messages import check_job_id
 from interview_access.protocol.retrying import reason_of, replies_to
-from interview_access.protocol.stored_results import poll_pauses, result_or_error
+from interview_access.protocol.stored_results import decoded, poll_pauses, result_or_error
 from interview_access.stored_errors import from_record
 
 _FINAL = frozenset({"SUCCESS", "FAILURE", "REVOKED"})  # states of Celery
-_STATUS_SECONDS = 5.0  # between two control requests, and for the reply to one
+_STATUS_SECONDS = 5.0  # between two control requests
+_REPLY_SECONDS = 1.0  # for the reply to one, in which the result is not polled
 _LAST_STATUS_SECONDS = 1.0  # before the deadline, if no control request was sent before
 
 
@@ -69,7 +69,7 @@ def result(
             return result_or_error(stored)
         if stored and stored["status"] == PROGRESS and on_progress:
             with suppress(ValidationError):  # of another application's task
-                on_progress(JobProgress.model_validate(stored["result"]))
+                on_progress(JobProgress.model_validate(stored.get("result")))
         now = time.monotonic()
         if ask_at is None and not stored:
             # An announced job is most often about to have its result; any other might be unknown.
@@ -77,7 +77,7 @@ def result(
             ask_at = later if announced else now
         if not stored and ask_at is not None and ask_at <= now < deadline:
             ask_at = now + _STATUS_SECONDS
-            known = yield from _status(job_id, timeout=min(deadline - now, _STATUS_SECONDS))
+            known = yield from _status(job_id, timeout=min(deadline - now, _REPLY_SECONDS))
             if known and known.final:
                 return _result_in(known)
         pause = next(pauses, None)
@@ -103,11 +103,10 @@ def _read(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None
     read_result = Commands((("GET", result_key(job_id)),), results=True)
     read_announcement = Commands((("EXISTS", announcement_key(job_id)),))
     try:
-        (stored,) = yield from replies_to(read_result, by=by)
-        if stored is not None:
-            meta = json.loads(stored)
-            if meta.get("queue") != CONTROL_QUEUE:  # else the reply to a control request
-                return meta, True
+        (value,) = yield from replies_to(read_result, by=by)
+        stored = decoded(value or b"")
+        if stored and stored.get("queue") != CONTROL_QUEUE:  # else the reply to a control request
+            return stored, True
         (announced,) = yield from replies_to(read_announcement, by=by)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
