@@ -93,7 +93,7 @@ class _Demo:
             "An unknown id and a malformed one",
             ["grant", "--user", _USER, *wrong, "--wait"],
             status=1,
-            texts=[f"'{_NOT_A_UUID}' is not a UUID", f"'{_UNKNOWN}' is no interview's id"],
+            texts=[f"'{_NOT_A_UUID}' is not a UUID", f"'{_UNKNOWN}' is not the ID of an interview"],
         )
         file = self._folder / "interviews.txt"
         file.write_text("\n".join(interviews), encoding="ascii")

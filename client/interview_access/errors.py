@@ -81,7 +81,7 @@ class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the co
         named = problems[:NAMED_AT_MOST]
         listed = "; ".join(f"{where}: expected {wanted}, got {got}" for where, wanted, got in named)
         return cls(
-            f"The request cannot be read: {listed}{_and_more(total, len(named))}.",
+            f"The request is invalid: {listed}{_and_more(total, len(named))}.",
             {
                 "total": total,
                 "problems": [
@@ -109,10 +109,10 @@ class InvalidInterviewIdException(InterviewAccessError):  # noqa: N818 - the con
         total = len(malformed) + len(unknown)
         named = [(value, "malformed") for value in malformed[:NAMED_AT_MOST]]
         named += [(value, "unknown") for value in unknown[: NAMED_AT_MOST - len(named)]]
-        words = {"malformed": "is not a UUID", "unknown": "is no interview's id"}
+        words = {"malformed": "is not a UUID", "unknown": "is not the ID of an interview"}
         listed = "; ".join(f"{shortened(value)} {words[reason]}" for value, reason in named)
         return cls(
-            f"{total} interview id{'s' * (total != 1)} cannot be granted: "
+            f"{total} interview ID{'s' * (total != 1)} cannot be granted: "
             f"{listed}{_and_more(total, len(named))}. Nothing was granted.",
             {
                 "total": total,
@@ -139,12 +139,12 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
             digest: The digest of the refused request.
             others: IDs of other jobs of the same call that are refused for the same reason.
         """
-        likewise = f" So were {len(others):,} more ids that came with it." if others else ""
+        likewise = f" {len(others):,} other job IDs of this call are also in use." if others else ""
         return cls(
-            f"Job id {shortened(job_id)} was used before for another request: expected the request "
+            f"Job ID {shortened(job_id)} was used before for another request: expected the request "
             f"with digest {shortened(first_digest, quoted=False)}, got one with digest "
             f"{shortened(digest, quoted=False)}.{likewise} "
-            "Send the new request under a job id of its own.",
+            "Send the new request under a job ID of its own.",
             {
                 "total": 1 + len(others),
                 "job_id": job_id,
@@ -158,8 +158,8 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
 class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the contract's name
     """The database was unavailable.
 
-    As a job's result it is not final: nothing was granted, and the job can be sent again under the
-    same ID. As the reply to a control request it leaves the state of the job open.
+    As a job's result it is not final: the job might have taken effect, and can be sent again under
+    the same ID. As the reply to a control request it leaves the state of the job open.
     """
 
     @classmethod
@@ -172,7 +172,8 @@ class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the con
         """
         return cls(
             f"The database was unavailable in all {tries} attempts; the last error: {reason}. "
-            "Nothing was granted; send the job again under the same id.",
+            "The job might have taken effect; send it again under the same ID: "
+            "it takes effect once.",
             {"total": 1, "tries": tries, "reason": reason},
         )
 
@@ -184,7 +185,8 @@ class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the con
             reason: The error of the database.
         """
         return cls(
-            f"The ledger cannot be read now: {reason}. The job's state is not known; ask again.",
+            f"The ledger cannot be read now: {reason}. The job's state is unknown. "
+            "Send the request again.",
             {"total": 1, "reason": reason},
         )
 
@@ -206,8 +208,8 @@ class JobCancelledException(InterviewAccessError):  # noqa: N818 - beside the co
             job_id: The job's ID.
         """
         return cls(
-            f"Job {shortened(job_id)} was cancelled before it was done; nothing was granted. "
-            "If it is still needed, send the request under a new job id.",
+            f"Job {shortened(job_id)} was cancelled before it finished; nothing was granted. "
+            "If it is still needed, send the request under a new job ID.",
             {"total": 1, "job_id": job_id},
         )
 
@@ -226,8 +228,8 @@ class JobExpiredException(InterviewAccessError):  # noqa: N818 - beside the cont
             expires_at: Its expiry, in ISO 8601.
         """
         return cls(
-            f"Job {shortened(job_id)} expired at {expires_at}, before a worker began it; nothing "
-            "was granted. If it is still needed, send the request under a new job id.",
+            f"Job {shortened(job_id)} expired at {expires_at}, before a worker started it; nothing "
+            "was granted. If it is still needed, send the request under a new job ID.",
             {"total": 1, "job_id": job_id, "expires_at": expires_at},
         )
 

@@ -49,8 +49,8 @@ def enqueue_in_django(
 
     Raises:
         ValueError: if `job_id` is invalid.
-        InvalidGrantRequestException: if an argument has another type. The number of interviews
-            is checked by the worker.
+        InvalidGrantRequestException: if `user_id` is not 1 to 36 characters, or an argument has
+            another type. The IDs and their number are checked by the worker.
         django.db.IntegrityError: if another request has the job ID.
     """
     from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
@@ -81,8 +81,8 @@ def enqueue_in_sqlalchemy(
 
     Raises:
         ValueError: if `job_id` is invalid.
-        InvalidGrantRequestException: if an argument has another type. The number of interviews
-            is checked by the worker.
+        InvalidGrantRequestException: if `user_id` is not 1 to 36 characters, or an argument has
+            another type. The IDs and their number are checked by the worker.
         sqlalchemy.exc.IntegrityError: if another request has the job ID.
     """
     row = _row(user_id, interview_ids, job_id)
@@ -107,6 +107,6 @@ def _row(
 def _check_job_id(job_id: object) -> None:
     if not (isinstance(job_id, str) and _JOB_ID.fullmatch(job_id)):
         raise ValueError(
-            f"job id: expected 1 to {MAX_JOB_ID_LENGTH} printable ASCII characters, "
+            f"job ID: expected 1 to {MAX_JOB_ID_LENGTH} printable ASCII characters, "
             f"got {describe(job_id)}"
         )

@@ -167,7 +167,7 @@ def test_an_expired_job_fails(
 ) -> None:
     """A job that no worker started before its expiry fails as expired."""
     job_id = client.enqueue("client-7", samples, expires=expires)
-    with pytest.raises(JobExpiredException, match="new job id"):
+    with pytest.raises(JobExpiredException, match="new job ID"):
         client.wait(job_id, timeout=30)
 
 

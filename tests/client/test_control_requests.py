@@ -68,7 +68,7 @@ def test_waiting_for_an_unknown_job_ends(redis: Redis, client: Client) -> None:
 @pytest.mark.parametrize("call", ["wait", "status", "cancel"])
 def test_an_invalid_job_id_raises_a_value_error(client: Client, call: str, job_id: Any) -> None:
     """An invalid job ID is refused before anything is sent."""
-    with pytest.raises(ValueError, match="job id: expected 1 to 255 printable characters"):
+    with pytest.raises(ValueError, match="job ID: expected 1 to 255 printable characters"):
         getattr(client, call)(job_id, timeout=5)
 
 

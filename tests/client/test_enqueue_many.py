@@ -249,7 +249,8 @@ def test_two_requests_with_one_id_are_refused(redis: Redis, client: Client) -> N
     """Two requests with one ID in a call are an error with the position, and nothing is sent."""
     jobs = jobs_of(5)
     jobs[3] = replace(jobs[3], job_id=jobs[1].job_id)
-    with pytest.raises(InvalidGrantRequestException, match=r"jobs\[3\].*of its own, got") as caught:
+    says = r"jobs\[3\].*job_id: expected an ID that no other request in the call has, got"
+    with pytest.raises(InvalidGrantRequestException, match=says) as caught:
         client.enqueue_many(jobs)
     assert jobs[1].job_id in str(caught.value)
     assert redis.keys() == []
@@ -261,7 +262,7 @@ def test_used_ids_are_refused(redis: Redis, client: Client) -> None:
     taken = [jobs[700].job_id, jobs[900].job_id]
     for job_id in taken:
         client.enqueue("bob", [], job_id=job_id)
-    with pytest.raises(JobIdReusedException, match=r"1 more.*job id of its own") as caught:
+    with pytest.raises(JobIdReusedException, match=r"1 other.*job ID of its own") as caught:
         client.enqueue_many(jobs)
     details = caught.value.details
     assert (details["total"], details["job_id"], details["others"]) == (2, taken[0], taken[1:])
@@ -319,7 +320,7 @@ def test_calls_that_race_for_ids_share_none(redis: Redis, server: LocalStack) ->
 @pytest.mark.parametrize(
     ("job", "kind", "says"),
     [
-        (GrantJob("ann", [], job_id=""), ValueError, r"jobs\[700\]: job id: expected 1 to 255"),
+        (GrantJob("ann", [], job_id=""), ValueError, r"jobs\[700\]: job ID: expected 1 to 255"),
         (GrantJob("ann", [], countdown=float("nan")), ValueError, "countdown: .* got the number"),
         (GrantJob("ann", [], expires="soon"), ValueError, "expires: .* got the string 'soon'"),  # type: ignore[arg-type] # deliberately wrong
         (

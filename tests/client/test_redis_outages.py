@@ -35,8 +35,8 @@ CALLS: dict[str, Callable[[Client], object]] = {
     "cancel": lambda client: client.cancel("chosen", timeout=60),
 }
 SAYS = {
-    "enqueue": "Expected a Redis that can be reached and written to.*same id is safe",
-    "enqueue by id": "Job chosen might not have been queued.*same id is safe",
+    "enqueue": "Expected a Redis that can be reached and written to.*same ID is safe",
+    "enqueue by id": "Job chosen might not have been queued.*same ID is safe",
     "wait": "result of job chosen cannot be read.*poll it again|Sending it again is safe",
     "status": "Expected a Redis that can be reached and written to. Sending it again is safe",
     "cancel": "Expected a Redis that can be reached and written to. Sending it again is safe",

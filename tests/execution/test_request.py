@@ -295,8 +295,7 @@ def test_an_oversized_message_is_not_decoded(
     request = read(app, message.encode())
     assert isinstance(request.failure, InvalidGrantRequestException)
     assert request.failure.sentence == (
-        f"The request cannot be read: message: expected at most {SIZE:,} bytes, "
-        f"got {len(message):,}."
+        f"The request is invalid: message: expected at most {SIZE:,} bytes, got {len(message):,}."
     )
     assert (request.id, request.name) == identity
 

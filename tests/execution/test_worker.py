@@ -85,7 +85,9 @@ def nested(depth: int) -> list[Any]:
 
 BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
     "malformed": ((USER, [ONE, NO_UUID]), {}, INVALID_ID, f"'{NO_UUID}' is not a UUID"),
-    "unknown": ((USER, [ONE, UNKNOWN]), {}, INVALID_ID, f"'{UNKNOWN}' is no interview's id"),
+    "unknown": (
+        (USER, [ONE, UNKNOWN]), {}, INVALID_ID, f"'{UNKNOWN}' is not the ID of an interview"
+    ),
     "odd malformed": ((USER, ["\0\ud800"]), {}, INVALID_ID, r"'\x00\ud800' is not a UUID"),
     "user of 0": (("", [ONE]), {}, INVALID_REQUEST, "user_id: expected a string of 1 to 36"),
     "user of 37": (("x" * 37, [ONE]), {}, INVALID_REQUEST, "got a string of 37 characters"),
@@ -111,7 +113,7 @@ BAD: dict[str, tuple[tuple[object, ...], dict[str, Any], str, str]] = {
     "name with surrogate": ((USER, [ONE]), {"\ud800": 1}, INVALID_REQUEST, "expected only user_id"),
     "very deeply nested": ((USER, nested(900)), {}, INVALID_REQUEST, "got a list of 1"),
     "deeply nested": ((USER, nested(500)), {}, INVALID_REQUEST, "got a list of 1"),
-    "beyond the limit": ((USER, [ONE] * (LIMIT + 1)), {}, INVALID_REQUEST, "at most 25,000 ids"),
+    "beyond the limit": ((USER, [ONE] * (LIMIT + 1)), {}, INVALID_REQUEST, "at most 25,000 IDs"),
 }  # fmt: skip
 
 
@@ -163,7 +165,7 @@ def test_every_offending_id_is_counted_and_twenty_are_named(here: Site) -> None:
     named = [(one["value"], one["reason"]) for one in details["interview_ids"]]
     assert named[:15] == [(one, "malformed") for one in malformed]
     assert named[15:] == [(one, "unknown") for one in unknown[:5]]
-    assert "30 interview ids cannot be granted" in sentence
+    assert "30 interview IDs cannot be granted" in sentence
     assert "; and 10 more" in sentence
 
 
@@ -217,7 +219,7 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     assert refused["uuid"] == job_id
     until(lambda: any(letter["job_id"] == job_id for letter in here.dead_letters()))
     (letter,) = [letter for letter in here.dead_letters() if letter["job_id"] == job_id]
-    assert letter["reason"].startswith("JobIdReusedException: Job id")
+    assert letter["reason"].startswith("JobIdReusedException: Job ID")
     assert letter["attempts"] == "1"
     assert other in letter["message"]
     assert f"dead letter: job={job_id} task={GRANT_ACCESS} reason=JobIdReused" in log.read_text(
@@ -311,7 +313,7 @@ def test_an_interview_attempt_is_created_once(here: Site) -> None:
     ("kwargs", "kind", "words"),
     [
         ({"interview_id": NO_UUID, "user_id": USER}, INVALID_ID, f"'{NO_UUID}' is not a UUID"),
-        ({"interview_id": UNKNOWN, "user_id": USER}, INVALID_ID, "is no interview's id"),
+        ({"interview_id": UNKNOWN, "user_id": USER}, INVALID_ID, "is not the ID of an interview"),
         (
             {"interview_id": [ONE], "user_id": USER},
             INVALID_REQUEST,

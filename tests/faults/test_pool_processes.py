@@ -70,7 +70,7 @@ class TestPredeterminedFailures:
         here.producer.control.revoke(job_id, reply=True, timeout=10, limit=1)
         here.send("ann", ids, job_id=job_id)
         result = verified_results(here, [job_id])[job_id]
-        assert "was cancelled before it was done" in result["exc_message"][0]
+        assert "was cancelled before it finished" in result["exc_message"][0]
         assert here.store.granted("ann") == []
 
     @pytest.mark.usefixtures("relays")

@@ -170,7 +170,7 @@ class TestStatus:
             known = client.status(job_id)
             assert known.state == "queued"
             until(lambda: known.expires_at is not None and datetime.now(UTC) > known.expires_at)
-        with pytest.raises(JobExpiredException, match="before a worker began it"):
+        with pytest.raises(JobExpiredException, match="before a worker started it"):
             client.wait(job_id, timeout=30)
         known = client.status(job_id)
         assert (known.state, known.error and known.error.type) == ("expired", "JobExpiredException")
@@ -193,7 +193,7 @@ class TestStatus:
         with worker(idle, tmp_path / "log", DATABASE_URL=nowhere):
             job_id = client.enqueue("ann", samples)
             for request in client.status, client.cancel:
-                with pytest.raises(StorageUnavailableException, match="ask again"):
+                with pytest.raises(StorageUnavailableException, match="Send the request again"):
                     request(job_id, timeout=30)
 
     def test_a_wait_reads_the_ledger(self, here: Site, samples: list[str], user: str) -> None:
@@ -344,7 +344,7 @@ class TestCancel:
         client.enqueue(user, samples, job_id=job_id, countdown=60)
         client.cancel(job_id)
         client.enqueue(user, samples, job_id=job_id)
-        with pytest.raises(JobCancelledException, match="under a new job id"):
+        with pytest.raises(JobCancelledException, match="under a new job ID"):
             client.wait(job_id, timeout=30)
         with pytest.raises(JobIdReusedException):
             client.enqueue(user, samples[:1], job_id=job_id)

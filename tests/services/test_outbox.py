@@ -314,7 +314,7 @@ class TestRelay:
         OutboxRelay(idle.producer, lambda: requests).run_once(idle.redis)
         assert sorted(queued(idle)) == ["first", "last"]
         (record,) = caplog.records
-        assert "job='no\\nid' error=ValueError: job id: expected 1 to 255" in record.getMessage()
+        assert "job='no\\nid' error=ValueError: job ID: expected 1 to 255" in record.getMessage()
 
     @pytest.mark.parametrize(("waited", "copies"), [("90 minutes", 0), ("20 minutes", 1)])
     def test_the_resend_interval_grows_with_the_waiting_time(
@@ -355,7 +355,7 @@ class TestRelay:
     def test_an_invalid_job_id_is_refused_at_once(self, idle: Site) -> None:
         """The helper refuses job IDs that the table would not accept."""
         for job_id in "", "x" * 256, "Zoë":
-            with pytest.raises(ValueError, match=re.escape("job id: expected 1 to 255")):
+            with pytest.raises(ValueError, match=re.escape("job ID: expected 1 to 255")):
                 request_job(idle, "ann", job_id=job_id)
 
 

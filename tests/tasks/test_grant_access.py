@@ -85,7 +85,7 @@ class TestSingleJob:
         error = error_of(*store.grant(a_job("a", "ann", [one, unknown, NO_UUID, unknown.upper()])))
         assert isinstance(error, InvalidInterviewIdException)
         assert f"'{NO_UUID}' is not a UUID" in error.sentence
-        assert f"'{unknown}' is no interview's id" in error.sentence
+        assert f"'{unknown}' is not the ID of an interview" in error.sentence
         assert error.details["total"] == 2
         assert store.granted("ann") == []
 
@@ -110,7 +110,7 @@ class TestSingleJob:
         (one,) = store.add_interviews(1)
         error = error_of(*store.grant(a_job("a", "ann", [one] * 4, max_interview_ids=3)))
         assert isinstance(error, InvalidGrantRequestException)
-        assert "at most 3 ids (GRANT_MAX_INTERVIEW_IDS), got a list of 4" in error.sentence
+        assert "at most 3 IDs (GRANT_MAX_INTERVIEW_IDS), got a list of 4" in error.sentence
         assert created(*store.grant(a_job("b", "ann", [one] * 3, max_interview_ids=3))) == 1
 
 
@@ -154,13 +154,13 @@ class TestCohort:
     @pytest.mark.parametrize(
         ("user_ids", "interviews", "problem"),
         [
-            ("ann", 1, "user_ids: expected a list of user ids, got the string 'ann'"),
+            ("ann", 1, "user_ids: expected a list of user IDs, got the string 'ann'"),
             (["ann", 7, ""], 1, "user_ids[1]: expected a string of 1 to 36 characters"),
-            (["ann"] * 7, 0, "user_ids: expected at most 6 ids (GRANT_MAX_INTERVIEW_IDS)"),
+            (["ann"] * 7, 0, "user_ids: expected at most 6 IDs (GRANT_MAX_INTERVIEW_IDS)"),
             (
                 ["ann", "bob"],
                 4,
-                "interview_ids: expected at most 3 ids for 2 users (GRANT_MAX_INTERVIEW_IDS is 6)",
+                "interview_ids: expected at most 3 IDs for 2 users (GRANT_MAX_INTERVIEW_IDS is 6)",
             ),
         ],
     )

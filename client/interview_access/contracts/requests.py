@@ -40,7 +40,7 @@ def _user_id(value: object) -> object:
 
 def _user_ids(value: object, info: ValidationInfo) -> tuple[object, ...]:
     if not isinstance(value, list | tuple):
-        raise PydanticCustomError("user_ids", "a list of user ids")
+        raise PydanticCustomError("user_ids", "a list of user IDs")
     texts = tuple(map(as_text, value))
     wrong = [(at, text) for at, text in enumerate(texts) if not is_user_id(text)]
     if wrong:
@@ -80,9 +80,9 @@ def _check_count(ids: int, info: ValidationInfo) -> None:
     limit: int = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
     users = len(info.data.get("user_ids", ())) or 1
     if ids * users > limit:
-        expected: LiteralString = "at most {limit} ids (GRANT_MAX_INTERVIEW_IDS)"
+        expected: LiteralString = "at most {limit} IDs (GRANT_MAX_INTERVIEW_IDS)"
         if users > 1:
-            expected = "at most {each} ids for {users} users (GRANT_MAX_INTERVIEW_IDS is {limit})"
+            expected = "at most {each} IDs for {users} users (GRANT_MAX_INTERVIEW_IDS is {limit})"
         values = {"limit": f"{limit:,}", "each": f"{limit // users:,}", "users": f"{users:,}"}
         raise PydanticCustomError("ids", expected, values)
 
@@ -165,13 +165,14 @@ def _invalid(error: ValidationError, names: Sequence[str]) -> InvalidGrantReques
         total += 1
         if not problem["loc"]:  # a name with a lone surrogate, at which pydantic stops
             name = shortened(str(problem["input"]), quoted=False)
-            problems.append((name, known, "this one too"))
+            problems.append((name, known, "an unknown argument"))
             continue
         argument = shortened(str(problem["loc"][0]), quoted=False)
         if problem["type"] == "missing":
             problems.append((argument, "a value", "nothing"))
         elif problem["type"] == "extra_forbidden":
-            problems.append((argument, known, f"this one too, {describe(problem['input'])}"))
+            got = f"an unknown argument with {describe(problem['input'])}"
+            problems.append((argument, known, got))
         elif problem["type"] == "elements":
             total += problem["ctx"]["total"] - 1
             for at, item in problem["ctx"]["elements"]:

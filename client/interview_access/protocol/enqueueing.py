@@ -47,7 +47,7 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
         raise QueueUnavailableError(
             f"Job {message.job_id} might not have been queued: {reason_of(error)}. "
             "Expected a Redis that can be reached and written to. "
-            "Sending the job again under the same id is safe.",
+            "Sending the job again under the same ID is safe.",
             {"job_id": message.job_id},
         ) from error
     return message.job_id

@@ -171,7 +171,11 @@ class GrantMessage:
         job_id = str(uuid4()) if job_id is None else job_id
         check_job_id(job_id)
         now = datetime.now(UTC)
-        eta = None if countdown is None else _after(now, countdown, "countdown")
+        eta = (
+            None
+            if countdown is None
+            else _after(now, countdown, "countdown: expected a number of seconds")
+        )
         expires_at = None if expires is None else _expiry(now, expires)
         kwargsrepr = ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items())
         try:
@@ -236,8 +240,10 @@ def grant_messages(jobs: Iterable[object]) -> Iterator[GrantMessage]:
             )
             first = first_of.setdefault(message.job_id, message)
             if first.announcement.digest != message.announcement.digest:
-                taken = f"{shortened(message.job_id)} of a request before"
-                raise InvalidGrantRequestException.of([("job id", "one of its own", taken)])
+                taken = f"{shortened(message.job_id)}, the ID of an earlier request"
+                raise InvalidGrantRequestException.of(
+                    [("job_id", "an ID that no other request in the call has", taken)]
+                )
         except InvalidGrantRequestException as error:
             raise InvalidGrantRequestException(
                 f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
@@ -275,7 +281,7 @@ def check_job_id(job_id: object) -> None:
         ValueError: if it is not 1 to 255 printable characters.
     """
     if not is_job_id(job_id):
-        raise ValueError(f"job id: expected {JOB_ID_RULE}, got {describe(job_id)}")
+        raise ValueError(f"job ID: expected {JOB_ID_RULE}, got {describe(job_id)}")
 
 
 def _encoded(task: str, kwargs: Mapping[str, object]) -> tuple[str, str]:
@@ -335,14 +341,14 @@ def _shown(value: object) -> str:
     return shortened(value) if isinstance(value, str) else f"<{describe(value)}>"
 
 
-def _after(now: datetime, seconds: float, name: str) -> datetime:
+def _after(now: datetime, seconds: float, expected: str) -> datetime:
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(seconds, bool):
             return now + timedelta(seconds=seconds)
-    raise ValueError(f"{name}: expected a number of seconds, got {describe(seconds)}")
+    raise ValueError(f"{expected}, got {describe(seconds)}")
 
 
 def _expiry(now: datetime, when: float | datetime) -> datetime:
     if isinstance(when, datetime):
         return when if when.tzinfo else when.replace(tzinfo=UTC)
-    return _after(now, when, "expires")
+    return _after(now, when, "expires: expected a number of seconds or a datetime")
