@@ -250,10 +250,13 @@ class NoAnswerInTimeError(InterviewAccessError):
 
 
 def error_class(name: object) -> type[InterviewAccessError]:
-    """Find the class with a name; JobFailedError if no class of this module has it.
+    """Find the class of an error by its name.
 
     Args:
         name: Any value, as read from a stored result.
+
+    Returns:
+        The class of this module with the name; JobFailedError if there is none.
     """
     found = globals().get(name) if isinstance(name, str) else None
     if isinstance(found, type) and issubclass(found, InterviewAccessError):

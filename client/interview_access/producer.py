@@ -30,9 +30,9 @@ REPLY_SECONDS = 10.0
 class InterviewAccessClient:
     """Enqueues grant-access jobs, reports their state, and cancels them.
 
-    One instance serves a whole process: it is safe for threads, and after a fork. While Redis is
-    unreachable every call fails within 10 s, or within its own `timeout`, which a Redis that does
-    not reply can exceed by the socket timeout of 3 s.
+    One instance serves a whole process: it is safe for threads, and after a fork. If Redis is
+    unreachable, a call fails within 10 s. A call with `timeout` fails by then, or 3 s later (the
+    socket timeout) if Redis does not reply.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
@@ -106,6 +106,9 @@ class InterviewAccessClient:
             countdown: Likewise.
             expires: Likewise.
 
+        Returns:
+            The job's ID, to poll it by.
+
         Raises:
             ValueError, InvalidGrantRequestException, JobIdReusedException, QueueUnavailableError:
                 see :meth:`enqueue`.
@@ -171,6 +174,9 @@ class InterviewAccessClient:
         Args:
             job_id: The job's ID.
             timeout: Seconds to wait for a worker's reply.
+
+        Returns:
+            The job's status. The state ``unknown`` is not an error.
 
         Raises:
             ValueError: if `job_id` is invalid.

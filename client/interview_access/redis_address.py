@@ -1,4 +1,4 @@
-"""Addresses of Redis servers in Celery's URLs: one parser for producers and workers.
+"""Addresses of Redis servers, parsed from Celery's URLs.
 
 No text that this module produces contains a part of a password, even if the URL is malformed.
 """
@@ -42,7 +42,14 @@ _PLAIN = re.compile(
 
 
 def masked(url: str) -> str:
-    """Mask the parts of a URL that could belong to a password, for an error or a log line."""
+    """Mask the parts of a URL that could belong to a password, for an error or a log line.
+
+    Args:
+        url: Any text.
+
+    Returns:
+        The masked URL in quotes, or a description if the text is not a URL.
+    """
     scheme, separator, rest = url.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,30}", scheme):
         return "no URL" if url else "an empty value"

@@ -37,7 +37,11 @@ def to_record(error: InterviewAccessError) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> InterviewAccessError:
-    """Decode a record of the ledger, as JobFailedError if its class is unknown."""
+    """Decode a record of the ledger, as JobFailedError if its class is unknown.
+
+    Raises:
+        KeyError: if the record has no ``type``, ``sentence`` or ``details``.
+    """
     return error_class(record["type"])(record["sentence"], record["details"])
 
 

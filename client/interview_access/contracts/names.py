@@ -13,9 +13,11 @@ CONTROL_QUEUE = "interview-access-control"
 """The list on which clients push control requests."""
 
 JOB_STATUS = "interview_access.job_status"
+"""Control request for the status of a job, by its ID. A worker replies at once, however busy its
+pool is, with a :class:`~interview_access.contracts.JobStatus`."""
+
 CANCEL_JOB = "interview_access.cancel_job"
-"""Control requests about a job, by its ID. A worker replies at once, however busy its pool is, with
-a :class:`~interview_access.contracts.JobStatus`."""
+"""Control request to cancel a job, by its ID. The reply is that of :data:`JOB_STATUS`."""
 
 PROGRESS = "PROGRESS"
 """State of a running job of several chunks. Its result is then a
@@ -26,15 +28,19 @@ DEFAULT_MAX_INTERVIEW_IDS = 100_000
 its interview IDs as given, times its user IDs as given."""
 
 MAX_JOB_ID_LENGTH = 255
+"""Maximum number of characters of a job ID."""
+
 MAX_USER_ID_LENGTH = 36
+"""Maximum number of characters of a user ID."""
+
 DIGEST_LENGTH = 64
-"""Characters."""
+"""Characters of a request digest in hexadecimal."""
 
 REPLY_BYTES = 256 * 1024
 """Approximate size of the reply to a control request above which entries of lists are omitted."""
 
 ANNOUNCEMENT_DAYS = 30
-"""Retention of the announcement of a job, counted from its ETA."""
+"""Retention of a job's announcement in days, counted from its ETA or its sending."""
 
 KEY_PREFIX = "interview-access:"
 """Prefix of all keys in Redis but the queues, the results and Celery's own."""

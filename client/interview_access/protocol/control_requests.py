@@ -26,6 +26,9 @@ def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
         job_id: The job's ID.
         timeout: Seconds to wait for the reply.
 
+    Returns:
+        The status that a worker replied.
+
     Raises:
         ValueError: if `job_id` is invalid.
         InterviewAccessError: the error that a worker replied.
@@ -43,8 +46,12 @@ def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
         job_id: The job's ID.
         timeout: Seconds to wait, for the reply and for the job to stop.
 
+    Returns:
+        The last status that a worker replied.
+
     Raises:
-        ValueError, InterviewAccessError: see :func:`status`.
+        ValueError, InterviewAccessError, NoAnswerInTimeError, QueueUnavailableError: see
+            :func:`status`.
     """
     check_job_id(job_id)
     deadline = time.monotonic() + timeout

@@ -34,6 +34,9 @@ _BATCH_JOBS, _BATCH_BYTES = 500, 4_000_000  # in one MULTI, which blocks Redis f
 def enqueue(message: GrantMessage) -> Conversation[str]:
     """Enqueue a job.
 
+    Args:
+        message: The job's message.
+
     Returns:
         The job's ID.
 

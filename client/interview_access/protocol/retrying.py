@@ -41,5 +41,5 @@ def replies_to(step: Commands, *, by: float = inf) -> Conversation[list[Any]]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Describe an error of redis-py, for a sentence that goes on."""
+    """Describe an error of redis-py without its final period."""
     return str(error).rstrip(".") or type(error).__name__
