@@ -34,7 +34,7 @@ from interview_access.contracts import (
     reply_key,
     result_key,
 )
-from interview_access.errors import NAMED_AT_MOST
+from interview_access.errors import MAX_LISTED_PROBLEMS
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
@@ -102,7 +102,7 @@ def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | Non
 
 
 def _named(items: Schema) -> Schema:
-    return {"type": "array", "items": items, "maxItems": NAMED_AT_MOST}
+    return {"type": "array", "items": items, "maxItems": MAX_LISTED_PROBLEMS}
 
 
 FAILURES: dict[str, Schema] = {

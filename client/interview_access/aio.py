@@ -34,13 +34,13 @@ from interview_access.connections import (
 from interview_access.contracts import GrantJob, JobProgress, JobStatus
 from interview_access.producer import REPLY_SECONDS
 from interview_access.protocol import control_requests, enqueueing, polling
-from interview_access.protocol.commands import Commands, Conversation, Pause
+from interview_access.protocol.commands import Commands, Exchange, Pause
 from interview_access.protocol.messages import GrantMessage, grant_messages
 from interview_access.redis_address import RedisAddress
 
 T = TypeVar("T")
 
-MAX_CONNECTIONS = 50
+MAX_ASYNC_CONNECTIONS = 50
 """Connections to a server; more tasks than that wait for one another."""
 
 _SLICE_JOBS = 100  # encoded in one turn of a thread: 3 ms for jobs of 20 IDs
@@ -66,7 +66,7 @@ class AsyncInterviewAccessClient:
         queue, results = redis_addresses(broker_url, result_backend)
         self._queue = _connect(queue)
         self._results = self._queue if results == queue else _connect(results)
-        self._turns = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._turns = asyncio.Semaphore(MAX_ASYNC_CONNECTIONS)
 
     async def enqueue(
         self,
@@ -87,7 +87,7 @@ class AsyncInterviewAccessClient:
             countdown=countdown,
             expires=expires,
         )
-        return await self._converse(enqueueing.enqueue(message))
+        return await self._run(enqueueing.enqueue(message))
 
     async def enqueue_cohort(
         self,
@@ -107,7 +107,7 @@ class AsyncInterviewAccessClient:
             countdown=countdown,
             expires=expires,
         )
-        return await self._converse(enqueueing.enqueue(message))
+        return await self._run(enqueueing.enqueue(message))
 
     async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
         """Enqueue many jobs; see :meth:`~.producer.InterviewAccessClient.enqueue_many`.
@@ -119,7 +119,7 @@ class AsyncInterviewAccessClient:
         # In slices: a thread that encodes many jobs in a row rarely releases the GIL to the loop.
         while part := await asyncio.to_thread(list, islice(encoding, _SLICE_JOBS)):
             messages += part
-        return await self._converse(enqueueing.enqueue_many(messages))
+        return await self._run(enqueueing.enqueue_many(messages))
 
     async def wait(
         self,
@@ -130,15 +130,15 @@ class AsyncInterviewAccessClient:
     ) -> dict[str, Any]:
         """Wait for a job's result; see :meth:`~.producer.InterviewAccessClient.wait`."""
         poll = polling.result(job_id, timeout=timeout, on_progress=on_progress)
-        return await self._converse(poll)
+        return await self._run(poll)
 
     async def status(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
         """Report a job's status; see :meth:`~.producer.InterviewAccessClient.status`."""
-        return await self._converse(control_requests.status(job_id, timeout=timeout))
+        return await self._run(control_requests.status(job_id, timeout=timeout))
 
     async def cancel(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
         """Cancel a job; see :meth:`~.producer.InterviewAccessClient.cancel`."""
-        return await self._converse(control_requests.cancel(job_id, timeout=timeout))
+        return await self._run(control_requests.cancel(job_id, timeout=timeout))
 
     async def close(self) -> None:
         """Close the connections; another call opens new ones."""
@@ -146,14 +146,14 @@ class AsyncInterviewAccessClient:
         if self._results is not self._queue:
             await self._results.aclose()
 
-    async def _converse(self, conversation: Conversation[T]) -> T:
-        """Execute the steps that the conversation yields until it returns."""
+    async def _run(self, exchange: Exchange[T]) -> T:
+        """Execute the steps that the exchange yields until it returns."""
         replies: Any = None
         failed: Exception | None = None
         cancelled_before = _cancellations()
         try:
             while True:
-                step = conversation.throw(failed) if failed else conversation.send(replies)
+                step = exchange.throw(failed) if failed else exchange.send(replies)
                 replies, failed = None, None
                 if isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
@@ -211,7 +211,7 @@ def _connect(address: RedisAddress) -> Redis:
         **once,
         "socket_connect_timeout": CONNECT_SECONDS,
         "socket_timeout": SOCKET_SECONDS,
-        "redis_connect_func": _introduce,
+        "redis_connect_func": _set_client_name,
     }
     if address.master_name:
         # This pool does not block; the semaphore limits the tasks that use it at once.
@@ -236,7 +236,7 @@ def _connect(address: RedisAddress) -> Redis:
     return Redis.from_pool(
         BlockingConnectionPool(
             connection_class=kind,
-            max_connections=MAX_CONNECTIONS,
+            max_connections=MAX_ASYNC_CONNECTIONS,
             timeout=SOCKET_SECONDS,
             **options,
         )
@@ -252,7 +252,7 @@ class _SentinelPool(SentinelConnectionPool):
             await self.sentinel_manager.aclose()
 
 
-async def _introduce(connection: AbstractConnection) -> None:
+async def _set_client_name(connection: AbstractConnection) -> None:
     await connection.on_connect()
     with suppress(ResponseError):  # without the permission connections have no name
         await connection.send_command("CLIENT", "SETNAME", CLIENT_NAME)

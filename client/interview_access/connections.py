@@ -99,7 +99,7 @@ def connect(
         max_connections: Maximum number of connections in use at once.
     """
 
-    def introduce(connection: Connection) -> None:
+    def set_client_name(connection: Connection) -> None:
         connection.on_connect()  # type: ignore[no-untyped-call] # redis-py's
         with suppress(ResponseError):  # without the permission connections have no name
             connection.send_command("CLIENT", "SETNAME", client_name)  # type: ignore[no-untyped-call] # likewise
@@ -110,7 +110,7 @@ def connect(
         "socket_connect_timeout": connect_timeout,
         "socket_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
-        "redis_connect_func": introduce,
+        "redis_connect_func": set_client_name,
         "max_connections": max_connections,
     }
     if address.path:

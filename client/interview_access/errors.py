@@ -14,7 +14,7 @@ from interview_access.text import shortened as shortened  # noqa: PLC0414 - work
 Details = dict[str, Any]
 """A JSON object for programs; its keys depend on the error's class."""
 
-NAMED_AT_MOST = 20
+MAX_LISTED_PROBLEMS = 20
 """Offending values that an error lists; the ``total`` in its details counts all of them."""
 
 _SENTENCE = 30_000  # characters: more than that many offending values take
@@ -39,7 +39,7 @@ class InterviewAccessError(Exception):
     def __str__(self) -> str:
         return self.sentence
 
-    def with_account(self, job_ids: Sequence[str], *, sent: int, perhaps_sent: int = 0) -> Self:
+    def with_sent_jobs(self, job_ids: Sequence[str], *, sent: int, perhaps_sent: int = 0) -> Self:
         """Copy an error of a call for many jobs, and add which of the jobs were sent.
 
         Args:
@@ -78,7 +78,7 @@ class InvalidGrantRequestException(InterviewAccessError):  # noqa: N818 - the co
             total: Number of all problems; by default that of `problems`.
         """
         total = len(problems) if total is None else total
-        named = problems[:NAMED_AT_MOST]
+        named = problems[:MAX_LISTED_PROBLEMS]
         listed = "; ".join(f"{where}: expected {wanted}, got {got}" for where, wanted, got in named)
         return cls(
             f"The request is invalid: {listed}{_and_more(total, len(named))}.",
@@ -107,8 +107,8 @@ class InvalidInterviewIdException(InterviewAccessError):  # noqa: N818 - the con
             unknown: Canonical IDs that no interview has.
         """
         total = len(malformed) + len(unknown)
-        named = [(value, "malformed") for value in malformed[:NAMED_AT_MOST]]
-        named += [(value, "unknown") for value in unknown[: NAMED_AT_MOST - len(named)]]
+        named = [(value, "malformed") for value in malformed[:MAX_LISTED_PROBLEMS]]
+        named += [(value, "unknown") for value in unknown[: MAX_LISTED_PROBLEMS - len(named)]]
         words = {"malformed": "is not a UUID", "unknown": "is not the ID of an interview"}
         listed = "; ".join(f"{shortened(value)} {words[reason]}" for value, reason in named)
         return cls(

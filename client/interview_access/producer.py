@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError, WatchError
 from interview_access.connections import CLIENT_NAME, connect, redis_addresses
 from interview_access.contracts import GrantJob, JobProgress, JobStatus
 from interview_access.protocol import control_requests, enqueueing, polling
-from interview_access.protocol.commands import Commands, Conversation, Pause
+from interview_access.protocol.commands import Commands, Exchange, Pause
 from interview_access.protocol.messages import GrantMessage, grant_messages
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class InterviewAccessClient:
         message = GrantMessage.of(
             user_id, interview_ids, job_id=job_id, countdown=countdown, expires=expires
         )
-        return self._converse(enqueueing.enqueue(message))
+        return self._run(enqueueing.enqueue(message))
 
     def enqueue_cohort(
         self,
@@ -116,7 +116,7 @@ class InterviewAccessClient:
         message = GrantMessage.of_cohort(
             user_ids, interview_ids, job_id=job_id, countdown=countdown, expires=expires
         )
-        return self._converse(enqueueing.enqueue(message))
+        return self._run(enqueueing.enqueue(message))
 
     def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
         """Enqueue thousands of jobs in a few round trips.
@@ -140,7 +140,7 @@ class InterviewAccessClient:
                 those of JobIdReusedException, list every ID once, in order, under ``sent``,
                 ``perhaps_sent`` (the reply was lost) or ``not_sent``.
         """
-        return self._converse(enqueueing.enqueue_many(list(grant_messages(jobs))))
+        return self._run(enqueueing.enqueue_many(list(grant_messages(jobs))))
 
     def wait(
         self,
@@ -166,7 +166,7 @@ class InterviewAccessClient:
             NoAnswerInTimeError: if the job has no result by the timeout.
             QueueUnavailableError: if the results cannot be read.
         """
-        return self._converse(polling.result(job_id, timeout=timeout, on_progress=on_progress))
+        return self._run(polling.result(job_id, timeout=timeout, on_progress=on_progress))
 
     def status(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
         """Report a job's state, of any producer and any age.
@@ -184,7 +184,7 @@ class InterviewAccessClient:
             StorageUnavailableException: if a worker replied that it cannot read the ledger now.
             QueueUnavailableError: if Redis is unavailable.
         """
-        return self._converse(control_requests.status(job_id, timeout=timeout))
+        return self._run(control_requests.status(job_id, timeout=timeout))
 
     def cancel(self, job_id: str, *, timeout: float = REPLY_SECONDS) -> JobStatus:
         """Cancel a job: it does not start, or stops after its current chunk.
@@ -204,20 +204,20 @@ class InterviewAccessClient:
             StorageUnavailableException: if a worker replied that it cannot reach the ledger now.
             QueueUnavailableError: if Redis is unavailable.
         """
-        return self._converse(control_requests.cancel(job_id, timeout=timeout))
+        return self._run(control_requests.cancel(job_id, timeout=timeout))
 
     def close(self) -> None:
         """Close the connections; another call opens new ones."""
         self._queue.close()
         self._results.close()
 
-    def _converse(self, conversation: Conversation[T]) -> T:
-        """Execute the steps that the conversation yields until it returns."""
+    def _run(self, exchange: Exchange[T]) -> T:
+        """Execute the steps that the exchange yields until it returns."""
         replies: Any = None
         failed: Exception | None = None
         try:
             while True:
-                step = conversation.throw(failed) if failed else conversation.send(replies)
+                step = exchange.throw(failed) if failed else exchange.send(replies)
                 replies, failed = None, None
                 if isinstance(step, Pause):
                     time.sleep(step.seconds)

@@ -9,7 +9,7 @@ from interview_access.protocol.commands import Command, Commands, RoundTrips
 from redis.exceptions import ExecAbortError, NoPermissionError, OutOfMemoryError, WatchError
 
 SET, PUSH = ("SET", "key", b"new"), ("LPUSH", "queue", b"message")
-CONDITIONAL = Commands((SET, PUSH), provided={"key": b"old"})
+CONDITIONAL = Commands((SET, PUSH), expected={"key": b"old"})
 WATCH = [("WATCH", "key"), ("MGET", "key")]
 TRANSACTION = [("MULTI",), SET, PUSH, ("EXEC",)]
 UNWATCH = [("UNWATCH",)]

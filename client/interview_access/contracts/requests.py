@@ -27,7 +27,7 @@ from interview_access.contracts.identifiers import (
     strings_of,
 )
 from interview_access.contracts.names import DEFAULT_MAX_INTERVIEW_IDS, MAX_USER_ID_LENGTH
-from interview_access.errors import NAMED_AT_MOST, InvalidGrantRequestException
+from interview_access.errors import MAX_LISTED_PROBLEMS, InvalidGrantRequestException
 from interview_access.text import describe, shortened
 
 
@@ -71,7 +71,7 @@ def _interview_ids(value: object, info: ValidationInfo) -> tuple[str, ...]:
 def _wrong_elements(
     expected: LiteralString, wrong: Sequence[tuple[int, object]]
 ) -> PydanticCustomError:
-    named = {"elements": wrong[:NAMED_AT_MOST], "total": len(wrong)}
+    named = {"elements": wrong[:MAX_LISTED_PROBLEMS], "total": len(wrong)}
     return PydanticCustomError("elements", expected, named)
 
 

@@ -1,4 +1,4 @@
-"""The steps of a conversation: Redis commands and pauses, and the round trips of each step."""
+"""The steps of an exchange: Redis commands and pauses, and the round trips of each step."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Commands:
     Attributes:
         commands: The commands.
         results: Whether they go to the server of the results instead of that of the queue.
-        provided: Keys and their expected values (None: the key must not exist), compared before
+        expected: Keys and their expected values (None: the key must not exist), compared before
             MULTI and watched until EXEC. If one differs, nothing is executed.
     """
 
     commands: tuple[Command, ...]
     results: bool = False
-    provided: Mapping[str, bytes | None] = field(default_factory=dict)
+    expected: Mapping[str, bytes | None] = field(default_factory=dict)
 
     def round_trips(self) -> RoundTrips[list[Any]]:
         """Execute the step on one connection.
@@ -45,11 +45,11 @@ class Commands:
         Raises:
             RedisError: the first error reply; WatchError if a key has another value than expected.
         """
-        if len(self.commands) == 1 and not self.provided:
+        if len(self.commands) == 1 and not self.expected:
             return _checked((yield self.commands))
-        if self.provided:
-            watched, values = yield ("WATCH", *self.provided), ("MGET", *self.provided)
-            if isinstance(watched, RedisError) or values != [*self.provided.values()]:
+        if self.expected:
+            watched, values = yield ("WATCH", *self.expected), ("MGET", *self.expected)
+            if isinstance(watched, RedisError) or values != [*self.expected.values()]:
                 yield (("UNWATCH",),)  # the connection goes back to its pool
                 _checked([watched, values])
                 raise WatchError("a watched key has another value than expected")
@@ -69,7 +69,7 @@ class Pause:
     seconds: float
 
 
-Conversation = Generator[Commands | Pause, Any, T]
+Exchange = Generator[Commands | Pause, Any, T]
 """Yields steps, is sent the list of replies to each, and returns the result of a client's call.
 
 Exceptions of redis-py are thrown into it; it translates them into errors of this package.

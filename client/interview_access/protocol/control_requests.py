@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from interview_access.contracts import CANCEL_JOB, CONTROL_QUEUE, JOB_STATUS, JobStatus, reply_key
 from interview_access.errors import NoAnswerInTimeError, QueueUnavailableError
-from interview_access.protocol.commands import Commands, Conversation, Pause
+from interview_access.protocol.commands import Commands, Exchange, Pause
 from interview_access.protocol.messages import check_job_id, control_message
 from interview_access.protocol.retrying import reason_of, replies_to
 from interview_access.protocol.stored_results import poll_pauses, result_or_error
@@ -19,7 +19,7 @@ from interview_access.protocol.stored_results import poll_pauses, result_or_erro
 _CANCEL_PAUSE = 0.2  # seconds between two requests for a job that has not stopped yet
 
 
-def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
+def status(job_id: str, *, timeout: float) -> Exchange[JobStatus]:
     """Request a job's status from the workers.
 
     Args:
@@ -39,7 +39,7 @@ def status(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
     return (yield from _request(JOB_STATUS, job_id, timeout))
 
 
-def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
+def cancel(job_id: str, *, timeout: float) -> Exchange[JobStatus]:
     """Cancel a job, and wait until it has stopped or finished.
 
     Args:
@@ -65,7 +65,7 @@ def cancel(job_id: str, *, timeout: float) -> Conversation[JobStatus]:
     return known
 
 
-def _request(task: str, job_id: str, timeout: float) -> Conversation[JobStatus]:
+def _request(task: str, job_id: str, timeout: float) -> Exchange[JobStatus]:
     deadline = time.monotonic() + timeout
     request_id = str(uuid4())
     message = control_message(

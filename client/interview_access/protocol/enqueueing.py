@@ -19,7 +19,7 @@ from interview_access.errors import (
     QueueUnavailableError,
     StorageUnavailableException,
 )
-from interview_access.protocol.commands import Commands, Conversation
+from interview_access.protocol.commands import Commands, Exchange
 from interview_access.protocol.messages import GrantMessage, enqueue_commands
 from interview_access.protocol.retrying import (
     LOST_CONNECTION,
@@ -31,7 +31,7 @@ from interview_access.protocol.retrying import (
 _BATCH_JOBS, _BATCH_BYTES = 500, 4_000_000  # in one MULTI, which blocks Redis for other clients
 
 
-def enqueue(message: GrantMessage) -> Conversation[str]:
+def enqueue(message: GrantMessage) -> Exchange[str]:
     """Enqueue a job.
 
     Args:
@@ -56,7 +56,7 @@ def enqueue(message: GrantMessage) -> Conversation[str]:
     return message.job_id
 
 
-def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
+def enqueue_many(messages: Sequence[GrantMessage]) -> Exchange[list[str]]:
     """Enqueue jobs in batches, after all their IDs were looked up.
 
     Args:
@@ -86,12 +86,12 @@ def enqueue_many(messages: Sequence[GrantMessage]) -> Conversation[list[str]]:
             yield from _send(batch, {message.key: known[message.key] for message in batch})
             sent, under_way = sent + under_way, 0
     except JobIdReusedException as error:
-        raise error.with_account(job_ids, sent=sent) from None
+        raise error.with_sent_jobs(job_ids, sent=sent) from None
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"Not all jobs have been queued: {reason_of(error)}. "
             "Expected a Redis that can be reached and written to."
-        ).with_account(
+        ).with_sent_jobs(
             job_ids, sent=sent, perhaps_sent=0 if isinstance(error, ResponseError) else under_way
         ) from error
     return [message.job_id for message in messages]
@@ -111,9 +111,7 @@ def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
         yield batch
 
 
-def _send(
-    messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]
-) -> Conversation[None]:
+def _send(messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]) -> Exchange[None]:
     """Send jobs in one transaction, and retry once if the connection was lost.
 
     Args:
@@ -136,18 +134,18 @@ def _send(
 
 def _send_if_free(
     messages: Sequence[GrantMessage], known: Mapping[str, bytes | None], give_up: float
-) -> Conversation[None]:
+) -> Exchange[None]:
     commands = enqueue_commands(messages)
-    ours = {command[1]: command[2] for command in commands if command[0] == "SET"}
+    announced_by_this_call = {command[1]: command[2] for command in commands if command[0] == "SET"}
     while True:
         try:
-            yield Commands(commands, provided=known)
+            yield Commands(commands, expected=known)
         except WatchError:
             if time.monotonic() > give_up:
                 raise
             (texts,) = yield Commands((("MGET", *known),))
             known = dict(zip(known, texts, strict=True))
-            if known == ours:
+            if known == announced_by_this_call:
                 return  # an attempt before was executed, and its reply was lost
             _refuse_other_requests(messages, known)
             yield from _delete_retryable_results([one for one in messages if known.get(one.key)])
@@ -155,7 +153,7 @@ def _send_if_free(
             return
 
 
-def _delete_retryable_results(messages: Sequence[GrantMessage]) -> Conversation[None]:
+def _delete_retryable_results(messages: Sequence[GrantMessage]) -> Exchange[None]:
     """Delete stored `StorageUnavailableException` results, which are not final, before a resend."""
     keys = [result_key(message.job_id) for message in messages]
     if not keys:
@@ -164,10 +162,10 @@ def _delete_retryable_results(messages: Sequence[GrantMessage]) -> Conversation[
     for key, stored in zip(keys, results, strict=True):
         if stored and StorageUnavailableException.__name__.encode() in stored:
             with suppress(WatchError):  # another state was stored meanwhile
-                yield Commands((("DEL", key),), results=True, provided={key: stored})
+                yield Commands((("DEL", key),), results=True, expected={key: stored})
 
 
-def _announcements(messages: Sequence[GrantMessage]) -> Conversation[dict[str, bytes | None]]:
+def _announcements(messages: Sequence[GrantMessage]) -> Exchange[dict[str, bytes | None]]:
     """Read the announcements of jobs, by key."""
     keys = [message.key for message in messages]
     (texts,) = yield from replies_to(Commands((("MGET", *keys),)))

@@ -28,7 +28,7 @@ from interview_access.errors import (
     QueueUnavailableError,
 )
 from interview_access.protocol import control_requests
-from interview_access.protocol.commands import Commands, Conversation
+from interview_access.protocol.commands import Commands, Exchange
 from interview_access.protocol.messages import check_job_id
 from interview_access.protocol.retrying import reason_of, replies_to
 from interview_access.protocol.stored_results import decoded, poll_pauses, result_or_error
@@ -42,7 +42,7 @@ _LAST_STATUS_SECONDS = 1.0  # before the deadline, if no control request was sen
 
 def result(
     job_id: str, *, timeout: float, on_progress: Callable[[JobProgress], None] | None
-) -> Conversation[dict[str, Any]]:
+) -> Exchange[dict[str, Any]]:
     """Poll a job's result until it is final, or until the deadline.
 
     Args:
@@ -98,7 +98,7 @@ def _no_result(
     )
 
 
-def _read(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None, bool]]:
+def _read(job_id: str, *, by: float) -> Exchange[tuple[dict[str, Any] | None, bool]]:
     """Read a job's stored result, and whether the job is announced."""
     read_result = Commands((("GET", result_key(job_id)),), results=True)
     read_announcement = Commands((("EXISTS", announcement_key(job_id)),))
@@ -117,7 +117,7 @@ def _read(job_id: str, *, by: float) -> Conversation[tuple[dict[str, Any] | None
     return None, bool(announced)
 
 
-def _status(job_id: str, *, timeout: float) -> Conversation[JobStatus | None]:
+def _status(job_id: str, *, timeout: float) -> Exchange[JobStatus | None]:
     """Request a job's status; None if no worker replies, or Redis refuses the request.
 
     A full Redis refuses control requests, but still stores results.

@@ -9,7 +9,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as LostConnectionError
 from redis.exceptions import TimeoutError as NoReplyError
 
-from interview_access.protocol.commands import Commands, Conversation
+from interview_access.protocol.commands import Commands, Exchange
 
 LOST_CONNECTION = LostConnectionError, NoReplyError, OSError
 """Errors after which Redis might have executed the commands."""
@@ -18,7 +18,7 @@ RETRY_WITHIN = 4.0
 """Seconds after which a command is not retried, so that the call ends within 10 s."""
 
 
-def replies_to(step: Commands, *, by: float = inf) -> Conversation[list[Any]]:
+def replies_to(step: Commands, *, by: float = inf) -> Exchange[list[Any]]:
     """Send idempotent commands, and retry once if the connection was lost.
 
     Args:
@@ -33,11 +33,11 @@ def replies_to(step: Commands, *, by: float = inf) -> Conversation[list[Any]]:
     """
     give_up = min(time.monotonic() + RETRY_WITHIN, by)
     try:
-        return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
+        return (yield step)  # type: ignore[no-any-return] # what is sent to an exchange
     except LOST_CONNECTION:
         if time.monotonic() > give_up:
             raise
-    return (yield step)  # type: ignore[no-any-return] # what is sent to a conversation
+    return (yield step)  # type: ignore[no-any-return] # what is sent to an exchange
 
 
 def reason_of(error: BaseException) -> str:
