@@ -36,7 +36,7 @@ from interview_access.stored_errors import from_record
 
 _FINAL = frozenset({"SUCCESS", "FAILURE", "REVOKED"})  # states of Celery
 _STATUS_SECONDS = 5.0  # between two control requests
-_REPLY_SECONDS = 1.0  # for the reply to one, in which the result is not polled
+_REPLY_SECONDS = 2.0  # for the reply to one, in which the result is not polled
 _LAST_STATUS_SECONDS = 1.0  # before the deadline, if no control request was sent before
 
 
