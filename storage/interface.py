@@ -248,7 +248,10 @@ class OutboxMonitor(Protocol):
 
     @abstractmethod
     def schedule_all_requests_now(self) -> None:
-        """Make every outbox request due now."""
+        """Make the outbox requests that are due later due now.
+
+        Must not change the order of those that are due already.
+        """
 
     @abstractmethod
     def has_due_requests(self) -> bool:

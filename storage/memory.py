@@ -83,7 +83,8 @@ class MemoryStorage(Storage):
     def schedule_all_requests_now(self) -> None:
         """See the interface."""
         with self._lock:
-            self._tables.due_at = dict.fromkeys(self._tables.requests, datetime.now(UTC))
+            now, due_at = datetime.now(UTC), self._tables.due_at
+            self._tables.due_at = {job_id: min(at, now) for job_id, at in due_at.items()}
 
     def has_due_requests(self) -> bool:
         """See the interface."""

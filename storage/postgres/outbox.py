@@ -103,7 +103,7 @@ class PostgresOutbox(Session, Outbox):
         self.execute(_RESCHEDULE, {"job_ids": list(job_ids), "sent": sent})
 
     def schedule_all_requests_now(self) -> None:
-        """Make every request due now."""
+        """See the interface."""
         now = func.clock_timestamp()
         self.execute(
             update(models.requests).where(models.requests.c.look_at > now).values(look_at=now)

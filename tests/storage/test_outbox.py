@@ -175,6 +175,17 @@ class TestRequests:
         assert taken["a"].sent_at is not None
         assert taken["b"].sent_at is None
 
+    def test_due_requests_keep_their_order_if_all_are_scheduled_now(self, store: Store) -> None:
+        """Scheduling all requests for now keeps the order of those that are due already."""
+        for job_id in "c", "a", "b":
+            store.add_request(a_request(job_id))
+        with store.storage.transaction() as transaction:
+            transaction.reschedule_requests(["a"], sent=False)
+        store.storage.schedule_all_requests_now()
+        with store.storage.transaction() as transaction:
+            due = [request.job_id for request in transaction.lock_due_requests(9)]
+        assert due == ["c", "b", "a"]
+
     @pytest.mark.parametrize(("age", "least", "most"), [(0, 0.9, 1.1), (20, 19, 25), (900, 59, 61)])
     def test_delay_grows_with_age(
         self, postgres: PostgresStore, age: int, least: float, most: float
