@@ -12,7 +12,7 @@ left.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, TextClause, text
@@ -114,7 +114,7 @@ def add(connection: Connection, report: Callable[[str], None]) -> None:
     _drop_trigger(connection, table)
     _drop_unfinished_key(connection)
     key = find_key(table)
-    if key is not None and (key.is_constraint or key.name != KEY):
+    if key is not None and _is_adopted(key):
         report(f"adopted the unique key {key.name}")
         return
     try:
@@ -130,6 +130,29 @@ def add(connection: Connection, report: Callable[[str], None]) -> None:
     _drop_trigger(connection, table)
 
 
+def plan(connection: Connection) -> Iterator[str]:
+    """Yield what :func:`add` would do.
+
+    Args:
+        connection: A connection to the database; the table need not exist.
+    """
+    table = find_table(connection, TABLE)
+    key = find_key(table) if table else None
+    if key is not None and _is_adopted(key):
+        yield f"would adopt the unique key {key.name}"
+        return
+    if table and key is None:
+        duplicates = count_duplicates(connection, table)
+        if duplicates.rows:
+            yield f"would remove {duplicates} (the lowest ID of each would stay)"
+    yield f"would add the unique key {KEY}"
+
+
+def _is_adopted(key: FoundUniqueKey) -> bool:
+    """Return whether the key stays as it is: the worker's own index becomes a constraint."""
+    return key.is_constraint or key.name != KEY
+
+
 def _grants(connection: Connection) -> FoundTable:
     table = find_table(connection, TABLE)
     if table is None:
@@ -142,9 +165,9 @@ def _build(connection: Connection, table: FoundTable, report: Callable[[str], No
     for number in range(1, ROUNDS + 1):
         removed = _remove_duplicates(connection, table)
         if removed.rows:
-            report(f"removed {removed} (the lowest id of each stays)")
+            report(f"removed {removed} (the lowest ID of each stays)")
         report(
-            "building the unique key on (user_id, interview_id), reading and writing go on: "
+            "building the unique key on (user_id, interview_id) without blocking reads or writes: "
             f"round {number} of {ROUNDS}"
         )
         if _built_index(connection, table):
@@ -249,12 +272,12 @@ def _delete(
             raise
         raise DuplicateGrantsError(
             f"duplicate grants cannot be removed while rows of other tables refer to them: "
-            f"{error.orig}; point those rows to the lowest id of the same user and interview, and "
+            f"{error.orig}; point those rows to the lowest ID of the same user and interview, and "
             "run migrate again",
             len(ids),
         ) from error
     raise StorageError(
-        f"duplicate grants were locked for {_DELETE_SECONDS} s; look in pg_stat_activity for "
+        f"duplicate grants were locked for {_DELETE_SECONDS} s; check pg_stat_activity for "
         "a transaction left open, and run migrate again"
     )
 

@@ -1,14 +1,17 @@
-"""What a running revision works with: the connection, and a report for people."""
+"""What the revisions share: the running migration, and the announcement of a dry run.
+
+Each revision has a function ``plan`` that yields the steps that its ``upgrade`` would report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from alembic import op
 from sqlalchemy import Connection
 
-from storage.migrations.catalog import FoundTable, find_table
+from storage.migrations.catalog import FoundTable, find_table, find_tables
 
 FORWARD_ONLY = "migrations go forward only"
 """Error of every ``downgrade``."""
@@ -47,6 +50,19 @@ class LiveMigration(NamedTuple):
             else:
                 create()
                 self.report(f"created table {name}")
+
+
+def plan_missing(connection: Connection, names: Iterable[str]) -> Iterator[str]:
+    """Yield what :meth:`LiveMigration.create_missing` would do.
+
+    Args:
+        connection: A connection to the database.
+        names: Names of the tables.
+    """
+    names = list(names)
+    existing = find_tables(connection, names)
+    for name in names:
+        yield f"would {'adopt' if name in existing else 'create'} table {name}"
 
 
 def live_migration() -> LiveMigration:

@@ -143,7 +143,7 @@ def run_concurrently(
         if code == sqlstate.LOCK_NOT_AVAILABLE:
             raise StorageError(
                 f"the index {index} waited {seconds} s for transactions that are "
-                "still open; look for them in pg_stat_activity (the oldest xact_start), end them, "
+                "still open; find them in pg_stat_activity (the oldest xact_start), end them, "
                 "and run migrate again",
                 code,
             ) from error

@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, NullPool, event, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
-from storage import models
 from storage.connections import open_engine, parsed, place_of
 from storage.driver_errors import is_refused, sqlstate_of
 from storage.errors import StorageError
-from storage.migrations import grant_key
-from storage.migrations.catalog import find_tables
 from storage.migrations.locks import set_up_transaction
 from storage.schema.comparison import SchemaMismatchError, refuse_differences
 from storage.schema.privileges import NEEDED, missing_privileges, missing_usage
 from storage.schema.revisions import VERSION_TABLE, current_revision, expected_revision
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 Report = Callable[[str], None]
 """Called with a sentence about each step."""
@@ -69,7 +70,7 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         if revision == expected_revision():
             report(f"nothing to do: the schema is at revision {revision}")
         elif dry_run:
-            _report_plan(connection, report)
+            _report_plan(connection, revision, report)
         else:
             _upgrade(connection, report)
 
@@ -120,16 +121,22 @@ def _server_problem(connection: Connection) -> str | None:
 
 def _upgrade(connection: Connection, report: Report) -> None:
     from alembic import command  # noqa: PLC0415 - a worker that checks the schema needs no Alembic
-    from alembic.config import Config  # noqa: PLC0415 - likewise
 
-    config = Config()
-    config.set_main_option("script_location", "storage:migrations")
+    config = _alembic_config()
     config.attributes.update(connection=connection, report=report, version_table=VERSION_TABLE)
     connection.commit()  # Alembic begins its own transactions
     try:
         command.upgrade(config, "head")
     except PendingRollbackError as error:
         raise _original(error) from None
+
+
+def _alembic_config() -> Config:
+    from alembic.config import Config  # noqa: PLC0415 - as in _upgrade
+
+    config = Config()
+    config.set_main_option("script_location", "storage:migrations")
+    return config
 
 
 def _original(error: PendingRollbackError) -> BaseException:
@@ -195,7 +202,7 @@ def _turn(engine: Engine, report: Report) -> Iterator[None]:
                 has_waited = True
             if time.monotonic() >= deadline:
                 raise StorageError(
-                    f"another migrate has been running for {_TURN_SECONDS} s; look for the "
+                    f"another migrate has been running for {_TURN_SECONDS} s; find the "
                     "application 'interview-access migrate' in pg_stat_activity"
                 )
             time.sleep(_TURN_POLL_SECONDS)
@@ -204,17 +211,11 @@ def _turn(engine: Engine, report: Report) -> Iterator[None]:
         yield
 
 
-def _report_plan(connection: Connection, report: Report) -> None:
-    """Report what an upgrade would do."""
-    tables = find_tables(connection, models.METADATA.tables)
-    for name in models.METADATA.tables:
-        report(f"would adopt table {name}" if name in tables else f"would create table {name}")
-    grants = tables.get(grant_key.TABLE)
-    key = grants and grant_key.find_key(grants)
-    if key:
-        report(f"would adopt the unique key {key.name}")
-        return
-    if grants:
-        duplicates = grant_key.count_duplicates(connection, grants)
-        report(f"would remove {duplicates} (the lowest id of each would stay)")
-    report(f"would add the unique key {grant_key.KEY}")
+def _report_plan(connection: Connection, revision: str | None, report: Report) -> None:
+    """Report what the revisions after this one would do."""
+    from alembic.script import ScriptDirectory  # noqa: PLC0415 - as in _upgrade
+
+    scripts = ScriptDirectory.from_config(_alembic_config())
+    for script in reversed([*scripts.iterate_revisions("head", revision or "base")]):
+        for step in script.module.plan(connection):
+            report(step)

@@ -180,7 +180,7 @@ def test_django_tables_are_adopted(database: Database, service: DjangoService) -
     reported = migrated(database.url)
 
     assert (
-        "removed 3 duplicate grants of 2 pairs of user and interview (the lowest id of each stays)"
+        "removed 3 duplicate grants of 2 pairs of user and interview (the lowest ID of each stays)"
         in reported
     )
     assert f"adopted table {GRANTS}" in reported
@@ -276,24 +276,67 @@ def test_dry_run_changes_nothing(database: Database) -> None:
     (interview,) = add_interviews(database, 1)
     add_grants(database, *[("ann", interview)] * 3)
     before = database.catalog()
-    reported: list[str] = []
 
-    migrate(database.url, dry_run=True, report=reported.append)
-
-    assert reported == [
+    assert dry_run(database) == [
         "would adopt table interview_interview",
         "would adopt table interview_interviewconfig",
         "would adopt table interview_interviewattempt",
         f"would adopt table {GRANTS}",
-        *(f"would create table {table}" for table in WORKER_TABLES),
+        f"would create table {WORKER_TABLES[0]}",
         (
             "would remove 2 duplicate grants of 1 pair of user and interview "
-            "(the lowest id of each would stay)"
+            "(the lowest ID of each would stay)"
         ),
         f"would add the unique key {KEY}",
+        *(f"would create table {table}" for table in WORKER_TABLES[1:]),
+        f"would add the index {UNSENT}",
+        f"would add the trigger {NOTIFIER}",
     ]
     assert database.catalog() == before
     assert len(grants(database)) == 3
+
+
+def test_dry_run_lists_every_step_of_an_empty_database(database: Database) -> None:
+    """On an empty database a dry run announces the steps that the migration then reports."""
+    announced = dry_run(database)
+    done = [step for step in migrated(database.url) if not step.startswith("building")]
+
+    assert announced == [in_conditional(step) for step in done]
+    assert f"would add the index {UNSENT}" in announced
+    assert announced[-1] == f"would add the trigger {NOTIFIER}"
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_dry_run_lists_only_later_revisions(database: Database, has_index: bool) -> None:
+    """At revision 0004 a dry run lists the index of 0005 and the trigger of 0006 only."""
+    migrated(database.url)
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0004'")
+    if not has_index:
+        database.execute(f"DROP INDEX {UNSENT}")
+    before = database.catalog()
+
+    announced = dry_run(database)
+
+    assert announced == [
+        f"would {'adopt' if has_index else 'add'} the index {UNSENT}",
+        f"would add the trigger {NOTIFIER}",
+    ]
+    assert database.catalog() == before
+    assert announced == [in_conditional(step) for step in migrated(database.url)]
+
+
+def dry_run(database: Database) -> list[str]:
+    """Return the steps that a dry run reports."""
+    reported: list[str] = []
+    migrate(database.url, dry_run=True, report=reported.append)
+    return reported
+
+
+def in_conditional(step: str) -> str:
+    """Return a reported step as a dry run announces it."""
+    verb, _, rest = step.partition(" ")
+    infinitives = {"created": "create", "added": "add", "adopted": "adopt"}
+    return f"would {infinitives[verb]} {rest}"
 
 
 @pytest.mark.usefixtures("service")

@@ -7,13 +7,15 @@ before that existing tables fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
 from storage.errors import StorageError
 from storage.migrations.catalog import find_table
-from storage.migrations.live import FORWARD_ONLY, live_migration
+from storage.migrations.live import FORWARD_ONLY, live_migration, plan_missing
 from storage.migrations.locks import retry_lock
 
 revision = "0001"
@@ -29,17 +31,16 @@ def upgrade() -> None:
         StorageError: if interview_interview could not be locked.
     """
     migration = live_migration()
-    creators = {
-        "interview_interview": _create_interview,
-        "interview_interviewconfig": _create_interview_config,
-        "interview_interviewattempt": _create_interview_attempt,
-        "interview_userinterviewaccess": _create_user_interview_access,
-        "grant_access_job": _create_grant_access_job,
-    }
+    creators = _creators()
     existing = {name for name in creators if find_table(migration.connection, name)}
     if "interview_interview" in existing and len(existing) < len(creators):
         _lock_interviews(migration.connection)
     migration.create_missing(creators)
+
+
+def plan(connection: sa.Connection) -> Iterator[str]:
+    """Yield what an upgrade would do."""
+    yield from plan_missing(connection, _creators())
 
 
 def downgrade() -> None:
@@ -49,6 +50,16 @@ def downgrade() -> None:
         NotImplementedError: always.
     """
     raise NotImplementedError(FORWARD_ONLY)
+
+
+def _creators() -> dict[str, Callable[[], None]]:
+    return {
+        "interview_interview": _create_interview,
+        "interview_interviewconfig": _create_interview_config,
+        "interview_interviewattempt": _create_interview_attempt,
+        "interview_userinterviewaccess": _create_user_interview_access,
+        "grant_access_job": _create_grant_access_job,
+    }
 
 
 def _lock_interviews(connection: sa.Connection) -> None:
@@ -65,7 +76,7 @@ def _lock_interviews(connection: sa.Connection) -> None:
     if not retry_lock(lock, seconds=_LOCK_SECONDS):
         raise StorageError(
             f"interview_interview was locked by writers for {_LOCK_SECONDS} s, so no table that "
-            "refers to it could be created; nothing was changed; look in "
+            "refers to it could be created; nothing was changed; check "
             "pg_stat_activity for a transaction left open, and run migrate again"
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from alembic import op
+from sqlalchemy import Connection
 
 from storage.migrations import grant_key
 from storage.migrations.live import FORWARD_ONLY, live_migration
@@ -21,6 +24,11 @@ def upgrade() -> None:
     migration = live_migration()
     with op.get_context().autocommit_block():
         grant_key.add(migration.connection, migration.report)
+
+
+def plan(connection: Connection) -> Iterator[str]:
+    """Yield what an upgrade would do."""
+    yield from grant_key.plan(connection)
 
 
 def downgrade() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import sqlalchemy as sa
 from alembic import op
 
-from storage.migrations.live import FORWARD_ONLY, live_migration
+from storage.migrations.live import FORWARD_ONLY, live_migration, plan_missing
 
 revision = "0003"
 down_revision = "0002"
@@ -13,12 +15,12 @@ down_revision = "0002"
 
 def upgrade() -> None:
     """Create the missing tables, and leave existing ones as they are."""
-    creators = {
-        "grant_access_request": _create_request,
-        "grant_access_cancellation": _create_cancellation,
-        "grant_access_rejection": _create_rejection,
-    }
-    live_migration().create_missing(creators)
+    live_migration().create_missing(_creators())
+
+
+def plan(connection: sa.Connection) -> Iterator[str]:
+    """Yield what an upgrade would do."""
+    yield from plan_missing(connection, _creators())
 
 
 def downgrade() -> None:
@@ -28,6 +30,14 @@ def downgrade() -> None:
         NotImplementedError: always.
     """
     raise NotImplementedError(FORWARD_ONLY)
+
+
+def _creators() -> dict[str, Callable[[], None]]:
+    return {
+        "grant_access_request": _create_request,
+        "grant_access_cancellation": _create_cancellation,
+        "grant_access_rejection": _create_rejection,
+    }
 
 
 def _create_request() -> None:

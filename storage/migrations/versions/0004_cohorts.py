@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import sqlalchemy as sa
 from alembic import op
 
-from storage.migrations.live import FORWARD_ONLY, live_migration
+from storage.migrations.live import FORWARD_ONLY, live_migration, plan_missing
 
 revision = "0004"
 down_revision = "0003"
 
+_TABLE = "grant_access_cohort"
+
 
 def upgrade() -> None:
     """Create the table if it is missing."""
-    live_migration().create_missing({"grant_access_cohort": _create_cohort})
+    live_migration().create_missing({_TABLE: _create_cohort})
+
+
+def plan(connection: sa.Connection) -> Iterator[str]:
+    """Yield what an upgrade would do."""
+    yield from plan_missing(connection, [_TABLE])
 
 
 def downgrade() -> None:
@@ -27,7 +36,7 @@ def downgrade() -> None:
 
 def _create_cohort() -> None:
     op.create_table(
-        "grant_access_cohort",
+        _TABLE,
         sa.Column("job_id", sa.String(255, collation="C"), primary_key=True),
         sa.Column("created_by_user", sa.JSON, nullable=False),
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from alembic import op
-from sqlalchemy import text
+from collections.abc import Iterator
 
+from alembic import op
+from sqlalchemy import Connection, text
+
+from storage.migrations.catalog import FoundTable, find_table
 from storage.migrations.live import FORWARD_ONLY, live_migration
 from storage.migrations.locks import run_concurrently
 
@@ -29,7 +32,7 @@ def upgrade() -> None:
     with op.get_context().autocommit_block():
         connection, report = migration
         table = migration.table(_TABLE)
-        is_valid = connection.scalar(_IS_VALID, {"table": table.oid, "index": INDEX})
+        is_valid = _is_valid(connection, table)
         if is_valid:
             report(f"adopted the index {INDEX}")
             return
@@ -44,6 +47,12 @@ def upgrade() -> None:
         report(f"added the index {INDEX}")
 
 
+def plan(connection: Connection) -> Iterator[str]:
+    """Yield what an upgrade would do."""
+    table = find_table(connection, _TABLE)
+    yield f"would {'adopt' if table and _is_valid(connection, table) else 'add'} the index {INDEX}"
+
+
 def downgrade() -> None:
     """Refuse to downgrade: a relay would sort all due requests for each page.
 
@@ -51,3 +60,9 @@ def downgrade() -> None:
         NotImplementedError: always.
     """
     raise NotImplementedError(FORWARD_ONLY)
+
+
+def _is_valid(connection: Connection, table: FoundTable) -> bool | None:
+    """Return whether the index is finished, or None if it does not exist."""
+    is_valid: bool | None = connection.scalar(_IS_VALID, {"table": table.oid, "index": INDEX})
+    return is_valid

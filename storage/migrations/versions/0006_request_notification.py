@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from alembic import op
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from storage.errors import StorageError
 from storage.migrations.live import FORWARD_ONLY, live_migration
@@ -64,10 +66,15 @@ def upgrade() -> None:
         if not retry_statement(connection, _TRIGGER.format(**names), seconds=_SECONDS):
             raise StorageError(
                 f"{_TABLE} was locked by writers for {_SECONDS} s, so the trigger {_NAME} could "
-                "not be added; look in pg_stat_activity for a transaction left open, and run "
+                "not be added; check pg_stat_activity for a transaction left open, and run "
                 "migrate again"
             )
     migration.report(f"added the trigger {_NAME}")
+
+
+def plan(_connection: Connection) -> Iterator[str]:
+    """Yield what an upgrade would do."""
+    yield f"would add the trigger {_NAME}"
 
 
 def downgrade() -> None:
