@@ -1,4 +1,4 @@
 """Storage: its values, the interface that use cases work with, and two implementations of it.
 
-Knows nothing of Celery, messages or retries, and imports no other folder of this repository.
+Does not depend on Celery, messages or retries, and imports no other folder of this repository.
 """

@@ -66,21 +66,21 @@ def _check_options(url: URL) -> None:
     # Beside a secret, an apparent option may be the rest of an unescaped secret.
     is_secret = any(_SECRET_LIKE.search(name) for name in url.query)
     if unknown := url.query.keys() - known:
-        names = "" if is_secret else f", without {', '.join(sorted(unknown))[:100]}"
-        raise ValueError(f"options of libpq only{names}")
+        names = "" if is_secret else f"; unknown: {', '.join(sorted(unknown))[:100]}"
+        raise ValueError(f"only options of libpq{names}")
     for name, value in url.query.items():
         values = [value] if isinstance(value, str) else value
         is_number = name == "port" or name.startswith(_INTEGERS)
         if is_number and not all(re.fullmatch(r"[0-9]{1,9}", one) for one in values):
             raise ValueError(f"{name} to be a whole number")
         if len(values) > 1 and name not in {"host", "port"}:
-            raise ValueError(f"{name} once")
+            raise ValueError(f"{name} at most once")
     options = {name: value for name, value in url.query.items() if name not in _SERVER}
     # libpq validates options before it opens the socket, which does not exist.
     refusal = _refusal(options)
     if refusal != _refusal({}):
-        sentence = "" if is_secret else f"; it says: {refusal}"
-        raise ValueError(f"options that libpq takes{sentence}")
+        sentence = "" if is_secret else f"; libpq reports: {refusal}"
+        raise ValueError(f"options that libpq accepts{sentence}")
 
 
 def _refusal(options: Mapping[str, object]) -> str:

@@ -6,7 +6,9 @@ from storage import sqlstate
 
 
 class StorageError(Exception):
-    """A storage operation failed. Its transaction kept nothing and can be retried.
+    """A storage operation failed.
+
+    Retry the whole transaction; it may have committed if COMMIT failed.
 
     A storage error is never a permanent result: it describes the database, not the request, even
     if every attempt raises it (a missing privilege, an unknown connection option).

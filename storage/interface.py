@@ -1,4 +1,4 @@
-"""The storage interface, by role: what use cases may ask of a storage.
+"""The storage interface, by role: the operations that use cases need.
 
 The docstring of each method states its obligations; each "must" has a conformance test that runs on
 PostgreSQL and on the reference model. Every method may raise
@@ -46,15 +46,16 @@ class JobLocks(Protocol):
     def lock_jobs(self, job_ids: Collection[str], *, wait: bool) -> frozenset[str]:
         """Lock these jobs until the transaction ends.
 
-        The caller must hold no other lock. A holder whose worker has stopped responding must be
-        ended; a responding one must never be.
+        With ``wait`` the caller must hold no other lock. A holder whose worker has stopped
+        responding must be ended; a responding one must never be.
 
         Args:
             job_ids: Distinct job IDs.
             wait: Whether to block for a moment on locks that another transaction holds.
 
         Returns:
-            The IDs that were locked: with ``wait`` all of them, without it those that were free.
+            The IDs that were locked: without ``wait`` those that were free; with it all of them,
+            except that a lock of another database role is ignored.
 
         Raises:
             JobBusyError: with ``wait``, if a responding transaction keeps holding one of the locks.
@@ -121,7 +122,10 @@ class GrantStore(Protocol):
     def get_existing_user_access(
         self, user_ids: Collection[str]
     ) -> Sequence[UserInterviewAccessDTO]:
-        """Return all grants of these users. The order is not specified."""
+        """Return all grants of these users. The order is not specified.
+
+        Only the demo and tests read it.
+        """
 
     @abstractmethod
     def bulk_create_user_access(
@@ -278,7 +282,7 @@ class OutboxMonitor(Protocol):
 
 
 class JobStorage(Transactions[JobTransaction], JobReader, Protocol):
-    """What reports and cancels jobs."""
+    """The storage as the control service needs it."""
 
 
 class Storage(Transactions[Transaction], JobReader, OutboxMonitor, Protocol):

@@ -51,7 +51,7 @@ def test_check_reports_the_problem_and_the_remedy(database: Database) -> None:
         ({"username": "nobody"}, 'role "nobody" does not exist'),
         (
             {"query": {"host": "/nonexistent", "schema": "public"}},
-            "options of libpq only, without schema",
+            "only options of libpq; unknown: schema",
         ),
         (
             {"query": {"host": "/nonexistent", "sslmode": "perhaps"}},
