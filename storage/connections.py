@@ -1,4 +1,4 @@
-"""Engines: the one module that reads the database URL and opens connections.
+"""Engines of the worker and of migrations, with the options that every connection needs.
 
 Whatever the URL, the server, the database and the role have set, every connection has UTF-8 as its
 encoding, READ COMMITTED and READ WRITE transactions, and a limit on how long a lost server goes
@@ -22,8 +22,11 @@ from storage.errors import StorageError
 from storage.server_connection import CHECK_SECONDS, DEFAULT_OPTIONS, ServerConnection
 
 
-def parsed(database_url: str) -> URL:
+def parse_url(database_url: str) -> URL:
     """Parse the database URL.
+
+    Args:
+        database_url: ``postgresql://…``, with or without ``+psycopg``.
 
     Raises:
         StorageError: if it is not a PostgreSQL URL. The message omits the password.
@@ -34,8 +37,12 @@ def parsed(database_url: str) -> URL:
         raise StorageError(f"the database URL is invalid; expected {error}") from None
 
 
-def place_of(url: URL) -> str:
-    """Return a URL for messages, without a password and options, which may hold one."""
+def without_secrets(url: URL) -> str:
+    """Return a URL for messages, without the password and the options, which may contain one.
+
+    Args:
+        url: A URL as :func:`parse_url` returns it.
+    """
     hosts = url.query.get("host", url.host or "localhost")
     host = hosts if isinstance(hosts, str) else ",".join(hosts)
     port = f":{url.port}" if url.port else ""
@@ -54,7 +61,7 @@ def open_engine(
     """Create an engine, which connects at its first use.
 
     Args:
-        url: A URL as :func:`parsed` returns it.
+        url: A URL as :func:`parse_url` returns it.
         application_name: Name shown in ``pg_stat_activity``.
         check_seconds: Wait for a reply before the server is asked whether it is working on it.
         reply_seconds: Longest wait for any reply; None for statements of any length.

@@ -25,7 +25,7 @@ def load_samples(database_url: str, count: int) -> list[str]:
     """Insert the missing ones of the first ``count`` sample interviews.
 
     Args:
-        database_url: A migrated database.
+        database_url: URL of a migrated database, ``postgresql+psycopg://…``.
         count: Number of sample interviews.
 
     Returns:

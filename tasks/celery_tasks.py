@@ -99,7 +99,17 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
 
     @abstractmethod
     def settle(self, jobs: Sequence[Any]) -> list[JobResult]:
-        """Settle jobs of this task's type; see :func:`tasks.ledger.settle`."""
+        """Settle jobs of this task's type; see :func:`tasks.ledger.settle`.
+
+        Args:
+            jobs: Jobs in order, as :meth:`read` returns them; at least one.
+
+        Returns:
+            A result for each job, in order. Any error of a job is in its result.
+
+        Raises:
+            MemoryError: if this process is out of memory.
+        """
 
     def run(self, *_: object, **__: object) -> NoReturn:
         """Refuse a direct call, as by ``task_always_eager``: only the worker executes jobs.
@@ -209,7 +219,7 @@ def interview_attempt_job(job_id: str, args: Args, kwargs: Kwargs) -> InterviewA
 class _Progress:
     """Stores a running job's progress as its state, at most twice a second.
 
-    It stops after the first failure: each may block the open transaction for a timeout of Redis.
+    Stops after the first failure: each store can block the open transaction for a Redis timeout.
     """
 
     def __init__(self, task: JobTask, job_id: str) -> None:
@@ -233,6 +243,13 @@ def _unreadable(job_id: str, task: str, args: Args, kwargs: Kwargs) -> JobDTO:
 
 def shown(args: object, kwargs: object) -> tuple[str, str]:
     """Abbreviate a message's arguments for logs, whatever their types and sizes.
+
+    At most four positional and four named arguments are shown, and the number of the others. Other
+    values than strings are shown by their type and size, long strings abbreviated.
+
+    Args:
+        args: Positional arguments; shown as none unless a list or a tuple.
+        kwargs: Named arguments; shown as none unless a mapping.
 
     Returns:
         The positional and the named arguments as text.

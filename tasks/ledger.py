@@ -75,7 +75,7 @@ class JobResult:
         outcome: The job's outcome in the ledger, from this delivery or an earlier one.
         repeated: Whether the ledger had the outcome before this delivery.
         refusal: Set if this delivery's request differs from the request that has the outcome.
-        error: Why there is no outcome. Nothing of the job was kept.
+        error: Why the outcome is unknown. A retry reads the ledger first.
     """
 
     outcome: OutcomeDTO | None = None
@@ -119,7 +119,18 @@ def settle(
 def settle_rejected(
     storage: Transactions[JobTransaction], jobs: Sequence[RejectedJob]
 ) -> list[JobResult]:
-    """Record the failures of jobs that are not executed; see :func:`settle`."""
+    """Record the failures of jobs that are not executed.
+
+    Args:
+        storage: The storage with the ledger.
+        jobs: The jobs in order. One that the ledger has already keeps its outcome.
+
+    Returns:
+        A result for each job, in order; see :func:`settle`.
+
+    Raises:
+        MemoryError: if this process is out of memory.
+    """
     return settle(storage, jobs, lambda _, __: {})
 
 
@@ -241,9 +252,10 @@ def stopping_if_cancelled(
 
 
 def cancel(storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | None) -> bool:
-    """Request cancellation of a job. It never begins, or stops after its current chunk.
+    """Request cancellation of a job.
 
-    A finished job is not affected.
+    It does not start, or stops after its current chunk unless that is its last. A finished job is
+    not affected.
 
     Args:
         storage: The storage with the ledger.

@@ -32,7 +32,7 @@ class OutboxTransaction(JobTransaction, Outbox, Protocol):
 
 def relay(
     storage: Transactions[OutboxTransaction],
-    find_queued: Callable[[Sequence[str]], Collection[str]],
+    find_announced: Callable[[Sequence[str]], Collection[str]],
     send: Callable[[AccessRequestDTO], bool],
 ) -> int:
     """Enqueue one page of due requests, and those whose message was lost, until they finish.
@@ -43,7 +43,7 @@ def relay(
 
     Args:
         storage: The storage with the outbox and the ledger.
-        find_queued: Returns those of the given job IDs that Redis knows.
+        find_announced: Returns the given job IDs that have an announcement in Redis.
         send: Enqueues a request. Returns False if only this request cannot be sent; it is due again
             later. Raises if no other can be sent either: the requests sent before are recorded as
             sent, and the remaining ones stay due.
@@ -53,7 +53,7 @@ def relay(
 
     Raises:
         StorageError: if the database failed.
-        Exception: the exception of ``send``.
+        Exception: any exception of ``find_announced`` or ``send``.
     """
     failure: Exception | None = None
     with storage.transaction() as transaction:
@@ -61,7 +61,7 @@ def relay(
         sent_before = [request.job_id for request in due if request.sent_at]
         too_large = [request.job_id for request in due if request.is_too_large]
         finished = transaction.delete_finished_requests([*sent_before, *too_large])
-        queued = frozenset(find_queued([one for one in sent_before if one not in finished]))
+        announced = frozenset(find_announced([one for one in sent_before if one not in finished]))
         now = datetime.now(UTC)
         transaction.reschedule_requests(too_large, sent=False)
         unfinished = [one for one in due if one.job_id not in finished and not one.is_too_large]
@@ -69,7 +69,7 @@ def relay(
         not_sent: list[str] = []
         for request in unfinished:
             try:
-                is_sent = _needs_sending(request, now, queued) and send(request)
+                is_sent = _needs_sending(request, now, announced) and send(request)
             except Exception as error:  # noqa: BLE001 - raised again below
                 failure = error
                 break
@@ -90,9 +90,9 @@ def _rejected(job_id: str) -> RejectedJob:
     return RejectedJob(entry, InvalidGrantRequestException.of([problem]))
 
 
-def _needs_sending(request: AccessRequestDTO, now: datetime, queued: Collection[str]) -> bool:
+def _needs_sending(request: AccessRequestDTO, now: datetime, announced: Collection[str]) -> bool:
     """Return whether the request has no message, or has waited too long for its job to finish."""
-    if request.sent_at is None or request.job_id not in queued:
+    if request.sent_at is None or request.job_id not in announced:
         return True
     waited = request.sent_at - request.requested_at
     return now - request.sent_at > max(RESEND_AFTER, waited)

@@ -99,7 +99,11 @@ class FoundUniqueKey:
     is_constraint: bool
 
     def is_unique_on(self, *columns: str) -> bool:
-        """Return whether exactly these columns are unique together, in any order."""
+        """Return whether exactly these columns are unique together, in any order.
+
+        Args:
+            columns: Names of the columns.
+        """
         return self.is_valid and not self.is_partial and self.columns == frozenset(columns)
 
 
@@ -139,12 +143,28 @@ class FoundTable:
 
 
 def find_table(connection: Connection, name: str) -> FoundTable | None:
-    """Return the first table of this name in the search path, or None."""
+    """Return the first table of this name in the search path, or None.
+
+    Args:
+        connection: A connection to the database.
+        name: Name without a schema.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: if PostgreSQL refused a query or the connection is lost.
+    """
     return find_tables(connection, [name]).get(name)
 
 
 def find_tables(connection: Connection, names: Iterable[str]) -> dict[str, FoundTable]:
-    """Return the existing ones of these tables by name; see :func:`find_table`."""
+    """Return the existing ones of these tables by name.
+
+    Args:
+        connection: A connection to the database.
+        names: Names without a schema. The first table in the search path counts.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: if PostgreSQL refused a query or the connection is lost.
+    """
     tables = connection.execute(_TABLES, {"names": list(names)}).all()
 
     def parts(statement: TextClause) -> dict[int, list[dict[str, Any]]]:

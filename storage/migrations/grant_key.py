@@ -80,6 +80,9 @@ def find_key(table: FoundTable) -> FoundUniqueKey | None:
     """Return an existing key on the pair that ON CONFLICT can use, or None.
 
     Its name and the order of its columns do not matter.
+
+    Args:
+        table: The table of grants.
     """
     for key in table.unique_keys:
         if key.is_unique_on(*COLUMNS) and key.is_immediate:
@@ -88,7 +91,15 @@ def find_key(table: FoundTable) -> FoundUniqueKey | None:
 
 
 def count_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
-    """Count the duplicate grants."""
+    """Count the duplicate grants.
+
+    Args:
+        connection: A connection to the database.
+        table: The table of grants.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: if PostgreSQL refused the query or the connection is lost.
+    """
     row = connection.execute(
         text(f"""
             SELECT coalesce(sum(grants - 1), 0)::bigint AS rows, count(*) AS pairs
@@ -214,27 +225,27 @@ def _attach(connection: Connection, table: FoundTable, report: Callable[[str], N
 def _remove_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
     """Delete duplicates, except the lowest ID of each pair.
 
-    A row is deleted only while its elder is locked and has the same pair. Otherwise a grant would
-    be lost whose elder is revoked at this moment.
+    A row is deleted only while the row to be kept is locked and has the same pair. Otherwise the
+    grant would be lost if that row is deleted at this moment.
     """
     find = text(f"""
-        SELECT extra.id, elder.id AS elder_id
+        SELECT extra.id, kept.id AS kept_id
         FROM (SELECT user_id, interview_id, min(id) AS id FROM {table.qualified_name}
-              GROUP BY user_id, interview_id HAVING count(*) > 1) AS elder
+              GROUP BY user_id, interview_id HAVING count(*) > 1) AS kept
         JOIN {table.qualified_name} AS extra USING (user_id, interview_id)
-        WHERE extra.id > elder.id
+        WHERE extra.id > kept.id
         LIMIT {_PASS_SIZE}
     """)  # noqa: S608 - the name is quoted by PostgreSQL itself
     delete = text(f"""
-        WITH elder AS MATERIALIZED (
+        WITH kept AS MATERIALIZED (
             SELECT id, user_id, interview_id FROM {table.qualified_name}
-            WHERE id = ANY (:elder_ids) ORDER BY id FOR SHARE
+            WHERE id = ANY (:kept_ids) ORDER BY id FOR SHARE
         )
         DELETE FROM {table.qualified_name} AS extra
-        USING elder, unnest(CAST(:ids AS bigint[]), CAST(:elder_ids AS bigint[])) AS found (id, elder_id)
-        WHERE extra.id = found.id AND elder.id = found.elder_id
-          AND extra.user_id = elder.user_id AND extra.interview_id = elder.interview_id
-        RETURNING elder.id
+        USING kept, unnest(CAST(:ids AS bigint[]), CAST(:kept_ids AS bigint[])) AS found (id, kept_id)
+        WHERE extra.id = found.id AND kept.id = found.kept_id
+          AND extra.user_id = kept.user_id AND extra.interview_id = kept.interview_id
+        RETURNING kept.id
     """)  # noqa: S608, E501 - the name is quoted by PostgreSQL itself
     rows = 0
     pairs: set[int] = set()
@@ -243,30 +254,30 @@ def _remove_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
             found = connection.execute(find).all()
         for start in range(0, len(found), _BATCH_SIZE):
             batch = found[start : start + _BATCH_SIZE]
-            elders = _delete(
-                connection, delete, [row.id for row in batch], [row.elder_id for row in batch]
+            kept = _delete(
+                connection, delete, [row.id for row in batch], [row.kept_id for row in batch]
             )
-            rows += len(elders)
-            pairs.update(elders)
+            rows += len(kept)
+            pairs.update(kept)
         if len(found) < _PASS_SIZE:
             return Duplicates(rows, len(pairs))
 
 
 def _delete(
-    connection: Connection, statement: TextClause, ids: list[int], elder_ids: list[int]
+    connection: Connection, statement: TextClause, ids: list[int], kept_ids: list[int]
 ) -> list[int]:
-    """Delete one batch. Returns the IDs of the elders of the deleted rows."""
-    elders: list[int] = []
+    """Delete one batch. Returns the ID of the kept row for each deleted row."""
+    kept: list[int] = []
 
     def delete() -> None:
-        chosen = {"ids": ids, "elder_ids": elder_ids}
+        chosen = {"ids": ids, "kept_ids": kept_ids}
         with transaction(connection):
             deleted = connection.execute(statement, chosen).scalars().all()
-        elders.extend(deleted)
+        kept.extend(deleted)
 
     try:
         if retry_lock(delete, seconds=_DELETE_SECONDS):
-            return elders
+            return kept
     except DBAPIError as error:
         if sqlstate_of(error) != sqlstate.FOREIGN_KEY_VIOLATION:
             raise

@@ -115,7 +115,12 @@ class Session:
             return self._run(statement, parameters).all()
 
     def value(self, statement: str, parameters: Any = None) -> Any:
-        """Execute a statement and return its only value; see :meth:`query`."""
+        """Execute a statement and return its only value; see :meth:`query`.
+
+        Raises:
+            ValueError: unless the statement returns exactly one row with one column.
+            StorageError: if PostgreSQL or the driver failed.
+        """
         ((value,),) = self.query(statement, parameters)
         return value
 
@@ -161,7 +166,7 @@ class Session:
 
     @contextmanager
     def planned_for(self, size: int) -> Iterator[None]:
-        """Have the block's statements planned for their own arrays if these are large.
+        """Plan the block's statements for their actual arrays if these are large.
 
         A generic plan assumes arrays of ten elements: it may compare each of 100,000 IDs with each
         of 100,000 rows.

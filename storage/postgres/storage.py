@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import PoolProxiedConnection, event
 
-from storage.connections import open_engine, parsed
+from storage.connections import open_engine, parse_url
 from storage.driver_errors import driver_errors_translated
 from storage.dtos import AccessRequestDTO, FinishedJobDTO
 from storage.errors import StorageError
@@ -63,7 +63,7 @@ class PostgresStorage(Storage):
         self._chunk_size = chunk_size
         self._bulk_threshold = bulk_threshold
         self._engine = open_engine(
-            parsed(database_url),
+            parse_url(database_url),
             application_name="interview-access-worker",
             check_seconds=self._limits.check,
             reply_seconds=self._limits.statement + _REPLY_GRACE_SECONDS,

@@ -120,7 +120,7 @@ def _differences(
     yield from _key_differences(found, expected, is_complete=is_complete)
     yield from _foreign_key_differences(tables, expected)
     if found.name in _INSERTED_INTO:
-        yield from _obstacles(found, expected)
+        yield from _insert_conflicts(found, expected)
 
 
 def _column_differences(found: FoundTable, expected: Column[Any]) -> Iterator[Difference]:
@@ -228,7 +228,7 @@ def _foreign_key_differences(
         )
 
 
-def _obstacles(found: FoundTable, expected: Table) -> Iterator[Difference]:
+def _insert_conflicts(found: FoundTable, expected: Table) -> Iterator[Difference]:
     """Yield what would reject a row that the worker inserts."""
     known = {column.name for column in expected.columns}
     for column in found.columns.values():

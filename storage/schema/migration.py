@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Engine, NullPool, event, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
-from storage.connections import open_engine, parsed, place_of
+from storage.connections import open_engine, parse_url, without_secrets
 from storage.driver_errors import is_refused, sqlstate_of
 from storage.errors import StorageError
 from storage.migrations.locks import set_up_transaction
@@ -26,9 +26,9 @@ Report = Callable[[str], None]
 
 _OLDEST_POSTGRESQL = (14,)  # the first with client_connection_check_interval
 _ENCODING = "UTF8"
-_TURN_SECONDS = 3600  # building an index on a very large table takes long
-_TURN_POLL_SECONDS = 0.2
-_TURN_LOCK = 5_704_311_926_800_214_177  # key of the advisory lock: an arbitrary number
+_RUN_SECONDS = 3600  # building an index on a very large table takes long
+_RUN_POLL_SECONDS = 0.2
+_MIGRATION_LOCK = 5_704_311_926_800_214_177  # key of the advisory lock: an arbitrary number
 _CHECK_REPLY_SECONDS = 30.0  # the statements of a check are short
 _REFUSALS = ("28", "3D", "42")  # classes: authentication; no such database; privileges and names
 _UNREACHABLE = ("08", "53", "57P")
@@ -60,7 +60,7 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
     """
     with (
         _engine(database_url) as engine,
-        nullcontext() if dry_run else _turn(engine, report),
+        nullcontext() if dry_run else _exclusive_run(engine, report),
         _connected(engine, read_only=dry_run) as connection,
     ):
         if problem := _server_problem(connection):
@@ -77,6 +77,9 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
 
 def check_schema(database_url: str) -> str | None:
     """Verify the server, the schema's revision and the role's privileges.
+
+    Args:
+        database_url: ``postgresql://…``, with or without ``+psycopg``, of the worker's role.
 
     Returns:
         What is wrong and what to do about it, or None if nothing is.
@@ -150,7 +153,7 @@ def _original(error: PendingRollbackError) -> BaseException:
 @contextmanager
 def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterator[Engine]:
     """Open the database. Errors of the driver leave the block as storage errors."""
-    url = parsed(database_url)
+    url = parse_url(database_url)
     engine = open_engine(
         url,
         application_name="interview-access migrate",
@@ -162,7 +165,7 @@ def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterato
         yield engine
     except DBAPIError as error:
         reason, code = " ".join(str(error.orig).split()), sqlstate_of(error)
-        place = place_of(url)
+        place = without_secrets(url)
         if is_refused(url, error) or (code or "").startswith(_REFUSALS):
             raise StorageError(f"PostgreSQL at {place} refused: {reason}", code) from error
         if code is None or code.startswith(_UNREACHABLE):
@@ -183,18 +186,18 @@ def _connected(engine: Engine, *, read_only: bool) -> Iterator[Connection]:
 
 
 @contextmanager
-def _turn(engine: Engine, report: Report) -> Iterator[None]:
+def _exclusive_run(engine: Engine, report: Report) -> Iterator[None]:
     """Exclude other runs by an advisory lock, in the open transaction of a second connection.
 
     The lock is polled: a statement that blocked on it would hold an old snapshot, for which a
     concurrent index build waits, and the two runs would wait for each other. For the same reason
     the transaction holds no snapshot while it is open.
     """
-    deadline = time.monotonic() + _TURN_SECONDS
+    deadline = time.monotonic() + _RUN_SECONDS
     has_waited = False
     with engine.connect() as connection:
         while not connection.scalar(
-            text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _TURN_LOCK}
+            text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK}
         ):
             connection.rollback()
             if not has_waited:
@@ -202,10 +205,10 @@ def _turn(engine: Engine, report: Report) -> Iterator[None]:
                 has_waited = True
             if time.monotonic() >= deadline:
                 raise StorageError(
-                    f"another migrate has been running for {_TURN_SECONDS} s; find the "
+                    f"another migrate has been running for {_RUN_SECONDS} s; find the "
                     "application 'interview-access migrate' in pg_stat_activity"
                 )
-            time.sleep(_TURN_POLL_SECONDS)
+            time.sleep(_RUN_POLL_SECONDS)
         # Without parameters: an executed portal keeps its snapshot until the next statement.
         connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         yield

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import NullPool, make_url
 from sqlalchemy.exc import OperationalError
 
-from storage.connections import open_engine, parsed
+from storage.connections import open_engine, parse_url
 from storage.errors import LedgerConflictError, StorageError
 from storage.migrations import locks
 from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
@@ -268,7 +268,7 @@ class TestPooler:
         """A paused pooler does not block a worker's start or a migration forever."""
         pooler.is_saturated = True
         engine = open_engine(
-            parsed(pooled_url), application_name="test", check_seconds=CHECK_SECONDS
+            parse_url(pooled_url), application_name="test", check_seconds=CHECK_SECONDS
         )
         with pytest.raises(OperationalError, match="no reply"):
             engine.connect()
@@ -283,7 +283,7 @@ class TestPooler:
     def test_migration_statement_is_not_interrupted(self, pooled_url: str) -> None:
         """A statement of any length is not interrupted, inside or outside a transaction."""
         engine = open_engine(
-            parsed(pooled_url),
+            parse_url(pooled_url),
             application_name="test",
             check_seconds=CHECK_SECONDS,
             poolclass=NullPool,
