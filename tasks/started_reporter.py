@@ -1,7 +1,7 @@
 """Reports work that takes longer than a quarter of a second, from a thread of its own.
 
-A job that finishes early pays for two assignments and one comparison. Starting or waking a thread
-for each job would take longer than some jobs do.
+A job that finishes early pays for two assignments and one comparison. Starting a thread or
+notifying one for each job would take longer than some jobs do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from threading import Event, Thread
 
 _POLL_SECONDS = 0.25
-_POLLS_AWAKE = 8  # without work, after which the thread sleeps until the next block
+_IDLE_POLLS = 8  # without work, after which the thread waits for the next block
 
 
 class StartedReporter:
@@ -21,8 +21,8 @@ class StartedReporter:
     def __init__(self) -> None:
         """Start the thread, which polls every quarter of a second while the process has work."""
         self._report: Callable[[], object] | None = None
-        self._is_asleep = False
-        self._wake_up = Event()
+        self._is_idle = False
+        self._work_began = Event()
         Thread(target=self._poll, name="started-reporter", daemon=True).start()
 
     @contextmanager
@@ -33,8 +33,8 @@ class StartedReporter:
             report: Called on the reporter's thread; its exceptions are suppressed.
         """
         self._report = report
-        if self._is_asleep:
-            self._wake_up.set()
+        if self._is_idle:
+            self._work_began.set()
         try:
             yield
         finally:
@@ -48,8 +48,8 @@ class StartedReporter:
             time.sleep(_POLL_SECONDS)
             report = self._report
             idle_polls = 0 if report else idle_polls + 1
-            if idle_polls >= _POLLS_AWAKE:
-                self._sleep()
+            if idle_polls >= _IDLE_POLLS:
+                self._wait_for_work()
                 idle_polls, report = 0, self._report
             if report is not None and report is seen and report is not done:
                 with suppress(Exception):  # a failed report must not end the thread
@@ -57,9 +57,10 @@ class StartedReporter:
                 done = report
             seen = report
 
-    def _sleep(self) -> None:
-        self._is_asleep = True
-        if self._report is None:  # read after _is_asleep is set: a block that begins now wakes it
-            self._wake_up.wait()
-        self._is_asleep = False
-        self._wake_up.clear()
+    def _wait_for_work(self) -> None:
+        self._is_idle = True
+        # Read after _is_idle is set: a block that begins now ends the wait.
+        if self._report is None:
+            self._work_began.wait()
+        self._is_idle = False
+        self._work_began.clear()

@@ -1,8 +1,8 @@
 """Notifications of new outbox requests: LISTEN, and a wait that another event can end.
 
 PostgreSQL serializes the commits of transactions that notify. So services notify only while a relay
-sleeps, which it does while it holds an advisory lock. A relay that is awake polls. It falls asleep
-once no transaction is open that may have added a request without a notification.
+holds an advisory lock. A relay that takes the lock continues to poll until no transaction is open
+that may have added a request without a notification.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from sqlalchemy import PoolProxiedConnection
 from storage import models
 from storage.interface import HasFileno
 
-SLEEP_LOCK = 7_160_244_398_155_012_683
-"""Key of the advisory lock of sleeping relays; the trigger of migration 0006 has the same."""
+LISTENING_LOCK = 7_160_244_398_155_012_683
+"""Key of the advisory lock of listening relays; the trigger of migration 0006 has the same."""
 
 _CHANNEL = models.requests.name
-_AWAKE_SECONDS = 1.0  # after the last notification
-_POLL_SECONDS = 0.5
+_MIN_POLLING_SECONDS = 1.0  # after a notification
+_POLL_SECONDS = 0.5  # between two polls
 
 _LISTEN = f"LISTEN {_CHANNEL}"
 # The trigger of migration 0006. It does not notify if transactions may be prepared.
@@ -52,8 +52,8 @@ class RequestNotifications:
         """
         self._connection = connection
         self._may_have_requests = True
-        self._is_asleep = False
-        self._awake_until = 0.0
+        self._is_polling = True
+        self._poll_until = 0.0
         self._first_notifying: int | None = None
         """ID of a transaction from which on every transaction notifies."""
         self._can_wait = not connection.is_pooled and self._listen()
@@ -77,31 +77,35 @@ class RequestNotifications:
         if not self._can_wait:
             return None
         if not self._may_have_requests:
-            if self._falls_asleep():
+            if self._stop_polling():
                 return True  # the last transaction without a notification may have added a request
-            self._receive_for(seconds if self._is_asleep else _POLL_SECONDS, wakeup)
+            self._receive_for(_POLL_SECONDS if self._is_polling else seconds, wakeup)
         if self._may_have_requests:
-            self._wake_up()
-        is_added = self._may_have_requests or not self._is_asleep
+            self._start_polling()
+        is_added = self._may_have_requests or self._is_polling
         self._may_have_requests = False
         return is_added
 
-    def _falls_asleep(self) -> bool:
-        """Have services notify, then sleep once every older transaction has ended."""
-        if self._is_asleep or time.monotonic() < self._awake_until:
+    def _stop_polling(self) -> bool:
+        """Have services notify, and stop polling once every older transaction has ended.
+
+        Returns:
+            Whether this call stopped it.
+        """
+        if not self._is_polling or time.monotonic() < self._poll_until:
             return False
         if self._first_notifying is None:
-            if not self._value(_TRY_LOCK, SLEEP_LOCK):
+            if not self._value(_TRY_LOCK, LISTENING_LOCK):
                 return False  # a service holds the lock, briefly or by a defect: poll
             self._first_notifying = self._value(_NEXT_TRANSACTION)
-        self._is_asleep = self._value(_OLDEST_TRANSACTION) >= self._first_notifying
-        return self._is_asleep
+        self._is_polling = self._value(_OLDEST_TRANSACTION) < self._first_notifying
+        return not self._is_polling
 
-    def _wake_up(self) -> None:
+    def _start_polling(self) -> None:
         if self._first_notifying is not None:
-            self._value(_UNLOCK, SLEEP_LOCK)
-        self._is_asleep, self._first_notifying = False, None
-        self._awake_until = time.monotonic() + _AWAKE_SECONDS
+            self._value(_UNLOCK, LISTENING_LOCK)
+        self._is_polling, self._first_notifying = True, None
+        self._poll_until = time.monotonic() + _MIN_POLLING_SECONDS
 
     def _receive_for(self, seconds: float, wakeup: HasFileno | None) -> None:
         poll = select.poll()

@@ -43,9 +43,9 @@ def test_failed_work_is_not_reported() -> None:
 
 
 def test_work_after_an_idle_time_is_reported() -> None:
-    """Work that begins while the reporter's thread sleeps is reported."""
+    """Work that begins while the reporter's thread is idle is reported."""
     reports: SimpleQueue[str] = SimpleQueue()
     reporter = StartedReporter()
-    until(lambda: reporter._is_asleep)
+    until(lambda: reporter._is_idle)
     with reporter.reporting(lambda: reports.put("late")):
         assert reports.get(timeout=10) == "late"

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.errors import StorageError
 from storage.interface import Storage
-from storage.postgres.notifications import SLEEP_LOCK
+from storage.postgres.notifications import LISTENING_LOCK
 from storage.postgres.outbox import LOCK_DUE_REQUESTS
 from tests.storage.transactions import a_request, finish, finished
 from tests.support.database import connected
@@ -228,12 +229,12 @@ class TestWaitForRequests:
 
     def test_wait_times_out(self, store: Store) -> None:
         """Without a new request a wait ends after its time and returns False."""
-        fall_asleep(store.storage)
+        stop_polling(store.storage)
         assert store.storage.wait_for_requests(0.01) is False
 
     def test_a_request_ends_a_wait(self, store: Store) -> None:
         """A new request ends a wait."""
-        fall_asleep(store.storage)
+        stop_polling(store.storage)
         waiting = Background(lambda: store.storage.wait_for_requests(60))
         store.add_request(a_request("a"))
         assert waiting.result() is True
@@ -241,14 +242,14 @@ class TestWaitForRequests:
 
     def test_a_request_between_two_waits_is_reported(self, store: Store) -> None:
         """A request added between two waits ends the next one, also after a query."""
-        fall_asleep(store.storage)
+        stop_polling(store.storage)
         store.add_request(a_request("a"))
         assert store.storage.has_due_requests()
         assert store.storage.wait_for_requests(60) is True
 
     def test_wakeup_ends_a_wait(self, store: Store) -> None:
         """A wait ends when the ``wakeup`` file becomes readable."""
-        fall_asleep(store.storage)
+        stop_polling(store.storage)
         wakeup, other_end = socket.socketpair()
         with wakeup, other_end:
             waiting = Background(lambda: store.storage.wait_for_requests(60, wakeup))
@@ -265,16 +266,16 @@ class TestWaitForRequests:
             transaction.reschedule_requests(["a"], sent=True)
         assert not store.storage.has_due_requests()
 
-    def test_all_relays_are_woken(self, postgres: PostgresStore) -> None:
+    def test_all_relays_are_notified(self, postgres: PostgresStore) -> None:
         """A request ends the waits of all workers."""
-        fall_asleep(postgres.storage)
+        stop_polling(postgres.storage)
         with postgres.another() as other:
-            fall_asleep(other)
+            stop_polling(other)
             postgres.add_request(a_request("a"))
             assert postgres.storage.wait_for_requests(60) is True
             assert other.wait_for_requests(60) is True
 
-    def test_unnotified_request_keeps_the_relay_awake(self, postgres: PostgresStore) -> None:
+    def test_unnotified_request_keeps_the_relay_polling(self, postgres: PostgresStore) -> None:
         """While a transaction with an unnotified request is open, the relay polls."""
         storage = postgres.storage
         assert storage.wait_for_requests(0) is True
@@ -282,7 +283,7 @@ class TestWaitForRequests:
             service.exec_driver_sql(
                 "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
             )
-            until(lambda: postgres.value(_SLEEPERS) == 1 or not storage.wait_for_requests(0))
+            until(lambda: postgres.value(_LISTENERS) == 1 or not storage.wait_for_requests(0))
             assert [storage.wait_for_requests(60) for _ in range(2)] == [True, True]
             assert not storage.has_due_requests()
             service.commit()
@@ -292,25 +293,30 @@ class TestWaitForRequests:
     def test_relay_polls_while_a_service_holds_the_lock(self, postgres: PostgresStore) -> None:
         """If a session keeps the trigger's lock by a defect, the relay polls."""
         with connected(postgres.database_url) as service:
-            service.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": SLEEP_LOCK})
+            service.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LISTENING_LOCK})
             assert [postgres.storage.wait_for_requests(60) for _ in range(5)] == [True] * 5
+
+    def test_trigger_and_relays_use_the_same_lock(self) -> None:
+        """The trigger of migration 0006 tests the lock that relays hold."""
+        revision = import_module("storage.migrations.versions.0006_request_notification")
+        assert revision._LOCK == LISTENING_LOCK
 
     def test_rolled_back_request_does_not_end_a_wait(self, postgres: PostgresStore) -> None:
         """A request whose transaction is rolled back does not end a wait."""
-        fall_asleep(postgres.storage)
+        stop_polling(postgres.storage)
         with connected(postgres.database_url) as service:
             service.exec_driver_sql(
                 "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
             )
         assert postgres.storage.wait_for_requests(0.01) is False
 
-    def test_services_notify_only_while_a_relay_sleeps(self, postgres: PostgresStore) -> None:
-        """Services notify only while a relay sleeps, since commits that notify are serialized."""
+    def test_services_notify_only_a_relay_that_does_not_poll(self, postgres: PostgresStore) -> None:
+        """Services notify only a relay that does not poll: commits that notify are serialized."""
         url = make_url(postgres.database_url).set(drivername="postgresql")
         with psycopg.connect(url.render_as_string(False), autocommit=True) as listener:
             listener.execute("LISTEN grant_access_request")
             postgres.add_request(a_request("a"))
-            fall_asleep(postgres.storage)
+            stop_polling(postgres.storage)
             postgres.add_request(a_request("b"))
             assert postgres.storage.wait_for_requests(60) is True
             postgres.add_request(a_request("c"))
@@ -318,9 +324,9 @@ class TestWaitForRequests:
 
     def test_a_lost_connection_is_an_error_once(self, postgres: PostgresStore) -> None:
         """A wait whose connection is lost raises; the next one uses another connection."""
-        fall_asleep(postgres.storage)
+        stop_polling(postgres.storage)
         waiting = Background(lambda: postgres.storage.wait_for_requests(60))
-        postgres.execute(_SLEEPERS.replace("count(*)", "pg_terminate_backend(pid)"))
+        postgres.execute(_LISTENERS.replace("count(*)", "pg_terminate_backend(pid)"))
         with pytest.raises(StorageError):
             waiting.result()
         assert postgres.storage.wait_for_requests(60) is True
@@ -335,12 +341,12 @@ class TestWaitForRequests:
             postgres.execute(alter.format("ENABLE"))
 
 
-_SLEEPERS = """
+_LISTENERS = """
     SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 
 
-def fall_asleep(storage: Storage) -> None:
+def stop_polling(storage: Storage) -> None:
     """Wait until the storage reports that no request can have been added."""
     until(lambda: storage.wait_for_requests(0) is False)

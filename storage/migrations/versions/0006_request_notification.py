@@ -1,4 +1,4 @@
-"""A trigger that notifies sleeping relays of new requests, on the channel of the table's name."""
+"""A trigger that notifies relays of new requests, on the channel of the table's name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NAME = "grant_access_request_notify"
 """Name of the trigger and of its function."""
 
 _LOCK = 7_160_244_398_155_012_683
-"""Key of the advisory lock of sleeping relays, as in storage/postgres/notifications.py."""
+"""Key of the advisory lock of listening relays, as in storage/postgres/notifications.py."""
 
 _SECONDS = 60
 
 # PostgreSQL serializes the commits of transactions that notify. So they notify only while a relay
-# sleeps, which then holds the lock. A transaction that has notified cannot be prepared: if services
-# may prepare transactions, relays poll.
+# holds the lock. A transaction that has notified cannot be prepared: if services may prepare
+# transactions, relays poll.
 _FUNCTION = """
     CREATE OR REPLACE FUNCTION {schema}.{name}() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
