@@ -102,7 +102,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
         """Settle jobs of this task's type; see :func:`tasks.ledger.settle`.
 
         Args:
-            jobs: Jobs in order, as :meth:`read` returns them; at least one.
+            jobs: Jobs in order, as :meth:`read` returns them.
 
         Returns:
             A result for each job, in order. Any error of a job is in its result.
@@ -244,8 +244,8 @@ def _unreadable(job_id: str, task: str, args: Args, kwargs: Kwargs) -> JobDTO:
 def shown(args: object, kwargs: object) -> tuple[str, str]:
     """Abbreviate a message's arguments for logs, whatever their types and sizes.
 
-    At most four positional and four named arguments are shown, and the number of the others. Other
-    values than strings are shown by their type and size, long strings abbreviated.
+    At most four positional and four named arguments are shown, and the number of the others. A
+    string is shown by its first 80 characters, another value by a description.
 
     Args:
         args: Positional arguments; shown as none unless a list or a tuple.

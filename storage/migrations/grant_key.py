@@ -154,8 +154,7 @@ def plan(connection: Connection) -> Iterator[str]:
         return
     if table and key is None:
         duplicates = count_duplicates(connection, table)
-        if duplicates.rows:
-            yield f"would remove {duplicates} (the lowest ID of each would stay)"
+        yield f"would remove {duplicates} (the lowest ID of each would stay)"
     yield f"would add the unique key {KEY}"
 
 
