@@ -40,7 +40,7 @@ from worker.services.outbox_relay import OutboxRelay
 
 SECTION = "Inside a transaction of your database"
 REQUESTS = "SELECT count(*) FROM grant_access_request"
-SLEEPERS = """
+LISTENERS = """
     SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
@@ -368,7 +368,7 @@ class TestWaiting:
         with idle.store.another() as storage:
             relay = OutboxRelay(idle.producer, lambda: storage)
             relay.start()
-            until(lambda: idle.store.value(SLEEPERS) == 1)
+            until(lambda: idle.store.value(LISTENERS) == 1)
             yield relay
             relay.stop()
             relay._thread.join(30)
@@ -379,7 +379,7 @@ class TestWaiting:
         """A waiting relay sends each new request at once."""
         first = request_job(idle, user)
         until(lambda: queued(idle) == [first])
-        until(lambda: idle.store.value(SLEEPERS) == 1)
+        until(lambda: idle.store.value(LISTENERS) == 1)
         second = request_job(idle, user)
         until(lambda: queued(idle) == [second, first])
 
@@ -405,7 +405,7 @@ class TestWaiting:
     @pytest.mark.usefixtures("relay")
     def test_a_lost_session_is_replaced(self, idle: Site, user: str) -> None:
         """A relay whose database session is terminated listens on a new one."""
-        idle.store.execute(SLEEPERS.replace("count(*)", "pg_terminate_backend(pid)"))
+        idle.store.execute(LISTENERS.replace("count(*)", "pg_terminate_backend(pid)"))
         job_id = request_job(idle, user)
         until(lambda: queued(idle) == [job_id])
 
