@@ -139,7 +139,7 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
             digest: The digest of the refused request.
             others: IDs of other jobs of the same call that are refused for the same reason.
         """
-        likewise = f" {len(others):,} other job IDs of this call are also in use." if others else ""
+        likewise = f" Other job IDs of this call in use: {len(others):,}." if others else ""
         return cls(
             f"Job ID {shortened(job_id)} was used before for another request: expected the request "
             f"with digest {shortened(first_digest, quoted=False)}, got one with digest "
