@@ -24,7 +24,7 @@ help: ## list the targets and variables
 	@echo 'Variables (default in parentheses):'
 	@sed -n 's/^#: //p' $(MAKEFILE_LIST)
 
-demo: .venv/ready ## run the main job on real servers and check it (2 min)
+demo: .venv/ready ## run the main job on real servers and check it (1 min)
 	@$(BIN)/interview-access demo
 
 up: .venv/ready ## run PostgreSQL, Valkey, a worker and Flower (until Ctrl-C)
@@ -38,7 +38,7 @@ check: .venv/ready ## lint, format, types, spelling, links, dependencies, tracke
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/python -m pytest -q tests/test_documentation.py tests/test_packaging.py
 
-test: .venv/ready .venv/node/ready ## run the tests on real servers (3 min)
+test: .venv/ready .venv/node/ready ## run the tests on real servers (5 min)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/ready ## run the slow fault tests, then inject 1,000 random faults (30 min)

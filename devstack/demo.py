@@ -60,7 +60,7 @@ class _Demo:
         Raises:
             LocalStackError: if the servers or the worker cannot run.
         """
-        self.say("Starting PostgreSQL and Valkey out of their wheels ...")
+        self.say("Starting PostgreSQL and Valkey from their wheels ...")
         with LocalStack(self._folder / "data") as stack:
             migrate(stack.database_url, report=lambda sentence: self.say(f"  {sentence}"))
             interviews = load_samples(stack.database_url, _MANY)
@@ -90,7 +90,7 @@ class _Demo:
         self._command("The same request again", grant_two, result=_success(0))
         wrong = ["--interview", _UNKNOWN, "--interview", _NOT_A_UUID]
         self._command(
-            "An unknown id and a malformed one",
+            "An unknown ID and a malformed one",
             ["grant", "--user", _USER, *wrong, "--wait"],
             status=1,
             texts=[f"'{_NOT_A_UUID}' is not a UUID", f"'{_UNKNOWN}' is not the ID of an interview"],
@@ -102,7 +102,7 @@ class _Demo:
             f"Access to {_MANY:,} interviews", ["grant", *large, "--wait"], result=_success(_MANY)
         )
         self._command(
-            "The same result, polled by its job id",
+            "The same result, polled by its job ID",
             ["status", _MANY_JOB, "--json"],
             result={"state": "succeeded", "requested": _MANY, "result": _success(_MANY)},
         )

@@ -218,7 +218,7 @@ class LocalStack:
                 os.close(lock)
                 raise LocalStackError(
                     f"{self.data} is in use by {holder}: waited {self._lock_timeout:g} s. "
-                    "Stop that process, or give another folder"
+                    "Stop that process, or use another folder: interview-access up --data FOLDER"
                 ) from None
             command, since = shlex.join(sys.argv)[:200], time.strftime("%Y-%m-%d %H:%M:%S %z")
             os.ftruncate(lock, 0)

@@ -225,6 +225,10 @@ Everything runs until Ctrl-C. To enqueue a job, in another shell:
   source {shlex.quote(str(environment))}
   {grant}
 
+Without --wait the command prints the job's ID. To report the job's state:
+
+  {command} status JOB_ID
+
 The first line sets the addresses of the servers:
 
   {exports}

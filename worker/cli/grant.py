@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from interview_access.errors import (
     QueueUnavailableError,
 )
 from interview_access.producer import InterviewAccessClient
+from interview_access.redis_address import FORMS
 
 from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
 
@@ -58,6 +60,8 @@ def grant(
     if bool(interview_ids) == bool(file):
         raise click.UsageError("Give the interviews either by --interview or by --interviews-from.")
     ids = [line.strip() for line in file if line.strip()] if file else list(interview_ids)
+    if not os.environ.get("CELERY_BROKER_URL"):
+        end(2, f"CELERY_BROKER_URL: not set, expected {FORMS['redis']}")
     try:
         client = InterviewAccessClient()
     except ValueError as error:
