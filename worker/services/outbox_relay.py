@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 _QUERY_SECONDS = 4.0  # between two queries without a notification
 _PAUSE_SECONDS = 0.5  # between two queries if PostgreSQL cannot notify, as through a pooler
-_SEEN_SECONDS = 1.8  # between two checks of Redis
+_SEEN_SECONDS = 2.0  # between two checks of Redis
 _SEEN = f"{PREFIX}relay"  # missing if Redis was emptied or replaced
 _TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
 
