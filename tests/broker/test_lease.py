@@ -565,6 +565,23 @@ def test_the_thread_survives_an_outage(
     assert len(warnings) == 1
 
 
+def test_a_step_of_a_heartbeat_that_fails_prevents_no_other(
+    lease: SteppedLease, other: SteppedLease, redis: Redis
+) -> None:
+    """Expired leases are taken over although other steps of the heartbeat fail each time."""
+
+    def fail() -> None:
+        raise AssertionError("a defect")
+
+    redis.lpush(QUEUE, "message")
+    dispatched(other)
+    redis.set(DUE, "not a sorted set")
+    lease.on_heartbeat = fail
+    lease.beat_for(2 * TTL + 1)
+    assert sessions(redis).keys() == {lease.session}
+    assert redis.llen(ISOLATED) == 1
+
+
 def test_an_error_of_another_step_does_not_lose_the_lease(
     lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:

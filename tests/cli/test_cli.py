@@ -21,7 +21,13 @@ import pytest
 from devstack.servers import LocalStack
 from tests.support.commands import run_module
 from tests.support.stores import until
-from tests.support.workers import GRANT_ACCESS, ROOT, Site, held_grant, migrated_site, worker
+from tests.support.workers import (
+    GRANT_ACCESS,
+    ROOT,
+    Site,
+    held_grant,
+    site_with_worker,
+)
 
 FAILS_WITHIN = 10.0  # seconds in which a producer fails during an outage of Redis
 CHUNK = 10
@@ -32,10 +38,8 @@ def here(
     stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     """A site with a worker and sample interviews."""
-    with (
-        migrated_site(stack, _migrated, 2) as here,
-        worker(here, tmp_path_factory.mktemp("cli") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
-    ):
+    folder = tmp_path_factory.mktemp("cli")
+    with site_with_worker(stack, _migrated, 2, folder, GRANT_CHUNK_SIZE=CHUNK) as here:
         yield here
 
 

@@ -41,7 +41,7 @@ from tests.support.workers import (
     QUEUE,
     Site,
     held_grant,
-    migrated_site,
+    site_with_worker,
     worker,
 )
 
@@ -53,10 +53,8 @@ def here(
     stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     """A site with a worker of two pool processes and sample interviews."""
-    with (
-        migrated_site(stack, _migrated, 8) as here,
-        worker(here, tmp_path_factory.mktemp("control") / "worker.log", GRANT_CHUNK_SIZE=CHUNK),
-    ):
+    folder = tmp_path_factory.mktemp("control")
+    with site_with_worker(stack, _migrated, 8, folder, GRANT_CHUNK_SIZE=CHUNK) as here:
         yield here
 
 

@@ -22,7 +22,7 @@ from billiard.process import active_children
 from celery.utils.log import get_logger
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from worker.broker.claim_policy import BATCH_BYTES, SMALL_BYTES, ClaimPolicy
 from worker.broker.claims import Action, Claims, Disposition, Heartbeat
@@ -363,8 +363,13 @@ class Lease:
         self._attempt("time limits cannot be enforced", self.on_heartbeat)
         heartbeat = self._attempt(_NOT_RENEWED, self._renew)
         if heartbeat:
-            requeue_due = partial(self._requeue_due, heartbeat)
-            self._attempt("due messages cannot be requeued", requeue_due)
+            by = self._clock() + self._ttl / _HEARTBEATS
+            if heartbeat.has_messages:
+                self._attempt("due messages cannot be requeued", lambda: self._requeue_due(by))
+            self._attempt(
+                "expired leases cannot be taken over",
+                lambda: self._take_over_expired(heartbeat.sessions, by),
+            )
 
     def _attempt(self, failure: str, step: Callable[[], T]) -> T | None:
         """Call a step of the heartbeat, and log the first of its consecutive errors.
@@ -379,10 +384,12 @@ class Lease:
         try:
             result = step()
         except Exception as error:
-            # Redis itself may have stalled: earlier observations of other leases are void.
-            self._observed.clear()
+            is_known = isinstance(error, RedisError | OSError)
+            is_lost = is_known and not isinstance(error, ResponseError)
+            if is_lost or failure == _NOT_RENEWED:
+                # Redis may have stalled: earlier observations of other leases are void.
+                self._observed.clear()
             if failure not in self._failures:
-                is_known = isinstance(error, RedisError | OSError)
                 logger.warning("%s: %s", failure, error, exc_info=not is_known)
                 self._failures[failure] = error, self._clock()
             return None
@@ -412,15 +419,12 @@ class Lease:
         self._was_loop_stuck = is_stuck
         return is_stuck
 
-    def _requeue_due(self, heartbeat: Heartbeat) -> None:
-        """Requeue delayed messages that are due, and the claims of expired leases."""
+    def _requeue_due(self, by: float) -> None:
+        """Requeue delayed messages that are due, until that time at most."""
+        self.has_more = True
         assert self._claims is not None  # noqa: S101 - set by open()
-        by = self._clock() + self._ttl / _HEARTBEATS
-        if heartbeat.has_messages:
-            while self._claims.wake() and self._clock() < by:
-                pass
-            self.has_more = True
-        self._take_over_expired(heartbeat.sessions, by)
+        while self._claims.wake() and self._clock() < by:
+            pass
 
     def _requeue_claimed(self) -> None:
         claimed = [one for one in self._all() if one.state is State.CLAIMED]
