@@ -18,7 +18,7 @@ from interview_access.contracts import (
     RequestedInterviews,
     request_digest,
 )
-from interview_access.protocol.messages import GrantMessage
+from interview_access.protocol.messages import JobMessage
 
 from benchmarks.baselines.copy import copy_grants
 from benchmarks.bench import Bench
@@ -173,7 +173,7 @@ def million(bench: Bench) -> list[Figure]:
         def largest() -> Mapping[str, float]:
             deployment.reset()
             job = GrantJob(uuid4().hex, database.interviews)
-            size = len(GrantMessage.of(job.user_id, job.interview_ids).envelope)
+            size = len(JobMessage.of(job).envelope)
             with measured_peaks(deployment) as peaks:
                 seconds = deployment.time_one(job)
             deployment.settle()

@@ -31,6 +31,7 @@ from interview_access.contracts import (
     InterviewAttemptResult,
     JobProgress,
     JobStatus,
+    WorkerLimits,
     reply_key,
     result_key,
 )
@@ -327,6 +328,7 @@ def schemas() -> dict[str, str]:
         "announcement": _model(Announcement),
         "job-status": _model(JobStatus),
         "job-question": _job_question(),
+        "worker-limits": _model(WorkerLimits),
         "failure": _failure(),
         "stored-result": _stored_result(),
         "envelope": _envelope(),

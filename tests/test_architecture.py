@@ -25,7 +25,7 @@ CLIENT_WITH_SQL = "client/interview_access/outbox.py"
 """Has the INSERT that a service executes in its own transaction."""
 MAY_KNOW_CELERY = {"tasks/celery_tasks.py"}
 REDIS_CONNECTIONS = ("aio", "connections", "producer")
-REDIS_ERRORS = ("commands", "control_requests", "enqueueing", "polling", "retrying")
+REDIS_ERRORS = ("commands", "control_requests", "enqueueing", "limits", "polling", "retrying")
 MAY_KNOW_REDIS = {
     *(f"client/interview_access/{name}.py" for name in REDIS_CONNECTIONS),
     *(f"client/interview_access/protocol/{name}.py" for name in REDIS_ERRORS),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 from redis.asyncio import (
@@ -31,11 +31,21 @@ from interview_access.connections import (
     redis_addresses,
     sentinel_options,
 )
-from interview_access.contracts import GrantJob, JobProgress, JobStatus
+from interview_access.contracts import (
+    GrantCohortJob,
+    GrantJob,
+    InterviewAttemptJob,
+    Job,
+    JobProgress,
+    JobStatus,
+)
+from interview_access.contracts.requests import or_new
+from interview_access.errors import InterviewAccessError, InvalidGrantRequestException
 from interview_access.producer import REPLY_SECONDS
 from interview_access.protocol import control_requests, enqueueing, polling
 from interview_access.protocol.commands import Commands, Exchange, Pause
-from interview_access.protocol.messages import GrantMessage, grant_messages
+from interview_access.protocol.limits import LimitsReader
+from interview_access.protocol.messages import JobMessage, checked_message, checked_messages
 from interview_access.redis_address import RedisAddress
 
 T = TypeVar("T")
@@ -50,7 +60,8 @@ class AsyncInterviewAccessClient:
     """:class:`~interview_access.producer.InterviewAccessClient` for asyncio.
 
     Its methods have the arguments, return values and exceptions of the methods of that class.
-    Create one client for each event loop: connections belong to the loop that opened them.
+    Create one client for each event loop: connections belong to the loop that opened them, and a
+    call in another loop raises RuntimeError. ``async with`` closes them.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
@@ -63,10 +74,17 @@ class AsyncInterviewAccessClient:
         Raises:
             ValueError: if no broker is given, or a URL is invalid.
         """
-        queue, results = redis_addresses(broker_url, result_backend)
+        self._addresses = redis_addresses(broker_url, result_backend)
+        self._limits = LimitsReader()
+        self._open()
+
+    def _open(self) -> None:
+        """Create the connection pools, which belong to the event loop that uses them first."""
+        queue, results = self._addresses
         self._queue = _connect(queue)
         self._results = self._queue if results == queue else _connect(results)
         self._turns = asyncio.Semaphore(MAX_ASYNC_CONNECTIONS)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def enqueue(
         self,
@@ -78,16 +96,8 @@ class AsyncInterviewAccessClient:
         expires: float | datetime | None = None,
     ) -> str:
         """Enqueue a job; see :meth:`~.producer.InterviewAccessClient.enqueue`."""
-        # In a thread, because encoding 100,000 IDs would block the loop.
-        message = await asyncio.to_thread(
-            GrantMessage.of,
-            user_id,
-            interview_ids,
-            job_id=job_id,
-            countdown=countdown,
-            expires=expires,
-        )
-        return await self._run(enqueueing.enqueue(message))
+        job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires)
+        return await self._enqueue(job, is_new_id=job_id is None)
 
     async def enqueue_cohort(
         self,
@@ -99,27 +109,33 @@ class AsyncInterviewAccessClient:
         expires: float | datetime | None = None,
     ) -> str:
         """Enqueue a cohort job; see :meth:`~.producer.InterviewAccessClient.enqueue_cohort`."""
-        message = await asyncio.to_thread(
-            GrantMessage.of_cohort,
-            user_ids,
-            interview_ids,
-            job_id=job_id,
-            countdown=countdown,
-            expires=expires,
-        )
-        return await self._run(enqueueing.enqueue(message))
+        job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
+        return await self._enqueue(job, is_new_id=job_id is None)
 
-    async def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
+    async def enqueue_attempt(
+        self,
+        interview_id: str | UUID,
+        user_id: str | UUID,
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> str:
+        """Enqueue an attempt; see :meth:`~.producer.InterviewAccessClient.enqueue_attempt`."""
+        job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
+        return await self._enqueue(job, is_new_id=job_id is None)
+
+    async def enqueue_many(self, jobs: Iterable[Job]) -> list[str]:
         """Enqueue many jobs; see :meth:`~.producer.InterviewAccessClient.enqueue_many`.
 
         The jobs, also those of a generator, are encoded in other threads.
         """
-        messages: list[GrantMessage] = []
-        encoding = grant_messages(jobs)
+        messages: list[JobMessage] = []
+        encoding = checked_messages(jobs)
         # In slices: a thread that encodes many jobs in a row rarely releases the GIL to the loop.
         while part := await asyncio.to_thread(list, islice(encoding, _SLICE_JOBS)):
             messages += part
-        return await self._run(enqueueing.enqueue_many(messages))
+        return await self._run(enqueueing.enqueue_many(messages, self._limits))
 
     async def wait(
         self,
@@ -141,13 +157,50 @@ class AsyncInterviewAccessClient:
         return await self._run(control_requests.cancel(job_id, timeout=timeout))
 
     async def close(self) -> None:
-        """Close the connections; another call opens new ones."""
-        await self._queue.aclose()
-        if self._results is not self._queue:
-            await self._results.aclose()
+        """Close the connections; another call, in any event loop, opens new ones."""
+        queue, results = self._queue, self._results
+        self._check_loop()
+        self._open()
+        await queue.aclose()
+        if results is not queue:
+            await results.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _enqueue(self, job: Job, *, is_new_id: bool) -> str:
+        # In a thread, because encoding 100,000 IDs would block the loop.
+        try:
+            message = await asyncio.to_thread(checked_message, job)
+        except InvalidGrantRequestException as error:
+            raise error.with_traceback(None) from None
+        return await self._run(enqueueing.enqueue(message, self._limits, is_new_id=is_new_id))
+
+    def _check_loop(self) -> None:
+        """Refuse an event loop other than the one to which the connections belong."""
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            state = "which is closed" if self._loop.is_closed() else "which is another one"
+            raise RuntimeError(
+                f"Got an AsyncInterviewAccessClient of an earlier event loop, {state}; expected "
+                "one client per event loop. Create it inside the function given to asyncio.run, "
+                "or await its close() before that loop ends."
+            )
 
     async def _run(self, exchange: Exchange[T]) -> T:
         """Execute the steps that the exchange yields until it returns."""
+        self._check_loop()
+        try:
+            return await self._result(exchange)
+        except InterviewAccessError as error:
+            # Without the frames of the exchange, of which the caller knows nothing.
+            raise error.with_traceback(None) from None
+
+    async def _result(self, exchange: Exchange[T]) -> T:
         replies: Any = None
         failed: Exception | None = None
         cancelled_before = _cancellations()

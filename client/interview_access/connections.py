@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from redis import Connection, Redis
@@ -94,7 +95,7 @@ def connect(
     Args:
         address: The server, or the Sentinels that know it.
         client_name: The name of the connections in ``CLIENT LIST``, if the Redis user may set it.
-        connect_timeout: Seconds to connect.
+        connect_timeout: Seconds to connect, for all addresses of a host's name together.
         timeout: Seconds for a reply, and for the replies of all Sentinels together.
         max_connections: Maximum number of connections in use at once.
     """
@@ -118,14 +119,40 @@ def connect(
     options |= KEEPALIVE
     if not address.master_name:
         ((host, port),) = address.hosts
-        return Redis(host, port, **options)
+        return _with_shared_timeout(Redis(host, port, **options))
     sentinels = Sentinel(  # type: ignore[no-untyped-call] # likewise
         address.hosts, sentinel_kwargs=sentinel_options(address, timeout), **options
     )
+    for sentinel in sentinels.sentinels:
+        _with_shared_timeout(sentinel)
     client: Redis = sentinels.master_for(  # type: ignore[no-untyped-call] # likewise
         address.master_name, connection_pool_class=_SentinelPool
     )
     return client
+
+
+def _with_shared_timeout(client: Redis) -> Redis:
+    """Make the time limit to connect that of all addresses of the host's name together."""
+    pool = client.connection_pool
+    pool.connection_class = _sharing_timeout(pool.connection_class)
+    return client
+
+
+@cache
+def _sharing_timeout(kind: type[Any]) -> type[Any]:
+    """Derive a class of connections; redis-py applies the time limit to each address."""
+
+    def connect(connection: Any) -> None:
+        whole = connection.socket_connect_timeout
+        with suppress(OSError):  # reported by the attempt to connect
+            found = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
+            connection.socket_connect_timeout = whole / len(found)
+        try:
+            kind.connect(connection)
+        finally:
+            connection.socket_connect_timeout = whole
+
+    return type(kind.__name__, (kind,), {"connect": connect})
 
 
 class _SentinelPool(SentinelConnectionPool):

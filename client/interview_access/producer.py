@@ -1,7 +1,7 @@
 """The blocking client, for services that use threads or processes.
 
-:mod:`interview_access.protocol` decides which commands are sent. IDs are sent unchecked: only the
-worker validates them.
+:mod:`interview_access.protocol` decides which commands are sent. The types and lengths of arguments
+are checked before anything is sent; interview IDs are checked by the workers, which know them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 from redis.connection import ConnectionInterface
 from redis.exceptions import RedisError, ResponseError, WatchError
 
 from interview_access.connections import CLIENT_NAME, connect, redis_addresses
-from interview_access.contracts import GrantJob, JobProgress, JobStatus
+from interview_access.contracts import (
+    GrantCohortJob,
+    GrantJob,
+    InterviewAttemptJob,
+    Job,
+    JobProgress,
+    JobStatus,
+)
+from interview_access.contracts.requests import or_new
+from interview_access.errors import InterviewAccessError
 from interview_access.protocol import control_requests, enqueueing, polling
 from interview_access.protocol.commands import Commands, Exchange, Pause
-from interview_access.protocol.messages import GrantMessage, grant_messages
+from interview_access.protocol.limits import LimitsReader
+from interview_access.protocol.messages import checked_message, checked_messages
 
 T = TypeVar("T")
 
@@ -32,7 +42,7 @@ class InterviewAccessClient:
 
     One instance serves a whole process: it is safe for threads, and after a fork. If Redis is
     unreachable, a call fails within 10 s. A call with `timeout` fails by then, or 3 s later (the
-    socket timeout) if Redis does not reply.
+    socket timeout) if Redis does not reply. As a context manager it closes its connections.
     """
 
     def __init__(self, broker_url: str | None = None, result_backend: str | None = None) -> None:
@@ -52,6 +62,7 @@ class InterviewAccessClient:
         self._results = (
             self._queue if results == queue else connect(results, client_name=CLIENT_NAME)
         )
+        self._limits = LimitsReader()
 
     def enqueue(
         self,
@@ -77,14 +88,14 @@ class InterviewAccessClient:
 
         Raises:
             ValueError: if `job_id`, `countdown` or `expires` is invalid.
-            InvalidGrantRequestException: if an argument cannot be encoded as JSON.
+            InvalidGrantRequestException: if an argument has an invalid type or length, or the job
+                has more IDs than the workers' GRANT_MAX_INTERVIEW_IDS; nothing was sent. Malformed
+                and unknown interview IDs fail the job instead.
             JobIdReusedException: if another request has the ID; nothing was sent.
             QueueUnavailableError: if Redis did not accept the job in time.
         """
-        message = GrantMessage.of(
-            user_id, interview_ids, job_id=job_id, countdown=countdown, expires=expires
-        )
-        return self._run(enqueueing.enqueue(message))
+        job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires)
+        return self._run(self._enqueue(job, is_new_id=job_id is None))
 
     def enqueue_cohort(
         self,
@@ -113,20 +124,50 @@ class InterviewAccessClient:
             ValueError, InvalidGrantRequestException, JobIdReusedException, QueueUnavailableError:
                 see :meth:`enqueue`.
         """
-        message = GrantMessage.of_cohort(
-            user_ids, interview_ids, job_id=job_id, countdown=countdown, expires=expires
-        )
-        return self._run(enqueueing.enqueue(message))
+        job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
+        return self._run(self._enqueue(job, is_new_id=job_id is None))
 
-    def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
-        """Enqueue thousands of jobs in a few round trips.
+    def enqueue_attempt(
+        self,
+        interview_id: str | UUID,
+        user_id: str | UUID,
+        *,
+        job_id: str | None = None,
+        countdown: float | None = None,
+        expires: float | datetime | None = None,
+    ) -> str:
+        """Enqueue a job that creates an interview attempt, which starts when the job is executed.
+
+        The job's result has the attempt's ID: ``{"success": True, "interview_attempt_id": "…"}``.
+
+        Args:
+            interview_id: A UUID.
+            user_id: 1 to 36 characters.
+            job_id: See :meth:`enqueue`.
+            countdown: Likewise.
+            expires: Likewise.
+
+        Returns:
+            The job's ID, to poll it by.
+
+        Raises:
+            ValueError, InvalidGrantRequestException, JobIdReusedException, QueueUnavailableError:
+                see :meth:`enqueue`.
+        """
+        job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
+        return self._run(self._enqueue(job, is_new_id=job_id is None))
+
+    def enqueue_many(self, jobs: Iterable[Job]) -> list[str]:
+        """Enqueue thousands of jobs, of any kind, in a few round trips.
 
         The jobs are sent in order, up to 500 in one MULTI. Before the first is sent, all are
         encoded (a job of 20 IDs takes about 3 KB of memory) and their IDs are looked up. A job that
         is given twice is sent once.
 
         Args:
-            jobs: The arguments of :meth:`enqueue` for each job.
+            jobs: :class:`~interview_access.contracts.GrantJob`,
+                :class:`~interview_access.contracts.GrantCohortJob` and
+                :class:`~interview_access.contracts.InterviewAttemptJob` objects.
 
         Returns:
             The jobs' IDs, in the order of `jobs`.
@@ -140,7 +181,7 @@ class InterviewAccessClient:
                 those of JobIdReusedException, list every ID once, in order, under ``sent``,
                 ``perhaps_sent`` (the reply was lost) or ``not_sent``.
         """
-        return self._run(enqueueing.enqueue_many(list(grant_messages(jobs))))
+        return self._run(self._enqueue_many(jobs))
 
     def wait(
         self,
@@ -211,8 +252,29 @@ class InterviewAccessClient:
         self._queue.close()
         self._results.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _enqueue(self, job: Job, *, is_new_id: bool) -> Exchange[str]:
+        message = checked_message(job)
+        return (yield from enqueueing.enqueue(message, self._limits, is_new_id=is_new_id))
+
+    def _enqueue_many(self, jobs: Iterable[Job]) -> Exchange[list[str]]:
+        messages = list(checked_messages(jobs))
+        return (yield from enqueueing.enqueue_many(messages, self._limits))
+
     def _run(self, exchange: Exchange[T]) -> T:
         """Execute the steps that the exchange yields until it returns."""
+        try:
+            return self._result(exchange)
+        except InterviewAccessError as error:
+            # Without the frames of the exchange, of which the caller knows nothing.
+            raise error.with_traceback(None) from None
+
+    def _result(self, exchange: Exchange[T]) -> T:
         replies: Any = None
         failed: Exception | None = None
         try:

@@ -20,6 +20,15 @@ FORMS = {
 }
 """An example of each scheme."""
 
+_OTHER_NAMES = {
+    "redis+sentinel": "sentinel",
+    "redis+unix": "redis+socket",
+    "unix": "redis+socket",
+    "valkey": "redis",
+    "valkeys": "rediss",
+}
+"""Schemes of other libraries."""
+
 EXPECTED = f"{', '.join(list(FORMS.values())[:-1])} or {FORMS['sentinel']}"
 
 _DATABASE = ("db", "virtual_host")
@@ -35,6 +44,7 @@ _PORTS = {"redis": 6379, "rediss": 6379, "sentinel": 26379}
 
 _LIKE_A_SECRET = re.compile(r"pass|pw|secret|token|auth|cred|key(?!file)", re.IGNORECASE)
 _HOST = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
+_PLAIN_HOST = re.compile(r"(?:localhost|[\w-]+(?:\.[\w-]+)+):\d{1,5}(?:/\d{0,2})?")
 _PLAIN = re.compile(
     # Allowed after the last @: hosts, and a path that cannot be the end of a password.
     rf"(?P<hosts>{_HOST}(?:[;,](?:sentinel://)?{_HOST})*)?(?P<path>/[\w./-]*)?"
@@ -51,6 +61,8 @@ def masked(url: str) -> str:
         The masked URL in quotes, or a description if the text is not a URL.
     """
     scheme, separator, rest = url.partition("://")
+    if not separator and _PLAIN_HOST.fullmatch(url):
+        return repr(url)
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,30}", scheme):
         return "no URL" if url else "an empty value"
     head, question, query = rest.partition("?")
@@ -108,8 +120,12 @@ class RedisAddress:
                 the URL.
         """
         scheme, separator, rest = url.partition("://")
-        if not separator or scheme not in FORMS:
-            raise ValueError(EXPECTED)
+        if not separator:
+            raise ValueError(f"{EXPECTED}; the scheme is missing")
+        if scheme not in FORMS:
+            instead = _OTHER_NAMES.get(scheme)
+            hint = f"; write {instead}:// instead of {scheme}://" if instead else ""
+            raise ValueError(f"{EXPECTED}{hint}")
         try:
             return cls._parse(scheme, rest, sentinel_password)
         except _UnexpectedError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from interview_access.contracts import JobProgress, result_key
+from interview_access.contracts import QUEUE, GrantJob, JobProgress, result_key
 from interview_access.errors import (
     InvalidGrantRequestException,
     InvalidInterviewIdException,
@@ -91,22 +91,46 @@ def test_a_job_sent_twice_takes_effect_once(client: Client, samples: list[str]) 
     assert client.wait(job_id, timeout=30)["created_access_count"] == len(samples)
 
 
-@pytest.mark.parametrize(
-    ("user_id", "ids", "kind", "says"),
-    [
-        ("client-3", ["no-uuid"], InvalidInterviewIdException, "'no-uuid' is not a UUID"),
-        ("", [], InvalidGrantRequestException, "user_id: expected a string of 1 to 36"),
-    ],
-    ids=["interview id", "request"],
-)
-def test_a_failure_is_raised_in_its_class(
-    client: Client, user_id: str, ids: list[str], kind: type[Exception], says: str
-) -> None:
+def test_malformed_ids_are_refused_by_the_worker(client: Client) -> None:
     """A failure is raised as the error that the worker stored, with its details."""
-    job_id = client.enqueue(user_id, ids)
-    with pytest.raises(kind, match=says) as caught:
+    job_id = client.enqueue("client-3", ["no-uuid"])
+    with pytest.raises(InvalidInterviewIdException, match="'no-uuid' is not a UUID") as caught:
         client.wait(job_id, timeout=30)
-    assert getattr(caught.value, "details", {})["total"] == 1
+    assert caught.value.details["total"] == 1
+
+
+def test_a_request_that_another_producer_sent_fails_in_its_class(
+    here: Site, client: Client
+) -> None:
+    """The failure of an invalid request is raised as the error that the worker stored."""
+    job_id = here.send("", [])
+    with pytest.raises(InvalidGrantRequestException, match="user_id: expected a string of 1 to 36"):
+        client.wait(job_id, timeout=30)
+
+
+def test_an_attempt_is_created(here: Site, client: Client, samples: list[str]) -> None:
+    """The result of an attempt job has the ID of the attempt, which is a row."""
+    kind = type(client).__name__
+    job_id = client.enqueue_attempt(samples[0], f"attempt-{kind}"[:36])
+    result = client.wait(job_id, timeout=30)
+    (attempt,) = [one for one in here.store.attempts() if one.user_id == f"attempt-{kind}"[:36]]
+    assert result == {"success": True, "interview_attempt_id": attempt.id}
+    assert attempt.interview_id == samples[0]
+    assert client.status(job_id, timeout=10).state == "succeeded"
+
+
+def test_more_ids_than_the_workers_allow_are_refused_at_the_call(
+    here: Site, client: Client, samples: list[str]
+) -> None:
+    """The limit is the one that the workers state; it counts users times interviews."""
+    with pytest.raises(InvalidGrantRequestException, match=r"at most 100,000 IDs .*, got a list"):
+        client.enqueue("client-limit", samples[:1] * 100_001)
+    with pytest.raises(InvalidGrantRequestException, match="at most 10 IDs for 10,000 users"):
+        client.enqueue_cohort([f"user-{n}" for n in range(10_000)], samples[:1] * 11)
+    jobs = [GrantJob("ann", []), GrantJob("client-limit", samples[:1] * 100_001)]
+    with pytest.raises(InvalidGrantRequestException, match=r"jobs\[1\]: .*at most 100,000"):
+        client.enqueue_many(jobs)
+    assert here.redis.llen(QUEUE) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ import pytest
 import yaml
 from interview_access import contracts, errors
 from interview_access.contracts import (
+    GrantJob,
     JobStatus,
     announcement_key,
     reply_key,
     request_digest,
     result_key,
 )
-from interview_access.protocol.messages import GrantMessage
+from interview_access.protocol.messages import JobMessage
 from interview_access.stored_errors import to_result
 from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
@@ -104,7 +105,7 @@ def test_the_details_of_an_error_have_the_keys_of_its_schema(
 
 def test_a_status_and_an_announcement_are_valid() -> None:
     """A status and an announcement of the client package are valid by their schemas."""
-    message = GrantMessage.of("ann", [], job_id="job", countdown=1, expires=60)
+    message = JobMessage.of(GrantJob("ann", [], job_id="job", countdown=1, expires=60))
     assert not violations("announcement", json.loads(message.announce_command[2]))
     status = JobStatus(
         job_id="job", state="failed", error=contracts.JobFailure(type="x", sentence="y")
@@ -180,6 +181,7 @@ def test_the_asyncapi_file_has_the_names_of_the_contract() -> None:
         "results": result_key("{id}"),
         "replies": reply_key("{id}"),
         "announcements": announcement_key("{id}"),
+        "limits": contracts.LIMITS_KEY,
     }
     tasks = FILES["envelope.schema.json"]["properties"]["headers"]["properties"]["task"]["enum"]
     assert {one["name"] for one in messages.values() if "name" in one} == set(tasks)
@@ -191,7 +193,7 @@ def test_the_asyncapi_examples_are_valid() -> None:
     examples = [
         (one["payload"]["$ref"], case) for one in messages for case in one.get("examples", [])
     ]
-    assert len(examples) == 5
+    assert len(examples) == 6
     for schema, case in examples:
         assert not violations(schema.removesuffix(".schema.json"), case["payload"])
 
@@ -333,6 +335,6 @@ def test_the_envelopes_of_producers_are_valid(here: Site) -> None:
     celery = str(uuid4())
     here.producer.send_task(contracts.GRANT_ACCESS, task_id=celery, queue="sample")
     raw: Any = here.redis.rpop("sample")
-    ours = GrantMessage.of("ann", [], countdown=1, expires=60).envelope
+    ours = JobMessage.of(GrantJob("ann", [], countdown=1, expires=60)).envelope
     for message in json.loads(raw), json.loads(ours):
         assert not violations("envelope", message)

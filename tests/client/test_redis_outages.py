@@ -253,6 +253,30 @@ def test_a_closed_port_or_missing_socket(tmp_path: Path) -> None:
             client.close()
 
 
+def test_a_name_with_many_silent_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call fails within 10 s, however many addresses of the name do not reply."""
+    resolve = socket.getaddrinfo
+    ports: list[int] = []
+
+    def resolved(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        """Resolve a test name to 16 addresses; the real resolver knows the others."""
+        if host != "silent.invalid":
+            return resolve(host, port, *args, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", ports[0]))] * 16
+
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        ports.append(listener.getsockname()[1])
+        for _ in range(4):  # fill the backlog, so that later connections get no reply
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", ports[0]))
+        monkeypatch.setattr(socket, "getaddrinfo", resolved)
+        clients = [make("redis://silent.invalid/0") for make in CLIENTS.values()]
+        all_at_once([lambda one=client: fails_in_time(one, "enqueue") for client in clients])  # type: ignore[misc] # a loop's
+        for client in clients:
+            client.close()
+
+
 def test_an_unknown_host() -> None:
     """The error names a host that cannot be resolved."""
     for make in CLIENTS.values():

@@ -8,7 +8,13 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from interview_access.contracts import CANCEL_JOB, CONTROL_QUEUE, reply_key
+from interview_access.contracts import (
+    CANCEL_JOB,
+    CONTROL_QUEUE,
+    LIMITS_KEY,
+    WorkerLimits,
+    reply_key,
+)
 from redis.exceptions import OutOfMemoryError
 
 from storage.postgres import PostgresStorage
@@ -17,6 +23,8 @@ from tests.support.stores import until
 from tests.support.workers import Site
 from worker.services.control import ControlService
 
+LIMITS = WorkerLimits(max_interview_ids=7)
+
 
 class TestControlService:
     """Single requests, processed without a worker."""
@@ -24,7 +32,7 @@ class TestControlService:
     @staticmethod
     def service(idle: Site) -> ControlService:
         """Return a service that is run by the test."""
-        return ControlService(idle.producer, lambda: idle.store.storage)
+        return ControlService(idle.producer, lambda: idle.store.storage, LIMITS)
 
     def test_no_reply_is_stored_on_a_full_redis(self, idle: Site) -> None:
         """On a full Redis the job is cancelled without a reply."""
@@ -110,7 +118,7 @@ class TestControlService:
         """During an outage of PostgreSQL a request without a reply key fails at once."""
         request_id = control_request(idle, "job", with_reply_key=False)
         with closing(PostgresStorage("postgresql://me@127.0.0.1:1/x")) as away:
-            ControlService(idle.producer, lambda: away).run_once(idle.redis)
+            ControlService(idle.producer, lambda: away, LIMITS).run_once(idle.redis)
         assert idle.meta(request_id)["result"]["exc_type"] == "StorageUnavailableException"
 
     @pytest.mark.parametrize("name", ["Any", "Sequence", "Details", "x\x1b", None])
@@ -133,7 +141,7 @@ class TestWaiting:
         started: list[ControlService] = []
 
         def start() -> ControlService:
-            service = ControlService(idle.producer, lambda: idle.store.storage)
+            service = ControlService(idle.producer, lambda: idle.store.storage, LIMITS)
             service.start()
             started.append(service)
             until(lambda: len(waiting(idle)) == len(started))
@@ -152,6 +160,15 @@ class TestWaiting:
         services()
         assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
         until(lambda: len(waiting(idle)) == 1)
+
+    def test_a_connected_service_states_the_limits(
+        self, idle: Site, services: Callable[[], ControlService]
+    ) -> None:
+        """Before it waits for requests, a service states the worker's limits in Redis."""
+        services()
+        until(lambda: len(waiting(idle)) == 1)
+        stated: Any = idle.redis.get(LIMITS_KEY)
+        assert WorkerLimits.model_validate_json(stated) == LIMITS
 
     def test_a_blocked_service_stops_at_once(
         self, idle: Site, services: Callable[[], ControlService]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from interview_access.aio import AsyncInterviewAccessClient
-from interview_access.contracts import GrantJob, JobStatus
+from interview_access.contracts import Job, JobStatus
 from interview_access.producer import InterviewAccessClient
 
 T = TypeVar("T")
@@ -26,7 +26,11 @@ class Client(Protocol):
         """Send a job for several users, and return its ID."""
 
     @property
-    def enqueue_many(self) -> Callable[[Iterable[GrantJob]], list[str]]:
+    def enqueue_attempt(self) -> Callable[..., str]:
+        """Send a job that creates an attempt, and return its ID."""
+
+    @property
+    def enqueue_many(self) -> Callable[[Iterable[Job]], list[str]]:
         """Send several jobs, and return their IDs."""
 
     @property
@@ -60,7 +64,11 @@ class Awaited:
         """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.enqueue_cohort(user_ids, interview_ids, **options))
 
-    def enqueue_many(self, jobs: Iterable[GrantJob]) -> list[str]:
+    def enqueue_attempt(self, interview_id: Any, user_id: Any, **options: Any) -> str:
+        """See :class:`InterviewAccessClient`."""
+        return self._runner.run(self._client.enqueue_attempt(interview_id, user_id, **options))
+
+    def enqueue_many(self, jobs: Iterable[Job]) -> list[str]:
         """See :class:`InterviewAccessClient`."""
         return self._runner.run(self._client.enqueue_many(jobs))
 

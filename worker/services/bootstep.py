@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from celery import bootsteps
+from interview_access.contracts import WorkerLimits
 
 from worker.services.control import ControlService
 from worker.services.outbox_relay import OutboxRelay
@@ -21,7 +22,11 @@ class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celer
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         app = worker.app
-        self._services = (ControlService(app, app.storage), OutboxRelay(app, app.new_storage))
+        limits = WorkerLimits(max_interview_ids=app.limits.interview_ids)
+        self._services = (
+            ControlService(app, app.storage, limits),
+            OutboxRelay(app, app.new_storage),
+        )
 
     def start(self, _: Any) -> None:
         """Start the services."""

@@ -1,7 +1,8 @@
 """The control service: executes control requests, which have a queue of their own.
 
 It runs in a thread of the main process and replies while every pool process is busy. A control
-request may be lost: a client without a reply in time sends it again.
+request may be lost: a client without a reply in time sends it again. At each new connection it also
+states the worker's limits, which clients check before they send.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -21,8 +22,10 @@ from interview_access.contracts import (
     CONTROL_QUEUE,
     JOB_ID_RULE,
     JOB_STATUS,
+    LIMITS_KEY,
     REPLY_BYTES,
     JobStatus,
+    WorkerLimits,
     describe,
     is_job_id,
     reply_key,
@@ -37,7 +40,7 @@ from interview_access.errors import (
 from interview_access.stored_errors import to_result
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from storage.errors import StorageError
 from storage.interface import JobStorage
@@ -62,13 +65,22 @@ _CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_u
 class ControlService(BackgroundService):
     """Executes control requests, one at a time."""
 
-    def __init__(self, app: Celery, storage: Callable[[], JobStorage]) -> None:
-        """Connect to nothing before :meth:`start`."""
+    def __init__(
+        self, app: Celery, storage: Callable[[], JobStorage], limits: WorkerLimits
+    ) -> None:
+        """Connect to nothing before :meth:`start`.
+
+        Args:
+            app: Connects to the queue.
+            storage: Returns the storage with the ledger.
+            limits: The limits to state.
+        """
         super().__init__(app)
         self._wait: QueueWait | None = None
         self._may_have_request = True
         self._is_refused = False
         self._jobs = JobStatusService(storage, app.backend)
+        self._limits = limits.model_dump_json()
         self._operations: dict[str, Callable[[Redis, str], JobStatus]] = {
             JOB_STATUS: self._jobs.status,
             CANCEL_JOB: self._jobs.cancel,
@@ -109,6 +121,8 @@ class ControlService(BackgroundService):
         """
         if self._wait is None:
             self._wait = QueueWait(redis.connection_pool)
+            with suppress(ResponseError):  # of a full Redis, say: clients need no limits
+                redis.set(LIMITS_KEY, self._limits)
         reply = self._wait.start(CONTROL_QUEUE, _WAIT_SECONDS)
         while self.pause(_LOST_SECONDS, reply):
             try:

@@ -13,9 +13,9 @@ from functools import lru_cache, partial
 
 from celery import Celery
 from celery.utils.log import get_logger
-from interview_access.contracts import announcement_key
+from interview_access.contracts import GrantJob, announcement_key
 from interview_access.errors import shortened
-from interview_access.protocol.messages import GrantMessage, enqueue_commands
+from interview_access.protocol.messages import JobMessage, enqueue_commands
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
@@ -69,9 +69,9 @@ class OutboxRelay(BackgroundService):
             self._query_at = 0.0
 
 
-def message_of(request: AccessRequestDTO) -> GrantMessage:
+def message_of(request: AccessRequestDTO) -> JobMessage:
     """Build the message of a request's job."""
-    return GrantMessage.of(request.user_id, request.interview_ids, job_id=request.job_id)
+    return JobMessage.of(GrantJob(request.user_id, request.interview_ids, request.job_id))
 
 
 def _announced(redis: Redis, job_ids: Sequence[str]) -> Collection[str]:

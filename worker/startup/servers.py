@@ -14,6 +14,7 @@ from celery.utils.log import get_logger
 from interview_access.connections import connect
 from interview_access.contracts import (
     CONTROL_QUEUE,
+    LIMITS_KEY,
     QUEUE,
     announcement_key,
     reply_key,
@@ -76,6 +77,7 @@ _JOBS = {
     announcement_key("x"): "SET EXISTS GETRANGE EXPIRE",
     CONTROL_QUEUE: "RPOP",
     f"{CONTROL_QUEUE} {CONTROL_QUEUE}": "BLMOVE",
+    LIMITS_KEY: "SET",
     reply_key("x"): "SET GET DEL PUBLISH",
     "_kombu.binding.x": "SADD SREM SMEMBERS",
     "_kombu.binding_permanent.x": "SADD SREM",

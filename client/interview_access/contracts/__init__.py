@@ -26,6 +26,7 @@ from interview_access.contracts.names import (
     GRANT_COHORT_ACCESS,
     JOB_STATUS,
     KEY_PREFIX,
+    LIMITS_KEY,
     MAX_JOB_ID_LENGTH,
     PROGRESS,
     QUEUE,
@@ -38,7 +39,10 @@ from interview_access.contracts.requests import (
     CreateInterviewAttemptRequest,
     GrantAccessRequest,
     GrantCohortAccessRequest,
+    GrantCohortJob,
     GrantJob,
+    InterviewAttemptJob,
+    Job,
 )
 from interview_access.contracts.results import (
     FINAL_STATES,
@@ -49,6 +53,7 @@ from interview_access.contracts.results import (
     JobProgress,
     JobState,
     JobStatus,
+    WorkerLimits,
 )
 from interview_access.text import describe
 
@@ -64,6 +69,7 @@ __all__ = [
     "JOB_ID_RULE",
     "JOB_STATUS",
     "KEY_PREFIX",
+    "LIMITS_KEY",
     "MAX_JOB_ID_LENGTH",
     "PROGRESS",
     "QUEUE",
@@ -73,14 +79,18 @@ __all__ = [
     "GrantAccessRequest",
     "GrantAccessResult",
     "GrantCohortAccessRequest",
+    "GrantCohortJob",
     "GrantJob",
+    "InterviewAttemptJob",
     "InterviewAttemptResult",
     "InterviewId",
+    "Job",
     "JobFailure",
     "JobProgress",
     "JobState",
     "JobStatus",
     "RequestedInterviews",
+    "WorkerLimits",
     "announcement_key",
     "canonical_interview_id",
     "describe",

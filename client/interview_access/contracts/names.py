@@ -45,6 +45,10 @@ ANNOUNCEMENT_DAYS = 30
 KEY_PREFIX = "interview-access:"
 """Prefix of all keys in Redis but the queues, the results and Celery's own."""
 
+LIMITS_KEY = f"{KEY_PREFIX}limits"
+"""Key of the limits that the workers state, on the server of the queue. Its value is a
+:class:`~interview_access.contracts.WorkerLimits`."""
+
 
 def announcement_key(job_id: str) -> str:
     """Name the key of a job's announcement, on the server of the queue."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, LiteralString, Self
+from typing import Annotated, ClassVar, LiteralString, Self
 from uuid import UUID, uuid4
 
 from pydantic import (
@@ -26,16 +26,31 @@ from interview_access.contracts.identifiers import (
     is_user_id,
     strings_of,
 )
-from interview_access.contracts.names import DEFAULT_MAX_INTERVIEW_IDS, MAX_USER_ID_LENGTH
+from interview_access.contracts.names import (
+    CREATE_INTERVIEW_ATTEMPT,
+    DEFAULT_MAX_INTERVIEW_IDS,
+    GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
+    MAX_USER_ID_LENGTH,
+)
 from interview_access.errors import MAX_LISTED_PROBLEMS, InvalidGrantRequestException
 from interview_access.text import describe, shortened
 
+_INTEGER_USER_ID: LiteralString = "; convert an integer key: str(user.pk)"
 
-def _user_id(value: object) -> object:
+
+def _user_id(value: object, info: ValidationInfo) -> object:
     text = as_text(value)
     if not is_user_id(text):
-        raise PydanticCustomError("user_id", USER_ID_RULE)
+        raise PydanticCustomError("user_id", _user_id_rule(text, info))
     return text
+
+
+def _user_id_rule(value: object, info: ValidationInfo) -> LiteralString:
+    """Return what is expected; a caller in Python also learns how to convert Django's key."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    hinted = is_integer and (info.context or {}).get("in_python")
+    return USER_ID_RULE + _INTEGER_USER_ID if hinted else USER_ID_RULE
 
 
 def _user_ids(value: object, info: ValidationInfo) -> tuple[object, ...]:
@@ -44,7 +59,7 @@ def _user_ids(value: object, info: ValidationInfo) -> tuple[object, ...]:
     texts = tuple(map(as_text, value))
     wrong = [(at, text) for at, text in enumerate(texts) if not is_user_id(text)]
     if wrong:
-        raise _wrong_elements(USER_ID_RULE, wrong)
+        raise _wrong_elements(_user_id_rule(wrong[0][1], info), wrong)
     _check_count(len(texts), info)
     return texts
 
@@ -77,9 +92,9 @@ def _wrong_elements(
 
 def _check_count(ids: int, info: ValidationInfo) -> None:
     """Check the number of requested grants: interview IDs as given, times user IDs as given."""
-    limit: int = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
+    limit: int | None = (info.context or {}).get("max_interview_ids", DEFAULT_MAX_INTERVIEW_IDS)
     users = len(info.data.get("user_ids", ())) or 1
-    if ids * users > limit:
+    if limit is not None and ids * users > limit:
         expected: LiteralString = "at most {limit} IDs (GRANT_MAX_INTERVIEW_IDS)"
         if users > 1:
             expected = "at most {each} IDs for {users} users (GRANT_MAX_INTERVIEW_IDS is {limit})"
@@ -127,7 +142,8 @@ class _Request(BaseModel):
         args: Sequence[object],
         kwargs: Mapping[str, object],
         *,
-        max_interview_ids: int = DEFAULT_MAX_INTERVIEW_IDS,
+        max_interview_ids: int | None = DEFAULT_MAX_INTERVIEW_IDS,
+        in_python: bool = False,
     ) -> Self:
         """Validate the arguments of a message.
 
@@ -135,7 +151,8 @@ class _Request(BaseModel):
             args: Positional arguments, in the order of the fields.
             kwargs: Named arguments.
             max_interview_ids: Grants that one job may request: interview IDs as given, times user
-                IDs as given.
+                IDs as given; None for any number.
+            in_python: Whether an error may say how a caller in Python converts the argument.
 
         Raises:
             InvalidGrantRequestException: if an argument is missing, unknown, given twice or
@@ -150,9 +167,8 @@ class _Request(BaseModel):
         if twice:
             raise InvalidGrantRequestException.of(twice)
         try:
-            return cls.model_validate(
-                {**given, **kwargs}, context={"max_interview_ids": max_interview_ids}
-            )
+            context = {"max_interview_ids": max_interview_ids, "in_python": in_python}
+            return cls.model_validate({**given, **kwargs}, context=context)
         except ValidationError as error:
             raise _invalid(error, names) from None
 
@@ -234,25 +250,140 @@ class CreateInterviewAttemptRequest(_Request):
     user_id: UserId
 
 
-@dataclass(frozen=True, slots=True)
-class GrantJob:
-    """A job for ``enqueue_many``: one user's access to interviews, not validated yet.
+class Job:
+    """A job for a producer's client: the arguments of one task, and options.
 
     Attributes:
-        user_id: 1 to 36 characters.
-        interview_ids: UUIDs. An iterable is read once, when the job is created.
+        task: The task's name.
+        request: The model that validates the task's arguments.
         job_id: 1 to 255 printable characters, unique to the request; by default a random UUID. With
             it the job can be polled, and sent again.
         countdown: Seconds before which no worker starts the job.
         expires: Seconds, or a datetime (UTC if naive), after which no worker starts the job.
     """
 
+    __slots__ = ()
+
+    task: ClassVar[str]
+    request: ClassVar[type[_Request]]
+    job_id: str
+    countdown: float | None
+    expires: float | datetime | None
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """The task's named arguments as they are sent: UUIDs as strings, any iterable as a list."""
+        return {name: as_text(getattr(self, name)) for name in self.request.model_fields}
+
+    @property
+    def requested(self) -> int:
+        """Number of grants requested, duplicates included; 1 for a job without a list of IDs."""
+        return 1
+
+    def check(self, *, max_interview_ids: int | None = None) -> None:
+        """Validate the arguments as a worker does, but neither interview IDs nor options.
+
+        Args:
+            max_interview_ids: Grants that one job may request; None for any number.
+
+        Raises:
+            InvalidGrantRequestException: if an argument is invalid; it names each such argument.
+        """
+        self.request.read((), self.arguments, max_interview_ids=max_interview_ids, in_python=True)
+
+
+def or_new(job_id: str | None) -> str:
+    """Return the job ID, or a new random one if there is none."""
+    return str(uuid4()) if job_id is None else job_id
+
+
+def _random_id() -> str:
+    return or_new(None)
+
+
+def _length(values: object) -> int:
+    return len(values) if isinstance(values, Sized) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class GrantJob(Job):
+    """A job that grants one user access to interviews.
+
+    Attributes:
+        user_id: 1 to 36 characters.
+        interview_ids: UUIDs. An iterable is read once, when the job is created.
+        job_id: See :class:`Job`.
+        countdown: Likewise.
+        expires: Likewise.
+    """
+
+    task: ClassVar[str] = GRANT_ACCESS
+    request: ClassVar[type[_Request]] = GrantAccessRequest
+
     user_id: str | UUID
     interview_ids: Iterable[str | UUID]
-    job_id: str = field(default_factory=lambda: str(uuid4()))
+    job_id: str = field(default_factory=_random_id)
     countdown: float | None = None
     expires: float | datetime | None = None
 
     def __post_init__(self) -> None:
         # A generator would be empty when the job is sent again.
         object.__setattr__(self, "interview_ids", as_texts(self.interview_ids))
+
+    @property
+    def requested(self) -> int:
+        """Number of interview IDs as given."""
+        return _length(self.interview_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCohortJob(Job):
+    """A job that grants each of many users access to each of many interviews.
+
+    Attributes:
+        user_ids: Each of 1 to 36 characters. An iterable is read once, when the job is created.
+        interview_ids: UUIDs; likewise.
+        job_id: See :class:`Job`.
+        countdown: Likewise.
+        expires: Likewise.
+    """
+
+    task: ClassVar[str] = GRANT_COHORT_ACCESS
+    request: ClassVar[type[_Request]] = GrantCohortAccessRequest
+
+    user_ids: Iterable[str | UUID]
+    interview_ids: Iterable[str | UUID]
+    job_id: str = field(default_factory=_random_id)
+    countdown: float | None = None
+    expires: float | datetime | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "user_ids", as_texts(self.user_ids))
+        object.__setattr__(self, "interview_ids", as_texts(self.interview_ids))
+
+    @property
+    def requested(self) -> int:
+        """Number of user IDs times that of interview IDs, both as given."""
+        return _length(self.user_ids) * _length(self.interview_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class InterviewAttemptJob(Job):
+    """A job that creates an interview attempt, which starts when the job is executed.
+
+    Attributes:
+        interview_id: A UUID.
+        user_id: 1 to 36 characters.
+        job_id: See :class:`Job`.
+        countdown: Likewise.
+        expires: Likewise.
+    """
+
+    task: ClassVar[str] = CREATE_INTERVIEW_ATTEMPT
+    request: ClassVar[type[_Request]] = CreateInterviewAttemptRequest
+
+    interview_id: str | UUID
+    user_id: str | UUID
+    job_id: str = field(default_factory=_random_id)
+    countdown: float | None = None
+    expires: float | datetime | None = None

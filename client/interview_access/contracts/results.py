@@ -163,3 +163,15 @@ class Announcement(BaseModel):
     sent_at: datetime
     eta: datetime | None = None
     expires_at: datetime | None = None
+
+
+class WorkerLimits(BaseModel):
+    """The limits that the workers state, so that clients check them before they send.
+
+    Attributes:
+        max_interview_ids: The workers' GRANT_MAX_INTERVIEW_IDS: grants that one job may request.
+    """
+
+    model_config = _ON_FIRST_USE
+
+    max_interview_ids: int

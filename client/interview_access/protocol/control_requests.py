@@ -88,7 +88,7 @@ def _request(task: str, job_id: str, timeout: float) -> Exchange[JobStatus]:
             f"The control request for job {job_id} failed: {reason_of(error)}. "
             "Expected a Redis that can be reached and written to. Sending it again is safe.",
             {"job_id": job_id},
-        ) from error
+        ) from None
     raise NoAnswerInTimeError(
         f"No worker replied about job {job_id} within {timeout:g} s. Expected a worker that runs "
         "on this Redis: only a worker can report a job's state. Send the request again.",

@@ -20,7 +20,8 @@ from interview_access.errors import (
     StorageUnavailableException,
 )
 from interview_access.protocol.commands import Commands, Exchange
-from interview_access.protocol.messages import GrantMessage, enqueue_commands
+from interview_access.protocol.limits import LimitsReader
+from interview_access.protocol.messages import JobMessage, enqueue_commands
 from interview_access.protocol.retrying import (
     LOST_CONNECTION,
     RETRY_WITHIN,
@@ -31,41 +32,49 @@ from interview_access.protocol.retrying import (
 _BATCH_JOBS, _BATCH_BYTES = 500, 4_000_000  # in one MULTI, which blocks Redis for other clients
 
 
-def enqueue(message: GrantMessage) -> Exchange[str]:
+def enqueue(message: JobMessage, limits: LimitsReader, *, is_new_id: bool = False) -> Exchange[str]:
     """Enqueue a job.
 
     Args:
         message: The job's message.
+        limits: The workers' limits.
+        is_new_id: Whether the ID was generated, so that no other request can have it.
 
     Returns:
         The job's ID.
 
     Raises:
+        InvalidGrantRequestException: if the job requests more grants than the workers allow.
         JobIdReusedException: if another request has its ID.
         QueueUnavailableError: if Redis did not accept it in time; it might have been queued.
     """
+    give_up = time.monotonic() + RETRY_WITHIN
     try:
-        yield from _send([message], {} if message.is_new else {message.key: None})
+        yield from limits.check([message.job], by=give_up)
+        yield from _send([message], {} if is_new_id else {message.key: None}, give_up)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError(
             f"Job {message.job_id} might not have been queued: {reason_of(error)}. "
             "Expected a Redis that can be reached and written to. "
             "Sending the job again under the same ID is safe.",
             {"job_id": message.job_id},
-        ) from error
+        ) from None
     return message.job_id
 
 
-def enqueue_many(messages: Sequence[GrantMessage]) -> Exchange[list[str]]:
+def enqueue_many(messages: Sequence[JobMessage], limits: LimitsReader) -> Exchange[list[str]]:
     """Enqueue jobs in batches, after all their IDs were looked up.
 
     Args:
         messages: In order; a job that is given twice is sent once.
+        limits: The workers' limits.
 
     Returns:
         The jobs' IDs, in step with the messages.
 
     Raises:
+        InvalidGrantRequestException: if a job requests more grants than the workers allow; it names
+            the job's position. Nothing was sent.
         JobIdReusedException: if another request has one of the IDs. Nothing was sent, unless it was
             announced during the call.
         QueueUnavailableError: if Redis did not accept all jobs in time. The details of both list
@@ -77,13 +86,17 @@ def enqueue_many(messages: Sequence[GrantMessage]) -> Exchange[list[str]]:
     sent = under_way = 0
     try:
         known: dict[str, bytes | None] = {}
+        if messages:
+            by = time.monotonic() + RETRY_WITHIN
+            yield from limits.check([message.job for message in messages], by=by, is_many=True)
         for batch in batches:
             known |= yield from _announcements(batch)
         _refuse_other_requests(each_once.values(), known)
         for batch in batches:
             yield from _delete_retryable_results([one for one in batch if known[one.key]])
             under_way = len(batch)
-            yield from _send(batch, {message.key: known[message.key] for message in batch})
+            give_up = time.monotonic() + RETRY_WITHIN
+            yield from _send(batch, {one.key: known[one.key] for one in batch}, give_up)
             sent, under_way = sent + under_way, 0
     except JobIdReusedException as error:
         raise error.with_sent_jobs(job_ids, sent=sent) from None
@@ -93,13 +106,13 @@ def enqueue_many(messages: Sequence[GrantMessage]) -> Exchange[list[str]]:
             "Expected a Redis that can be reached and written to."
         ).with_sent_jobs(
             job_ids, sent=sent, perhaps_sent=0 if isinstance(error, ResponseError) else under_way
-        ) from error
+        ) from None
     return [message.job_id for message in messages]
 
 
-def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
+def _batches(messages: Iterable[JobMessage]) -> Iterator[list[JobMessage]]:
     """Partition messages by number and bytes; a message over the limit is a batch of its own."""
-    batch: list[GrantMessage] = []
+    batch: list[JobMessage] = []
     size = 0
     for message in messages:
         size += len(message.envelope)
@@ -111,14 +124,16 @@ def _batches(messages: Iterable[GrantMessage]) -> Iterator[list[GrantMessage]]:
         yield batch
 
 
-def _send(messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]) -> Exchange[None]:
+def _send(
+    messages: Sequence[JobMessage], known: Mapping[str, bytes | None], give_up: float
+) -> Exchange[None]:
     """Send jobs in one transaction, and retry once if the connection was lost.
 
     Args:
         messages: Of different jobs.
         known: Expected announcements, by key, of the jobs whose IDs others may have.
+        give_up: Monotonic time in seconds after which they are not sent again.
     """
-    give_up = time.monotonic() + RETRY_WITHIN
     try:
         yield from _send_if_free(messages, known, give_up)
     except LOST_CONNECTION as lost:
@@ -133,7 +148,7 @@ def _send(messages: Sequence[GrantMessage], known: Mapping[str, bytes | None]) -
 
 
 def _send_if_free(
-    messages: Sequence[GrantMessage], known: Mapping[str, bytes | None], give_up: float
+    messages: Sequence[JobMessage], known: Mapping[str, bytes | None], give_up: float
 ) -> Exchange[None]:
     commands = enqueue_commands(messages)
     announced_by_this_call = {command[1]: command[2] for command in commands if command[0] == "SET"}
@@ -153,7 +168,7 @@ def _send_if_free(
             return
 
 
-def _delete_retryable_results(messages: Sequence[GrantMessage]) -> Exchange[None]:
+def _delete_retryable_results(messages: Sequence[JobMessage]) -> Exchange[None]:
     """Delete stored `StorageUnavailableException` results, which are not final, before a resend."""
     keys = [result_key(message.job_id) for message in messages]
     if not keys:
@@ -165,7 +180,7 @@ def _delete_retryable_results(messages: Sequence[GrantMessage]) -> Exchange[None
                 yield Commands((("DEL", key),), results=True, expected={key: stored})
 
 
-def _announcements(messages: Sequence[GrantMessage]) -> Exchange[dict[str, bytes | None]]:
+def _announcements(messages: Sequence[JobMessage]) -> Exchange[dict[str, bytes | None]]:
     """Read the announcements of jobs, by key."""
     keys = [message.key for message in messages]
     (texts,) = yield from replies_to(Commands((("MGET", *keys),)))
@@ -173,10 +188,10 @@ def _announcements(messages: Sequence[GrantMessage]) -> Exchange[dict[str, bytes
 
 
 def _refuse_other_requests(
-    messages: Iterable[GrantMessage], known: Mapping[str, bytes | None]
+    messages: Iterable[JobMessage], known: Mapping[str, bytes | None]
 ) -> None:
     """Raise JobIdReusedException if other requests have some of the IDs."""
-    refused: list[tuple[GrantMessage, str]] = []
+    refused: list[tuple[JobMessage, str]] = []
     for message in messages:
         first = _digest_in(known.get(message.key))
         if first and first != message.announcement.digest:

@@ -8,39 +8,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from json.encoder import encode_basestring_ascii as _quoted
 from secrets import token_hex
-from typing import TypeGuard
-from uuid import UUID, uuid4
+from typing import Self, TypeGuard
 
 from interview_access.contracts import (
     ANNOUNCEMENT_DAYS,
     CONTROL_QUEUE,
-    GRANT_ACCESS,
-    GRANT_COHORT_ACCESS,
+    CREATE_INTERVIEW_ATTEMPT,
     JOB_ID_RULE,
     QUEUE,
     Announcement,
-    GrantAccessRequest,
-    GrantCohortAccessRequest,
-    GrantJob,
+    Job,
     RequestedInterviews,
     announcement_key,
     is_job_id,
     reply_key,
+    request_digest,
     unreadable_request_digest,
 )
-from interview_access.contracts.identifiers import are_strings, as_text, as_texts
+from interview_access.contracts.identifiers import are_strings
 from interview_access.errors import InvalidGrantRequestException
 from interview_access.protocol.commands import Command
 from interview_access.text import describe, shortened
 
-_MODELS: dict[str, type[GrantAccessRequest | GrantCohortAccessRequest]] = {
-    GRANT_ACCESS: GrantAccessRequest,
-    GRANT_COHORT_ACCESS: GrantCohortAccessRequest,
+_ORIGIN = "interview-access-client"
+
+_HEADERS: dict[str, object] = {
+    "lang": "py",
+    "task": "%(task)s",
+    "id": "%(id)s",
+    "root_id": "%(id)s",
+    "parent_id": None,
+    "group": None,
+    "retries": 0,
+    "timelimit": [None, None],
+    "eta": "%(eta)s",
+    "expires": "%(expires)s",
+    "argsrepr": "()",
+    "kwargsrepr": "%(kwargsrepr)s",
+    "origin": "%(origin)s",  # the last one: added headers follow it
 }
 
 _NO_CANVAS = json.dumps({"callbacks": None, "errbacks": None, "chain": None, "chord": None})
@@ -55,21 +65,7 @@ def _template(**properties: str) -> str:
         "body": "%(body)s",
         "content-type": "application/json",
         "content-encoding": "utf-8",
-        "headers": {
-            "lang": "py",
-            "task": "%(task)s",
-            "id": "%(id)s",
-            "root_id": "%(id)s",
-            "parent_id": None,
-            "group": None,
-            "retries": 0,
-            "timelimit": [None, None],
-            "eta": "%(eta)s",
-            "expires": "%(expires)s",
-            "argsrepr": "()",
-            "kwargsrepr": "%(kwargsrepr)s",
-            "origin": "interview-access-client",
-        },
+        "headers": _HEADERS,
         "properties": {
             "correlation_id": "%(id)s",
             "delivery_mode": 2,
@@ -87,109 +83,64 @@ _CONTROL_ENVELOPE = _template(reply_to="%(reply_to)s")
 
 
 @dataclass(frozen=True, slots=True)
-class GrantMessage:
-    """The message of a grant-access job, ready to be sent.
+class JobMessage:
+    """The message of a job, ready to be sent.
 
     Attributes:
-        job_id: The job's ID.
-        is_new: Whether the ID was generated, so that no other request can have it.
+        job: The job.
         envelope: The message on the queue.
         announcement: What the announcement key holds.
     """
 
-    job_id: str
-    is_new: bool
+    job: Job
     envelope: bytes
     announcement: Announcement
 
     @classmethod
-    def of(
-        cls,
-        user_id: str | UUID,
-        interview_ids: Iterable[str | UUID],
-        *,
-        job_id: str | None = None,
-        countdown: float | None = None,
-        expires: float | datetime | None = None,
-    ) -> GrantMessage:
-        """Build the message of a job for one user; the worker validates it.
+    def of(cls, job: Job, *, headers: Mapping[str, str] | None = None) -> Self:
+        """Build the message of a job, also of one with invalid arguments, which a worker refuses.
 
         Args:
-            user_id: 1 to 36 characters.
-            interview_ids: UUIDs.
-            job_id: 1 to 255 printable characters; by default a random UUID.
-            countdown: Seconds before which it is not started.
-            expires: Seconds, or a datetime (UTC if naive), after which it is not started.
+            job: The job.
+            headers: Headers to add to the message's own, such as a trace context.
 
         Raises:
-            ValueError: if `job_id`, `countdown` or `expires` is invalid.
+            ValueError: if the job's `job_id`, `countdown` or `expires` is invalid.
             InvalidGrantRequestException: if an argument cannot be encoded as JSON.
         """
-        kwargs = {"user_id": as_text(user_id), "interview_ids": as_texts(interview_ids)}
-        return cls._of_request(
-            GRANT_ACCESS, kwargs, job_id=job_id, countdown=countdown, expires=expires
-        )
-
-    @classmethod
-    def of_cohort(
-        cls,
-        user_ids: Iterable[str | UUID],
-        interview_ids: Iterable[str | UUID],
-        *,
-        job_id: str | None = None,
-        countdown: float | None = None,
-        expires: float | datetime | None = None,
-    ) -> GrantMessage:
-        """Build the message of a job for a cohort.
-
-        Args:
-            user_ids: Each of 1 to 36 characters.
-            interview_ids: UUIDs.
-            job_id: See :meth:`of`.
-            countdown: See :meth:`of`.
-            expires: See :meth:`of`.
-
-        Raises:
-            ValueError, InvalidGrantRequestException: see :meth:`of`.
-        """
-        kwargs = {"user_ids": as_texts(user_ids), "interview_ids": as_texts(interview_ids)}
-        return cls._of_request(
-            GRANT_COHORT_ACCESS, kwargs, job_id=job_id, countdown=countdown, expires=expires
-        )
-
-    @classmethod
-    def _of_request(
-        cls,
-        task: str,
-        kwargs: Mapping[str, object],
-        *,
-        job_id: str | None,
-        countdown: float | None,
-        expires: float | datetime | None,
-    ) -> GrantMessage:
-        is_new = job_id is None
-        job_id = str(uuid4()) if job_id is None else job_id
-        check_job_id(job_id)
+        check_job_id(job.job_id)
         now = datetime.now(UTC)
         eta = (
             None
-            if countdown is None
-            else _after(now, countdown, "countdown: expected a number of seconds")
+            if job.countdown is None
+            else _after(now, job.countdown, "countdown: expected a number of seconds")
         )
-        expires_at = None if expires is None else _expiry(now, expires)
-        kwargsrepr = ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items())
+        expires_at = None if job.expires is None else _expiry(now, job.expires)
+        arguments = job.arguments
         try:
-            arguments, digest = _encoded(task, kwargs)
+            encoded, digest = _encoded(job.task, arguments)
         except (TypeError, ValueError, RecursionError):
-            _MODELS[task].read((), kwargs)  # raises with the argument that JSON cannot encode
+            job.check()  # raises with the argument that JSON cannot encode
             raise
         envelope = _envelope(
-            task, job_id, QUEUE, arguments, kwargsrepr, eta=eta, expires_at=expires_at
+            job.task,
+            job.job_id,
+            QUEUE,
+            encoded,
+            ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items()),
+            eta=eta,
+            expires_at=expires_at,
+            headers=headers,
         )
         announcement = Announcement(
-            task=task, digest=digest, sent_at=now, eta=eta, expires_at=expires_at
+            task=job.task, digest=digest, sent_at=now, eta=eta, expires_at=expires_at
         )
-        return cls(job_id, is_new, envelope, announcement)
+        return cls(job, envelope, announcement)
+
+    @property
+    def job_id(self) -> str:
+        """The job's ID."""
+        return self.job.job_id
 
     @property
     def key(self) -> str:
@@ -206,7 +157,7 @@ class GrantMessage:
         return ("SET", self.key, text, "NX", "EX", int(kept.total_seconds()))
 
 
-def enqueue_commands(messages: Iterable[GrantMessage]) -> tuple[Command, ...]:
+def enqueue_commands(messages: Iterable[JobMessage]) -> tuple[Command, ...]:
     """Build the commands that announce jobs and enqueue them in order, for one MULTI."""
     messages = list(messages)
     return (
@@ -215,42 +166,55 @@ def enqueue_commands(messages: Iterable[GrantMessage]) -> tuple[Command, ...]:
     )
 
 
-def grant_messages(jobs: Iterable[object]) -> Iterator[GrantMessage]:
-    """Build the messages of many jobs, in their order; a job given twice has one message.
-
-    Args:
-        jobs: GrantJob objects; others are refused.
+def checked_message(job: Job) -> JobMessage:
+    """Validate a job's arguments as a worker does, and build its message.
 
     Raises:
-        ValueError: as from :meth:`GrantMessage.of`, with the job's position.
-        InvalidGrantRequestException: likewise; or if a job is not a GrantJob, or has the ID of
+        ValueError: as from :meth:`JobMessage.of`.
+        InvalidGrantRequestException: if an argument is invalid.
+    """
+    job.check()
+    return JobMessage.of(job)
+
+
+def checked_messages(jobs: Iterable[object]) -> Iterator[JobMessage]:
+    """Validate many jobs, and build their messages in order; a job given twice has one message.
+
+    Args:
+        jobs: Jobs; other objects are refused.
+
+    Raises:
+        ValueError: as from :func:`checked_message`, with the job's position.
+        InvalidGrantRequestException: likewise; or if an object is not a job, or has the ID of
             another request among them.
     """
-    first_of: dict[str, GrantMessage] = {}
+    first_of: dict[str, JobMessage] = {}
     for position, job in enumerate(jobs):
-        try:
-            if not isinstance(job, GrantJob):
-                raise InvalidGrantRequestException.of([("the job", "a GrantJob", describe(job))])
-            message = GrantMessage.of(
-                job.user_id,
-                job.interview_ids,
-                job_id=job.job_id,
-                countdown=job.countdown,
-                expires=job.expires,
-            )
+        with at_position(position):
+            if not isinstance(job, Job):
+                expected = "a GrantJob, GrantCohortJob or InterviewAttemptJob"
+                raise InvalidGrantRequestException.of([("the job", expected, describe(job))])
+            message = checked_message(job)
             first = first_of.setdefault(message.job_id, message)
             if first.announcement.digest != message.announcement.digest:
                 taken = f"{shortened(message.job_id)}, the ID of an earlier request"
                 raise InvalidGrantRequestException.of(
                     [("job_id", "an ID that no other request in the call has", taken)]
                 )
-        except InvalidGrantRequestException as error:
-            raise InvalidGrantRequestException(
-                f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"jobs[{position}]: {error}") from None
         yield first
+
+
+@contextmanager
+def at_position(position: int) -> Iterator[None]:
+    """Add a job's position in its call to the errors of the block."""
+    try:
+        yield
+    except InvalidGrantRequestException as error:
+        raise InvalidGrantRequestException(
+            f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"jobs[{position}]: {error}") from None
 
 
 def control_message(task: str, request_id: str, job_id: str, expires_at: datetime) -> bytes:
@@ -286,6 +250,11 @@ def check_job_id(job_id: object) -> None:
 
 def _encoded(task: str, kwargs: Mapping[str, object]) -> tuple[str, str]:
     """Encode a request's arguments as JSON, and compute its digest."""
+    if task == CREATE_INTERVIEW_ATTEMPT:
+        user_id, interview_id = kwargs["user_id"], kwargs["interview_id"]
+        if isinstance(user_id, str) and isinstance(interview_id, str):
+            return json.dumps(kwargs), request_digest(task, user_id, [interview_id])
+        return json.dumps(kwargs), unreadable_request_digest(task, (), kwargs)
     (parameter, users), (_, interview_ids) = kwargs.items()
     if not _are_texts(interview_ids) or not (isinstance(users, str) or _are_texts(users)):
         return json.dumps(kwargs), unreadable_request_digest(task, (), kwargs)
@@ -304,6 +273,7 @@ def _envelope(
     eta: datetime | None,
     expires_at: datetime | None,
     reply_to: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """Encode a message, with its body in plain JSON.
 
@@ -317,6 +287,7 @@ def _envelope(
         eta: Time before which it is not started.
         expires_at: Time after which it is not started.
         reply_to: The key of the reply to a control request.
+        headers: Headers to add. They replace none of the message's own.
     """
     values = {
         "body": f"[[], {arguments}, {_NO_CANVAS}]",
@@ -328,8 +299,12 @@ def _envelope(
         "queue": queue,
         "delivery_tag": token_hex(16),  # unique, and cheaper than a UUID
         "reply_to": reply_to,
+        "origin": _ORIGIN,
     }
     encoded = {name: "null" if one is None else _quoted(one) for name, one in values.items()}
+    added = {name: value for name, value in (headers or {}).items() if name not in _HEADERS}
+    if added:
+        encoded["origin"] += f", {json.dumps(added)[1:-1]}"
     return ((_CONTROL_ENVELOPE if reply_to else _ENVELOPE) % encoded).encode()
 
 

@@ -113,7 +113,7 @@ def _read(job_id: str, *, by: float) -> Exchange[tuple[dict[str, Any] | None, bo
             f"The result of job {job_id} cannot be read from Redis ({reason_of(error)}). "
             "The job itself is not affected: poll it again.",
             {"job_id": job_id},
-        ) from error
+        ) from None
     return None, bool(announced)
 
 
@@ -125,7 +125,7 @@ def _status(job_id: str, *, timeout: float) -> Exchange[JobStatus | None]:
     try:
         return (yield from control_requests.status(job_id, timeout=timeout))
     except QueueUnavailableError as error:
-        if not isinstance(error.__cause__, ResponseError):
+        if not isinstance(error.__context__, ResponseError):
             raise  # another attempt would take as long again
     except InterviewAccessError:
         pass
