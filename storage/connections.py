@@ -19,7 +19,12 @@ from sqlalchemy.exc import ArgumentError
 
 from storage.database_url import parse_database_url
 from storage.errors import StorageError
-from storage.server_connection import CHECK_SECONDS, DEFAULT_OPTIONS, ServerConnection
+from storage.server_connection import (
+    CHECK_SECONDS,
+    DEFAULT_OPTIONS,
+    FIXED_OPTIONS,
+    ServerConnection,
+)
 
 
 def parse_url(database_url: str) -> URL:
@@ -43,9 +48,12 @@ def without_secrets(url: URL) -> str:
     Args:
         url: A URL as :func:`parse_url` returns it.
     """
+    if service := url.query.get("service"):
+        return f"postgresql:///{url.database or ''}?service={service}"
     hosts = url.query.get("host", url.host or "localhost")
     host = hosts if isinstance(hosts, str) else ",".join(hosts)
-    port = f":{url.port}" if url.port else ""
+    ports = url.query.get("port", url.port)
+    port = f":{ports}" if ports else ""
     user = f"{url.username}@" if url.username else ""
     return f"postgresql://{user}{host}{port}/{url.database or ''}"
 
@@ -79,7 +87,7 @@ def open_engine(
             connect_args={
                 **{name: value for name, value in DEFAULT_OPTIONS.items() if name not in url.query},
                 "application_name": application_name,
-                "client_encoding": "utf8",
+                **FIXED_OPTIONS,
             },
             **options,
         )

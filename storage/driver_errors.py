@@ -12,10 +12,11 @@ from sqlalchemy.exc import DBAPIError
 
 from storage import sqlstate
 from storage.errors import StorageError
-from storage.server_connection import DEFAULT_OPTIONS, traced_attempt
+from storage.server_connection import DEFAULT_OPTIONS, FIXED_OPTIONS, traced_attempt
 
-# Authentication failed, no such role or database, no right to connect to it.
-_REFUSED = re.compile(rb'ErrorResponse.* C "(28...|3D000|42501)"')
+# Authentication failed, no such database, no right to connect to it, an unknown setting or invalid
+# value among the options, an encoding that PostgreSQL cannot convert to UTF-8.
+_REFUSED = re.compile(rb'ErrorResponse.* C "(28...|3D000|42...|22023|0A000)"')
 
 
 class driver_errors_translated:  # noqa: N801 - used as a function, and cheaper than a generator
@@ -69,7 +70,7 @@ def is_refused(url: URL, error: DBAPIError) -> bool:
     if isinstance(driver, psycopg.ProgrammingError):
         return True
     (_, parameters) = url.get_dialect()().create_connect_args(url)
-    conninfo = make_conninfo(**{**DEFAULT_OPTIONS, **parameters}).encode()
+    conninfo = make_conninfo(**{**DEFAULT_OPTIONS, **parameters, **FIXED_OPTIONS}).encode()
     if PGconn.ping(conninfo) == Ping.NO_ATTEMPT:
         return True
     return _REFUSED.search(traced_attempt(conninfo)) is not None

@@ -34,6 +34,9 @@ DEFAULT_OPTIONS: dict[str, object] = {
 }
 """Options of libpq, which a database URL may override."""
 
+FIXED_OPTIONS: dict[str, object] = {"client_encoding": "utf8"}
+"""Options of libpq that override those of the database URL."""
+
 _IS_LOST = """
     SELECT NOT EXISTS (
         SELECT FROM pg_stat_activity

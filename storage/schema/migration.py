@@ -14,6 +14,7 @@ from storage.connections import open_engine, parse_url, without_secrets
 from storage.driver_errors import is_refused, sqlstate_of
 from storage.errors import StorageError
 from storage.migrations.locks import set_up_transaction
+from storage.schema.collations import changed_collations
 from storage.schema.comparison import SchemaMismatchError, refuse_differences
 from storage.schema.privileges import NEEDED, missing_privileges, missing_usage
 from storage.schema.revisions import VERSION_TABLE, current_revision, expected_revision
@@ -63,8 +64,10 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         nullcontext() if dry_run else _exclusive_run(engine, report),
         _connected(engine, read_only=dry_run) as connection,
     ):
-        if problem := _server_problem(connection):
+        if problem := _server_problem(connection) or _search_path_problem(connection):
             raise SchemaMismatchError(problem)
+        for warning in changed_collations(connection):
+            report(f"warning: {warning}")
         revision = current_revision(connection)
         refuse_differences(connection, revision)
         if revision == expected_revision():
@@ -75,11 +78,12 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
             _upgrade(connection, report)
 
 
-def check_schema(database_url: str) -> str | None:
+def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | None:
     """Verify the server, the schema's revision and the role's privileges.
 
     Args:
         database_url: ``postgresql://…``, with or without ``+psycopg``, of the worker's role.
+        warn: Called with a sentence about each risk that does not prevent a start.
 
     Returns:
         What is wrong and what to do about it, or None if nothing is.
@@ -92,10 +96,15 @@ def check_schema(database_url: str) -> str | None:
         _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
         _connected(engine, read_only=True) as connection,
     ):
-        if problem := _server_problem(connection) or missing_usage(connection, VERSION_TABLE):
+        if problem := (
+            _server_problem(connection)
+            or missing_usage(connection, VERSION_TABLE)
+            or _search_path_problem(connection)
+            or missing_privileges(connection, {VERSION_TABLE: {"SELECT": ()}})
+        ):
             return problem
-        if problem := missing_privileges(connection, {VERSION_TABLE: {"SELECT": ()}}):
-            return problem
+        for warning in changed_collations(connection):
+            warn(warning)
         found, expected = current_revision(connection), expected_revision()
         try:
             refuse_differences(connection, found)
@@ -118,6 +127,19 @@ def _server_problem(connection: Connection) -> str | None:
         return (
             f"got a database in the encoding {encoding}, expected {_ENCODING}: create one with "
             f"ENCODING '{_ENCODING}' and move the tables to it"
+        )
+    return None
+
+
+def _search_path_problem(connection: Connection) -> str | None:
+    """Return what is wrong if no schema of the search path exists."""
+    schema, path = connection.execute(
+        text("SELECT current_schema(), current_setting('search_path')")
+    ).one()
+    if schema is None:
+        return (
+            f"got the search_path {path}, expected one with a schema that exists and that the role "
+            "may use: create the schema, or correct the role's search_path or DATABASE_URL"
         )
     return None
 

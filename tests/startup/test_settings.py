@@ -61,11 +61,18 @@ MALFORMED_POSTGRESQL = [
     "postgresql://127.0.0.1/x?sslpassword=hun&ter2=1",
     "postgresql://127.0.0.1/x?sslpassword=hun&sslmode=ter2",
     "postgresql://127.0.0.1:port/x?sslpassword=hun#ter2",
-    "postgresql://me:hunter2@127.0.0.1/x?schema=public",
+    "postgresql://me:hunter2@127.0.0.1/x?pool_mode=public",
     "postgresql://me:hunter2@127.0.0.1/x?sslmode=maybe",
     "postgresql://me:hunter2@127.0.0.1/x?connect_timeout=soon",
     "mysql://me:hun/ter2@127.0.0.1/x",
-    "host=127.0.0.1 password=hunter2",
+    "host=127.0.0.1 password=hun ter2",
+    "host=127.0.0.1 password=hunter2 pool_mode=public",
+    "host=127.0.0.1 passwd=hunter2",
+    "jdbc:postgresql://127.0.0.1/x?user=me&password=hun&ter2=1",
+    "jdbc:postgresql://me:hunter2@127.0.0.1/x?ssl=maybe",
+    "postgresql://me:hunter2@127.0.0.1/x?sslaccept=strict",
+    "postgres://me:hunter2@127.0.0.1,b:port/x",
+    "postgresql://me:hunter2@127.0.0.1/x?host=a,b&port=1,2,3",
 ]
 
 
@@ -227,7 +234,7 @@ class TestPostgreSQL:
             ("postgresql://me:a%40b@[::1]:5432/x", "postgresql+psycopg://me:a%40b@[::1]:5432/x"),
             (
                 "postgresql://me:p@a:1,b:2/x?target_session_attrs=read-write",
-                "postgresql+psycopg://me:p@/x?host=a%3A1&host=b%3A2&target_session_attrs=read-write",
+                "postgresql+psycopg://me:p@/x?host=a%2Cb&port=1%2C2&target_session_attrs=read-write",
             ),
             ("postgresql://me@h/x?password=p", "postgresql+psycopg://me:p@h/x"),
         ],

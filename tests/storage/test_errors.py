@@ -73,8 +73,8 @@ class TestDriverErrors:
     def test_unknown_option_is_an_outage(self, migrated_url: str) -> None:
         """A connection option unknown to libpq is an outage: jobs wait until it is corrected."""
         with (
-            pytest.raises(StorageError, match="only options of libpq; unknown: schema") as caught,
-            storage_of(with_options(migrated_url, schema="public")) as storage,
+            pytest.raises(StorageError, match="only options of libpq; unknown: mode") as caught,
+            storage_of(with_options(migrated_url, mode="public")) as storage,
         ):
             storage.is_cancelled("a")
         assert caught.value.is_outage

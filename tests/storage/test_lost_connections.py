@@ -23,44 +23,8 @@ from storage.migrations import locks
 from storage.postgres import DatabaseLimits, PostgresStorage, PostgresTransaction
 from tests.storage.transactions import failing_transaction, finish, finished
 from tests.support.database import role
-from tests.support.relay import Pair, SocketRelay
+from tests.support.relay import Pair, Relay, SocketRelay
 from tests.support.stores import PATIENCE_SECONDS, Background, PostgresStore, until
-
-
-class Relay(SocketRelay):
-    """A network path to the server that can drop the data of its connections, as a firewall may."""
-
-    def __init__(self, server: str, port: int = 0) -> None:
-        self.is_used = False
-        """Whether a client has connected."""
-        self._generation = 0
-        listener = socket.create_server(("127.0.0.1", port))
-        self.port: int = listener.getsockname()[1]
-        super().__init__(Path(server), listener)
-
-    def drop_data(self) -> None:
-        """Drop all further data of the present connections, and close none."""
-        self._generation += 1
-
-    def pumps(self, pair: Pair) -> tuple[Callable[[], object], Callable[[], object]]:
-        """See the base class."""
-        self.is_used = True
-        (client, server), generation = pair, self._generation
-        return (
-            lambda: self._pump(pair, client, server, generation),
-            lambda: self._pump(pair, server, client, generation),
-        )
-
-    def _pump(
-        self, pair: Pair, source: socket.socket, target: socket.socket, generation: int
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                if generation == self._generation:
-                    target.sendall(data)
-        if generation == self._generation:
-            self.disconnect(pair)
-
 
 _BACKEND_KEY_DATA = re.compile(rb"(K\0\0\0\x0c)....", re.DOTALL)
 """PostgreSQL's BackendKeyData message, with the process ID of the session."""

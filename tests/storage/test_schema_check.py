@@ -50,8 +50,8 @@ def test_check_reports_the_problem_and_the_remedy(database: Database) -> None:
         ({"database": "nowhere"}, 'database "nowhere" does not exist'),
         ({"username": "nobody"}, 'role "nobody" does not exist'),
         (
-            {"query": {"host": "/nonexistent", "schema": "public"}},
-            "only options of libpq; unknown: schema",
+            {"query": {"host": "/nonexistent", "pool_mode": "public"}},
+            "only options of libpq; unknown: pool_mode",
         ),
         (
             {"query": {"host": "/nonexistent", "sslmode": "perhaps"}},

@@ -108,7 +108,10 @@ def check_servers(settings: Settings) -> None:
 
 def _check_database(database_url: str) -> None:
     try:
-        problem = check_schema(database_url)
+        problem = check_schema(
+            database_url,
+            warn=lambda risk: logger.warning("PostgreSQL may be inconsistent: %s", risk),
+        )
     except DatabaseUnavailableError as error:
         logger.warning("PostgreSQL unavailable, jobs wait for it: %s", error)
         return
