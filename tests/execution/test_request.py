@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import pickle
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -29,7 +30,8 @@ from interview_access.errors import (
 
 from worker.broker.claims import Action, Claim, Disposition
 from worker.broker.delivery import Delivery
-from worker.execution.request import JobRequest, Limits
+from worker.execution.body import UndecodableBodyError, decode
+from worker.execution.request import JobRequest, Limits, UnreadableMessageError
 
 ENDS = 64 * 1024
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
@@ -245,9 +247,54 @@ def test_an_unreadable_message_fails(app: Celery, message: Any, reason: str, job
     ids=["deep nesting", "too deep, with an ID"],
 )
 def test_a_message_that_nests_too_deeply_fails(app: Celery, message: str, job_id: str) -> None:
-    """The parser's RecursionError fails the job like any other unreadable message."""
+    """Deep nesting fails the job before the parser, whose own limit depends on Python's version."""
     limits = replace(LIMITS, interview_ids=100_000)  # whose limit of values permits the brackets
-    assert_unreadable(read(app, message.encode(), limits), "RecursionError", job_id)
+    reason = "expected at most 910 levels of nesting"
+    assert_unreadable(read(app, message.encode(), limits), reason, job_id)
+
+
+LEVELS = 910
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * LEVELS + "]" * LEVELS,
+        '{"a":' * LEVELS + "0" + "}" * LEVELS,
+        json.dumps(["[" * 4_000, '"]\\[{' * 4_000]),
+        "[" + ",".join(["[]"] * 9_000) + "]",
+    ],
+    ids=["lists", "objects", "brackets in strings", "many lists"],
+)
+def test_nesting_within_the_limit_is_accepted(text: str) -> None:
+    """Only levels count: not brackets in strings, and not lists beside each other."""
+    LIMITS.check(text)
+    json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * (LEVELS + 1) + "]" * (LEVELS + 1),
+        '{"a":' * (LEVELS + 1) + "0" + "}" * (LEVELS + 1),
+        '["\\"[", ' * (LEVELS + 1) + "0" + "]" * (LEVELS + 1),
+    ],
+    ids=["lists", "objects", "after strings"],
+)
+def test_one_level_beyond_the_limit_is_refused(text: str) -> None:
+    """The limit is exact, in the envelope and in the body of each encoding."""
+    with pytest.raises(UnreadableMessageError, match="expected at most 910 levels of nesting"):
+        LIMITS.check(text)
+    in_base64 = base64.b64encode(text.encode()).decode()
+    compressed = base64.b64encode(zlib.compress(text.encode())).decode()
+    for body, encoding in ((text, ""), (in_base64, "base64"), (compressed, "gzip")):
+        with pytest.raises(UndecodableBodyError, match="expected at most 910 levels of nesting"):
+            decode(body, encoding, LIMITS)
+
+
+def test_levels_are_counted_in_linear_time() -> None:
+    """An unterminated string of escaped quotes is read once, not once from each quote."""
+    LIMITS.check("[]" * (LEVELS + 1) + '"' + '\\"' * 500_000)
 
 
 def assert_unreadable(request: JobRequest, reason: str, job_id: str) -> None:

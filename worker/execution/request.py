@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 from celery import Celery
@@ -33,6 +34,10 @@ _ENVELOPE_BYTES, _BYTES_PER_ID = 1024 * 1024, 64
 _ENVELOPE_VALUES, _VALUES_PER_ID = 10_000, 4
 """Limits in JSON values: for the envelope without IDs, and for each ID of a plain JSON body."""
 
+_LEVELS = 910
+"""Nesting levels of JSON. What a parser accepts depends on the Python version and on the caller's
+stack; each accepts these."""
+
 _HEADER_LEVELS = 50  # a few hundred overflow the stack of pickle
 _LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _REPRESENTATION = 200  # characters of a job's arguments in events and control replies
@@ -41,6 +46,12 @@ _RECORDING_ATTEMPTS = 2
 """Attempts after the last allowed one, which only record the failure: the first decodes the body,
 the second does not. If both end the pool process, the message becomes a dead letter without a
 result."""
+
+_BETWEEN_BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^"\[\]{}]++', re.DOTALL)
+"""Strings and what else separates brackets. Possessive quantifiers and the optional end take linear
+time whatever the text."""
+
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 _BRACKETED = re.compile(r"\[.*", re.DOTALL)
 _HEADERS = re.compile(rb'"headers"\s*:\s*\{(.*)', re.DOTALL)
@@ -72,16 +83,19 @@ class Limits:
         return _ENVELOPE_BYTES + _BYTES_PER_ID * self.interview_ids
 
     def check(self, text: str) -> None:
-        """Refuse JSON that would take too much memory to decode.
+        """Refuse JSON that would take too much memory or stack to decode.
 
         Args:
             text: The JSON.
 
         Raises:
-            UnreadableMessageError: if it has too many values.
+            UnreadableMessageError: if it has too many values, or nests too deeply.
         """
         if any(text.count(one) > self.values for one in (",", "[", "{")):
             raise UnreadableMessageError(f"expected at most {self.values:,} values")
+        # Few messages have so many brackets that their levels must be counted.
+        if text.count("[") + text.count("{") > _LEVELS and _levels(text) > _LEVELS:
+            raise UnreadableMessageError(f"expected at most {_LEVELS} levels of nesting")
 
     @property
     def values(self) -> int:
@@ -389,6 +403,12 @@ def _seconds_until(moment: datetime | None) -> float:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _levels(text: str) -> int:
+    """Count the nesting levels of JSON without decoding it."""
+    brackets = _BETWEEN_BRACKETS.sub("", text)
+    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
 
 
 def _is_nested(value: Any, levels: int) -> bool:
