@@ -76,18 +76,43 @@ class Duplicates:
         )
 
 
-def find_key(table: FoundTable) -> FoundUniqueKey | None:
-    """Return an existing key on the pair that ON CONFLICT can use, or None.
+def find_keys(table: FoundTable) -> list[FoundUniqueKey]:
+    """Return the existing keys on the pair that ON CONFLICT can use.
 
-    Its name and the order of its columns do not matter.
+    Their names and the order of their columns do not matter. The worker's own key is the last one,
+    since the migrations of the service refer to another key by its name.
 
     Args:
         table: The table of grants.
     """
-    for key in table.unique_keys:
-        if key.is_unique_on(*COLUMNS) and key.is_immediate:
-            return key
-    return None
+    keys = [key for key in table.unique_keys if key.is_unique_on(*COLUMNS) and key.is_immediate]
+    return sorted(keys, key=lambda key: (key.name == KEY, not key.is_constraint, key.name))
+
+
+def find_redundant_keys(connection: Connection) -> Iterator[str]:
+    """Yield a sentence about each key that equals another, with the statement that drops it.
+
+    Args:
+        connection: A connection to the database; the table need not exist.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: if PostgreSQL refused the query or the connection is lost.
+    """
+    table = find_table(connection, TABLE)
+    if table is None:
+        return
+    keys = find_keys(table)
+    for key in keys[1:]:
+        name = connection.dialect.identifier_preparer.quote(key.name)
+        drop = (
+            f"ALTER TABLE {table.qualified_name} DROP CONSTRAINT {name}"
+            if key.is_constraint
+            else f"DROP INDEX CONCURRENTLY {table.quoted_schema}.{name}"
+        )
+        yield (
+            f"the unique key {key.name} is redundant: {keys[0].name} is equal, and every insert "
+            f"maintains both; unless a migration of the service names it, run {drop}"
+        )
 
 
 def count_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
@@ -124,7 +149,7 @@ def add(connection: Connection, report: Callable[[str], None]) -> None:
     table = _grants(connection)
     _drop_trigger(connection, table)
     _drop_unfinished_key(connection)
-    key = find_key(table)
+    key = next(iter(find_keys(table)), None)
     if key is not None and _is_adopted(key):
         report(f"adopted the unique key {key.name}")
         return
@@ -148,7 +173,7 @@ def plan(connection: Connection) -> Iterator[str]:
         connection: A connection to the database; the table need not exist.
     """
     table = find_table(connection, TABLE)
-    key = find_key(table) if table else None
+    key = next(iter(find_keys(table)), None) if table else None
     if key is not None and _is_adopted(key):
         yield f"would adopt the unique key {key.name}"
         return

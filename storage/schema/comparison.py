@@ -4,7 +4,8 @@ The platform's four tables are adopted as they are, so they are compared before 
 A table fits if it has:
 
 - every column of the models, by name, type and nullability. A string column may be wider or
-  unlimited, but not narrower, and needs a deterministic collation: IDs are compared byte by byte;
+  unlimited, but not narrower, and needs a deterministic collation: IDs are compared byte by byte.
+  A generated ID may be an integer, as of Django's AutoField;
 - the primary key, the unique keys under any name and in any order of columns, and the foreign key
   to interview_interview with any ON DELETE action;
 - if the worker inserts into it: no other required column, no other unique key that a row of the
@@ -150,9 +151,11 @@ def _column_differences(found: FoundTable, expected: Column[Any]) -> Iterator[Di
 
 
 def _type_fits(column: FoundColumn, expected: Column[Any]) -> bool:
-    """Return whether the column holds every value of the expected type unchanged."""
+    """Return whether the column holds every value that the worker sets, unchanged."""
     if column.type == _sql_type(expected):
         return True
+    if expected.identity is not None:
+        return column.type == "integer"  # the worker does not set it
     if not isinstance(expected.type, String):
         return False
     if column.type in {"text", "character varying"}:

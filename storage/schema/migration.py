@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from storage.connections import open_engine, parse_url, without_secrets
 from storage.driver_errors import is_refused, sqlstate_of
 from storage.errors import StorageError
+from storage.migrations import grant_key
 from storage.migrations.locks import set_up_transaction
 from storage.schema.collations import changed_collations
 from storage.schema.comparison import SchemaMismatchError, refuse_differences
@@ -76,6 +77,8 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
             _report_plan(connection, revision, report)
         else:
             _upgrade(connection, report)
+        for sentence in grant_key.find_redundant_keys(connection):
+            report(sentence)
 
 
 def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | None:

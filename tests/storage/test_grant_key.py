@@ -27,6 +27,82 @@ from tests.support.platform import CHECKOUT, PATIENCE_SECONDS, Database, DjangoS
 REFUSAL = "interview_access_refuse_duplicate"
 
 
+@pytest.fixture
+def keyless(migrated_url: str) -> Database:
+    """A database at the revision before the key's, with all tables."""
+    database = Database(migrated_url)
+    database.execute(f"ALTER TABLE {GRANTS} DROP CONSTRAINT {KEY}")
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0001'")
+    return database
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"ALTER TABLE {GRANTS} ADD CONSTRAINT mine UNIQUE (user_id, interview_id)",
+        f"ALTER TABLE {GRANTS} ADD CONSTRAINT mine UNIQUE (interview_id, user_id)",
+        f"CREATE UNIQUE INDEX mine ON {GRANTS} (user_id, interview_id)",
+        f"CREATE UNIQUE INDEX mine ON {GRANTS} (interview_id DESC, user_id text_pattern_ops)",
+        f"CREATE UNIQUE INDEX mine ON {GRANTS} (user_id, interview_id) INCLUDE (id)",
+    ],
+)
+def test_equal_key_is_adopted(keyless: Database, statement: str) -> None:
+    """An equal unique key of any name, constraint or index, is adopted unchanged."""
+    keyless.execute(statement)
+    before = keyless.catalog()[GRANTS]
+    assert "adopted the unique key mine" in migrated(keyless.url)
+    assert keyless.catalog()[GRANTS] == before
+    assert check_schema(keyless.url) is None
+
+
+def test_key_of_the_service_is_adopted_beside_the_index_of_the_worker(keyless: Database) -> None:
+    """An index that the worker left is not made a constraint if the service has a key."""
+    keyless.execute(f"CREATE UNIQUE INDEX {KEY} ON {GRANTS} (user_id, interview_id)")
+    keyless.execute(f"ALTER TABLE {GRANTS} ADD CONSTRAINT yours UNIQUE (user_id, interview_id)")
+    reported = migrated(keyless.url)
+    assert "adopted the unique key yours" in reported
+    assert reported[-1].endswith(f"run DROP INDEX CONCURRENTLY public.{KEY}")
+    keyless.execute(reported[-1].partition("run ")[2])
+    assert migrated(keyless.url) == ["nothing to do: the schema is at revision 0006"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"CREATE UNIQUE INDEX mine ON {GRANTS} (user_id, interview_id) WHERE user_id <> ''",
+        f"CREATE UNIQUE INDEX mine ON {GRANTS} (lower(user_id), interview_id)",
+        f"CREATE INDEX mine ON {GRANTS} (user_id, interview_id)",
+    ],
+)
+def test_other_index_is_not_adopted(keyless: Database, statement: str) -> None:
+    """An index that is partial, on an expression or not unique does not replace the key."""
+    keyless.execute(statement)
+    assert f"added the unique key {KEY}" in migrated(keyless.url)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_redundant_key_is_reported(migrated_url: str, dry_run: bool) -> None:
+    """If the service adds an equal key later, the statement that drops one is reported.
+
+    It drops the worker's key, since the migrations of the service refer to the other by name.
+    """
+    database = Database(migrated_url)
+    database.execute(f'ALTER TABLE {GRANTS} ADD CONSTRAINT "Mine" UNIQUE (interview_id, user_id)')
+    reported: list[str] = []
+    migrate(database.url, dry_run=dry_run, report=reported.append)
+    statement = f"ALTER TABLE public.{GRANTS} DROP CONSTRAINT {KEY}"
+    assert reported == [
+        "nothing to do: the schema is at revision 0006",
+        (
+            f"the unique key {KEY} is redundant: Mine is equal, and every insert maintains both; "
+            f"unless a migration of the service names it, run {statement}"
+        ),
+    ]
+    database.execute(statement)
+    assert migrated(database.url) == reported[:1]
+    assert check_schema(database.url) is None
+
+
 def test_writers_are_not_blocked(
     database: Database, service: DjangoService, record_property: Callable[[str, object], None]
 ) -> None:

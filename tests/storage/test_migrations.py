@@ -404,7 +404,7 @@ def test_differences_stop_the_migration(database: Database) -> None:
 
 @pytest.mark.usefixtures("service")
 def test_compatible_differences_are_adopted(database: Database) -> None:
-    """Wider strings, a sequence, more columns and the platform's own key are adopted unchanged."""
+    """Wider strings, integer IDs, a sequence, more columns and another key stay unchanged."""
     for statement in (
         "ALTER TABLE interview_interview ADD company_id bigint NOT NULL",
         "ALTER TABLE interview_interviewattempt ALTER user_id TYPE varchar(64)",
@@ -414,6 +414,7 @@ def test_compatible_differences_are_adopted(database: Database) -> None:
         "CREATE SEQUENCE old_style",
         f"ALTER TABLE {GRANTS} ALTER id SET DEFAULT nextval('old_style')",
         f"ALTER TABLE {GRANTS} ADD granted_at timestamptz NOT NULL DEFAULT now()",
+        "ALTER TABLE interview_interviewconfig ALTER id TYPE integer",
         f"CREATE UNIQUE INDEX one_each ON {GRANTS} (interview_id, user_id)",
     ):
         database.execute(statement)
