@@ -4,8 +4,9 @@ The platform's four tables are adopted as they are, so they are compared before 
 A table fits if it has:
 
 - every column of the models, by name, type and nullability. A string column may be wider or
-  unlimited, but not narrower, and needs a deterministic collation: IDs are compared byte by byte.
-  A generated ID may be an integer, as of Django's AutoField;
+  unlimited, and needs a deterministic collation: IDs are compared byte by byte. Where the worker
+  only reads, it may also be narrower, and any column not null. A generated ID may be an integer,
+  as of Django's AutoField;
 - the primary key, the unique keys under any name and in any order of columns, and the foreign key
   to interview_interview with any ON DELETE action;
 - if the worker inserts into it: no other required column, no other unique key that a row of the
@@ -34,6 +35,7 @@ from storage.schema.revisions import KNOWN_REVISIONS, expected_revision
 _INSERTED_INTO = frozenset(
     table.name for table in (models.grants, models.interview_attempts, models.jobs)
 )
+_ONLY_READ = frozenset(table.name for table in (models.interviews, models.interview_configs))
 _POSTGRESQL = URL.create("postgresql+psycopg").get_dialect()()
 _KINDS = {
     "v": "a view",
@@ -131,7 +133,7 @@ def _column_differences(found: FoundTable, expected: Column[Any]) -> Iterator[Di
         return
     if not _type_fits(column, expected):
         yield Difference(found.name, column.name, column.type, _type_in_words(expected))
-    if column.not_null == expected.nullable:
+    if column.not_null == expected.nullable and not (column.not_null and found.name in _ONLY_READ):
         nullability = {True: "not null", False: "null allowed"}
         yield Difference(
             found.name,
@@ -160,6 +162,8 @@ def _type_fits(column: FoundColumn, expected: Column[Any]) -> bool:
         return False
     if column.type in {"text", "character varying"}:
         return True
+    if expected.table.name in _ONLY_READ:
+        return column.type.startswith("character varying(")
     bounded = re.fullmatch(r"character varying\((\d+)\)", column.type)
     length = expected.type.length
     return bounded is not None and length is not None and int(bounded[1]) >= length

@@ -404,9 +404,12 @@ def test_differences_stop_the_migration(database: Database) -> None:
 
 @pytest.mark.usefixtures("service")
 def test_compatible_differences_are_adopted(database: Database) -> None:
-    """Wider strings, integer IDs, a sequence, more columns and another key stay unchanged."""
+    """Other types, sequences, columns and keys that do not disturb the worker stay unchanged."""
     for statement in (
         "ALTER TABLE interview_interview ADD company_id bigint NOT NULL",
+        "ALTER TABLE interview_interview ALTER title TYPE varchar(100)",
+        "ALTER TABLE interview_interview ALTER description TYPE varchar(500)",
+        "ALTER TABLE interview_interview ALTER description SET NOT NULL",
         "ALTER TABLE interview_interviewattempt ALTER user_id TYPE varchar(64)",
         "ALTER TABLE interview_interviewattempt ADD score integer",
         f"ALTER TABLE {GRANTS} ALTER user_id TYPE text",
