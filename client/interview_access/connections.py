@@ -17,7 +17,8 @@ from redis.exceptions import ResponseError
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
-from interview_access.redis_address import RedisAddress, masked
+from interview_access.redis_address import FORMS, RedisAddress, masked
+from interview_access.text import describe
 
 CONNECT_SECONDS, SOCKET_SECONDS = 2.0, 3.0
 """Time limits in seconds. With these a command that is sent twice fails within 10 s."""
@@ -70,6 +71,8 @@ def redis_addresses(
 
 
 def _address(url: str | None, argument: str, variable: str) -> RedisAddress | None:
+    if url is not None and not isinstance(url, str):
+        raise ValueError(f"{argument}: expected {FORMS['redis']}, got {describe(url)}.")
     name = argument if url else variable
     url = url or os.environ.get(variable)
     if not url:

@@ -201,7 +201,7 @@ class InterviewAccessClient:
             The result: ``{"success": True, "created_access_count": N}`` for a grant-access job.
 
         Raises:
-            ValueError: if `job_id` is invalid.
+            ValueError: if `job_id` or `timeout` is invalid.
             InterviewAccessError: if the job failed, in the class that its worker stored, or
                 :class:`JobFailedError` if this package does not define that class.
             NoAnswerInTimeError: if the job has no result by the timeout.
@@ -220,7 +220,7 @@ class InterviewAccessClient:
             The job's status. The state ``unknown`` is not an error.
 
         Raises:
-            ValueError: if `job_id` is invalid.
+            ValueError: if `job_id` or `timeout` is invalid.
             NoAnswerInTimeError: if no worker replied.
             StorageUnavailableException: if a worker replied that it cannot read the ledger now.
             QueueUnavailableError: if Redis is unavailable.
@@ -240,7 +240,7 @@ class InterviewAccessClient:
             ``cancel_requested`` is true: the job will stop, or will not start.
 
         Raises:
-            ValueError: if `job_id` is invalid.
+            ValueError: if `job_id` or `timeout` is invalid.
             NoAnswerInTimeError: if no worker replied; the job might not have been cancelled.
             StorageUnavailableException: if a worker replied that it cannot reach the ledger now.
             QueueUnavailableError: if Redis is unavailable.

@@ -121,11 +121,12 @@ class RedisAddress:
         """
         scheme, separator, rest = url.partition("://")
         if not separator:
-            raise ValueError(f"{EXPECTED}; the scheme is missing")
+            form = f"redis://{url}" if _PLAIN_HOST.fullmatch(url) else EXPECTED
+            raise ValueError(f"{form}; the scheme is missing")
+        if scheme in _OTHER_NAMES:
+            raise ValueError(f"{FORMS[_OTHER_NAMES[scheme]]}, not {scheme}://")
         if scheme not in FORMS:
-            instead = _OTHER_NAMES.get(scheme)
-            hint = f"; write {instead}:// instead of {scheme}://" if instead else ""
-            raise ValueError(f"{EXPECTED}{hint}")
+            raise ValueError(EXPECTED)
         try:
             return cls._parse(scheme, rest, sentinel_password)
         except _UnexpectedError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_LONG_NUMBER = 256  # bits
 _LONG = 36  # characters: a longer string is described with its length
 
 
@@ -35,6 +36,8 @@ def describe(value: object) -> str:
             words = "null"
         case bool():
             words = str(value).lower()
+        case int() if value.bit_length() > _LONG_NUMBER:  # str() refuses 4,300 digits
+            words = f"a number of {value.bit_length():,} bits"
         case int() | float():
             words = f"the number {shortened(repr(value), quoted=False)}"
         case str() if len(value) > _LONG:

@@ -104,6 +104,27 @@ def test_an_invalid_attempt_is_refused_at_the_call(
         no_redis.enqueue_many([InterviewAttemptJob(interview_id, user_id)])
 
 
+@pytest.mark.parametrize("jobs", [GrantJob("ann", []), None, "job", {"job": 1}], ids=type)
+def test_jobs_that_are_not_a_list_are_refused(no_redis: Client, jobs: Any) -> None:
+    """The error of enqueue_many says that a list was expected."""
+    with pytest.raises(InvalidGrantRequestException, match="jobs: expected a list of jobs, got"):
+        no_redis.enqueue_many(jobs)
+
+
+@pytest.mark.parametrize("timeout", [None, "5", float("nan"), True, [1]], ids=repr)
+def test_an_invalid_timeout_is_refused(no_redis: Client, timeout: Any) -> None:
+    """The ValueError says what was received."""
+    for call in (no_redis.wait, no_redis.status, no_redis.cancel):
+        with pytest.raises(ValueError, match="timeout: expected a number of seconds, got"):
+            call("job", timeout=timeout)
+
+
+def test_a_number_of_any_size_is_refused(no_redis: Client) -> None:
+    """Python converts no integer of more than 4,300 digits to a string."""
+    with pytest.raises(InvalidGrantRequestException, match=r"got a number of 16,6\d\d bits"):
+        no_redis.enqueue(10**5_000, [ID])
+
+
 def test_malformed_interview_ids_are_left_to_the_worker(redis: Redis, client: Client) -> None:
     """The client sends strings that are not UUIDs: the worker's error lists them all."""
     client.enqueue("ann", ["no-uuid", ID, UUID(ID)])

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from interview_access.contracts import CANCEL_JOB, CONTROL_QUEUE, JOB_STATUS, JobStatus, reply_key
 from interview_access.errors import NoAnswerInTimeError, QueueUnavailableError
 from interview_access.protocol.commands import Commands, Exchange, Pause
-from interview_access.protocol.messages import check_job_id, control_message
+from interview_access.protocol.messages import check_job_id, check_timeout, control_message
 from interview_access.protocol.retrying import reason_of, replies_to
 from interview_access.protocol.stored_results import poll_pauses, result_or_error
 
@@ -30,12 +30,13 @@ def status(job_id: str, *, timeout: float) -> Exchange[JobStatus]:
         The status that a worker replied.
 
     Raises:
-        ValueError: if `job_id` is invalid.
+        ValueError: if `job_id` or `timeout` is invalid.
         InterviewAccessError: the error that a worker replied.
         NoAnswerInTimeError: if no worker replied.
         QueueUnavailableError: if Redis is unavailable.
     """
     check_job_id(job_id)
+    check_timeout(timeout)
     return (yield from _request(JOB_STATUS, job_id, timeout))
 
 
@@ -54,6 +55,7 @@ def cancel(job_id: str, *, timeout: float) -> Exchange[JobStatus]:
             :func:`status`.
     """
     check_job_id(job_id)
+    check_timeout(timeout)
     deadline = time.monotonic() + timeout
     known = yield from _request(CANCEL_JOB, job_id, timeout)
     while known.state == "running" and deadline - time.monotonic() > _CANCEL_PAUSE:

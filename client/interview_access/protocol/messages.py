@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from json.encoder import encode_basestring_ascii as _quoted
+from math import isnan
 from secrets import token_hex
 from typing import Self, TypeGuard
 
@@ -177,17 +178,19 @@ def checked_message(job: Job) -> JobMessage:
     return JobMessage.of(job)
 
 
-def checked_messages(jobs: Iterable[object]) -> Iterator[JobMessage]:
+def checked_messages(jobs: object) -> Iterator[JobMessage]:
     """Validate many jobs, and build their messages in order; a job given twice has one message.
 
     Args:
-        jobs: Jobs; other objects are refused.
+        jobs: An iterable of jobs; other objects are refused.
 
     Raises:
         ValueError: as from :func:`checked_message`, with the job's position.
         InvalidGrantRequestException: likewise; or if an object is not a job, or has the ID of
             another request among them.
     """
+    if not isinstance(jobs, Iterable) or isinstance(jobs, str | bytes | Mapping):
+        raise InvalidGrantRequestException.of([("jobs", "a list of jobs", describe(jobs))])
     first_of: dict[str, JobMessage] = {}
     for position, job in enumerate(jobs):
         with at_position(position):
@@ -246,6 +249,16 @@ def check_job_id(job_id: object) -> None:
     """
     if not is_job_id(job_id):
         raise ValueError(f"job ID: expected {JOB_ID_RULE}, got {describe(job_id)}")
+
+
+def check_timeout(timeout: object) -> None:
+    """Check the time to wait.
+
+    Raises:
+        ValueError: if it is not a number of seconds.
+    """
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or isnan(timeout):
+        raise ValueError(f"timeout: expected a number of seconds, got {describe(timeout)}")
 
 
 def _encoded(task: str, kwargs: Mapping[str, object]) -> tuple[str, str]:

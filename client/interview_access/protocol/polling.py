@@ -29,7 +29,7 @@ from interview_access.errors import (
 )
 from interview_access.protocol import control_requests
 from interview_access.protocol.commands import Commands, Exchange
-from interview_access.protocol.messages import check_job_id
+from interview_access.protocol.messages import check_job_id, check_timeout
 from interview_access.protocol.retrying import reason_of, replies_to
 from interview_access.protocol.stored_results import decoded, poll_pauses, result_or_error
 from interview_access.stored_errors import from_record
@@ -54,12 +54,13 @@ def result(
         The result.
 
     Raises:
-        ValueError: if `job_id` is invalid.
+        ValueError: if `job_id` or `timeout` is invalid.
         InterviewAccessError: the error with which the job ended.
         NoAnswerInTimeError: if the job has no result by the deadline.
         QueueUnavailableError: if Redis is unavailable.
     """
     check_job_id(job_id)
+    check_timeout(timeout)
     deadline = time.monotonic() + timeout
     pauses = poll_pauses(deadline)
     ask_at: float | None = None
