@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from interview_access.contracts import JobStatus
 from interview_access.errors import (
     InterviewAccessError,
     JobCancelledException,
@@ -303,3 +304,31 @@ def result_of(outcome: OutcomeDTO) -> dict[str, Any]:
     if outcome.error:
         raise from_record(outcome.error)
     return outcome.result or {}
+
+
+def status_of(finished: FinishedJobDTO) -> JobStatus:
+    """Build the status of a job that is in the ledger.
+
+    Args:
+        finished: Its row, with all details.
+    """
+    job, outcome = finished.job, finished.outcome
+    figures, rejected = outcome.figures, outcome.rejected
+    return JobStatus.model_validate(
+        {
+            "job_id": job.job_id,
+            "state": outcome.state,
+            "task": job.task,
+            "user_id": job.user_id,
+            "requested": figures and figures.requested,
+            "repeated": figures and figures.repeated,
+            "already_granted": figures and figures.already_granted,
+            "created": figures and figures.created,
+            "result": outcome.result,
+            "error": outcome.error,
+            "created_by_user": outcome.created_by_user,
+            "unknown_interview_ids": rejected and rejected.unknown,
+            "malformed_interview_ids": rejected and rejected.malformed,
+            "finished_at": finished.finished_at,
+        }
+    )

@@ -21,12 +21,19 @@ ARROWS = {
 }
 DRIVERS = {"sqlalchemy", "psycopg", "alembic"}
 CELERY = {"celery", "kombu", "billiard"}
-CLIENT_WITH_SQL = "client/interview_access/outbox.py"
-"""Has the INSERT that a service executes in its own transaction."""
+CLIENT_WITH_SQL = {
+    "client/interview_access/outbox.py",
+    "client/interview_access/testing/outbox.py",
+}
+"""Statements that a service or its tests execute on a connection of their own."""
+CLIENT_WITH_WORKER = "client/interview_access/testing/execution.py"
+"""Executes a test's jobs with the worker's own code; only the inline clients import it."""
 MAY_KNOW_CELERY = {"tasks/celery_tasks.py"}
 REDIS_CONNECTIONS = ("aio", "connections", "producer")
+TEST_KIT = "client/interview_access/testing/queue.py"  # raises Redis' errors to the clients
 REDIS_ERRORS = ("commands", "control_requests", "enqueueing", "limits", "polling", "retrying")
 MAY_KNOW_REDIS = {
+    TEST_KIT,
     *(f"client/interview_access/{name}.py" for name in REDIS_CONNECTIONS),
     *(f"client/interview_access/protocol/{name}.py" for name in REDIS_ERRORS),
 }
@@ -61,7 +68,24 @@ def test_imports_run_one_way(folder: str) -> None:
     """A folder imports only those below it: worker, tasks, storage, and the client."""
     known = OURS | {"interview_access", "tests", "benchmarks"}
     for path in sources(folder):
-        assert imported(path) & known <= ARROWS[folder], path
+        allowed = ARROWS[folder]
+        if str(path.relative_to(ROOT)) == CLIENT_WITH_WORKER:
+            allowed = allowed | {"tasks", "storage"}
+        assert imported(path) & known <= allowed, path
+
+
+def test_the_worker_is_imported_by_the_inline_clients_only() -> None:
+    """The module of the client that imports the worker is imported within one function only."""
+    module = "interview_access.testing.execution"
+    importers = {
+        path.name for path in sources("client/interview_access") if module in imported_modules(path)
+    }
+    assert importers == {"inline.py"}
+    inline = ast.parse((ROOT / "client/interview_access/testing/inline.py").read_text("utf-8"))
+    at_import = ast.Module(
+        [one for one in inline.body if isinstance(one, ast.Import | ast.ImportFrom)], []
+    )
+    assert module not in ast.unparse(at_import)
 
 
 WORKER_ARROWS = {
@@ -138,7 +162,7 @@ def test_only_two_subcommands_import_the_local_servers() -> None:
 def test_the_database_is_known_to_storage_only(folder: str) -> None:
     """No file outside storage/ imports SQLAlchemy, a driver or Alembic, or holds an INSERT."""
     for path in sources(folder):
-        if str(path.relative_to(ROOT)) != CLIENT_WITH_SQL:
+        if str(path.relative_to(ROOT)) not in CLIENT_WITH_SQL:
             assert not imported(path) & DRIVERS, path
             assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
 

@@ -26,7 +26,7 @@ from interview_access.stored_errors import from_record, record_of_result
 from pydantic import ValidationError
 from redis import Redis
 
-from storage.dtos import FinishedJobDTO, JobDTO
+from storage.dtos import JobDTO
 from storage.interface import JobStorage
 from tasks import ledger
 from worker.services.outbox_relay import message_of
@@ -56,11 +56,11 @@ class JobStatusService:
         """
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
-            return _finished(finished)
+            return ledger.status_of(finished)
         announced = _announced(redis, job_id) or self._requested(job_id)
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
-            return _finished(finished)  # finished between the two reads
+            return ledger.status_of(finished)  # finished between the two reads
         if not status.final and storage.is_cancelled(job_id):
             status.cancel_requested = True
         return status
@@ -118,29 +118,6 @@ def _announced(redis: Redis, job_id: str) -> Announcement | None:
         return Announcement.model_validate_json(text) if text else None
     except ValidationError:
         return None  # written by a producer that does not follow the contract
-
-
-def _finished(finished: FinishedJobDTO) -> JobStatus:
-    job, outcome = finished.job, finished.outcome
-    figures, rejected = outcome.figures, outcome.rejected
-    return JobStatus.model_validate(
-        {
-            "job_id": job.job_id,
-            "state": outcome.state,
-            "task": job.task,
-            "user_id": job.user_id,
-            "requested": figures and figures.requested,
-            "repeated": figures and figures.repeated,
-            "already_granted": figures and figures.already_granted,
-            "created": figures and figures.created,
-            "result": outcome.result,
-            "error": outcome.error,
-            "created_by_user": outcome.created_by_user,
-            "unknown_interview_ids": rejected and rejected.unknown,
-            "malformed_interview_ids": rejected and rejected.malformed,
-            "finished_at": finished.finished_at,
-        }
-    )
 
 
 def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | None) -> JobStatus:

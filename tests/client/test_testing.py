@@ -1,0 +1,651 @@
+"""The test kit: its clients keep what was enqueued, and answer as real ones do, without Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.contracts import (
+    GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
+    GrantJob,
+)
+from interview_access.errors import (
+    InvalidGrantRequestException,
+    InvalidInterviewIdException,
+    JobCancelledException,
+    JobExpiredException,
+    JobIdReusedException,
+    NoAnswerInTimeError,
+    QueueUnavailableError,
+    StorageUnavailableException,
+)
+from interview_access.producer import InterviewAccessClient
+from interview_access.testing import (
+    AsyncFakeClient,
+    AsyncInlineClient,
+    FakeClient,
+    InlineClient,
+    capture_enqueued,
+)
+
+ROOT = Path(__file__).parents[2]
+FIRST, SECOND = "89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"
+NOWHERE = "redis://nowhere.invalid"
+
+
+@pytest.fixture
+def client() -> FakeClient:
+    """A new fake client."""
+    return FakeClient()
+
+
+# --- The same interface as the real clients -------------------------------------------------------
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "cancel": lambda client: client.cancel("unknown"),
+    "close": lambda client: client.close(),
+    "enqueue": lambda client: client.enqueue("ann", [FIRST]),
+    "enqueue_cohort": lambda client: client.enqueue_cohort(["ann", "bob"], [FIRST]),
+    "enqueue_many": lambda client: client.enqueue_many([GrantJob("ann", [FIRST])]),
+    "status": lambda client: client.status("unknown"),
+    "wait": lambda client: client.wait("known", timeout=60),
+}
+"""A call of every public method."""
+
+FAKES = {
+    InterviewAccessClient: (FakeClient, InlineClient),
+    AsyncInterviewAccessClient: (AsyncFakeClient, AsyncInlineClient),
+}
+PAIRS = [(real, fake) for real, fakes in FAKES.items() for fake in fakes]
+
+
+def public_methods(of: type) -> set[str]:
+    """The names of a class's public methods."""
+    return {name for name, _ in inspect.getmembers(of, callable) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(("real", "fake"), PAIRS)
+def test_every_method_has_the_signature_of_the_real_one(real: type, fake: type) -> None:
+    """A call that a fake accepts is one that the real client accepts."""
+    for name in public_methods(real):
+        signatures = [inspect.signature(getattr(one, name)) for one in (real, fake)]
+        assert signatures[0] == signatures[1], name
+
+
+@pytest.mark.parametrize(("real", "fake"), PAIRS)
+def test_no_method_needs_a_server(real: type, fake: type) -> None:
+    """Each public method of the real client returns without Redis, and without a pause."""
+    assert public_methods(real) == CALLS.keys()
+    client: Any = fake()
+    started = time.monotonic()
+
+    async def call_all() -> None:
+        known = client.enqueue("ann", [], job_id="known")
+        await known if inspect.isawaitable(known) else None
+        if isinstance(client, FakeClient | AsyncFakeClient):
+            client.set_result("known")
+        for name, call in CALLS.items():
+            result = call(client)
+            result = await result if inspect.isawaitable(result) else result
+            assert (result is None) == (name == "close")
+
+    asyncio.run(call_all())
+    assert time.monotonic() - started < 2
+
+
+def enqueued_by(client: InterviewAccessClient) -> str:
+    """Enqueue a job: code of a service, which expects the real client."""
+    return client.enqueue("ann", [FIRST])
+
+
+async def enqueued_by_asyncio(client: AsyncInterviewAccessClient) -> str:
+    """Enqueue a job: code of a service, which expects the real client."""
+    return await client.enqueue("ann", [FIRST])
+
+
+def test_a_fake_is_accepted_where_the_real_client_is_expected() -> None:
+    """Type checkers accept these calls, and the jobs are kept."""
+    blocking, asynchronous = FakeClient(), AsyncFakeClient()
+    job_id = enqueued_by(blocking)
+    other_id = asyncio.run(enqueued_by_asyncio(asynchronous))
+    assert [job.job_id for job in blocking.jobs] == [job_id]
+    assert [job.job_id for job in asynchronous.jobs] == [other_id]
+
+
+# --- What was enqueued ----------------------------------------------------------------------------
+
+
+def test_jobs_are_kept_in_order(client: FakeClient) -> None:
+    """Each job has the task, users, interviews and times that it was enqueued with."""
+    client.enqueue("ann", [FIRST, UUID(SECOND)], job_id="one", countdown=60, expires=90)
+    client.enqueue_cohort(["bob", "cem"], [FIRST], job_id="two")
+    client.enqueue_many([GrantJob("dan", []), GrantJob("eve", [SECOND])])
+    one, two, *others = client.jobs
+    assert (one.task, one.job_id, one.user_id) == (GRANT_ACCESS, "one", "ann")
+    assert one.interview_ids == (FIRST, SECOND)
+    assert one.countdown == 60
+    assert one.expires_at == one.sent_at + timedelta(seconds=90)
+    assert (two.task, two.user_ids, two.user_id) == (GRANT_COHORT_ACCESS, ("bob", "cem"), None)
+    assert (two.countdown, two.expires_at) == (None, None)
+    assert [job.user_id for job in others] == ["dan", "eve"]
+
+
+def test_assert_enqueued_returns_the_jobs_that_match(client: FakeClient) -> None:
+    """Order, duplicates and spelling of IDs make no difference; other values do."""
+    client.enqueue("ann", [FIRST, SECOND, SECOND.upper()], job_id="one")
+    client.enqueue("ann", [FIRST], job_id="two")
+    client.enqueue_cohort(["bob", "ann"], [FIRST], job_id="three")
+
+    def found(**expected: Any) -> list[str]:
+        return [job.job_id for job in client.assert_enqueued(**expected)]
+
+    assert found() == ["one", "two", "three"]
+    assert found(user_id="ann", count=2) == ["one", "two"]
+    assert found(user_ids=["ann", "bob"]) == ["three"]
+    assert found(interview_ids=[UUID(SECOND), FIRST.replace("-", "")]) == ["one"]
+    assert found(task=GRANT_COHORT_ACCESS, interview_ids=iter([FIRST])) == ["three"]
+    assert found(job_id="two", count=1) == ["two"]
+    assert found(user_id="bob", count=0) == []
+
+
+def test_a_failed_assertion_lists_what_was_enqueued(client: FakeClient) -> None:
+    """The sentence has what was expected, the number of matches, and each job."""
+    client.enqueue("ann", [FIRST] * 5, job_id="one")
+    client.enqueue_cohort(["bob", "cem"], [SECOND], job_id="two")
+    with pytest.raises(AssertionError) as caught:
+        client.assert_enqueued(user_id="bob", interview_ids=[FIRST], count=2)
+    assert str(caught.value) == (
+        f"Expected 2 jobs with user_id='bob', interview_ids=['{FIRST}'], got 0. Enqueued: 2:\n"
+        f"  1. interview_access.grant_access 'one': user_id='ann', interview_ids=['{FIRST}', "
+        f"'{FIRST}', '{FIRST}', and 2 more]\n"
+        "  2. interview_access.grant_cohort_access 'two': user_ids=['bob', 'cem'], "
+        f"interview_ids=['{SECOND}']"
+    )
+
+
+def test_a_failed_assertion_without_jobs(client: FakeClient) -> None:
+    """The sentence says that nothing was enqueued."""
+    with pytest.raises(AssertionError, match=r"^Expected at least 1 job, got 0\. Enqueued: 0$"):
+        client.assert_enqueued()
+
+
+def test_assert_nothing_enqueued(client: FakeClient) -> None:
+    """It passes until a job is enqueued, and again after clear()."""
+    client.assert_nothing_enqueued()
+    client.enqueue("ann", [], job_id="one")
+    with pytest.raises(AssertionError, match=r"Expected 0 jobs, got 1\. Enqueued: 1:\n  1\. "):
+        client.assert_nothing_enqueued()
+    client.clear()
+    client.assert_nothing_enqueued()
+
+
+def test_a_string_in_place_of_a_list_is_refused(client: FakeClient) -> None:
+    """An assertion with an argument that can never match raises a TypeError."""
+    with pytest.raises(TypeError, match="interview_ids: expected a list of IDs, got the string"):
+        client.assert_enqueued(interview_ids=FIRST, count=0)
+
+
+# --- Validation and job IDs -----------------------------------------------------------------------
+
+
+def test_invalid_arguments_raise_as_from_the_real_client(client: FakeClient) -> None:
+    """Nothing is kept of a call that raised."""
+    unencodable: Any = [object()]
+    with pytest.raises(InvalidGrantRequestException):
+        client.enqueue("ann", unencodable)
+    with pytest.raises(ValueError, match="job ID"):
+        client.enqueue("ann", [], job_id="")
+    client.assert_nothing_enqueued()
+
+
+def test_a_job_id_belongs_to_its_first_request(client: FakeClient) -> None:
+    """The same request is accepted again and listed once; another one is refused."""
+    for interviews in [FIRST, SECOND], [SECOND, FIRST]:
+        assert client.enqueue("ann", interviews, job_id="one") == "one"
+    with pytest.raises(JobIdReusedException, match="Job ID 'one' was used before"):
+        client.enqueue("bob", [FIRST, SECOND], job_id="one")
+    with pytest.raises(JobIdReusedException):
+        client.enqueue_many([GrantJob("cem", []), GrantJob("cem", [], job_id="one")])
+    client.assert_enqueued(job_id="one", user_id="ann", count=1)
+    assert len(client.jobs) == 1
+
+
+def test_clear_forgets_job_ids_and_results(client: FakeClient) -> None:
+    """After clear() a job ID is free, and its job is queued."""
+    client.enqueue("ann", [], job_id="one")
+    client.set_result("one")
+    client.cancel("two")
+    client.clear()
+    client.enqueue("bob", [], job_id="one")
+    client.enqueue("bob", [], job_id="two")
+    assert client.status("one").state == client.status("two").state == "queued"
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def test_a_job_without_a_result_is_queued(client: FakeClient) -> None:
+    """The status has the job's times; wait raises at once."""
+    client.enqueue("ann", [FIRST], job_id="one", countdown=60, expires=90)
+    status, job = client.status("one"), client.jobs[0]
+    assert (status.state, status.task) == ("queued", GRANT_ACCESS)
+    assert (status.sent_at, status.eta, status.expires_at) == (
+        job.sent_at,
+        job.eta,
+        job.expires_at,
+    )
+    started = time.monotonic()
+    with pytest.raises(NoAnswerInTimeError, match="it is queued"):
+        client.wait("one", timeout=60)
+    assert time.monotonic() - started < 1
+
+
+def test_a_job_that_was_not_enqueued_is_unknown(client: FakeClient) -> None:
+    """So that a service's handling of unknown jobs can be tested."""
+    client.set_result(created=1)
+    assert client.status("one").state == "unknown"
+    with pytest.raises(NoAnswerInTimeError, match="nothing is stored of it"):
+        client.wait("one", timeout=60)
+
+
+def test_a_result_of_one_job(client: FakeClient) -> None:
+    """The job succeeds with this count; another one stays queued."""
+    client.enqueue("ann", [FIRST, SECOND, SECOND], job_id="one")
+    client.enqueue("ann", [FIRST], job_id="two")
+    client.set_result("one", created=1)
+    assert client.wait("one", timeout=1) == {"success": True, "created_access_count": 1}
+    status = client.status("one")
+    assert (status.state, status.user_id) == ("succeeded", "ann")
+    assert (status.requested, status.repeated, status.already_granted, status.created) == (
+        *(3, 1),
+        *(1, 1),
+    )
+    assert status.finished_at
+    assert client.status("two").state == "queued"
+
+
+def test_a_result_of_every_job(client: FakeClient) -> None:
+    """By default a job created all grants that it requested, for each user."""
+    client.set_result()
+    client.enqueue("ann", [FIRST, SECOND], job_id="one")
+    client.enqueue_cohort(["bob", "cem"], [FIRST, SECOND], job_id="two")
+    assert client.wait("one", timeout=1)["created_access_count"] == 2
+    assert client.wait("two", timeout=1)["created_access_count"] == 4
+    assert client.status("two").created_by_user == {"bob": 2, "cem": 2}
+
+
+def test_a_result_of_a_cohort(client: FakeClient) -> None:
+    """Numbers for each user add up to the count."""
+    client.enqueue_cohort(["bob", "cem"], [FIRST, SECOND], job_id="two")
+    client.set_result("two", created_by_user={"bob": 2, "cem": 0})
+    assert client.wait("two", timeout=1)["created_access_count"] == 2
+    assert client.status("two").created_by_user == {"bob": 2, "cem": 0}
+
+
+def test_a_failure(client: FakeClient) -> None:
+    """Wait raises the error in its class; the status lists the offending IDs."""
+    client.enqueue("ann", [FIRST, "x"], job_id="one")
+    client.set_failure("one", InvalidInterviewIdException.of(["x"], [FIRST]))
+    with pytest.raises(InvalidInterviewIdException, match="2 interview IDs cannot be granted"):
+        client.wait("one", timeout=1)
+    status = client.status("one")
+    assert (status.state, status.unknown_interview_ids) == ("failed", [FIRST])
+    assert status.malformed_interview_ids == ["x"]
+
+
+def test_a_class_in_place_of_an_error_is_refused(client: FakeClient) -> None:
+    """The sentence says how to make an error."""
+    wrong: Any = InvalidInterviewIdException
+    with pytest.raises(TypeError, match="error: expected an exception of"):
+        client.set_failure("one", wrong)
+
+
+def test_a_retryable_failure_is_forgotten_when_the_job_is_sent_again(client: FakeClient) -> None:
+    """After StorageUnavailableException the same ID can be sent again, and is then queued."""
+    client.enqueue("ann", [], job_id="one")
+    client.set_failure("one", StorageUnavailableException.of(1, "gone"))
+    client.enqueue("ann", [], job_id="one")
+    assert client.status("one").state == "queued"
+
+
+def test_cancellation(client: FakeClient) -> None:
+    """A queued job is cancelled; a finished one keeps its state; an unknown one will not start."""
+    for job_id in "one", "two":
+        client.enqueue("ann", [], job_id=job_id)
+    client.set_result("two")
+    assert client.cancel("one").state == "cancelled"
+    assert client.cancel("two").state == "succeeded"
+    unknown = client.cancel("three")
+    assert (unknown.state, unknown.cancel_requested) == ("unknown", True)
+    client.enqueue("ann", [], job_id="three")
+    for job_id in "one", "three":
+        with pytest.raises(JobCancelledException):
+            client.wait(job_id, timeout=1)
+
+
+def test_an_unavailable_redis(client: FakeClient) -> None:
+    """Every call raises QueueUnavailableError, and nothing is kept."""
+    client.is_available = False
+    calls: list[Callable[[], object]] = [
+        lambda: client.enqueue("ann", []),
+        lambda: client.enqueue_many([GrantJob("ann", [])]),
+        lambda: client.wait("one", timeout=1),
+        lambda: client.status("one"),
+        lambda: client.cancel("one"),
+    ]
+    for call in calls:
+        with pytest.raises(QueueUnavailableError, match="the test has set is_available to False"):
+            call()
+    client.is_available = True
+    client.assert_nothing_enqueued()
+
+
+def test_threads_enqueue_at_once(client: FakeClient) -> None:
+    """A job ID is given to one of two requests, and no job is lost."""
+    refused: list[str] = []
+
+    def enqueue(user_id: str) -> None:
+        for number in range(50):
+            client.enqueue(user_id, [])
+            try:
+                client.enqueue(user_id, [], job_id=f"shared-{number}")
+            except JobIdReusedException:
+                refused.append(user_id)
+
+    threads = [threading.Thread(target=enqueue, args=(name,)) for name in ("ann", "bob")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 50
+    assert len(client.jobs) == 150
+
+
+# --- capture_enqueued -----------------------------------------------------------------------------
+
+
+def test_capture_receives_the_calls_of_every_client() -> None:
+    """Clients that exist, blocking or asyncio, enqueue into one; wait does not sleep."""
+    blocking, asynchronous = InterviewAccessClient(NOWHERE), AsyncInterviewAccessClient(NOWHERE)
+
+    async def use() -> None:
+        job_id = await asynchronous.enqueue("bob", [])
+        with pytest.raises(NoAnswerInTimeError):
+            await asynchronous.wait(job_id, timeout=60)
+        assert (await asynchronous.cancel(job_id)).state == "cancelled"
+
+    started = time.monotonic()
+    with capture_enqueued() as captured:
+        job_id = blocking.enqueue("ann", [])
+        with pytest.raises(NoAnswerInTimeError):
+            blocking.wait(job_id, timeout=60)
+        captured.set_result(job_id, created=7)
+        assert InterviewAccessClient(NOWHERE).wait(job_id, timeout=60)["created_access_count"] == 7
+        asyncio.run(use())
+        thread = threading.Thread(target=blocking.enqueue, args=("cem", []))
+        thread.start()
+        thread.join()
+    assert time.monotonic() - started < 2
+    assert [job.user_id for job in captured.jobs] == ["ann", "bob", "cem"]
+
+
+def test_captures_nest_and_end() -> None:
+    """The innermost receives the calls. After the last one, clients connect again."""
+    client = InterviewAccessClient("redis+socket:///nowhere/redis.sock")
+    with capture_enqueued() as outer:
+        with capture_enqueued(InlineClient()) as inner:
+            assert client.wait(client.enqueue("ann", []), timeout=1)["created_access_count"] == 0
+        client.enqueue("bob", [])
+    assert [job.user_id for job in inner.jobs] == ["ann"]
+    assert [job.user_id for job in outer.jobs] == ["bob"]
+    with pytest.raises(QueueUnavailableError):
+        client.enqueue("cem", [])
+
+
+def test_a_capture_ends_also_after_an_exception() -> None:
+    """The clients of the next test connect again."""
+    before = InterviewAccessClient.wait, AsyncInterviewAccessClient.wait
+    with pytest.raises(ZeroDivisionError), capture_enqueued():
+        _ = 1 / 0
+    assert (InterviewAccessClient.wait, AsyncInterviewAccessClient.wait) == before
+
+
+# --- The inline client ----------------------------------------------------------------------------
+
+
+def test_an_inline_job_is_executed_when_it_is_enqueued() -> None:
+    """Counts are exact, and the grants can be read."""
+    client = InlineClient([FIRST, UUID(SECOND)])
+    first, second = client.enqueue("ann", [FIRST]), client.enqueue("ann", [FIRST, SECOND])
+    counts = [client.wait(one, timeout=1)["created_access_count"] for one in (first, second)]
+    assert counts == [1, 1]
+    assert client.granted("ann") == [FIRST, SECOND]
+    assert client.granted("bob") == []
+    client.assert_enqueued(user_id="ann", count=2)
+
+
+def test_an_inline_job_with_a_countdown_is_executed_at_once() -> None:
+    """A test does not wait; the countdown is kept for assertions."""
+    client = InlineClient([FIRST])
+    job_id = client.enqueue("ann", [FIRST], countdown=3600)
+    assert client.status(job_id).state == "succeeded"
+    assert client.jobs[0].countdown == 3600
+
+
+@pytest.mark.parametrize("times", [{"expires": -1}, {"countdown": 60, "expires": 30}], ids=str)
+def test_an_inline_job_that_expires_before_it_starts(times: dict[str, Any]) -> None:
+    """It fails with JobExpiredException, and grants nothing."""
+    client = InlineClient([FIRST])
+    job_id = client.enqueue("ann", [FIRST], **times)
+    with pytest.raises(JobExpiredException):
+        client.wait(job_id, timeout=1)
+    assert client.status(job_id).state == "expired"
+    assert client.granted("ann") == []
+
+
+def test_clear_keeps_the_ledger_of_an_inline_client() -> None:
+    """A request under a job ID that is in the ledger has the first result, as after 30 days."""
+    client = InlineClient([FIRST])
+    client.enqueue("ann", [FIRST], job_id="one")
+    client.clear()
+    client.assert_nothing_enqueued()
+    client.enqueue("bob", [FIRST], job_id="one")
+    assert client.wait("one", timeout=1)["created_access_count"] == 1
+    assert client.granted("bob") == []
+
+
+def test_an_invalid_interview_of_an_inline_client_is_refused() -> None:
+    """The error names the value."""
+    with pytest.raises(ValueError, match="interviews: expected UUIDs, got the string 'x'"):
+        InlineClient(["x"])
+
+
+def test_an_inline_client_has_interviews_or_a_database() -> None:
+    """A database has its own interviews."""
+    with pytest.raises(ValueError, match="interviews: expected none with database_url"):
+        InlineClient([FIRST], database_url="postgresql:///nowhere")
+
+
+def test_an_invalid_database_url_is_refused() -> None:
+    """The error names the argument, and does not repeat the password."""
+    with pytest.raises(ValueError, match=r"^database_url: ") as caught:
+        InlineClient(database_url="mysql://ann:secret@localhost/interviews")
+    assert "secret" not in str(caught.value)
+
+
+def test_an_unavailable_database_fails_the_job(tmp_path: Path) -> None:
+    """The result is that of a worker without attempts left; the job can be sent again."""
+    client = InlineClient(database_url=f"postgresql:///nowhere?host={tmp_path}")
+    job_id = client.enqueue("ann", [FIRST])
+    with pytest.raises(StorageUnavailableException, match="unavailable in all 1 attempts"):
+        client.wait(job_id, timeout=1)
+    assert client.status(job_id).state == "failed"
+    with pytest.raises(StorageUnavailableException, match="The ledger cannot be read"):
+        client.status("other")
+    assert client.enqueue("ann", [FIRST], job_id=job_id) == job_id
+    client.close()
+
+
+def test_the_asyncio_inline_client() -> None:
+    """It has the results of the blocking one."""
+
+    async def use() -> dict[str, Any]:
+        client = AsyncInlineClient([FIRST])
+        job_id = await client.enqueue("ann", [FIRST])
+        result = await client.wait(job_id, timeout=1)
+        await client.close()
+        return result
+
+    assert asyncio.run(use()) == {"success": True, "created_access_count": 1}
+
+
+# --- Without the worker package -------------------------------------------------------------------
+
+TRY_BOTH = """
+from interview_access.testing import FakeClient, InlineClient
+FakeClient().enqueue("ann", [])
+try:
+    InlineClient()
+except ImportError as error:
+    print(error)
+"""
+
+
+def environment_without(folder: Path, *missing: str) -> dict[str, str]:
+    """Link the installed packages, but for some, in a folder; return PYTHONPATH for it."""
+    for package in Path(pytest.__file__).parents[1].iterdir():
+        if not package.name.startswith(missing):
+            (folder / package.name).symlink_to(package)
+    return {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "client", folder)))}
+
+
+def run(*options: str, environment: dict[str, str]) -> str:
+    """Run the program in an environment, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", TRY_BOTH],
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_an_inline_client_without_the_worker_package(tmp_path: Path) -> None:
+    """The fake client works; the inline client says what to install."""
+    environment = environment_without(tmp_path, "interview_access_worker", "__editable__")
+    assert run("-S", environment=environment) == (
+        "InlineClient executes jobs with the worker's code: expected the package "
+        "interview-access-worker in this environment, got none. Install it for the tests, "
+        "or use FakeClient, which needs no worker."
+    )
+
+
+def test_an_inline_client_without_a_dependency_of_the_worker(tmp_path: Path) -> None:
+    """The error names the dependency."""
+    environment = environment_without(tmp_path, "celery", "__editable__")
+    environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
+    assert "expected its dependency celery, which is not installed" in run(
+        "-S", environment=environment
+    )
+
+
+@pytest.mark.parametrize("place", ["tasks.py", "storage/__init__.py"])
+def test_a_module_of_the_service_in_place_of_the_workers(tmp_path: Path, place: str) -> None:
+    """The error names the file that is imported instead."""
+    links, module = tmp_path / "links", tmp_path / "service" / place
+    for folder in links, module.parent:
+        folder.mkdir(parents=True)
+    module.write_text("")
+    environment = environment_without(links, "__editable__")
+    path = [str(tmp_path / "service"), environment["PYTHONPATH"], str(ROOT)]
+    printed = run("-S", environment={"PYTHONPATH": os.pathsep.join(path)})
+    assert f"{re.split('[/.]', place)[0]} in {module}" in printed
+    assert "Rename the service's own module of this name, or use FakeClient" in printed
+
+
+# --- The pytest plugin ----------------------------------------------------------------------------
+
+USES_FIXTURES = """
+import asyncio
+from interview_access.producer import InterviewAccessClient
+
+CLIENT = InterviewAccessClient("redis://nowhere.invalid")
+INTERVIEW = "89d96f4b-c19d-4e69-8eae-e818f3123b09"
+
+def test_fake(interview_access_client):
+    interview_access_client.enqueue("ann", [])
+    interview_access_client.assert_enqueued(user_id="ann", count=1)
+
+def test_async_fake(interview_access_async_client):
+    asyncio.run(interview_access_async_client.enqueue("ann", []))
+    interview_access_async_client.assert_enqueued(user_id="ann", count=1)
+
+def test_inline(interview_access_inline_client):
+    interview_access_inline_client.add_interviews([INTERVIEW])
+    job_id = interview_access_inline_client.enqueue("ann", [INTERVIEW])
+    assert interview_access_inline_client.status(job_id).created == 1
+
+def test_async_inline(interview_access_async_inline_client):
+    asyncio.run(interview_access_async_inline_client.enqueue("ann", []))
+    assert interview_access_async_inline_client.granted("ann") == []
+
+def test_captured(interview_access_captured):
+    CLIENT.enqueue("ann", [])
+    interview_access_captured.assert_enqueued(user_id="ann")
+
+def test_failing(interview_access_client):
+    interview_access_client.assert_enqueued(user_id="bob")
+"""
+USES_NONE = """
+import sys
+
+def test_light():
+    heavy = {"redis", "pydantic", "celery", "django", "sqlalchemy"}
+    assert heavy.isdisjoint(sys.modules)
+    assert "interview_access.pytest_plugin" in sys.modules
+    assert "interview_access.testing" not in sys.modules
+"""
+
+
+def test_the_fixtures_of_the_plugin(tmp_path: Path) -> None:
+    """Pytest finds them by the entry point; a failed assertion is shown at the test's own line."""
+    (tmp_path / "test_service.py").write_text(USES_FIXTURES)
+    result = pytest_in(tmp_path, "-p", "no:django")
+    assert "5 passed" in result
+    assert "1 failed" in result
+    assert ">       interview_access_client.assert_enqueued" in result
+    assert "jobs.py" not in result
+
+
+def test_the_plugin_costs_nothing_when_it_is_not_used(tmp_path: Path) -> None:
+    """It imports no package but pytest."""
+    (tmp_path / "test_service.py").write_text(USES_NONE)
+    assert "1 passed" in pytest_in(tmp_path, "-p", "no:django", "-p", "no:xdist")
+
+
+def pytest_in(folder: Path, *options: str) -> str:
+    """Run pytest in a folder without this repository's settings, and return what it prints."""
+    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.stdout + done.stderr
