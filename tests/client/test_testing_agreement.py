@@ -1,0 +1,130 @@
+"""The inline client agrees with a real worker: same results, errors and statuses, job by job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from interview_access.contracts import GrantJob, announcement_key, result_key
+from interview_access.errors import InterviewAccessError
+from interview_access.producer import InterviewAccessClient
+from interview_access.testing import InlineClient
+
+from devstack.servers import LocalStack
+from storage.samples import NAMED_SAMPLES, load_samples
+from tests.support.database import database
+from tests.support.workers import Site, site_with_worker
+
+NUMBER = 9  # of the Redis database
+FIRST, SECOND = NAMED_SAMPLES
+PAST = datetime(2020, 1, 1, tzinfo=UTC)
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+Call = Callable[[InterviewAccessClient], str]
+
+CALLS: dict[str, Call] = {
+    "created": lambda client: client.enqueue("ann", [FIRST, FIRST.upper()], job_id="one"),
+    "the same request again": lambda client: client.enqueue("ann", [FIRST, FIRST], job_id="one"),
+    "another request": lambda client: client.enqueue("bob", [FIRST], job_id="one"),
+    "already granted": lambda client: client.enqueue("ann", [SECOND, FIRST], job_id="two"),
+    "empty": lambda client: client.enqueue("ann", [], job_id="three"),
+    "unknown and malformed": lambda client: client.enqueue(
+        "ann", ["x", UNKNOWN, FIRST, "x", UNKNOWN.upper(), UNKNOWN.replace("-", "")], job_id="four"
+    ),
+    "cohort": lambda client: client.enqueue_cohort(
+        ["ann", "bob", "bob", "cem"], [FIRST, SECOND], job_id="five"
+    ),
+    "unknown in a cohort": lambda client: client.enqueue_cohort(["a"], [UNKNOWN], job_id="six"),
+    "many": lambda client: client.enqueue_many(
+        [GrantJob("dan", [FIRST], job_id="seven"), GrantJob("dan", [FIRST], job_id="seven")]
+    )[1],
+    "many with an ID in use": lambda client: client.enqueue_many([GrantJob("eve", [], "seven")])[0],
+    "expired": lambda client: client.enqueue("ann", [FIRST], job_id="eight", expires=PAST),
+}
+"""Calls in order: each depends on those before it."""
+
+
+@pytest.fixture(scope="module")
+def here(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site with a worker and two interviews."""
+    folder = tmp_path_factory.mktemp("agreement")
+    with site_with_worker(stack, _migrated, NUMBER, folder) as here:
+        load_samples(here.store.database_url, len(NAMED_SAMPLES))
+        yield here
+
+
+@pytest.fixture(scope="module")
+def on_worker(here: Site) -> Iterator[InterviewAccessClient]:
+    """A real client of the site."""
+    with closing(InterviewAccessClient(here.broker)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module", params=["memory", "postgres"])
+def inline(
+    stack: LocalStack, _migrated: str, request: pytest.FixtureRequest
+) -> Iterator[InlineClient]:
+    """The inline client in memory and on a database, each with the same interviews."""
+    if request.param == "memory":
+        yield InlineClient(NAMED_SAMPLES)
+        return
+    with database(stack.database_url, template=_migrated) as url:
+        load_samples(url, len(NAMED_SAMPLES))
+        with closing(InlineClient(database_url=url)) as client:
+            yield client
+
+
+def answers(client: InterviewAccessClient, call: Call) -> list[Any]:
+    """Make a call, wait for its job, and return all that a service can see of it."""
+    try:
+        job_id = call(client)
+    except InterviewAccessError as error:
+        return [type(error), error.sentence, error.details]
+    seen: list[Any] = []
+    try:
+        seen.append(client.wait(job_id, timeout=30))
+    except InterviewAccessError as error:
+        seen += [type(error), error.sentence, error.details]
+    status, cancelled = client.status(job_id), client.cancel(job_id)
+    assert cancelled == status  # finished
+    return [*seen, comparable(status.model_dump())]
+
+
+def comparable(status: dict[str, Any]) -> dict[str, Any]:
+    """Remove the times from a status."""
+    assert status.pop("finished_at")
+    return status
+
+
+def of_another_producer(client: InterviewAccessClient) -> str:
+    """Send a request under an ID that only the ledger has."""
+    return client.enqueue("eve", [FIRST], job_id="one")
+
+
+@pytest.fixture(scope="module")
+def of_worker(here: Site, on_worker: InterviewAccessClient) -> dict[str, list[Any]]:
+    """What the real client and a worker answer to the calls."""
+    seen = {name: answers(on_worker, call) for name, call in CALLS.items()}
+    here.redis.delete(announcement_key("one"), result_key("one"))
+    return {**seen, "in the ledger only": answers(on_worker, of_another_producer)}
+
+
+def test_an_inline_client_agrees_with_a_worker(
+    of_worker: dict[str, list[Any]], inline: InlineClient
+) -> None:
+    """Each call has the same result or error, and its job the same status."""
+    for name, call in CALLS.items():
+        assert answers(inline, call) == of_worker[name], name
+    inline.clear()
+    assert answers(inline, of_another_producer) == of_worker["in the ledger only"]
+    assert [inline.granted(user_id) for user_id in ("ann", "bob", "dan", "eve")] == [
+        sorted(NAMED_SAMPLES),
+        sorted(NAMED_SAMPLES),
+        [FIRST],
+        [],
+    ]
