@@ -19,8 +19,10 @@ from uuid import UUID
 import pytest
 from interview_access.aio import AsyncInterviewAccessClient
 from interview_access.contracts import (
+    CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
     GRANT_COHORT_ACCESS,
+    GrantCohortJob,
     GrantJob,
 )
 from interview_access.errors import (
@@ -58,6 +60,7 @@ def client() -> FakeClient:
 CALLS: dict[str, Callable[[Any], Any]] = {
     "cancel": lambda client: client.cancel("unknown"),
     "close": lambda client: client.close(),
+    "enqueue_attempt": lambda client: client.enqueue_attempt(FIRST, "ann"),
     "enqueue": lambda client: client.enqueue("ann", [FIRST]),
     "enqueue_cohort": lambda client: client.enqueue_cohort(["ann", "bob"], [FIRST]),
     "enqueue_many": lambda client: client.enqueue_many([GrantJob("ann", [FIRST])]),
@@ -121,9 +124,9 @@ def test_a_fake_is_accepted_where_the_real_client_is_expected() -> None:
     """Type checkers accept these calls, and the jobs are kept."""
     blocking, asynchronous = FakeClient(), AsyncFakeClient()
     job_id = enqueued_by(blocking)
-    other_id = asyncio.run(enqueued_by_asyncio(asynchronous))
+    others = [asyncio.run(enqueued_by_asyncio(asynchronous)) for _ in range(2)]
     assert [job.job_id for job in blocking.jobs] == [job_id]
-    assert [job.job_id for job in asynchronous.jobs] == [other_id]
+    assert [job.job_id for job in asynchronous.jobs] == others  # of two event loops
 
 
 # --- What was enqueued ----------------------------------------------------------------------------
@@ -133,15 +136,18 @@ def test_jobs_are_kept_in_order(client: FakeClient) -> None:
     """Each job has the task, users, interviews and times that it was enqueued with."""
     client.enqueue("ann", [FIRST, UUID(SECOND)], job_id="one", countdown=60, expires=90)
     client.enqueue_cohort(["bob", "cem"], [FIRST], job_id="two")
-    client.enqueue_many([GrantJob("dan", []), GrantJob("eve", [SECOND])])
-    one, two, *others = client.jobs
+    client.enqueue_attempt(FIRST, "dan", job_id="three")
+    client.enqueue_many([GrantJob("eve", []), GrantCohortJob(["fay"], [SECOND])])
+    one, two, three, *others = client.jobs
     assert (one.task, one.job_id, one.user_id) == (GRANT_ACCESS, "one", "ann")
     assert one.interview_ids == (FIRST, SECOND)
     assert one.countdown == 60
     assert one.expires_at == one.sent_at + timedelta(seconds=90)
     assert (two.task, two.user_ids, two.user_id) == (GRANT_COHORT_ACCESS, ("bob", "cem"), None)
     assert (two.countdown, two.expires_at) == (None, None)
-    assert [job.user_id for job in others] == ["dan", "eve"]
+    assert (three.task, three.user_id) == (CREATE_INTERVIEW_ATTEMPT, "dan")
+    assert three.interview_ids == (FIRST,)
+    assert [job.user_ids for job in others] == [("eve",), ("fay",)]
 
 
 def test_assert_enqueued_returns_the_jobs_that_match(client: FakeClient) -> None:
@@ -204,9 +210,13 @@ def test_a_string_in_place_of_a_list_is_refused(client: FakeClient) -> None:
 
 def test_invalid_arguments_raise_as_from_the_real_client(client: FakeClient) -> None:
     """Nothing is kept of a call that raised."""
-    unencodable: Any = [object()]
-    with pytest.raises(InvalidGrantRequestException):
-        client.enqueue("ann", unencodable)
+    wrong: Any = 42
+    with pytest.raises(InvalidGrantRequestException, match=r"user_id: .*str\(user\.pk\)"):
+        client.enqueue(wrong, [FIRST])
+    with pytest.raises(InvalidGrantRequestException, match="at most 100,000 IDs"):
+        client.enqueue("ann", [FIRST] * 100_001)
+    with pytest.raises(InvalidGrantRequestException, match=r"jobs\[1\]"):
+        client.enqueue_many([GrantJob("ann", []), GrantJob("", [])])
     with pytest.raises(ValueError, match="job ID"):
         client.enqueue("ann", [], job_id="")
     client.assert_nothing_enqueued()
@@ -294,6 +304,18 @@ def test_a_result_of_a_cohort(client: FakeClient) -> None:
     client.set_result("two", created_by_user={"bob": 2, "cem": 0})
     assert client.wait("two", timeout=1)["created_access_count"] == 2
     assert client.status("two").created_by_user == {"bob": 2, "cem": 0}
+
+
+def test_a_result_of_an_attempt(client: FakeClient) -> None:
+    """The attempt's ID is a UUID, which the test may choose."""
+    for number in range(2):
+        client.enqueue_attempt(FIRST, "ann", job_id=f"attempt-{number}")
+    client.set_result()
+    client.set_result("attempt-0", interview_attempt_id=SECOND)
+    first, second = (client.wait(job.job_id, timeout=1) for job in client.jobs)
+    assert first == {"success": True, "interview_attempt_id": SECOND}
+    assert str(UUID(second["interview_attempt_id"])) == second["interview_attempt_id"]
+    assert client.status("attempt-1").created is None
 
 
 def test_a_failure(client: FakeClient) -> None:
@@ -396,11 +418,12 @@ def test_capture_receives_the_calls_of_every_client() -> None:
         captured.set_result(job_id, created=7)
         assert InterviewAccessClient(NOWHERE).wait(job_id, timeout=60)["created_access_count"] == 7
         asyncio.run(use())
+        asyncio.run(use())  # another event loop, as test runners use for each test
         thread = threading.Thread(target=blocking.enqueue, args=("cem", []))
         thread.start()
         thread.join()
     assert time.monotonic() - started < 2
-    assert [job.user_id for job in captured.jobs] == ["ann", "bob", "cem"]
+    assert [job.user_id for job in captured.jobs] == ["ann", "bob", "bob", "cem"]
 
 
 def test_captures_nest_and_end() -> None:
@@ -511,6 +534,15 @@ def test_the_asyncio_inline_client() -> None:
         return result
 
     assert asyncio.run(use()) == {"success": True, "created_access_count": 1}
+
+
+def test_an_inline_attempt() -> None:
+    """Its result has the attempt's ID; an unknown interview fails it."""
+    client = InlineClient([FIRST])
+    result = client.wait(client.enqueue_attempt(FIRST, "ann"), timeout=1)
+    assert str(UUID(result["interview_attempt_id"])) == result["interview_attempt_id"]
+    with pytest.raises(InvalidInterviewIdException):
+        client.wait(client.enqueue_attempt(SECOND, "ann"), timeout=1)
 
 
 # --- Without the worker package -------------------------------------------------------------------

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
-from interview_access.contracts import GrantJob, announcement_key, result_key
+from interview_access.contracts import GRANT_ACCESS, GrantJob, announcement_key, result_key
 from interview_access.errors import InterviewAccessError
+from interview_access.outbox import enqueue_in_sqlalchemy
 from interview_access.producer import InterviewAccessClient
-from interview_access.testing import InlineClient
+from interview_access.testing import InlineClient, assert_requested, requested_jobs
 
 from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
-from tests.support.database import database
-from tests.support.workers import Site, site_with_worker
+from tests.support.database import connected, database
+from tests.support.workers import ROOT, Site, site_with_worker
 
 NUMBER = 9  # of the Redis database
 FIRST, SECOND = NAMED_SAMPLES
@@ -38,6 +41,12 @@ CALLS: dict[str, Call] = {
         ["ann", "bob", "bob", "cem"], [FIRST, SECOND], job_id="five"
     ),
     "unknown in a cohort": lambda client: client.enqueue_cohort(["a"], [UNKNOWN], job_id="six"),
+    "attempt": lambda client: client.enqueue_attempt(FIRST, "ann", job_id="attempt"),
+    "the same attempt again": lambda client: client.enqueue_attempt(FIRST, "ann", job_id="attempt"),
+    "unknown in an attempt": lambda client: client.enqueue_attempt(UNKNOWN, "ann", job_id="none"),
+    "malformed in an attempt": lambda client: client.enqueue_attempt("x", "ann", job_id="x"),
+    "ill-typed": lambda client: client.enqueue("", [FIRST]),
+    "too many": lambda client: client.enqueue("ann", [FIRST] * 100_001),
     "many": lambda client: client.enqueue_many(
         [GrantJob("dan", [FIRST], job_id="seven"), GrantJob("dan", [FIRST], job_id="seven")]
     )[1],
@@ -61,7 +70,7 @@ def here(
 @pytest.fixture(scope="module")
 def on_worker(here: Site) -> Iterator[InterviewAccessClient]:
     """A real client of the site."""
-    with closing(InterviewAccessClient(here.broker)) as client:
+    with InterviewAccessClient(here.broker) as client:
         yield client
 
 
@@ -75,7 +84,7 @@ def inline(
         return
     with database(stack.database_url, template=_migrated) as url:
         load_samples(url, len(NAMED_SAMPLES))
-        with closing(InlineClient(database_url=url)) as client:
+        with InlineClient(database_url=url) as client:
             yield client
 
 
@@ -87,7 +96,7 @@ def answers(client: InterviewAccessClient, call: Call) -> list[Any]:
         return [type(error), error.sentence, error.details]
     seen: list[Any] = []
     try:
-        seen.append(client.wait(job_id, timeout=30))
+        seen.append(without_attempt(client.wait(job_id, timeout=30)))
     except InterviewAccessError as error:
         seen += [type(error), error.sentence, error.details]
     status, cancelled = client.status(job_id), client.cancel(job_id)
@@ -96,9 +105,17 @@ def answers(client: InterviewAccessClient, call: Call) -> list[Any]:
 
 
 def comparable(status: dict[str, Any]) -> dict[str, Any]:
-    """Remove the times from a status."""
+    """Remove from a status what differs between two executions of a request."""
     assert status.pop("finished_at")
-    return status
+    return without_attempt(status)
+
+
+def without_attempt(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the ID of an attempt, which is random, in a result or a status."""
+    result = values.get("result") or values
+    if attempt_id := result.get("interview_attempt_id"):
+        result["interview_attempt_id"] = type(attempt_id)
+    return values
 
 
 def of_another_producer(client: InterviewAccessClient) -> str:
@@ -128,3 +145,33 @@ def test_an_inline_client_agrees_with_a_worker(
         [FIRST],
         [],
     ]
+
+
+def test_requests_in_the_outbox_are_read_in_their_transaction(here: Site) -> None:
+    """Assertions see what the transaction requested, and list it when they fail."""
+    with connected(here.store.database_url) as connection:
+        enqueue_in_sqlalchemy(connection, "ann", [FIRST], job_id="outbox-1")
+        enqueue_in_sqlalchemy(connection, "bob", [FIRST, SECOND], job_id="outbox-2")
+        (job,) = assert_requested(connection, user_id="bob", interview_ids=[SECOND, FIRST], count=1)
+        assert (job.job_id, job.task, job.countdown) == ("outbox-2", GRANT_ACCESS, None)
+        with pytest.raises(AssertionError, match=r"got 0\. Requested: 2:\n  1\. .* 'outbox-1': "):
+            assert_requested(connection, user_id="cem")
+    with connected(here.store.database_url) as connection:
+        assert requested_jobs(connection) == []  # rolled back
+
+
+def test_the_pages_end_to_end_test(here: Site, tmp_path: Path) -> None:
+    """The last block of docs/testing.md passes on a real worker."""
+    page = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    block = page.partition("```python\n# service/test_end_to_end.py\n")[2].partition("```")[0]
+    (tmp_path / "test_end_to_end.py").write_text(block, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:django"],
+        cwd=tmp_path,
+        env={"CELERY_BROKER_URL": here.broker},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr

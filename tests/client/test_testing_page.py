@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
+from celery.exceptions import AlwaysEagerIgnored
 
 from devstack.servers import LocalStack
+from storage.memory import MemoryStorage
+from tasks.celery_tasks import GrantAccessTask, TaskDependencies
 from tests.support.database import database
 from tests.support.platform import Database
-from tests.support.workers import ROOT
+from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT
 
 PAGE = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "tests/django_service"
@@ -29,7 +33,7 @@ def files(heading: str) -> dict[str, str]:
 
 def files_in(text: str) -> dict[str, str]:
     """The Python blocks in a text, by the file that their first line names."""
-    blocks = re.findall(r"^```python\n# (\S+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n# service/(\S+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) == text.count("```python"), "a block does not name its file"
     return dict(blocks)
 
@@ -110,3 +114,32 @@ def test_pytest_django(tmp_path: Path, django_environment: dict[str, str]) -> No
     """The blocks for pytest-django pass, with the tables that the page's fixture creates."""
     test = "test_with_pytest_django.py"
     assert "2 passed" in run(tmp_path, DJANGO, *PYTEST, test, **django_environment)
+
+
+# --- CELERY_TASK_ALWAYS_EAGER ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager() -> Celery:
+    """A Celery app of a service, on a broker in memory, with the setting of the page."""
+    app = Celery("service", broker="memory://", set_as_current=False)
+    app.conf.task_always_eager = True
+    return app
+
+
+def test_send_task_ignores_the_eager_setting(eager: Celery) -> None:
+    """Celery warns, and sends the message to the broker."""
+    with pytest.warns(AlwaysEagerIgnored):
+        eager.send_task(GRANT_ACCESS, args=["ann", []], queue=QUEUE)
+    with eager.connection_for_read() as connection:
+        message = connection.SimpleQueue(QUEUE).get(timeout=5)
+        assert message.headers["task"] == GRANT_ACCESS
+
+
+def test_a_direct_call_of_a_task_is_refused(eager: Celery) -> None:
+    """The error says that the job must be enqueued."""
+    dependencies = TaskDependencies(MemoryStorage, 1, 1, 1)
+    task = eager.register_task(GrantAccessTask(dependencies))
+    for call in task, task.delay(user_id="ann", interview_ids=[]).get, task.run:
+        with pytest.raises(NotImplementedError, match="Enqueue it on the queue interview-access"):
+            call()

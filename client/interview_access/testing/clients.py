@@ -32,11 +32,11 @@ class _Blocking(InMemoryQueue, InterviewAccessClient):
         self,
         job_id: str,
         *,
-        timeout: float,  # noqa: ARG002 - nothing changes while a test waits
+        timeout: float,
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
         """Return the job's result, or raise at once; see :class:`InterviewAccessClient`."""
-        return super().wait(job_id, timeout=0, on_progress=on_progress)
+        return super().wait(job_id, timeout=min(timeout, 0), on_progress=on_progress)
 
     def _execute(self, step: Commands) -> list[Any]:
         return self.execute(step)
@@ -53,11 +53,14 @@ class _Asyncio(InMemoryQueue, AsyncInterviewAccessClient):
         self,
         job_id: str,
         *,
-        timeout: float,  # noqa: ARG002 - nothing changes while a test waits
+        timeout: float,
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
         """Return the job's result, or raise at once; see :class:`InterviewAccessClient`."""
-        return await super().wait(job_id, timeout=0, on_progress=on_progress)
+        return await super().wait(job_id, timeout=min(timeout, 0), on_progress=on_progress)
+
+    def _check_loop(self) -> None:
+        """Accept every event loop: test runners use several, and there are no connections."""
 
     async def _execute(self, step: Commands) -> list[Any]:
         return self.execute(step)
@@ -146,10 +149,12 @@ def _routed_to(queue: Q) -> Iterator[Q]:
     async def execute_async(_client: AsyncInterviewAccessClient, step: Commands) -> list[Any]:
         return queue.execute(step)
 
+    def accept_every_loop(_client: AsyncInterviewAccessClient) -> None: ...
+
     def without_waiting(wait: Callable[..., T]) -> Callable[..., T]:
         @wraps(wait)
-        def at_once(self: object, job_id: str, *, on_progress: Any = None, **_: float) -> T:
-            return wait(self, job_id, timeout=0, on_progress=on_progress)
+        def at_once(client: object, job_id: str, *, timeout: float, on_progress: Any = None) -> T:
+            return wait(client, job_id, timeout=min(timeout, 0), on_progress=on_progress)
 
         return at_once
 
@@ -162,6 +167,7 @@ def _routed_to(queue: Q) -> Iterator[Q]:
         mock.patch.multiple(
             AsyncInterviewAccessClient,
             _execute=execute_async,
+            _check_loop=accept_every_loop,
             wait=without_waiting(AsyncInterviewAccessClient.wait),
         ),
     ):

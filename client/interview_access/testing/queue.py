@@ -22,7 +22,9 @@ from interview_access.contracts import (
     CANCEL_JOB,
     CONTROL_QUEUE,
     CREATE_INTERVIEW_ATTEMPT,
+    DEFAULT_MAX_INTERVIEW_IDS,
     GRANT_COHORT_ACCESS,
+    LIMITS_KEY,
     QUEUE,
     Announcement,
     GrantAccessResult,
@@ -30,6 +32,7 @@ from interview_access.contracts import (
     JobFailure,
     JobStatus,
     RequestedInterviews,
+    WorkerLimits,
     announcement_key,
     describe,
     result_key,
@@ -40,6 +43,7 @@ from interview_access.stored_errors import from_record, to_record, to_result
 from interview_access.testing.jobs import EnqueuedJob, Expected
 
 _RESULTS = result_key("")
+_LIMITS = WorkerLimits(max_interview_ids=DEFAULT_MAX_INTERVIEW_IDS).model_dump_json().encode()
 
 
 class InMemoryQueue(ABC):
@@ -184,6 +188,8 @@ class InMemoryQueue(ABC):
         return {"status": "SUCCESS", "result": status.model_dump(mode="json", exclude_none=True)}
 
     def _value(self, key: str) -> bytes | None:
+        if key == LIMITS_KEY:
+            return _LIMITS
         if not key.startswith(_RESULTS):
             return self._keys.get(key)
         status = self._status(key.removeprefix(_RESULTS))
