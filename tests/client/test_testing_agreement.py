@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from interview_access.contracts import GRANT_ACCESS, GrantJob, announcement_key, result_key
-from interview_access.errors import InterviewAccessError
+from interview_access.errors import InterviewAccessError, JobCancelledException, NoAnswerInTimeError
 from interview_access.outbox import enqueue_in_sqlalchemy
 from interview_access.producer import InterviewAccessClient
-from interview_access.testing import InlineClient, assert_requested, requested_jobs
+from interview_access.testing import FakeClient, InlineClient, assert_requested, requested_jobs
 
 from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
@@ -145,6 +145,29 @@ def test_an_inline_client_agrees_with_a_worker(
         [FIRST],
         [],
     ]
+
+
+def answers_about_jobs_without_a_result(client: InterviewAccessClient) -> list[Any]:
+    """Enqueue a job that does not start, and return what a service sees before and after."""
+    job_id = client.enqueue("ann", [FIRST], job_id="later", countdown=3600)
+    statuses = [client.status(job_id), client.status("never"), client.cancel("never")]
+    with pytest.raises(NoAnswerInTimeError) as queued:
+        client.wait(job_id, timeout=0)
+    statuses += [client.cancel(job_id), client.cancel(job_id)]
+    with pytest.raises(JobCancelledException) as cancelled:
+        client.wait(job_id, timeout=30)
+    times = {"sent_at", "eta", "finished_at"}
+    return [
+        *(one.model_dump(exclude=times) for one in statuses),
+        *(one.model_fields_set & times for one in statuses),
+        *(str(error.value) for error in (queued, cancelled)),
+    ]
+
+
+def test_a_fake_client_agrees_with_a_worker(on_worker: InterviewAccessClient) -> None:
+    """Jobs that are queued, cancelled and unknown have the same statuses and errors."""
+    of_worker = answers_about_jobs_without_a_result(on_worker)
+    assert answers_about_jobs_without_a_result(FakeClient()) == of_worker
 
 
 def test_requests_in_the_outbox_are_read_in_their_transaction(here: Site) -> None:

@@ -103,7 +103,7 @@ class InlineClient(InlineResults, _Blocking):
     def close(self) -> None:
         """Close the connections; another call opens new ones."""
         super().close()
-        self.close_database()
+        self._close_database()
 
 
 class AsyncInlineClient(InlineResults, _Asyncio):
@@ -112,7 +112,7 @@ class AsyncInlineClient(InlineResults, _Asyncio):
     async def close(self) -> None:
         """Close the connections; another call opens new ones."""
         await super().close()
-        self.close_database()
+        self._close_database()
 
 
 @overload

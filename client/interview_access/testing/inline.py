@@ -60,7 +60,7 @@ class InlineResults(InMemoryQueue):
         """Forget the jobs that were enqueued; grants and the ledger stay."""
         super().clear()
 
-    def close_database(self) -> None:
+    def _close_database(self) -> None:
         """Close the connections to the database; another call opens new ones."""
         self._execution.close()
 

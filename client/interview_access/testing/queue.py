@@ -298,36 +298,36 @@ class StatedResults(InMemoryQueue):
             )
         self._outcomes[job_id] = _Outcome(error)
 
-    def _deliver(self, job: EnqueuedJob, arguments: Mapping[str, Any]) -> None:
-        """Leave the job queued."""
+    def _deliver(self, job: EnqueuedJob, arguments: Mapping[str, Any]) -> None:  # noqa: ARG002 - the job is not executed
+        if job.job_id in self._cancelled:
+            self._cancel(job.job_id)
 
     def _status(self, job_id: str) -> JobStatus:
         job = self._jobs.get(job_id)
-        outcome = self._outcomes.get(job_id)
-        if not outcome and job:
-            if job_id in self._cancelled:
-                outcome = _Outcome(JobCancelledException.of(job_id))
-            else:
-                outcome = self._outcomes.get(None)
+        outcome = self._outcomes.get(job_id) or (self._outcomes.get(None) if job else None)
         if outcome:
             return _finished(job_id, job, outcome)
         return self._unfinished(job_id, cancel_requested=job_id in self._cancelled)
 
     def _cancel(self, job_id: str) -> None:
-        if not self._status(job_id).final:
-            self._cancelled.add(job_id)
+        if self._status(job_id).final:
+            return
+        self._cancelled.add(job_id)
+        if job_id in self._jobs:
+            self._outcomes[job_id] = _Outcome(JobCancelledException.of(job_id))
 
     def _forget_result(self, job_id: str) -> None:
         self._outcomes.pop(job_id, None)
 
 
 def _finished(job_id: str, job: EnqueuedJob | None, outcome: _Outcome) -> JobStatus:
+    has_started = not isinstance(outcome.error, JobCancelledException)
     status = JobStatus(
         job_id=job_id,
         state=outcome.error.state if outcome.error else "succeeded",
         task=job.task if job else None,
-        user_id=job.user_id if job else None,
-        finished_at=outcome.at,
+        user_id=job.user_id if job and has_started else None,
+        finished_at=max(outcome.at, job.sent_at) if job else outcome.at,
     )
     if outcome.error:
         rejected: dict[str, list[str]] = {"unknown": [], "malformed": []}
