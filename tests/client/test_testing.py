@@ -219,6 +219,8 @@ def test_invalid_arguments_raise_as_from_the_real_client(client: FakeClient) -> 
         client.enqueue_many([GrantJob("ann", []), GrantJob("", [])])
     with pytest.raises(ValueError, match="job ID"):
         client.enqueue("ann", [], job_id="")
+    with pytest.raises(ValueError, match="timeout: expected a number of seconds"):
+        client.wait("one", timeout=float("nan"))
     client.assert_nothing_enqueued()
 
 
@@ -609,7 +611,8 @@ def test_a_module_of_the_service_in_place_of_the_workers(tmp_path: Path, place: 
     environment = environment_without(links, "__editable__")
     path = [str(tmp_path / "service"), environment["PYTHONPATH"], str(ROOT)]
     printed = run("-S", environment={"PYTHONPATH": os.pathsep.join(path)})
-    assert f"{re.split('[/.]', place)[0]} in {module}" in printed
+    name = re.split("[/.]", place)[0]
+    assert f"expected the package {name} of interview-access-worker, got {module}" in printed
     assert "Rename the service's own module of this name, or use FakeClient" in printed
 
 

@@ -104,18 +104,20 @@ def _reason(error: ImportError) -> str:
             f"{use} expected the package {_WORKER} in this environment, got none. "
             f"Install it for the tests, {instead}"
         )
-    if error.name and error.name.partition(".")[0] not in _WORKER_PACKAGES:
+    name = str(error.name).partition(".")[0]
+    if name not in _WORKER_PACKAGES:
         return (
-            f"{use} expected its dependency {error.name}, which is not installed. "
+            f"{use} expected its dependency {name}, which is not installed. "
             f"Install {_WORKER} with its dependencies, {instead}"
         )
-    found = [f"{name} in {_place(name)}" for name in _WORKER_PACKAGES if name in sys.modules]
     return (
-        f"{use} expected the packages {' and '.join(_WORKER_PACKAGES)} of {_WORKER}, got "
-        f"{' and '.join(found) or 'none'}. Rename the service's own module of this name, {instead}"
+        f"{use} expected the package {name} of {_WORKER}, got {_place(name)}. "
+        f"Rename the service's own module of this name, {instead}"
     )
 
 
 def _place(name: str) -> str:
-    module = sys.modules[name]
-    return module.__file__ or next(iter(getattr(module, "__path__", [])), "an unknown place")
+    """Return the file or the folder of a module that was imported."""
+    module = sys.modules.get(name)
+    paths = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return next((path for path in paths if path), "none")
