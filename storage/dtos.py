@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+DEFAULT_REQUEST_TASK = "interview_access.grant_access"
+"""Task of an outbox request that names none."""
+
 
 @dataclass(frozen=True, slots=True)
 class InterviewDTO:
@@ -142,16 +145,28 @@ class AccessRequestDTO:
     """An outbox request: a job that a service requested in a transaction of its own.
 
     Attributes:
+        user_id: None for a cohort.
         interview_ids: Unvalidated elements of a text array, which may be None or nested lists.
         requested_at: Timezone-aware. A value outside the last hundred years is clamped to them.
         sent_at: When the request was last enqueued, clamped likewise; None before the first time.
-        is_too_large: Whether the user ID and the interview IDs were too large to be read; both are
+        is_too_large: Whether the user IDs and the interview IDs were too large to be read; they are
             empty then.
+        task: The task's name.
+        user_ids: The users of a cohort, unvalidated like ``interview_ids``; None for one user.
+        eta: Time before which the job does not start, at most a hundred years from now.
+        expires_at: Time after which the job does not start, clamped likewise.
+        headers: Headers for the message as the text of a JSON object of strings. A value that is
+            not a string is null. Empty if they are not an object, or too large.
     """
 
     job_id: str
-    user_id: str
+    user_id: str | None
     interview_ids: tuple[Any, ...]
     requested_at: datetime
     sent_at: datetime | None = None
     is_too_large: bool = False
+    task: str = DEFAULT_REQUEST_TASK
+    user_ids: tuple[Any, ...] | None = None
+    eta: datetime | None = None
+    expires_at: datetime | None = None
+    headers: str | None = None

@@ -29,6 +29,10 @@ MAX_REQUEST_BYTES = 32_000_000
 """Approximate memory of the largest request read from the outbox, at 100 bytes an interview ID."""
 
 
+MAX_HEADERS_BYTES = 10_000
+"""Largest size of the headers of an outbox request, as stored and as text in characters."""
+
+
 class HasFileno(Protocol):
     """A socket or another file whose readability ends a wait."""
 
@@ -184,8 +188,9 @@ class Outbox(Protocol):
 
         Args:
             limit: Largest number of requests.
-            page_bytes: Approximate memory of all requests together. A first request may exceed it,
-                up to :data:`MAX_REQUEST_BYTES`; a larger request must be returned without its IDs.
+            page_bytes: Approximate memory of the IDs of all requests together. A first request may
+                exceed it, up to :data:`MAX_REQUEST_BYTES`; a larger request must be returned
+                without its IDs. Headers beyond :data:`MAX_HEADERS_BYTES` must be returned empty.
         """
 
     @abstractmethod
@@ -195,6 +200,9 @@ class Outbox(Protocol):
     @abstractmethod
     def reschedule_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
         """Make requests due again after their present age, but at least 1 s and at most 60 s.
+
+        A request that was ever enqueued and has an ETA must be due again only after half the time
+        until its ETA, if that is later: its message waits in Redis.
 
         Args:
             job_ids: Job IDs of requests that this transaction has locked.

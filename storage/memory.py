@@ -6,6 +6,7 @@ when the transaction commits.
 
 from __future__ import annotations
 
+import json
 import select
 import threading
 import time
@@ -25,7 +26,14 @@ from storage.dtos import (
     UserInterviewAccessDTO,
 )
 from storage.errors import LedgerConflictError, StorageError
-from storage.interface import MAX_REQUEST_BYTES, ChunkDone, HasFileno, Storage, Transaction
+from storage.interface import (
+    MAX_HEADERS_BYTES,
+    MAX_REQUEST_BYTES,
+    ChunkDone,
+    HasFileno,
+    Storage,
+    Transaction,
+)
 
 _MAX_AGE = timedelta(days=36_525)  # of a request
 _POLL_SECONDS = 0.01
@@ -105,8 +113,13 @@ class MemoryStorage(Storage):
         """Insert an outbox request, as a service does."""
         with self._lock:
             now = datetime.now(UTC)
-            requested_at = max(min(request.requested_at, now), now - _MAX_AGE)
-            self._tables.requests[request.job_id] = replace(request, requested_at=requested_at)
+            self._tables.requests[request.job_id] = replace(
+                request,
+                requested_at=_clamped(request.requested_at, now, now),
+                eta=request.eta and _clamped(request.eta, now, now + _MAX_AGE),
+                expires_at=request.expires_at and _clamped(request.expires_at, now, now + _MAX_AGE),
+                headers=None if request.headers is None else _readable_headers(request.headers),
+            )
             self._tables.due_at[request.job_id] = now
         self._may_have_requests.set()
 
@@ -220,9 +233,11 @@ class MemoryTransaction(Transaction):
         page: list[AccessRequestDTO] = []
         for *_, job_id in due[:limit]:
             request = self._tables.requests[job_id]
-            size = len(request.user_id) + sum(64 + len(str(one)) for one in request.interview_ids)
+            ids = (*request.interview_ids, *(request.user_ids or ()))
+            size = len(request.user_id or "") + sum(64 + len(str(one)) for one in ids)
             if size > MAX_REQUEST_BYTES:
-                page.append(replace(request, user_id="", interview_ids=(), is_too_large=True))
+                empty = replace(request, user_id="", user_ids=None, interview_ids=())
+                page.append(replace(empty, is_too_large=True))
                 continue
             page_bytes -= size
             if page and page_bytes < 0:
@@ -243,7 +258,10 @@ class MemoryTransaction(Transaction):
         for job_id in job_ids:
             request = self._tables.requests[job_id]
             age = (now - request.requested_at).total_seconds()
-            self._tables.due_at[job_id] = now + timedelta(seconds=min(max(age, 1), 60))
+            delay = timedelta(seconds=min(max(age, 1), 60))
+            if request.eta and (sent or request.sent_at):
+                delay = max(delay, (request.eta - now) / 2)
+            self._tables.due_at[job_id] = now + delay
             if sent:
                 self._tables.requests[job_id] = replace(request, sent_at=now)
 
@@ -252,6 +270,19 @@ class MemoryTransaction(Transaction):
         if missing:
             reason = f"{len(missing)} interviews do not exist"
             raise StorageError(reason, sqlstate.FOREIGN_KEY_VIOLATION)
+
+
+def _clamped(when: datetime, now: datetime, latest: datetime) -> datetime:
+    return max(min(when, latest), now - _MAX_AGE)
+
+
+def _readable_headers(text: str) -> str:
+    headers = json.loads(text)
+    if not isinstance(headers, dict):
+        return ""
+    strings = {name: one if isinstance(one, str) else None for name, one in headers.items()}
+    shown = json.dumps(dict(sorted(strings.items())), ensure_ascii=False)
+    return shown if len(shown) <= MAX_HEADERS_BYTES else ""
 
 
 def _is_readable(file: HasFileno | None) -> bool:

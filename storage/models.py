@@ -33,6 +33,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from storage.dtos import DEFAULT_REQUEST_TASK
+
 USER_ID_LENGTH = 36
 """Largest number of characters of a user ID, as in the platform's tables."""
 
@@ -143,18 +145,25 @@ requests = Table(
         primary_key=True,
         server_default=text("gen_random_uuid()::text"),
     ),
-    Column("user_id", Text, nullable=False),
+    Column("user_id", Text),
     Column("interview_ids", ARRAY(Text), nullable=False),
     _now("requested_at"),
     _time("sent_at"),
     _now("look_at"),
+    Column("task", Text, nullable=False, server_default=DEFAULT_REQUEST_TASK),
+    Column("user_ids", ARRAY(Text)),
+    _time("eta"),
+    _time("expires_at"),
+    Column("digest", Text),
+    Column("headers", JSONB),
     CheckConstraint("job_id ~ '^[ -~]{1,255}$'", name="grant_access_request_job_id_check"),
     Index("grant_access_request_look_at_idx", "look_at"),
     Index("grant_access_request_unsent_idx", "look_at", postgresql_where=text("sent_at IS NULL")),
 )
 """The outbox: jobs that services request in their own transactions, until the jobs finish.
 
-``sent_at`` is when a request was last enqueued, ``look_at`` when it is due next.
+``sent_at`` is when a request was last enqueued, ``look_at`` when it is due next. ``digest`` is set
+and read by the client package alone. Migration 0007 constrains the arguments by ``task``.
 """
 
 cancellations = Table("grant_access_cancellation", METADATA, _job_id(), _now("requested_at"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
-from interview_access.contracts import GRANT_ACCESS, unreadable_request_digest
+from interview_access.contracts import unreadable_request_digest
 from interview_access.errors import InvalidGrantRequestException
 
 from storage.dtos import AccessRequestDTO, JobDTO
@@ -76,23 +76,28 @@ def relay(
             (sent if is_sent else not_sent).append(request.job_id)
         transaction.reschedule_requests(sent, sent=True)
         transaction.reschedule_requests(not_sent, sent=False)
-    if rejected := [_rejected(job_id) for job_id in too_large if job_id not in finished]:
-        settle_rejected(storage, rejected)
+    rejected = [one for one in due if one.is_too_large and one.job_id not in finished]
+    if rejected:
+        settle_rejected(storage, [_rejected(request) for request in rejected])
     if failure:
         raise failure
     return len(due)
 
 
-def _rejected(job_id: str) -> RejectedJob:
+def _rejected(request: AccessRequestDTO) -> RejectedJob:
     problem = ("the request", f"at most {MAX_REQUEST_BYTES:,} bytes in the outbox", "more")
-    digest = unreadable_request_digest(GRANT_ACCESS, (), {"outbox": job_id})
-    entry = JobDTO(job_id, GRANT_ACCESS, None, digest)
+    digest = unreadable_request_digest(request.task, (), {"outbox": request.job_id})
+    entry = JobDTO(request.job_id, request.task, None, digest)
     return RejectedJob(entry, InvalidGrantRequestException.of([problem]))
 
 
 def _needs_sending(request: AccessRequestDTO, now: datetime, announced: Collection[str]) -> bool:
-    """Return whether the request has no message, or has waited too long for its job to finish."""
+    """Return whether the request has no message, or has waited too long for its job to finish.
+
+    A message with an ETA waits in Redis until then.
+    """
     if request.sent_at is None or request.job_id not in announced:
         return True
     waited = request.sent_at - request.requested_at
-    return now - request.sent_at > max(RESEND_AFTER, waited)
+    could_start_at = max(request.sent_at, request.eta or request.sent_at)
+    return now - could_start_at > max(RESEND_AFTER, waited)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Row, delete, func, select, update
 
 from storage import models
 from storage.dtos import AccessRequestDTO
-from storage.interface import MAX_REQUEST_BYTES, Outbox
+from storage.interface import MAX_HEADERS_BYTES, MAX_REQUEST_BYTES, Outbox
 from storage.postgres.session import Session
 
 HAS_DUE_REQUESTS = (
@@ -18,23 +17,52 @@ HAS_DUE_REQUESTS = (
 )
 
 # Python has neither infinite timestamps nor years before 1.
-_CLAMPED = "greatest(least({0}, clock_timestamp()), clock_timestamp() - interval '100 years')"
-_REQUESTED_AT = _CLAMPED.format("requested_at")
-_COLUMNS = f"""
-    job_id, user_id, interview_ids, {_REQUESTED_AT} AS requested_at,
-    CASE WHEN sent_at IS NOT NULL THEN {_CLAMPED.format("sent_at")} END AS sent_at
+_CLAMPED = """
+    CASE WHEN {0} IS NOT NULL
+    THEN greatest(least({0}, clock_timestamp(){1}), clock_timestamp() - interval '100 years') END
 """
-_FIND_REQUEST = f"SELECT {_COLUMNS} FROM grant_access_request WHERE job_id = %(job_id)s"  # noqa: S608 - a constant
+_IN_FUTURE = " + interval '100 years'"
+_REQUESTED_AT = _CLAMPED.format("requested_at", "")
+_ETA = _CLAMPED.format("eta", _IN_FUTURE)
+# Only strings become text: a jsonb of a few bytes may hold a number of 131,072 digits.
+_HEADERS = f"""
+    CASE WHEN headers IS NULL THEN NULL
+    WHEN jsonb_typeof(headers) = 'object' AND pg_column_size(headers) <= {MAX_HEADERS_BYTES} THEN (
+        SELECT CASE WHEN length(strings) <= {MAX_HEADERS_BYTES} THEN strings ELSE '' END
+        FROM (
+            SELECT coalesce(jsonb_object_agg(
+                key, CASE WHEN jsonb_typeof(value) = 'string' THEN value END), '{{}}')::text
+            FROM jsonb_each(request.headers)
+        ) AS readable (strings)
+    ) ELSE '' END
+"""  # noqa: S608 - a constant
+_RETURNED = f"""
+    job_id, task, {_REQUESTED_AT} AS requested_at, {_CLAMPED.format("sent_at", "")} AS sent_at,
+    {_ETA} AS eta, {_CLAMPED.format("expires_at", _IN_FUTURE)} AS expires_at, {_HEADERS} AS headers
+"""
+_FIND_REQUEST = f"""
+    SELECT {_RETURNED}, user_id, user_ids, interview_ids, false AS is_too_large
+    FROM grant_access_request AS request WHERE job_id = %(job_id)s
+"""  # noqa: S608 - a constant
 
 # The table has an index in the order of each of these two.
 _LOCK_DUE = """
-    SELECT job_id, look_at, pg_column_size(interview_ids) AS size FROM grant_access_request
+    SELECT job_id, look_at, {size} AS size FROM grant_access_request
     WHERE {condition} AND look_at <= statement_timestamp()
     ORDER BY look_at LIMIT {limit} FOR UPDATE SKIP LOCKED
 """
-_LOCK_UNSENT = _LOCK_DUE.format(condition="sent_at IS NULL", limit="%(limit)s")
+# Not all columns: the role may lack privileges on later ones.
+_READ = """
+    job_id, task, user_id, user_ids, interview_ids, eta, expires_at, headers, requested_at, sent_at
+"""
+_STORED_SIZE = "pg_column_size(interview_ids)::bigint + coalesce(pg_column_size(user_ids), 0)"
+_ID_COUNT = "cardinality(interview_ids)::bigint + coalesce(cardinality(user_ids), 0)"
+_USER_SIZE = "coalesce(octet_length(user_id), 0)"
+_LOCK_UNSENT = _LOCK_DUE.format(size=_STORED_SIZE, condition="sent_at IS NULL", limit="%(limit)s")
 _LOCK_SENT = _LOCK_DUE.format(
-    condition="sent_at IS NOT NULL", limit="%(limit)s - (SELECT count(*) FROM unsent)"
+    size=_STORED_SIZE,
+    condition="sent_at IS NOT NULL",
+    limit="%(limit)s - (SELECT count(*) FROM unsent)",
 )
 # First a page by compressed size, so that no more is decompressed. Then a page by the memory that
 # it takes in Python: the text of the IDs, and about 64 bytes each.
@@ -44,11 +72,11 @@ LOCK_DUE_REQUESTS = f"""
         FROM (SELECT 1 AS turn, * FROM unsent UNION ALL SELECT 2, * FROM sent) AS either
         WINDOW page AS (ORDER BY turn, look_at, job_id ROWS UNBOUNDED PRECEDING)
     ), sized AS (
-        SELECT number, request.*, CASE
-            WHEN pg_column_size(interview_ids) + octet_length(user_id)::bigint <= %(request_bytes)s
-             AND cardinality(interview_ids)::bigint * 64 <= %(request_bytes)s
-            THEN octet_length(array_send(interview_ids)) + octet_length(user_id)::bigint
-                 + cardinality(interview_ids)::bigint * 64
+        SELECT number, {_READ}, CASE
+            WHEN {_STORED_SIZE} + {_USER_SIZE} <= %(request_bytes)s
+             AND ({_ID_COUNT}) * 64 <= %(request_bytes)s
+            THEN octet_length(array_send(interview_ids))::bigint + {_USER_SIZE}
+                 + coalesce(octet_length(array_send(user_ids)), 0) + ({_ID_COUNT}) * 64
         END AS size
         FROM due JOIN grant_access_request AS request USING (job_id)
         WHERE number = 1 OR stored <= %(page_bytes)s
@@ -57,17 +85,19 @@ LOCK_DUE_REQUESTS = f"""
             sum(size) FILTER (WHERE size <= %(request_bytes)s) OVER (ORDER BY number) AS total
         FROM sized
     )
-    SELECT job_id, requested_at, sent_at, NOT is_read AS is_too_large,
+    SELECT {_RETURNED}, NOT is_read AS is_too_large,
         CASE WHEN is_read THEN user_id ELSE '' END AS user_id,
+        CASE WHEN is_read THEN user_ids END AS user_ids,
         CASE WHEN is_read THEN interview_ids ELSE '{{}}' END AS interview_ids
-    FROM (SELECT {_COLUMNS}, number, is_read, total FROM page) AS page
+    FROM page AS request
     WHERE number = 1 OR NOT is_read OR total <= %(page_bytes)s ORDER BY number
 """  # noqa: S608 - a constant
 _RESCHEDULE = f"""
     UPDATE grant_access_request
     SET sent_at = CASE WHEN %(sent)s THEN clock_timestamp() ELSE sent_at END,
-        look_at = clock_timestamp() + least(
-            greatest(clock_timestamp() - {_REQUESTED_AT}, interval '1 s'), interval '60 s')
+        look_at = clock_timestamp() + greatest(
+            least(greatest(clock_timestamp() - {_REQUESTED_AT}, interval '1 s'), interval '60 s'),
+            CASE WHEN %(sent)s OR sent_at IS NOT NULL THEN ({_ETA} - clock_timestamp()) / 2 END)
     WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
 """  # noqa: S608 - a constant
 
@@ -86,7 +116,7 @@ class PostgresOutbox(Session, Outbox):
         """See the interface."""
         bounds = {"limit": limit, "page_bytes": page_bytes, "request_bytes": MAX_REQUEST_BYTES}
         rows = self.query(LOCK_DUE_REQUESTS, bounds)
-        return [replace(_request(row), is_too_large=row.is_too_large) for row in rows]
+        return [_request(row) for row in rows]
 
     def delete_finished_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
@@ -112,5 +142,15 @@ class PostgresOutbox(Session, Outbox):
 
 def _request(row: Row[*tuple[Any, ...]]) -> AccessRequestDTO:
     return AccessRequestDTO(
-        row.job_id, row.user_id, tuple(row.interview_ids), row.requested_at, row.sent_at
+        job_id=row.job_id,
+        user_id=row.user_id,
+        interview_ids=tuple(row.interview_ids),
+        requested_at=row.requested_at,
+        sent_at=row.sent_at,
+        is_too_large=row.is_too_large,
+        task=row.task,
+        user_ids=None if row.user_ids is None else tuple(row.user_ids),
+        eta=row.eta,
+        expires_at=row.expires_at,
+        headers=row.headers,
     )

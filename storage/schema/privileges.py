@@ -38,7 +38,10 @@ NEEDED: Needed = {
     },
     "grant_access_job": {"SELECT": _LEDGER_COLUMNS, "INSERT": _LEDGER_COLUMNS},
     "grant_access_request": {
-        "SELECT": ("job_id", "user_id", "interview_ids", "requested_at", "sent_at", "look_at"),
+        "SELECT": (
+            *("job_id", "task", "user_id", "user_ids", "interview_ids", "eta", "expires_at"),
+            *("headers", "requested_at", "sent_at", "look_at"),
+        ),
         "UPDATE": ("sent_at", "look_at"),
         "DELETE": (),
     },

@@ -38,6 +38,20 @@ UNSENT = "grant_access_request_unsent_idx"
 NOTIFIER = "grant_access_request_notify"
 
 
+TASK_COLUMNS = ["task", "user_ids", "eta", "expires_at", "digest", "headers"]
+
+
+TASK_CHECK = "grant_access_request_task_check"
+
+
+def task_steps(verb: str) -> list[str]:
+    """Return the steps of migration 0007, which all add or all adopt."""
+    return [
+        f"{verb} the columns {', '.join(TASK_COLUMNS)} of grant_access_request",
+        f"{verb} the constraint {TASK_CHECK}",
+    ]
+
+
 def test_empty_database_gets_all_tables(database: Database) -> None:
     """An empty database gets every table, key and index of the models."""
     reported = migrated(database.url)
@@ -154,7 +168,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0006"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0007"]
     assert database.catalog() == before
 
 
@@ -226,6 +240,7 @@ def test_unfinished_index_is_rebuilt(database: Database, is_valid: bool) -> None
     assert migrated(database.url) == [
         f"{step} the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
+        *task_steps("adopted"),
     ]
     assert database.catalog() == before
 
@@ -247,7 +262,84 @@ def test_trigger_is_added_without_blocking_writers(database: Database) -> None:
         database.execute(insert)
         assert not reported
         service.execute("COMMIT")
-    assert reported == [f"added the trigger {NOTIFIER}"]
+    assert reported == [f"added the trigger {NOTIFIER}", *task_steps("adopted")]
+    assert database.catalog() == before
+
+
+def without_tasks(database: Database) -> None:
+    """Revert a database to revision 0006."""
+    drops = ", ".join(f"DROP COLUMN {name}" for name in TASK_COLUMNS)
+    database.execute(
+        f"ALTER TABLE grant_access_request DROP CONSTRAINT {TASK_CHECK}, {drops},"
+        " ALTER COLUMN user_id SET NOT NULL"
+    )
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0006'")
+
+
+def test_columns_are_added_while_requests_are_written(database: Database) -> None:
+    """The columns are added without blocking writers, and older requests keep their meaning."""
+    migrated(database.url)
+    complete = set(database.catalog()["grant_access_request"])
+    without_tasks(database)
+    insert = "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
+    with database.connect() as service, migrating(database.url) as reported:
+        service.execute("BEGIN")
+        service.execute(insert.encode())
+        database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND query LIKE '%ADD COLUMN%' AND datname = current_database())"
+        )
+        database.execute(insert)
+        assert not reported
+        service.execute("COMMIT")
+    assert reported == task_steps("added")
+    assert set(database.catalog()["grant_access_request"]) == complete
+    database.execute(insert)
+    rows = database.execute("SELECT task, user_ids FROM grant_access_request")
+    assert rows == [{"task": "interview_access.grant_access", "user_ids": None}] * 3
+
+
+def test_interrupted_constraint_is_validated(database: Database) -> None:
+    """A constraint whose validation was interrupted is validated."""
+    migrated(database.url)
+    before = database.catalog()
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0006'")
+    database.execute("UPDATE pg_constraint SET convalidated = false WHERE conname = %s", TASK_CHECK)
+    assert migrated(database.url) == task_steps("adopted")
+    assert database.catalog() == before
+
+
+def test_columns_of_the_service_are_adopted(database: Database) -> None:
+    """A table that the service has created with some of the columns gets what it lacks."""
+    migrated(database.url)
+    complete = set(database.catalog()["grant_access_request"])
+    without_tasks(database)
+    database.execute("DROP TABLE grant_access_alembic_version")
+    for column in "task text NOT NULL", "user_ids text[]", "eta timestamptz":
+        database.execute(f"ALTER TABLE grant_access_request ADD {column}")
+
+    announced = dry_run(database)
+
+    assert announced[-3:] == [
+        "would add the columns expires_at, digest, headers of grant_access_request",
+        "would adopt the columns task, user_ids, eta of grant_access_request",
+        f"would add the constraint {TASK_CHECK}",
+    ]
+    assert announced == [in_conditional(step) for step in migrated(database.url)]
+    assert set(database.catalog()["grant_access_request"]) == complete
+
+
+def test_unsuitable_columns_stop_the_migration(database: Database) -> None:
+    """A column of another type is reported before anything is changed."""
+    migrated(database.url)
+    without_tasks(database)
+    database.execute("ALTER TABLE grant_access_request ADD eta date")
+    before = database.catalog()
+    with pytest.raises(SchemaMismatchError) as caught:
+        migrated(database.url)
+    assert caught.value.differences == (
+        Difference("grant_access_request", "eta", "date", "timestamp with time zone"),
+    )
     assert database.catalog() == before
 
 
@@ -263,11 +355,12 @@ def test_older_revision_is_upgraded(database: Database) -> None:
         *(f"created table {table}" for table in WORKER_TABLES[1:]),
         f"added the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
+        *task_steps("added"),
     ]
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0006"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0007"]
 
 
 @pytest.mark.usefixtures("service")
@@ -291,6 +384,7 @@ def test_dry_run_changes_nothing(database: Database) -> None:
         *(f"would create table {table}" for table in WORKER_TABLES[1:]),
         f"would add the index {UNSENT}",
         f"would add the trigger {NOTIFIER}",
+        *task_steps("would add"),
     ]
     assert database.catalog() == before
     assert len(grants(database)) == 3
@@ -303,12 +397,12 @@ def test_dry_run_lists_every_step_of_an_empty_database(database: Database) -> No
 
     assert announced == [in_conditional(step) for step in done]
     assert f"would add the index {UNSENT}" in announced
-    assert announced[-1] == f"would add the trigger {NOTIFIER}"
+    assert announced[-3:] == [f"would add the trigger {NOTIFIER}", *task_steps("would add")]
 
 
 @pytest.mark.parametrize("has_index", [True, False])
 def test_dry_run_lists_only_later_revisions(database: Database, has_index: bool) -> None:
-    """At revision 0004 a dry run lists the index of 0005 and the trigger of 0006 only."""
+    """At revision 0004 a dry run lists the steps of 0005, 0006 and 0007 only."""
     migrated(database.url)
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0004'")
     if not has_index:
@@ -320,6 +414,7 @@ def test_dry_run_lists_only_later_revisions(database: Database, has_index: bool)
     assert announced == [
         f"would {'adopt' if has_index else 'add'} the index {UNSENT}",
         f"would add the trigger {NOTIFIER}",
+        *task_steps("would adopt"),
     ]
     assert database.catalog() == before
     assert announced == [in_conditional(step) for step in migrated(database.url)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +17,10 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from storage.errors import StorageError
-from storage.interface import Storage
+from storage.interface import MAX_HEADERS_BYTES, Storage
 from storage.postgres.notifications import LISTENING_LOCK
 from storage.postgres.outbox import LOCK_DUE_REQUESTS
-from tests.storage.transactions import a_request, finish, finished
+from tests.storage.transactions import a_cohort_request, a_request, finish, finished
 from tests.support.database import connected
 from tests.support.stores import Background, PostgresStore, Store, until
 
@@ -36,6 +37,81 @@ class TestRequests:
             assert list(transaction.lock_due_requests(2)) == requests[:2]
         assert store.storage.get_request("c") == requests[2]
         assert store.storage.get_request("d") is None
+
+    def test_requests_have_their_task_and_options(self, store: Store) -> None:
+        """A request is returned with its task, users, ETA, expiry and headers."""
+        attempt = replace(
+            a_request("b"),
+            task="interview_access.create_interview_attempt",
+            interview_ids=("one",),
+        )
+        requests = [a_cohort_request("a"), attempt]
+        for request in requests:
+            store.add_request(request)
+        with store.storage.transaction() as transaction:
+            assert list(transaction.lock_due_requests(9)) == requests
+        assert [store.storage.get_request(one.job_id) for one in requests] == requests
+
+    @pytest.mark.parametrize("year", [1, 1900, 9999])
+    def test_eta_and_expiry_are_clamped(self, store: Store, year: int) -> None:
+        """An ETA or an expiry is clamped to a hundred years before and after now."""
+        written = datetime(year, 1, 1, tzinfo=UTC)
+        store.add_request(replace(a_cohort_request("a"), eta=written, expires_at=written))
+        with store.storage.transaction() as transaction:
+            (request,) = transaction.lock_due_requests(9)
+            transaction.reschedule_requests(["a"], sent=True)
+        for found in request.eta, request.expires_at:
+            assert found
+            assert abs(found - datetime.now(UTC)) < timedelta(days=36_600)
+
+    def test_users_count_in_a_page(self, store: Store) -> None:
+        """The users of cohorts count in the size of a page and of a request."""
+        many = tuple(f"user-{n}" for n in range(200))
+        for job_id in "a", "b", "c":
+            store.add_request(replace(a_cohort_request(job_id), user_ids=many))
+        with store.storage.transaction() as transaction:
+            assert len(transaction.lock_due_requests(9, page_bytes=32_000)) == 2
+        large = replace(a_cohort_request("d"), user_ids=("",) * 500_001)
+        store.add_request(large)
+        with store.storage.transaction() as transaction:
+            *_, last = transaction.lock_due_requests(9)
+        assert last == replace(
+            large, user_id="", user_ids=None, interview_ids=(), is_too_large=True
+        )
+
+    @pytest.mark.parametrize(
+        ("headers", "expected"),
+        [
+            ({}, {}),
+            ({"a": "Zoë"}, {"a": "Zoë"}),
+            ({"a": 1, "b": "x", "c": {"d": "e"}}, {"a": None, "b": "x", "c": None}),
+            ({"a": "x" * MAX_HEADERS_BYTES}, None),
+            ([1], None),
+            ("text", None),
+            (None, None),
+        ],
+        ids=["empty", "string", "other values", "large", "list", "string alone", "null"],
+    )
+    def test_unusable_headers_are_returned_empty(
+        self, store: Store, headers: object, expected: object
+    ) -> None:
+        """Headers are returned as an object of strings, or empty if they are none or too large."""
+        store.add_request(replace(a_request("a"), headers=json.dumps(headers)))
+        with store.storage.transaction() as transaction:
+            (request,) = transaction.lock_due_requests(9)
+        assert (json.loads(request.headers) if request.headers else None) == expected
+        assert request.headers is not None
+
+    def test_headers_of_many_digits_are_not_read(self, postgres: PostgresStore) -> None:
+        """Numbers in headers, which may have 131,072 digits in a few bytes, are not read."""
+        postgres.execute(
+            "INSERT INTO grant_access_request (job_id, user_id, interview_ids, headers)"
+            " SELECT 'a', 'ann', '{}', jsonb_object_agg(n, CAST('1e131071' AS numeric))"
+            " FROM generate_series(1, 300) AS n"
+        )
+        with postgres.storage.transaction() as transaction:
+            (request,) = transaction.lock_due_requests(9)
+        assert set(json.loads(request.headers or "").values()) == {None}
 
     def test_unsent_requests_come_first(self, store: Store) -> None:
         """Sent requests come after unsent ones, however long they have been due."""
@@ -200,6 +276,57 @@ class TestRequests:
             "SELECT extract(epoch FROM look_at - sent_at) FROM grant_access_request"
         )
         assert least <= wait <= most
+
+    @pytest.mark.parametrize(
+        ("sent", "hours", "least", "most"),
+        [(True, 2, 3590, 3610), (True, -2, 0.9, 1.1), (False, 2, 0.9, 1.1)],
+        ids=["sent", "past", "unsent"],
+    )
+    def test_sent_request_is_due_after_half_the_time_to_its_eta(
+        self, postgres: PostgresStore, sent: bool, hours: int, least: float, most: float
+    ) -> None:
+        """A request that waits in Redis for its ETA is due after half the time; others as usual."""
+        eta = datetime.now(UTC) + timedelta(hours=hours)
+        postgres.add_request(replace(a_request("a"), eta=eta))
+        with postgres.storage.transaction() as transaction:
+            transaction.reschedule_requests(["a"], sent=sent)
+        wait = postgres.value(
+            "SELECT extract(epoch FROM look_at - clock_timestamp()) FROM grant_access_request"
+        )
+        assert least - 0.5 <= wait <= most
+
+    @pytest.mark.parametrize(
+        ("task", "user_id", "user_ids", "interview_ids"),
+        [
+            ("grant_access", None, None, "{}"),
+            ("grant_access", "ann", "{bob}", "{}"),
+            ("grant_cohort_access", "ann", "{bob}", "{}"),
+            ("grant_cohort_access", None, None, "{}"),
+            ("create_interview_attempt", None, None, "{a}"),
+            ("create_interview_attempt", "ann", None, "{}"),
+            ("create_interview_attempt", "ann", None, "{a,b}"),
+            ("create_interview_attempt", "ann", "{bob}", "{a}"),
+            ("another", "ann", None, "{}"),
+        ],
+    )
+    def test_request_without_the_arguments_of_its_task_is_rejected(
+        self,
+        postgres: PostgresStore,
+        task: str,
+        user_id: str | None,
+        user_ids: str | None,
+        interview_ids: str,
+    ) -> None:
+        """A request that lacks an argument of its task, or has another, fails in the service."""
+        with pytest.raises(DBAPIError, match="grant_access_request_task_check"):
+            postgres.execute(
+                "INSERT INTO grant_access_request (task, user_id, user_ids, interview_ids) VALUES"
+                " (:task, :user_id, CAST(:user_ids AS text[]), CAST(:interview_ids AS text[]))",
+                task=f"interview_access.{task}",
+                user_id=user_id,
+                user_ids=user_ids,
+                interview_ids=interview_ids,
+            )
 
     def test_requests_of_finished_jobs_are_deleted(self, store: Store) -> None:
         """Of the given requests, those whose job has finished are deleted, and no other."""

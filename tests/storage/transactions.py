@@ -44,6 +44,22 @@ def a_request(job_id: str) -> AccessRequestDTO:
     return AccessRequestDTO(job_id, "ann", ("one", "two"), datetime.now(UTC))
 
 
+def a_cohort_request(job_id: str) -> AccessRequestDTO:
+    """Return a request of a cohort with every option."""
+    now = datetime.now(UTC)
+    return AccessRequestDTO(
+        job_id,
+        None,
+        ("one", "two"),
+        now,
+        task="interview_access.grant_cohort_access",
+        user_ids=("ann", "bob"),
+        eta=now + timedelta(hours=1),
+        expires_at=now + timedelta(hours=2),
+        headers='{"traceparent": "00-1-2-01"}',
+    )
+
+
 def an_attempt(interview_id: str) -> InterviewAttemptDTO:
     """Return an attempt with a scheduled end."""
     start = datetime(2024, 2, 29, 23, 30, 0, 123456, tzinfo=UTC)

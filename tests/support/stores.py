@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from uuid import UUID, uuid4
 
 from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
-from sqlalchemy import Connection, Engine, event, insert, select, text
+from sqlalchemy import Connection, Engine, event, insert, null, select, text
 from sqlalchemy.exc import IntegrityError
 
 from storage import memory, models
@@ -253,8 +254,13 @@ class PostgresStore(Store):
         self._platform.execute(
             insert(models.requests).values(
                 job_id=request.job_id,
+                task=request.task,
                 user_id=request.user_id,
+                user_ids=None if request.user_ids is None else list(request.user_ids),
                 interview_ids=list(request.interview_ids),
+                eta=request.eta,
+                expires_at=request.expires_at,
+                headers=null() if request.headers is None else json.loads(request.headers),
                 requested_at=request.requested_at,
                 sent_at=request.sent_at,
             )

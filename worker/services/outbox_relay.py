@@ -7,20 +7,30 @@ those to be sent again.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache, partial
+from typing import Any
 
 from celery import Celery
 from celery.utils.log import get_logger
-from interview_access.contracts import GrantJob, announcement_key
+from interview_access.contracts import (
+    GrantCohortJob,
+    GrantJob,
+    InterviewAttemptJob,
+    Job,
+    announcement_key,
+    describe,
+)
 from interview_access.errors import shortened
 from interview_access.protocol.messages import JobMessage, enqueue_commands
 from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from storage.dtos import AccessRequestDTO
-from storage.interface import Storage
+from storage.interface import MAX_HEADERS_BYTES, Storage
 from tasks.relay import relay
 from worker.broker.claims import PREFIX
 from worker.services.background import BackgroundService
@@ -32,6 +42,12 @@ _PAUSE_SECONDS = 0.5  # between two queries if PostgreSQL cannot notify, as thro
 _SEEN_SECONDS = 2.0  # between two checks of Redis
 _SEEN = f"{PREFIX}relay"  # missing if Redis was emptied or replaced
 _TOO_LARGE = "invalid bulk length"  # beyond proto-max-bulk-len
+_RESERVED = frozenset(  # headers by which Celery changes how a message is read or executed
+    {
+        *("compression", "ignore_result", "shadow", "group_index", "groups"),
+        *("stamps", "stamped_headers", "replaced_task_nesting"),
+    }
+)
 
 
 class OutboxRelay(BackgroundService):
@@ -69,9 +85,51 @@ class OutboxRelay(BackgroundService):
             self._query_at = 0.0
 
 
-def message_of(request: AccessRequestDTO) -> JobMessage:
-    """Build the message of a request's job."""
-    return JobMessage.of(GrantJob(request.user_id, request.interview_ids, request.job_id))
+def message_of(
+    request: AccessRequestDTO, *, headers: Mapping[str, str] | None = None
+) -> JobMessage:
+    """Build the message of a request's job, whose arguments the worker validates.
+
+    Args:
+        request: The request.
+        headers: Headers to add to the message's own.
+
+    Raises:
+        ValueError: if no such job exists: its task is unknown, say.
+    """
+    users: Any
+    interviews: Any
+    users, interviews = request.user_id, request.interview_ids
+    countdown = (request.eta - datetime.now(UTC)).total_seconds() if request.eta else None
+    options = (request.job_id, countdown, request.expires_at)
+    job: Job
+    match request.task:
+        case GrantJob.task:
+            job = GrantJob(users, interviews, *options)
+        case GrantCohortJob.task:
+            job = GrantCohortJob(request.user_ids or (), interviews, *options)
+        case InterviewAttemptJob.task:
+            (interview_id,) = interviews
+            job = InterviewAttemptJob(interview_id, users, *options)
+        case _:
+            raise ValueError(f"task: expected one of the contract, got {describe(request.task)}")
+    return JobMessage.of(job, headers=headers)
+
+
+def _headers(request: AccessRequestDTO) -> dict[str, str]:
+    """Return the headers of a request that can be added to its message; log the others."""
+    if request.headers is None:
+        return {}
+    given: dict[str, str | None] = json.loads(request.headers or "{}")
+    usable = {name: one for name, one in given.items() if one is not None and name not in _RESERVED}
+    if not request.headers or len(usable) < len(given):
+        logger.warning(
+            "outbox headers ignored: job=%s headers=%s expected=%s",
+            shortened(request.job_id),
+            shortened(", ".join(given.keys() - usable.keys()) or "all", quoted=False),
+            f"an object of strings in {MAX_HEADERS_BYTES:,} bytes without headers of Celery",
+        )
+    return usable
 
 
 def _announced(redis: Redis, job_ids: Sequence[str]) -> Collection[str]:
@@ -90,7 +148,7 @@ def _send(redis: Redis, request: AccessRequestDTO) -> bool:
         RedisError: if no request could be enqueued now.
     """
     try:
-        commands = enqueue_commands([message_of(request)])
+        commands = enqueue_commands([message_of(request, headers=_headers(request))])
         with redis.pipeline(transaction=True) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's
