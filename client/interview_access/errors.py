@@ -141,10 +141,8 @@ class JobIdReusedException(InterviewAccessError):  # noqa: N818 - the contract's
         """
         likewise = f" Other job IDs of this call in use: {len(others):,}." if others else ""
         return cls(
-            f"Job ID {shortened(job_id)} was used before for another request: expected the request "
-            f"with digest {shortened(first_digest, quoted=False)}, got one with digest "
-            f"{shortened(digest, quoted=False)}.{likewise} "
-            "Send the new request under a job ID of its own.",
+            f"Send this request under a job ID of its own: {shortened(job_id)} belongs to another "
+            f"request, whose result stays.{likewise}",
             {
                 "total": 1 + len(others),
                 "job_id": job_id,

@@ -3,30 +3,52 @@
 The request is committed or rolled back with the transaction. After COMMIT a worker enqueues the
 job, and enqueues it again until it is in the ledger, so that an outage or a loss of Redis loses no
 request. The row is deleted when the job has a result.
+
+Arguments are checked before anything is inserted, as the clients check them. The largest number of
+IDs is ``GRANT_MAX_INTERVIEW_IDS`` of the environment, or 100,000.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from interview_access.contracts import MAX_JOB_ID_LENGTH, GrantAccessRequest
-from interview_access.contracts.identifiers import as_texts
-from interview_access.text import describe
+from interview_access.contracts import (
+    DEFAULT_MAX_INTERVIEW_IDS,
+    MAX_JOB_ID_LENGTH,
+    GrantCohortJob,
+    GrantJob,
+    InterviewAttemptJob,
+    Job,
+)
+from interview_access.contracts.requests import or_new
+from interview_access.errors import InvalidGrantRequestException, JobIdReusedException
+from interview_access.protocol.messages import JobMessage
+from interview_access.text import describe, shortened
 
 if TYPE_CHECKING:  # an optional dependency
     from sqlalchemy import Connection
 
-INSERT = """
-    INSERT INTO grant_access_request (job_id, user_id, interview_ids)
-    VALUES (%(job_id)s, %(user_id)s, %(interview_ids)s)
+_INSERT = """
+    INSERT INTO grant_access_request
+        (job_id, task, user_id, user_ids, interview_ids, eta, expires_at, digest)
+    VALUES (%(job_id)s, %(task)s, %(user_id)s, %(user_ids)s, %(interview_ids)s,
+            %(eta)s, %(expires_at)s, %(digest)s)
 """
-"""The INSERT, with parameters of psycopg. The column ``job_id`` defaults to a random UUID."""
+_INSERT_UNLESS_IN_USE = f"{_INSERT} ON CONFLICT (job_id) DO NOTHING"
+_FIND_DIGEST = "SELECT digest FROM grant_access_request WHERE job_id = %(job_id)s"
+_ATTEMPTS = 3  # a row that is deleted between the two statements belonged to a finished job
 
+_LIMIT = "GRANT_MAX_INTERVIEW_IDS"
 _JOB_ID = re.compile(f"[ -~]{{1,{MAX_JOB_ID_LENGTH}}}")
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+_Execute = Callable[[str, dict[str, Any]], Any]
+"""Executes a statement. Returns an object with ``rowcount`` and ``fetchone()``."""
 
 
 def enqueue_in_django(
@@ -34,31 +56,95 @@ def enqueue_in_django(
     interview_ids: Iterable[str | UUID],
     *,
     job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
     using: str | None = None,
 ) -> str:
-    """Request a grant-access job in the current transaction of Django.
+    """Request a job in a transaction of Django: one user's access to interviews.
 
     Args:
         user_id: 1 to 36 characters.
         interview_ids: UUIDs.
         job_id: 1 to 255 printable ASCII characters, unique to the request; by default a UUID.
+            Repeating a request under its ID is safe: it takes effect once.
+        countdown: Seconds from now before which no worker starts the job.
+        expires: Seconds from now, or a datetime (UTC if naive), after which no worker starts it.
         using: The name of the database; by default Django's default.
 
     Returns:
         The job's ID, with which it can be polled after the commit.
 
     Raises:
-        ValueError: if `job_id` is invalid.
-        InvalidGrantRequestException: if `user_id` is not 1 to 36 characters, or an argument has
-            another type. The IDs and their number are checked by the worker.
-        django.db.IntegrityError: if another request has the job ID.
+        ValueError: if `job_id`, `countdown` or `expires` is invalid.
+        InvalidGrantRequestException: if another argument is invalid.
+        JobIdReusedException: if the outbox has another request with the job ID, or one that was
+            inserted without a digest. The transaction can continue.
+        django.db.Error: if the database failed.
     """
-    from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
+    job = GrantJob(user_id, interview_ids, _checked(job_id), countdown, expires)
+    return _insert_in_django(job, using, is_new=job_id is None)
 
-    row = _row(user_id, interview_ids, job_id)
-    with connections[using or DEFAULT_DB_ALIAS].cursor() as cursor:
-        cursor.execute(INSERT, row)
-    return str(row["job_id"])
+
+def enqueue_cohort_in_django(
+    user_ids: Iterable[str | UUID],
+    interview_ids: Iterable[str | UUID],
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+    using: str | None = None,
+) -> str:
+    """Request one job in a transaction of Django: each user's access to each interview.
+
+    Args:
+        user_ids: Each of 1 to 36 characters.
+        interview_ids: UUIDs.
+        job_id: See :func:`enqueue_in_django`.
+        countdown: Likewise.
+        expires: Likewise.
+        using: Likewise.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError, InvalidGrantRequestException, JobIdReusedException: see
+            :func:`enqueue_in_django`.
+        django.db.Error: if the database failed.
+    """
+    job = GrantCohortJob(user_ids, interview_ids, _checked(job_id), countdown, expires)
+    return _insert_in_django(job, using, is_new=job_id is None)
+
+
+def enqueue_attempt_in_django(
+    interview_id: str | UUID,
+    user_id: str | UUID,
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+    using: str | None = None,
+) -> str:
+    """Request a job in a transaction of Django: an interview attempt of a user.
+
+    Args:
+        interview_id: A UUID.
+        user_id: 1 to 36 characters.
+        job_id: See :func:`enqueue_in_django`.
+        countdown: Likewise.
+        expires: Likewise.
+        using: Likewise.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError, InvalidGrantRequestException, JobIdReusedException: see
+            :func:`enqueue_in_django`.
+        django.db.Error: if the database failed.
+    """
+    job = InterviewAttemptJob(interview_id, user_id, _checked(job_id), countdown, expires)
+    return _insert_in_django(job, using, is_new=job_id is None)
 
 
 def enqueue_in_sqlalchemy(
@@ -67,46 +153,177 @@ def enqueue_in_sqlalchemy(
     interview_ids: Iterable[str | UUID],
     *,
     job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
 ) -> str:
-    """Request a grant-access job in a transaction of SQLAlchemy, with psycopg.
+    """Request a job in a transaction of SQLAlchemy: one user's access to interviews.
 
     Args:
-        connection: The connection of the transaction; of a session, ``session.connection()``.
+        connection: The connection of the transaction, with psycopg; of a session,
+            ``session.connection()``.
         user_id: 1 to 36 characters.
         interview_ids: UUIDs.
-        job_id: 1 to 255 printable ASCII characters, unique to the request; by default a UUID.
+        job_id: See :func:`enqueue_in_django`.
+        countdown: Likewise.
+        expires: Likewise.
 
     Returns:
         The job's ID, with which it can be polled after the commit.
 
     Raises:
-        ValueError: if `job_id` is invalid.
-        InvalidGrantRequestException: if `user_id` is not 1 to 36 characters, or an argument has
-            another type. The IDs and their number are checked by the worker.
-        sqlalchemy.exc.IntegrityError: if another request has the job ID.
+        ValueError, InvalidGrantRequestException, JobIdReusedException: see
+            :func:`enqueue_in_django`.
+        sqlalchemy.exc.DBAPIError: if the database failed.
     """
-    row = _row(user_id, interview_ids, job_id)
-    connection.exec_driver_sql(INSERT, row)
-    return str(row["job_id"])
+    job = GrantJob(user_id, interview_ids, _checked(job_id), countdown, expires)
+    return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
 
 
-def _row(
-    user_id: str | UUID, interview_ids: Iterable[str | UUID], job_id: str | None
-) -> dict[str, object]:
-    job_id = str(uuid4()) if job_id is None else job_id
-    _check_job_id(job_id)
-    given = {"user_id": user_id, "interview_ids": as_texts(interview_ids)}
-    request = GrantAccessRequest.read((), given, max_interview_ids=sys.maxsize)
+def enqueue_cohort_in_sqlalchemy(
+    connection: Connection,
+    user_ids: Iterable[str | UUID],
+    interview_ids: Iterable[str | UUID],
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+) -> str:
+    """Request one job in a transaction of SQLAlchemy: each user's access to each interview.
+
+    Args:
+        connection: The connection of the transaction, with psycopg; of a session,
+            ``session.connection()``.
+        user_ids: Each of 1 to 36 characters.
+        interview_ids: UUIDs.
+        job_id: See :func:`enqueue_in_django`.
+        countdown: Likewise.
+        expires: Likewise.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError, InvalidGrantRequestException, JobIdReusedException: see
+            :func:`enqueue_in_django`.
+        sqlalchemy.exc.DBAPIError: if the database failed.
+    """
+    job = GrantCohortJob(user_ids, interview_ids, _checked(job_id), countdown, expires)
+    return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
+
+
+def enqueue_attempt_in_sqlalchemy(
+    connection: Connection,
+    interview_id: str | UUID,
+    user_id: str | UUID,
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+) -> str:
+    """Request a job in a transaction of SQLAlchemy: an interview attempt of a user.
+
+    Args:
+        connection: The connection of the transaction, with psycopg; of a session,
+            ``session.connection()``.
+        interview_id: A UUID.
+        user_id: 1 to 36 characters.
+        job_id: See :func:`enqueue_in_django`.
+        countdown: Likewise.
+        expires: Likewise.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError, InvalidGrantRequestException, JobIdReusedException: see
+            :func:`enqueue_in_django`.
+        sqlalchemy.exc.DBAPIError: if the database failed.
+    """
+    job = InterviewAttemptJob(interview_id, user_id, _checked(job_id), countdown, expires)
+    return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
+
+
+def _insert_in_django(job: Job, using: str | None, *, is_new: bool) -> str:
+    from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
+
+    with connections[using or DEFAULT_DB_ALIAS].cursor() as cursor:
+
+        def execute(statement: str, values: dict[str, Any]) -> Any:
+            cursor.execute(statement, values)
+            return cursor
+
+        return _insert(execute, job, is_new=is_new)
+
+
+def _insert(execute: _Execute, job: Job, *, is_new: bool) -> str:
+    """Insert a request, unless the outbox has it already.
+
+    Args:
+        execute: Executes a statement in the service's transaction.
+        job: The job.
+        is_new: Whether its ID was generated, so that no other request can have it.
+    """
+    row = _row(job)
+    if is_new:
+        execute(_INSERT, row)
+        return job.job_id
+    for _ in range(_ATTEMPTS):
+        if execute(_INSERT_UNLESS_IN_USE, row).rowcount:
+            return job.job_id
+        found = execute(_FIND_DIGEST, row).fetchone()
+        if found:
+            break
+    else:
+        found = (None,)  # a row-level policy hides the row
+    (first_digest,) = found
+    if first_digest is None:
+        raise JobIdReusedException(
+            f"Send this request under a job ID of its own: the outbox has {shortened(job.job_id)} "
+            "in a row without a digest, which may be another request.",
+            {"total": 1, "job_id": job.job_id, "digest": row["digest"]},
+        )
+    if first_digest != row["digest"]:
+        raise JobIdReusedException.of(job.job_id, first_digest, row["digest"])
+    return job.job_id
+
+
+def _row(job: Job) -> dict[str, Any]:
+    """Check a job as the clients do, and return its row."""
+    job.check(max_interview_ids=_limit())
+    given: dict[str, Any] = job.arguments
+    interview_ids = given["interview_ids"] if "interview_ids" in given else [given["interview_id"]]
+    wrong = [
+        (f"interview_ids[{at}]", "a UUID as a string", describe(text))
+        for at, text in enumerate(interview_ids)
+        if _UNSTORABLE.search(text)
+    ]
+    if wrong:
+        raise InvalidGrantRequestException.of(wrong)
+    known = JobMessage.of(job).announcement
     return {
-        "job_id": job_id,
-        "user_id": request.user_id,
-        "interview_ids": list(request.interview_ids),
+        "job_id": job.job_id,
+        "task": job.task,
+        "user_id": given.get("user_id"),
+        "user_ids": given.get("user_ids"),
+        "interview_ids": interview_ids,
+        "eta": known.eta,
+        "expires_at": known.expires_at,
+        "digest": known.digest,
     }
 
 
-def _check_job_id(job_id: object) -> None:
-    if not (isinstance(job_id, str) and _JOB_ID.fullmatch(job_id)):
-        raise ValueError(
-            f"job ID: expected 1 to {MAX_JOB_ID_LENGTH} printable ASCII characters, "
-            f"got {describe(job_id)}"
-        )
+def _limit() -> int:
+    text = os.environ.get(_LIMIT, "")
+    if text and not text.isdecimal():
+        raise ValueError(f"{_LIMIT}: expected a number of IDs, got {describe(text)}")
+    return int(text or DEFAULT_MAX_INTERVIEW_IDS)
+
+
+def _checked(job_id: str | None) -> str:
+    chosen: object = or_new(job_id)
+    if isinstance(chosen, str) and _JOB_ID.fullmatch(chosen):
+        return chosen
+    raise ValueError(
+        f"job ID: expected 1 to {MAX_JOB_ID_LENGTH} printable ASCII characters, "
+        f"got {describe(job_id)}"
+    )

@@ -22,7 +22,7 @@ from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, migrated_si
 from worker.cli import main
 
 UNREADABLE = b"\xff\x00 no message"
-REFUSED = "JobIdReusedException: Job ID 'job' was used before"
+REFUSED = "JobIdReusedException: Send this request under a job ID of its own: 'job'"
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\nforged line\r\x7f"
 
 

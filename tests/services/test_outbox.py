@@ -10,14 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
-from interview_access.errors import InvalidGrantRequestException
-from interview_access.outbox import INSERT, enqueue_in_sqlalchemy
+from interview_access.errors import InvalidGrantRequestException, JobIdReusedException
+from interview_access.outbox import (
+    enqueue_attempt_in_sqlalchemy,
+    enqueue_cohort_in_sqlalchemy,
+    enqueue_in_sqlalchemy,
+)
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -31,13 +35,15 @@ from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage, PostgresTransaction
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.client.test_producers import blocks
-from tests.support.database import connected
+from tests.support.commands import run_module
+from tests.support.database import connected, role
 from tests.support.platform import Database, DjangoService
 from tests.support.sentinels import redis_of
-from tests.support.stores import all_at_once, until
+from tests.support.stores import Background, all_at_once, until
 from tests.support.workers import QUEUE, Site, migrated_site, worker
 from worker.services.outbox_relay import OutboxRelay
 
+OPTIONS = ("eta", "expires")
 SECTION = "Inside a transaction of your database"
 REQUESTS = "SELECT count(*) FROM grant_access_request"
 LISTENERS = """
@@ -75,10 +81,15 @@ def request_job(here: Site, user_id: str, *, job_id: str | None = None) -> str:
     return job_id
 
 
+def messages(here: Site) -> list[Any]:
+    """Return the queued messages, the latest first."""
+    found: Any = here.redis.lrange(QUEUE, 0, -1)
+    return [json.loads(message) for message in found]
+
+
 def queued(here: Site) -> list[str]:
     """Return the IDs of the queued jobs, the latest first."""
-    messages: Any = here.redis.lrange(QUEUE, 0, -1)
-    return [json.loads(message)["headers"]["id"] for message in messages]
+    return [message["headers"]["id"] for message in messages(here)]
 
 
 def run_relay(
@@ -209,10 +220,99 @@ class TestRelay:
         """A request with a NULL among its IDs fails with its reason, and is deleted."""
         with connected(here.store.database_url) as connection:
             row = {"job_id": user, "user_id": user, "interview_ids": [NAMED_SAMPLES[0], None]}
-            connection.exec_driver_sql(INSERT, row)
+            connection.execute(
+                text(
+                    "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
+                    " VALUES (:job_id, :user_id, :interview_ids)"
+                ),
+                row,
+            )
             connection.commit()
         assert "interview_ids[1]" in here.answer(user)["result"]["exc_message"][0]
         until(lambda: is_outbox_empty(here))
+
+    def test_every_task_can_be_requested(self, here: Site, user: str) -> None:
+        """A cohort and an interview attempt that are requested in the database are executed."""
+        with connected(here.store.database_url) as service:
+            cohort = enqueue_cohort_in_sqlalchemy(service, [user, f"{user[:30]}-2"], NAMED_SAMPLES)
+            attempt = enqueue_attempt_in_sqlalchemy(service, NAMED_SAMPLES[0], user)
+            service.commit()
+        assert here.answer(cohort)["result"]["created_access_count"] == 2 * len(NAMED_SAMPLES)
+        attempt_id = here.answer(attempt)["result"]["interview_attempt_id"]
+        assert [one.id for one in here.store.attempts() if one.user_id == user] == [attempt_id]
+
+    def test_a_delayed_request_is_sent_at_once_with_its_eta(self, idle: Site, user: str) -> None:
+        """A request is sent at once with its ETA and expiry, and not again until it could run."""
+        with connected(idle.store.database_url) as service:
+            job_id = enqueue_in_sqlalchemy(service, user, [], countdown=3600, expires=7200)
+            service.commit()
+        run_relay(idle)
+        (message,) = messages(idle)
+        eta, expires = (datetime.fromisoformat(message["headers"][one]) for one in OPTIONS)
+        assert timedelta(minutes=59) < eta - datetime.now(UTC) < timedelta(minutes=61)
+        assert expires - eta < timedelta(minutes=61)
+        for eta_age, copies in ("-10 min", 1), ("5 min", 1), ("15 min", 2):
+            idle.store.execute(
+                "UPDATE grant_access_request SET look_at = now(), requested_at = now(),"
+                " sent_at = now() - interval '2 hours',"
+                " eta = now() - CAST(:age AS interval)",
+                age=eta_age,
+            )
+            run_relay(idle)
+            assert queued(idle) == [job_id] * copies
+
+    def test_a_request_expires(self, here: Site, user: str) -> None:
+        """A request whose expiry has passed fails as expired."""
+        here.store.execute(
+            "INSERT INTO grant_access_request (job_id, user_id, interview_ids, expires_at)"
+            " VALUES (:job_id, 'ann', '{}', '-infinity')",
+            job_id=user,
+        )
+        assert here.answer(user)["result"]["exc_type"] == "JobExpiredException"
+
+    def test_headers_are_added_to_the_message(
+        self, idle: Site, user: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Headers of a request are added; those of the envelope stay, and the others are logged."""
+        given = {"traceparent": "00-1-2-01", "id": "x", "compression": "gzip", "task": "x", "n": 1}
+        for job_id, headers in (user, given), (f"{user}-2", []), (f"{user}-3", None):
+            idle.store.execute(
+                "INSERT INTO grant_access_request (job_id, user_id, interview_ids, headers)"
+                " VALUES (:job_id, 'ann', '{}', CAST(:headers AS jsonb))",
+                job_id=job_id,
+                headers=json.dumps(headers),
+            )
+        run_relay(idle)
+        *_, first = sent = messages(idle)
+        assert [one["headers"]["id"] for one in sent] == [f"{user}-3", f"{user}-2", user]
+        assert first["headers"]["traceparent"] == "00-1-2-01"
+        assert first["headers"]["task"] == "interview_access.grant_access"
+        assert not {"compression", "n"} & first["headers"].keys()
+        logged = [record.getMessage() for record in caplog.records]
+        assert [line.startswith("outbox headers ignored: job=") for line in logged] == [True] * 3
+        assert {"compression", "n"} <= set(re.split("[ ,=]+", logged[0]))
+
+    @pytest.mark.parametrize("task", ["grant_cohort_access", "create_interview_attempt"])
+    def test_an_unsent_request_of_any_task_can_be_cancelled(self, idle: Site, task: str) -> None:
+        """An unsent cohort or attempt is reported with its task, and is cancelled in the ledger."""
+        with connected(idle.store.database_url) as service:
+            job_id = (
+                enqueue_cohort_in_sqlalchemy(service, ["ann"], NAMED_SAMPLES, countdown=9)
+                if task == "grant_cohort_access"
+                else enqueue_attempt_in_sqlalchemy(service, NAMED_SAMPLES[0], "ann", countdown=9)
+            )
+            service.commit()
+        known, cancelled = (
+            json.loads(run_module(idle.environment(), "worker.cli", *words, "--json").stdout)
+            for words in (("status", job_id), ("cancel", job_id))
+        )
+        assert (known["state"], known["task"]) == ("queued", f"interview_access.{task}")
+        assert known["eta"]
+        assert cancelled["state"] == "cancelled"
+        finished = idle.store.storage.get_finished_job(job_id)
+        assert finished
+        digest = idle.store.value("SELECT digest FROM grant_access_request")
+        assert finished.job.request_digest == digest
 
     def test_an_unsent_request_is_queued_and_can_be_cancelled(
         self, idle: Site, user: str, tmp_path: Path
@@ -352,11 +452,102 @@ class TestRelay:
             enqueue_in_sqlalchemy(connection, user_id, ids)
         assert is_outbox_empty(idle)
 
+    def test_other_arguments_are_refused_at_once(
+        self, idle: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Cohorts, attempts, options and the number of IDs are checked before any statement."""
+        with connected(idle.store.database_url) as service:
+            with pytest.raises(InvalidGrantRequestException, match=re.escape("user_ids[1]")):
+                enqueue_cohort_in_sqlalchemy(service, ["ann", ""], [])
+            with pytest.raises(InvalidGrantRequestException, match=re.escape("str(user.pk)")):
+                enqueue_attempt_in_sqlalchemy(service, NAMED_SAMPLES[0], cast("str", 7))
+            with pytest.raises(InvalidGrantRequestException, match=re.escape("interview_ids[1]")):
+                enqueue_in_sqlalchemy(service, "ann", ["no-uuid", "nul\0"])
+            with pytest.raises(ValueError, match="countdown: expected a number"):
+                enqueue_in_sqlalchemy(service, "ann", [], countdown=cast("float", "soon"))
+            monkeypatch.setenv("GRANT_MAX_INTERVIEW_IDS", "3")
+            with pytest.raises(InvalidGrantRequestException, match="at most 1 IDs for 2 users"):
+                enqueue_cohort_in_sqlalchemy(service, ["ann", "bob"], NAMED_SAMPLES)
+            monkeypatch.setenv("GRANT_MAX_INTERVIEW_IDS", "many")
+            with pytest.raises(ValueError, match="GRANT_MAX_INTERVIEW_IDS: expected a number"):
+                enqueue_in_sqlalchemy(service, "ann", [])
+            service.commit()
+        assert is_outbox_empty(idle)
+
     def test_an_invalid_job_id_is_refused_at_once(self, idle: Site) -> None:
         """The helper refuses job IDs that the table would not accept."""
         for job_id in "", "x" * 256, "Zoë":
             with pytest.raises(ValueError, match=re.escape("job ID: expected 1 to 255")):
                 request_job(idle, "ann", job_id=job_id)
+
+
+class TestRepeatedJobIds:
+    """Requests under a job ID that the outbox has or had."""
+
+    def test_the_same_request_is_inserted_once(self, idle: Site, user: str) -> None:
+        """The same request, in any order and spelling, succeeds again and adds no row."""
+        with connected(idle.store.database_url) as service:
+            for ids in NAMED_SAMPLES, [one.upper() for one in reversed(NAMED_SAMPLES)]:
+                assert enqueue_in_sqlalchemy(service, user, ids, job_id="same") == "same"
+            service.commit()
+        assert request_job(idle, user, job_id="same") == "same"
+        assert idle.store.value(REQUESTS) == 1
+
+    def test_another_request_is_refused(self, idle: Site, user: str) -> None:
+        """Another request or task under the ID is refused, and the transaction can continue."""
+        request_job(idle, user, job_id="taken")
+        with connected(idle.store.database_url) as service:
+            with pytest.raises(JobIdReusedException, match="job ID of its own: 'taken'"):
+                enqueue_in_sqlalchemy(service, user, NAMED_SAMPLES[:1], job_id="taken")
+            with pytest.raises(JobIdReusedException):
+                enqueue_cohort_in_sqlalchemy(service, [user], NAMED_SAMPLES, job_id="taken")
+            enqueue_in_sqlalchemy(service, user, NAMED_SAMPLES[:1], job_id="another")
+            service.commit()
+        assert idle.store.value(REQUESTS) == 2
+
+    def test_a_row_without_a_digest_is_not_taken_for_the_same(self, idle: Site, user: str) -> None:
+        """A row of plain SQL has no digest: the same ID is refused, since it may be another."""
+        idle.store.execute(
+            "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
+            " VALUES ('plain', 'ann', '{}')"
+        )
+        with pytest.raises(JobIdReusedException, match="a row without a digest"):
+            request_job(idle, user, job_id="plain")
+
+    @pytest.mark.parametrize("end", ["commit", "rollback"])
+    def test_a_concurrent_transaction_is_waited_for(self, idle: Site, user: str, end: str) -> None:
+        """A request under the ID of an open transaction waits for its end, and succeeds."""
+        with connected(idle.store.database_url) as first:
+            enqueue_in_sqlalchemy(first, user, NAMED_SAMPLES, job_id="both")
+            second = Background(lambda: request_job(idle, user, job_id="both"))
+            idle.store.until_waiting(second)
+            assert not second.over
+            getattr(first, end)()
+            assert second.result() == "both"
+        assert idle.store.value(REQUESTS) == 1
+
+    def test_a_finished_job_has_its_first_result(self, here: Site, user: str) -> None:
+        """A request that is repeated after its row was deleted gets the first result again."""
+        job_id = request_job(here, user, job_id=f"{user}-again")
+        assert here.answer(job_id)["result"]["created_access_count"] == len(NAMED_SAMPLES)
+        until(lambda: is_outbox_empty(here))
+        here.redis.delete(f"celery-task-meta-{job_id}")
+        request_job(here, user, job_id=job_id)
+        assert here.answer(job_id)["result"]["created_access_count"] == len(NAMED_SAMPLES)
+        until(lambda: is_outbox_empty(here))
+
+    def test_a_role_needs_few_privileges(self, idle: Site, user: str) -> None:
+        """A role that may insert, and read the columns job_id and digest, can repeat a request."""
+        columns = "job_id, task, user_id, user_ids, interview_ids, eta, expires_at, digest, headers"
+        grants = [
+            f"INSERT ({columns}) ON grant_access_request",
+            "SELECT (job_id, digest) ON grant_access_request",
+        ]
+        with role(idle.store.database_url, *grants) as url, connected(url) as service:
+            for _ in range(2):
+                enqueue_in_sqlalchemy(service, user, NAMED_SAMPLES, job_id="restricted")
+            service.commit()
+        assert idle.store.value(REQUESTS) == 1
 
 
 class TestWaiting:
