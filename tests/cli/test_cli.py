@@ -1,4 +1,4 @@
-"""The commands ``grant``, ``status`` and ``migrate``, on a real worker."""
+"""The commands ``grant``, ``attempt``, ``status``, ``cancel`` and ``migrate``, on a real worker."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -101,6 +102,62 @@ class TestGrant:
         done = run(here.environment(), *words, stdin=stdin)
         assert json.loads(done.stdout)["created_access_count"] == len(samples)
 
+    def test_a_file_of_windows_is_read(
+        self, here: Site, samples: list[str], tmp_path: Path
+    ) -> None:
+        """A byte order mark and the line ends of Windows are not part of an ID."""
+        file = tmp_path / "ids"
+        file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*samples, "", ""]).encode())
+        words = ["grant", "--user", "windows", "--interviews-from", str(file), "--wait"]
+        done = run(here.environment(), *words)
+        assert json.loads(done.stdout)["created_access_count"] == len(samples)
+
+    def test_an_empty_file_is_noted(self, idle: Site, tmp_path: Path) -> None:
+        """A file without IDs makes a job that grants nothing, and the command says so."""
+        file = tmp_path / "ids"
+        file.write_text("\n \n", encoding="ascii")
+        words = ["grant", "--user", "x", "--interviews-from", str(file)]
+        done = run(idle.environment(), *words)
+        assert done.returncode == 0
+        assert done.stderr == f"{file} has no interview IDs: the job grants nothing.\n"
+
+    @pytest.mark.parametrize("source", ["options", "file"])
+    def test_several_users_are_a_cohort(
+        self, here: Site, samples: list[str], tmp_path: Path, source: str
+    ) -> None:
+        """Several users, or a file of users, are sent as one job."""
+        users = [f"cohort-{source}-{n}" for n in range(3)]
+        file = tmp_path / "users"
+        file.write_text("\n".join(users), encoding="ascii")
+        given = [word for user in users for word in ("--user", user)]
+        words = given if source == "options" else ["--users-from", str(file)]
+        job_id = f"cohort-{source}"
+        done = run(
+            here.environment(),
+            *("grant", *words, *by_interview(samples[:2]), "--wait", "--job-id", job_id),
+        )
+        assert json.loads(done.stdout)["created_access_count"] == 6
+        assert status(here, job_id)["created_by_user"] == dict.fromkeys(users, 2)
+
+    def test_a_job_is_delayed_and_expires(self, idle: Site) -> None:
+        """--countdown and --expires are announced with the job."""
+        words = ["grant", "--user", "x", "--interview", "i", "--countdown", "3600"]
+        job_id = run(idle.environment(), *words, "--expires", "2099-01-01T00:00:00Z").stdout.strip()
+        known = status(idle, job_id)
+        sent_at, eta = (datetime.fromisoformat(known[name]) for name in ("sent_at", "eta"))
+        assert eta - sent_at == timedelta(hours=1)
+        assert known["expires_at"] == "2099-01-01T00:00:00Z"
+
+    def test_a_reused_job_id_ends_1(self, idle: Site) -> None:
+        """The error for the ID of another request begins with what to do."""
+        words = ["grant", "--interview", "i", "--job-id", "taken", "--user"]
+        assert run(idle.environment(), *words, "x").returncode == 0
+        done = run(idle.environment(), *words, "y")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(
+            "JobIdReusedException: Send this request under a job ID of its own: 'taken' "
+        )
+
     def test_a_failed_job_ends_1(self, here: Site, samples: list[str]) -> None:
         """The exit status for a failed job is 1; a malformed ID is sent unchanged."""
         words = ["--user", "cli-3", *by_interview([samples[0], "no-uuid"]), "--wait"]
@@ -118,8 +175,17 @@ class TestGrant:
             (["--interview", "i"], "--user"),
             (["--user", "x", "--interview", "i", "--job-id", "a\nb"], "1 to 255 printable"),
             (["--user", "x", "--interview", "i", "--timeout", "soon"], "soon"),
+            (["--user", "x", "--interview", "i", "--timeout", "5"], "how long --wait waits"),
+            (["--user", "x", "--users-from", "-", "--interview", "i"], "either by --user or"),
+            (["--users-from", "-", "--interviews-from", "-"], "read the same file"),
+            (["--user", "x" * 37, "--interview", "i"], "1 to 36 characters"),
+            (["--user", "x", "--interview", "i", "--countdown", "-1"], "-1"),
+            (["--user", "x", "--interview", "i", "--expires", "soon"], "a time in ISO 8601"),
         ],
-        ids=["no interviews", "both", "no user", "job id", "timeout"],
+        ids=[
+            *("no interviews", "both", "no user", "job id", "timeout", "timeout without wait"),
+            *("two sources", "one file", "user", "countdown", "expires"),
+        ],
     )
     def test_a_usage_error_ends_2(self, idle: Site, words: list[str], message: str) -> None:
         """The exit status for a usage error is 2; the error is described and nothing is sent."""
@@ -180,6 +246,26 @@ class TestGrant:
         assert json.loads(output)["created_access_count"] == 30
 
 
+class TestAttempt:
+    """interview-access attempt."""
+
+    def test_it_waits_and_prints_the_result(self, here: Site, samples: list[str]) -> None:
+        """With --wait the output is the result, which has the attempt's ID."""
+        words = ["attempt", "--user", "cli-attempt", "--interview", samples[0], "--wait"]
+        done = run(here.environment(), *words)
+        (attempt,) = (one for one in here.store.attempts() if one.user_id == "cli-attempt")
+        assert json.loads(done.stdout) == {"success": True, "interview_attempt_id": attempt.id}
+
+    def test_it_accepts_the_options_of_a_job(self, idle: Site) -> None:
+        """The job has the ID, the countdown and the expiry of the options."""
+        words = ["--user", "x", "--interview", "i", "--job-id", "a", "--countdown", "9"]
+        done = run(idle.environment(), "attempt", *words, "--expires", "60")
+        assert done.stdout == "a\n"
+        known = status(idle, "a")
+        assert known["task"] == "interview_access.create_interview_attempt"
+        assert known.keys() >= {"eta", "expires_at"}
+
+
 class TestStatus:
     """interview-access status."""
 
@@ -215,6 +301,39 @@ class TestStatus:
         assert status(idle, job_id) == {"job_id": job_id, "state": "unknown"}
         words = run(idle.environment(), "status", job_id).stdout
         assert re.search(r"^state +unknown$", words, re.MULTILINE)
+
+    def test_the_text_is_readable(self, here: Site, samples: list[str]) -> None:
+        """Without --json the values are words and numbers, neither JSON nor Python."""
+        job_id = here.send("status-3", [samples[0], "no-uuid"])
+        here.answer(job_id)
+        failed = run(here.environment(), "status", job_id).stdout
+        assert re.search(
+            r"^error +InvalidInterviewIdException: 1 interview ID cannot be granted: 'no-uuid'",
+            failed,
+            re.MULTILINE,
+        )
+        assert re.search(
+            r"^malformed_interview_ids +1 \(--json names them\)$", failed, re.MULTILINE
+        )
+        job_id = here.send("status-3", samples[:1])
+        here.answer(job_id)
+        succeeded = run(here.environment(), "status", job_id).stdout
+        assert re.search(
+            r"^result +success: yes, created_access_count: 1$", succeeded, re.MULTILINE
+        )
+        for text in failed, succeeded:
+            assert not re.search(r"[{}\[\]]|True|None", text)
+
+
+class TestCancel:
+    """interview-access cancel."""
+
+    def test_an_id_that_was_never_sent_is_explained(self, idle: Site) -> None:
+        """For an ID without a job the command says that the cancellation is kept."""
+        done = run(idle.environment(), "cancel", "never-sent")
+        assert done.returncode == 0
+        assert re.search(r"^cancel_requested +yes$", done.stdout, re.MULTILINE)
+        assert done.stderr.startswith("No job with this ID is known. The cancellation is kept")
 
 
 class TestMigrate:

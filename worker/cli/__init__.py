@@ -17,12 +17,17 @@ class _Subcommand(NamedTuple):
 
 
 _SUBCOMMANDS: Mapping[str, _Subcommand] = {
+    "attempt": _Subcommand(
+        "enqueueing:attempt", "Enqueue a job that creates an interview attempt."
+    ),
     "cancel": _Subcommand("jobs:cancel", "Cancel a job."),
     "dead-letters": _Subcommand(
         "dead_letters:dead_letters", "Inspect, requeue and delete dead letters."
     ),
     "demo": _Subcommand("local:demo", "Run the main job on local servers, and check it."),
-    "grant": _Subcommand("grant:grant", "Enqueue a job, and optionally wait for its result."),
+    "grant": _Subcommand(
+        "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
+    ),
     "migrate": _Subcommand("migrate:migrate", "Migrate the tables to the newest revision."),
     "status": _Subcommand("jobs:status", "Report a job's state and result."),
     "up": _Subcommand("local:up", "Run servers, a worker and Flower here until Ctrl-C."),

@@ -47,12 +47,20 @@ def status(job_id: str, *, as_json: bool) -> None:
 def cancel(job_id: str, *, as_json: bool) -> None:
     """Cancel a job: it does not start, or stops after its current chunk. Report its state.
 
+    An ID that is not known yet can be cancelled: a job that is sent under it later does not start.
+
     The exit status is 0 if the job is cancelled or its cancellation is requested, 1 if it had
     finished, and 3 if Redis or PostgreSQL is unavailable: cancel it again then.
     """
     with _job_status() as (jobs, redis):
         known = jobs.cancel(redis, job_id)
     _print_status(known, as_json=as_json)
+    if known.state == "unknown":
+        click.echo(
+            "No job with this ID is known. The cancellation is kept: a job that is delivered under "
+            "this ID does not start.",
+            err=True,
+        )
     sys.exit(0 if known.cancel_requested or known.state == "cancelled" else FAILED)
 
 
@@ -74,9 +82,25 @@ def _print_status(known: JobStatus, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(fields))
         return
+    if known.error:
+        fields["error"] = f"{known.error.type}: {known.error.sentence}"
+    if known.progress:
+        fields["progress"] = f"{known.progress.done:,} of {known.progress.total:,}"
+    if known.created_by_user:
+        fields["created_by_user"] = list(known.created_by_user)
     for name, value in fields.items():
-        if isinstance(value, list):
-            shown = f"{len(value):,} (--json names them)"
-        else:
-            shown = one_line(json.dumps(value) if isinstance(value, dict) else value)
-        click.echo(f"{name:<24} {shown}")
+        click.echo(f"{name:<24} {one_line(_in_words(value))}")
+
+
+def _in_words(value: object) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case list():
+            return f"{len(value):,} (--json names them)"
+        case dict():
+            return ", ".join(f"{name}: {_in_words(one)}" for name, one in value.items())
+        case _:
+            return str(value)
