@@ -125,7 +125,7 @@ class TestDocumentedExamples:
         """The Django service requests a job inside ``atomic``."""
         block, _ = blocks(SECTION, "python")
         printed = DjangoService(Database(here.store.database_url)).run_python(block)
-        assert here.answer(printed.strip())["result"]["created_access_count"] == 1
+        check_examples(here, printed)
 
     def test_sqlalchemy(self, here: Site) -> None:
         """The SQLAlchemy session requests a job."""
@@ -138,7 +138,16 @@ class TestDocumentedExamples:
             check=True,
             timeout=60,
         )
-        assert here.answer(done.stdout.strip())["result"]["created_access_count"] == 1
+        check_examples(here, done.stdout)
+
+
+def check_examples(here: Site, printed: str) -> None:
+    """Verify the results of a grant, a cohort of the same and another user, and an attempt."""
+    grant, cohort, attempt = (here.answer(job_id)["result"] for job_id in printed.split())
+    counts = [one["created_access_count"] for one in (grant, cohort)]
+    assert sorted(counts) in ([0, 2], [1, 1])  # jobs of one transaction run in any order
+    assert sum(counts) == 2
+    assert attempt["interview_attempt_id"]
 
 
 class TestRelay:
@@ -290,7 +299,7 @@ class TestRelay:
         assert not {"compression", "n"} & first["headers"].keys()
         logged = [record.getMessage() for record in caplog.records]
         assert [line.startswith("outbox headers ignored: job=") for line in logged] == [True] * 3
-        assert {"compression", "n"} <= set(re.split("[ ,=]+", logged[0]))
+        assert "headers='n, compression'" in logged[0]
 
     @pytest.mark.parametrize("task", ["grant_cohort_access", "create_interview_attempt"])
     def test_an_unsent_request_of_any_task_can_be_cancelled(self, idle: Site, task: str) -> None:

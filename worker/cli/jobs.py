@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import click
 from celery.exceptions import CeleryError
@@ -71,10 +72,20 @@ def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
         with app.connection_for_write() as connection:
             yield JobStatusService(app.storage, app.backend), connection.default_channel.client
     except StorageError as error:
-        end(UNAVAILABLE, one_line(f"The job's state cannot be read: {error}"))
+        _end_unavailable(error)
     except (CeleryError, OperationalError, RedisError, OSError) as error:
-        reason = error.__cause__ or error
-        end(UNAVAILABLE, one_line(f"The job's state cannot be read: {reason}"))
+        _end_unavailable(error.__cause__ or error)
+
+
+def _end_unavailable(reason: BaseException) -> NoReturn:
+    what = str(reason).rstrip(".").replace(". ", ": ")  # redis-py's are two sentences
+    end(
+        UNAVAILABLE,
+        one_line(
+            f"The job's state cannot be read: {what}; check that Redis and PostgreSQL can be "
+            "reached, and run the command again."
+        ),
+    )
 
 
 def _print_status(known: JobStatus, *, as_json: bool) -> None:

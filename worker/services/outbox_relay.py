@@ -126,7 +126,7 @@ def _headers(request: AccessRequestDTO) -> dict[str, str]:
         logger.warning(
             "outbox headers ignored: job=%s headers=%s expected=%s",
             shortened(request.job_id),
-            shortened(", ".join(given.keys() - usable.keys()) or "all", quoted=False),
+            shortened(", ".join(name for name in given if name not in usable) or "all"),
             f"an object of strings in {MAX_HEADERS_BYTES:,} bytes without headers of Celery",
         )
     return usable
