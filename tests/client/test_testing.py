@@ -228,7 +228,7 @@ def test_a_job_id_belongs_to_its_first_request(client: FakeClient) -> None:
     """The same request is accepted again and listed once; another one is refused."""
     for interviews in [FIRST, SECOND], [SECOND, FIRST]:
         assert client.enqueue("ann", interviews, job_id="one") == "one"
-    with pytest.raises(JobIdReusedException, match="Job ID 'one' was used before"):
+    with pytest.raises(JobIdReusedException, match="'one' belongs to another request"):
         client.enqueue("bob", [FIRST, SECOND], job_id="one")
     with pytest.raises(JobIdReusedException):
         client.enqueue_many([GrantJob("cem", []), GrantJob("cem", [], job_id="one")])
