@@ -32,6 +32,8 @@ from interview_access.contracts import (
 from interview_access.errors import (
     InterviewAccessError,
     InvalidGrantRequestException,
+    JobCancelledException,
+    JobExpiredException,
     shortened,
 )
 
@@ -70,6 +72,7 @@ class JobTask(Task):  # type: ignore[misc] # Celery ships no types
     """A task of the contract: parses messages into jobs and settles jobs in batches."""
 
     abstract = True
+    throws = (JobCancelledException, JobExpiredException)  # not reported as errors
     typing = False  # invalid arguments fail with the contract's error, which names the argument
 
     def __init__(self, dependencies: TaskDependencies) -> None:

@@ -91,6 +91,7 @@ def test_the_worker_is_imported_by_the_inline_clients_only() -> None:
 WORKER_ARROWS = {
     "broker": set(),
     "execution": {"broker"},
+    "tracing": {"execution"},
     "services": {"broker"},
     "startup": {"broker"},
     "cli": {"broker", "services"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+from importlib import import_module
 from typing import Any
 
 from celery import Celery
@@ -11,6 +13,7 @@ from celery.signals import (
     after_setup_task_logger,
     celeryd_after_setup,
     worker_process_init,
+    worker_process_shutdown,
     worker_shutdown,
     worker_shutting_down,
 )
@@ -27,6 +30,7 @@ from worker.broker.lease import Lease
 from worker.broker.transport import celery_settings, restrict_publishing
 from worker.execution.consumer import Drain, JobClaims
 from worker.execution.request import Limits
+from worker.execution.run import JobObserver
 from worker.logs import escape_task_lines, escape_worker_lines
 from worker.services.bootstep import BackgroundServices
 from worker.services.remote_control import register_commands
@@ -41,6 +45,11 @@ _RESULT_BACKENDS = {
     **dict.fromkeys(("redis", "rediss"), "worker.broker.results:JobResults"),
     "sentinel": "worker.broker.results:SentinelJobResults",
 }
+_OBSERVERS = {
+    "opentelemetry.trace": "worker.tracing.spans",
+    "sentry_sdk": "worker.tracing.sentry",
+}
+"""Libraries that a user's module sets up, and what reports jobs to each."""
 
 
 class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
@@ -91,6 +100,12 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
             self._storage = self.new_storage()
         return self._storage
 
+    def active_observers(self) -> list[JobObserver]:
+        """Return what traces jobs in this process: none unless a library is set up for it."""
+        loaded = [name for library, name in _OBSERVERS.items() if library in sys.modules]
+        observers: list[JobObserver] = [import_module(name).OBSERVER for name in loaded]
+        return [one for one in observers if one.is_active]
+
     def reset_after_fork(self) -> None:
         """Drop the connections and the lease that a fork inherits."""
         self._storage = None
@@ -120,6 +135,10 @@ def _connect_signals(app: WorkerApp) -> None:
         app.reset_after_fork()
         restrict_publishing(app.settings.grant_callback_queues)
 
+    def flush_traces(**_: Any) -> None:
+        for observer in app.active_observers():
+            observer.flush()
+
     def prepare_fork(**_: Any) -> None:
         gc.freeze()  # a garbage collection in a pool process would copy shared memory
 
@@ -135,6 +154,7 @@ def _connect_signals(app: WorkerApp) -> None:
 
     for signal, hook in (
         (worker_process_init, prepare_pool_process),
+        (worker_process_shutdown, flush_traces),
         (celeryd_after_setup, prepare_fork),
         (worker_shutting_down, drain),
         (worker_shutdown, end_session),

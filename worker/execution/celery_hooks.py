@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import Celery, signals
 from celery._state import _task_stack
 from celery.app import trace
+from celery.app.task import Context
 from celery.canvas import Signature
 from interview_access.contracts import is_job_id
 from interview_access.errors import JobCancelledException, JobExpiredException
-from kombu.utils.encoding import safe_repr
 
 from tasks.celery_tasks import JobTask, shown
 from worker.execution.run import JobRun
@@ -35,7 +36,7 @@ def as_current(run: JobRun) -> Iterator[None]:
         yield
         return
     _task_stack.push(run.task)
-    run.task.push_request(**vars(run.request))
+    run.task.request_stack.push(run.request)
     try:
         yield
     finally:
@@ -44,59 +45,90 @@ def as_current(run: JobRun) -> Iterator[None]:
 
 
 def send_prerun(runs: Sequence[JobRun]) -> None:
-    """Send ``task_prerun`` for each job, if it has receivers."""
+    """Send ``task_prerun`` for each job of a known task, in the job's context."""
     if not signals.task_prerun.receivers:
         return
     for run in runs:
-        with as_current(run):
-            call = {"args": run.call.args, "kwargs": run.call.kwargs}
-            signals.task_prerun.send(
-                sender=run.task, task_id=run.delivery.job_id, task=run.task, **call
-            )
+        if run.task:
+            run.context.run(_send_prerun, run)
 
 
-def send_final(runs: Sequence[JobRun]) -> None:
-    """Send the signal of each job's end and ``task_postrun``, if one of them has receivers.
+def _send_prerun(run: JobRun) -> None:
+    call = {"args": run.call.args, "kwargs": run.call.kwargs}
+    with as_current(run):
+        signals.task_prerun.send(
+            sender=run.task, task_id=run.delivery.job_id, task=run.task, **call
+        )
+
+
+def send_final(runs: Sequence[JobRun], seconds: float) -> None:
+    """Send the signal of each job's end and ``task_postrun``, in the job's context.
 
     The order is the reverse of :func:`send_prerun`'s: what receivers open and close is nested.
+
+    Args:
+        runs: The jobs of a batch. One whose task is unknown has none of these signals.
+        seconds: Time that the batch took.
     """
     if not any(one.receivers for one in _FINAL_SIGNALS):
         return
     for run in reversed(runs):
-        with as_current(run):
-            _send_final(run)
+        if run.task:
+            run.context.run(_send_final, run, seconds)
 
 
-def _send_final(run: JobRun) -> None:
-    job_id, result, error = run.delivery.job_id, run.result, run.settled.error
-    call = {"args": run.call.args, "kwargs": run.call.kwargs}
-    state: str
-    value: object
-    if result is None:
-        state, value = "RETRY", error
+def _send_final(run: JobRun, seconds: float) -> None:
+    with as_current(run):
+        state, value = _send_end(run, seconds)
+        signals.task_postrun.send(
+            sender=run.task,
+            task_id=run.delivery.job_id,
+            task=run.task,
+            args=run.call.args,
+            kwargs=run.call.kwargs,
+            retval=value,
+            state=state,
+        )
+
+
+def _send_end(run: JobRun, seconds: float) -> tuple[str, object]:
+    """Send the signals of a job's end. Returns its state and its value."""
+    error, failure = run.settled.error, run.failure
+    if run.result is None:
         signals.task_retry.send(
-            sender=run.task, request=run.request, reason=error, einfo=safe_repr(error)
+            sender=run.task, request=run.request, reason=error, einfo=_exception_info(error)
         )
-    elif isinstance(result, dict):
-        state, value = "SUCCESS", result
-        signals.task_success.send(sender=run.task, result=result)
-    else:
-        state, value = "FAILURE", result
-        if isinstance(result, JobCancelledException | JobExpiredException):
-            is_expired = isinstance(result, JobExpiredException)
-            signals.task_revoked.send(
-                sender=run.task,
-                request=run.request,
-                terminated=False,
-                signum=None,
-                expired=is_expired,
-            )
-        signals.task_failure.send(
-            sender=run.task, task_id=job_id, exception=result, traceback=None, einfo=None, **call
+        return "RETRY", error
+    if failure is None:
+        signals.task_success.send(sender=run.task, result=run.result, runtime=seconds)
+        return "SUCCESS", run.result
+    if isinstance(failure, JobCancelledException | JobExpiredException):
+        signals.task_revoked.send(
+            sender=run.task,
+            request=run.request,
+            terminated=False,
+            signum=None,
+            expired=isinstance(failure, JobExpiredException),
         )
-    signals.task_postrun.send(
-        sender=run.task, task_id=job_id, task=run.task, retval=value, state=state, **call
+    einfo = _exception_info(failure)
+    signals.task_failure.send(
+        sender=run.task,
+        task_id=run.delivery.job_id,
+        exception=failure,
+        args=run.call.args,
+        kwargs=run.call.kwargs,
+        traceback=failure.__traceback__,
+        einfo=einfo,
     )
+    return "FAILURE", failure
+
+
+def _exception_info(error: Exception | None) -> ExceptionInfo:
+    """Describe an exception, raised or not, as Celery's signals do."""
+    try:
+        raise error or RuntimeError("unknown error")  # noqa: TRY301 - sets its traceback
+    except Exception:  # noqa: BLE001 - it has a traceback now
+        return ExceptionInfo()
 
 
 def log_end(run: JobRun, seconds: float) -> None:
@@ -137,7 +169,7 @@ def send_followers(app: Celery, run: JobRun) -> None:
     request, result, job_id = run.request, run.result, run.delivery.job_id
     options = {"parent_id": job_id, "root_id": request.root_id}
     if not isinstance(result, dict):
-        errbacks, request.errbacks = request.errbacks or [], []
+        errbacks, request = request.errbacks or [], Context(vars(request), errbacks=[])
         app.backend.mark_as_failure(job_id, result, request=request, store_result=False)
         storage = app.task_dependencies.storage()
         for task, task_id in _chained(request.chain):

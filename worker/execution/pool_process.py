@@ -46,7 +46,7 @@ from worker.execution.celery_hooks import (
     send_prerun,
 )
 from worker.execution.request import Dispatched
-from worker.execution.run import JobRun
+from worker.execution.run import JobRun, in_transaction, observed
 
 logger = get_logger(__name__)
 
@@ -92,7 +92,7 @@ def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
     """
     app = current_app
     with _without_stop_signals():
-        runs = [_prepare(app, deliveries.pop(0)) for _ in range(len(deliveries))]
+        runs = [_prepare(app, deliveries.pop(0), hostname) for _ in range(len(deliveries))]
         try:
             return _execute(app, runs, hostname)
         except MemoryError:
@@ -104,25 +104,27 @@ def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
 
 
 def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
-    started = time.monotonic()
-    polled = [run.delivery.job_id for run in runs if run.has_poller]
-    with _reporter().reporting(
-        lambda: app.backend.store_started(polled, pid=os.getpid(), hostname=hostname)
-    ):
-        send_prerun(runs)
-        for run, settled in zip(runs, _settle_jobs(app, runs), strict=True):
+    observers = app.active_observers()
+    with observed(runs, observers):
+        started = time.monotonic()
+        polled = [run.delivery.job_id for run in runs if run.has_poller]
+        with _reporter().reporting(
+            lambda: app.backend.store_started(polled, pid=os.getpid(), hostname=hostname)
+        ):
+            send_prerun(runs)
+            results = in_transaction(runs, observers, lambda: _settle_jobs(app, runs))
+        for run, settled in zip(runs, results, strict=True):
             run.settled = settled
-    for run in runs:
-        run.result = _result(run, app.task_dependencies)
-    stored = app.backend.store_results(
-        {run.delivery.job_id: run.result for run in runs if run.result and run.has_poller}
-    )
-    app.backend.store_retries(
-        {run.delivery.job_id: _as_shown(run.settled.error) for run in runs if run.is_retried}
-    )
-    seconds = time.monotonic() - started
-    settlements = [_settlement(app, run, stored, seconds) for run in runs]
-    send_final(runs)
+            run.result = _result(run, app.task_dependencies)
+        stored = app.backend.store_results(
+            {run.delivery.job_id: run.result for run in runs if run.result and run.has_poller}
+        )
+        app.backend.store_retries(
+            {run.delivery.job_id: _as_shown(run.settled.error) for run in runs if run.is_retried}
+        )
+        seconds = time.monotonic() - started
+        settlements = [run.context.run(_settlement, app, run, stored, seconds) for run in runs]
+        send_final(runs, seconds)
     outages = [str(run.settled.error) for run in runs if is_outage(run.settled.error)]
     if any(run.is_missing_in(stored) for run in runs):
         outages.append("results cannot be stored")
@@ -136,7 +138,7 @@ def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
 # --- From message to job ------------------------------------------------------------------------
 
 
-def _prepare(app: Celery, delivery: Dispatched) -> JobRun:
+def _prepare(app: Celery, delivery: Dispatched, hostname: str) -> JobRun:
     """Decode a message and build its job; one that cannot be executed is a rejected job."""
     task = app.tasks.get(delivery.task)
     task = task if isinstance(task, JobTask) else None
@@ -147,18 +149,18 @@ def _prepare(app: Celery, delivery: Dispatched) -> JobRun:
             # A large body takes as much memory as its IDs; a digest may need its beginning.
             delivery = delivery._replace(body=delivery.body[:_UNREADABLE_DIGEST_BYTES])
             job = task.read(delivery.job_id, call.args, call.kwargs, delivery.failure)
-            return JobRun(delivery, task, call, job)
+            return JobRun(delivery, hostname, task, call, job)
         except (UndecodableBodyError, RecursionError) as error:
             failure = failure or _undecodable(error)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a defect, which must not fail other jobs
-            return JobRun(delivery, task, call, None, JobResult(error=error))
+            return JobRun(delivery, hostname, task, call, None, JobResult(error=error))
     failure = failure or JobFailedError("The job cannot be read.")
     body = {"body": (delivery.body or "")[:_UNREADABLE_DIGEST_BYTES]}
     digest = unreadable_request_digest(delivery.task, (), body)
     entry = JobDTO(delivery.job_id, delivery.task, None, digest)
-    return JobRun(delivery, task, call, RejectedJob(entry, failure))
+    return JobRun(delivery, hostname, task, call, RejectedJob(entry, failure))
 
 
 def _undecodable(error: Exception) -> JobFailedError:
@@ -200,7 +202,9 @@ def _result(
             return error
     if run.delivery.retries < dependencies.retry_limit:
         return None
-    return StorageUnavailableException.of(run.delivery.retries + 1, _reason(settled.error))
+    failure = StorageUnavailableException.of(run.delivery.retries + 1, _reason(settled.error))
+    failure.__cause__ = settled.error
+    return failure
 
 
 def _reason(error: Exception | None) -> str:

@@ -115,6 +115,7 @@ class Dispatched(NamedTuple):
         attempts: Attempts that ended the pool process or the worker.
         retries: Retries of the job.
         failure: Predetermined failure, if the job must not be executed.
+        queue: The queue from which it was claimed.
     """
 
     job_id: str
@@ -125,6 +126,7 @@ class Dispatched(NamedTuple):
     attempts: int
     retries: int
     failure: InterviewAccessError | None
+    queue: str
 
 
 class PoolBatch(Protocol):
@@ -304,6 +306,7 @@ class JobRequest:
             self._claim.attempts,
             self._claim.retries,
             self.failure,
+            self._claim.queue,
         )
 
     # --- What Celery's control commands read ------------------------------------------------------

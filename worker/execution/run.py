@@ -1,12 +1,16 @@
-"""The state of one delivery while a pool process executes it."""
+"""The execution of deliveries in a pool process: the state of each, and who observes them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextvars
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 from celery.app.task import Context
+from celery.utils.log import get_logger
 from interview_access.errors import InterviewAccessError
 
 from storage.errors import JobBusyError
@@ -15,32 +19,54 @@ from tasks.ledger import JobResult
 from worker.execution.body import Call
 from worker.execution.request import Dispatched
 
+logger = get_logger(__name__)
+
 _EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 _HEADERS = (
     *("root_id", "parent_id", "correlation_id", "group", "group_index", "ignore_result", "origin"),
     *("stamps", "stamped_headers", "replaced_task_nesting", "eta", "expires", "timelimit"),
 )
+_NOT_CUSTOM = {*dir(Context), "task", "lang", "argsrepr", "kwargsrepr", "compression"}
+"""Headers of Celery's protocol, and names that would replace an attribute or a method."""
+
+_TEXT_HEADER = 8_192
+"""Characters; the specifications of trace context and baggage demand no longer ones."""
+
+T = TypeVar("T")
 
 
-@dataclass(slots=True)
+@dataclass
 class JobRun:
     """The execution of one delivery.
 
     Attributes:
         delivery: What the main process dispatched.
+        hostname: The worker's name.
         task: Its task, unless the worker does not have it.
         call: The decoded body; empty if it was not decoded.
         job: The job that the ledger settles; None after a defect in reading it.
         settled: How this delivery ended in the ledger.
         result: What the job's poller reads; None while the job is to be retried.
+        context: The job's context variables, in which its signals are sent. What a receiver or an
+            observer sets for one job of a batch is not set for another.
     """
 
     delivery: Dispatched
+    hostname: str
     task: JobTask | None
     call: Call
     job: Any
     settled: JobResult = field(default_factory=JobResult)
     result: dict[str, Any] | InterviewAccessError | None = None
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def failure(self) -> InterviewAccessError | None:
+        """Why the delivery failed; None if it succeeded or is to be retried."""
+        if self.result is None:
+            return None
+        refusal = self.settled.refusal if self.delivery.body is not None else None
+        return refusal or (None if isinstance(self.result, dict) else self.result)
 
     @property
     def has_poller(self) -> bool:
@@ -67,12 +93,17 @@ class JobRun:
         has_result = self.result is not None and self.has_poller
         return has_result and self.delivery.job_id not in stored
 
-    @property
+    @cached_property
     def request(self) -> Context:
-        """Build the request that Celery's signals and callbacks expect, without custom headers."""
+        """The request that Celery's signals and callbacks expect.
+
+        Custom headers are attributes, as in Celery's own, unless their names are reserved.
+        """
         headers, embedded = self.delivery.headers, self.call.embedded
+        custom = {name: value for name, value in headers.items() if name not in _NOT_CUSTOM}
+        inner = headers.get("headers")
         return Context(
-            {name: headers[name] for name in _HEADERS if name in headers},
+            {name: headers[name] for name in _HEADERS if name in headers} | custom,
             **{name: embedded.get(name) for name in _EMBEDDED},
             id=self.delivery.job_id,
             task=self.delivery.task,
@@ -80,5 +111,114 @@ class JobRun:
             kwargs=self.call.kwargs,
             retries=self.delivery.retries,
             called_directly=False,
-            delivery_info={},
+            headers=(inner if isinstance(inner, dict) else custom) or None,
+            hostname=self.hostname,
+            delivery_info={
+                "exchange": "",
+                "routing_key": self.delivery.queue,
+                "redelivered": bool(self.delivery.attempts),
+            },
         )
+
+    @property
+    def text_headers(self) -> dict[str, str]:
+        """Custom headers that may carry a trace's context: texts that are not long."""
+        headers = self.delivery.headers
+        inner = headers.get("headers")
+        return {
+            name: value
+            for name, value in {**(inner if isinstance(inner, dict) else {}), **headers}.items()
+            if isinstance(value, str) and len(value) <= _TEXT_HEADER
+        }
+
+
+class JobObserver(Protocol):
+    """Traces jobs. Its exceptions are logged and affect no job."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this process is set up to trace."""
+
+    def job(self, run: JobRun) -> AbstractContextManager[None]:
+        """Trace a job, from before ``task_prerun`` until after ``task_postrun``.
+
+        Args:
+            run: The job; has its result at the end. Its context is the current one.
+        """
+
+    def transaction(self, runs: Sequence[JobRun]) -> AbstractContextManager[None]:
+        """Trace the transaction of a batch.
+
+        Args:
+            runs: The jobs; ``task_prerun`` has been sent. The context of a single job is the
+                current one; that of several jobs is their batch's own.
+        """
+
+    def flush(self) -> None:
+        """Send what is left before the process ends."""
+
+
+@contextmanager
+def observed(runs: Sequence[JobRun], observers: Sequence[JobObserver]) -> Iterator[None]:
+    """Trace jobs within the block, each in its own context.
+
+    Args:
+        runs: The jobs of a batch. One whose task is unknown is not traced.
+        observers: Those that are active.
+    """
+    entered: list[tuple[JobRun, _Logged]] = []
+    try:
+        for run in runs if observers else ():
+            for observer in observers if run.task else ():
+                entered.append((run, _Logged(observer.job(run))))
+                run.context.run(entered[-1][1].__enter__)
+        yield
+    finally:
+        for run, scope in reversed(entered):
+            run.context.run(scope.__exit__, None, None, None)
+
+
+def in_transaction(
+    runs: Sequence[JobRun], observers: Sequence[JobObserver], settle: Callable[[], T]
+) -> T:
+    """Settle jobs, traced, in the context of a single job or in one of the batch.
+
+    Args:
+        runs: The jobs of a batch.
+        observers: Those that are active.
+        settle: Settles the jobs.
+
+    Returns:
+        What ``settle`` returns.
+    """
+
+    def settle_observed() -> T:
+        with ExitStack() as stack:
+            for observer in observers:
+                stack.enter_context(_Logged(observer.transaction(runs)))
+            return settle()
+
+    context = runs[0].context if len(runs) == 1 else contextvars.copy_context()
+    return context.run(settle_observed)
+
+
+class _Logged(AbstractContextManager[None]):
+    """A context manager whose exceptions are logged."""
+
+    def __init__(self, inner: AbstractContextManager[None]) -> None:
+        self._inner = inner
+        self._is_entered = False
+
+    def __enter__(self) -> None:
+        try:
+            self._inner.__enter__()
+            self._is_entered = True
+        except Exception:
+            logger.exception("tracing failed")
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._is_entered:
+                self._inner.__exit__(None, None, None)
+        except Exception:
+            logger.exception("tracing failed")
