@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+import sqlalchemy
+from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from storage.database_url import parse_database_url
@@ -79,7 +80,8 @@ def open_engine(
         StorageError: if the URL's numbers of hosts and ports do not match.
     """
     try:
-        engine = create_engine(
+        # Tracing libraries replace this function, perhaps after this module is imported.
+        engine = sqlalchemy.create_engine(
             url,
             isolation_level="READ COMMITTED",
             use_native_hstore=False,  # looking up its types would cost each connection a query

@@ -111,6 +111,7 @@ class Dispatcher:
             return Disposition(Action.DELAY, delay=request.delay)
         if request.failure and (not request.id or request.is_hopeless(self._limits)):
             reason, claim = request.failure.sentence, request.delivery.claim
+            self._send_rejected(request)
             logger.error("dead letter: %s reason=%s", request, reason)
             return Disposition(
                 Action.DEAD_LETTER,
@@ -125,6 +126,8 @@ class Dispatcher:
     def _announce(self, request: JobRequest) -> None:
         if request.task:
             worker_state.task_reserved(request)
+        else:
+            self._send_rejected(request)
         signals.task_received.send(sender=self, request=request)
         logger.info(trace.LOG_RECEIVED, {"name": request.name, "id": request.id})
         names = ("root_id", "parent_id", "eta", "expires")
@@ -137,6 +140,14 @@ class Dispatcher:
             retries=request.delivery.claim.retries,
             **{name: value if is_job_id(value) else None for name, value in headers.items()},
         )
+
+    def _send_rejected(self, request: JobRequest) -> None:
+        """Send Celery's signal of a message that no task executes."""
+        call = {"message": request, "exc": request.failure}
+        if request.name and request.name not in self._app.tasks:
+            signals.task_unknown.send(sender=self, name=request.name, id=request.id, **call)
+        else:
+            signals.task_rejected.send(sender=self, **call)
 
     def _start(self, batch: Batch) -> None:
         def on_accepted(pid: int, time_accepted: float) -> None:
