@@ -175,6 +175,7 @@ def worker_service(
     processes: int = 2,
     name: str = "",
     prefix: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> Service:
     """Return the service of a worker, which is not started yet.
 
@@ -185,6 +186,7 @@ def worker_service(
         processes: Number of its pool processes.
         name: Its node name; chosen by Celery, unless given.
         prefix: A command that runs the worker's command.
+        options: More options of Celery's command.
     """
     return Service(
         name or "worker",
@@ -192,6 +194,7 @@ def worker_service(
             *(*prefix, sys.executable, "-m", "celery", "-A", app, "worker", "-c", str(processes)),
             *("-l", "INFO", "--without-mingle"),  # mingling takes a second at each start
             *(("-n", name) if name else ()),
+            *options,
         ],
         log=log,
         environment=environment,
