@@ -28,6 +28,7 @@ from benchmarks import (
     snapshot,
     starting,
     statements,
+    tracing,
 )
 from benchmarks.baselines import plain_url
 from benchmarks.bench import Bench, Servers
@@ -57,6 +58,7 @@ PARTS: Mapping[str, Part] = {
         starting.startup,
         idle.idle,
         statements.statements,
+        tracing.tracing,
         ablations.ablations,
         curves.sizes,
         curves.load,

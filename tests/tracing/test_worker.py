@@ -272,7 +272,11 @@ def test_a_span_of_a_job(traced: Traced, interview: str) -> None:
 def test_spans_of_a_batch(traced: Traced, interview: str) -> None:
     """Jobs of a batch continue their own traces; each is linked with the one transaction."""
     others = "1" * 32, "2" * 16
-    headers = {"traceparent": TRACEPARENT}, {"traceparent": f"00-{others[0]}-{others[1]}-01"}, {}
+    headers: tuple[dict[str, str], ...] = (
+        {"traceparent": TRACEPARENT},
+        {"traceparent": f"00-{others[0]}-{others[1]}-01"},
+        {},
+    )
     ids = traced.send_batch(
         *(
             (("batch", [interview] if number else ["no UUID"]), one)

@@ -1,0 +1,1 @@
+"""Apps of this project's worker with a tracing library, whose spans and events are discarded."""
