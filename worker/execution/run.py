@@ -111,7 +111,7 @@ class JobRun:
             kwargs=self.call.kwargs,
             retries=self.delivery.retries,
             called_directly=False,
-            headers=(inner if isinstance(inner, dict) else custom) or None,
+            headers=inner if isinstance(inner, dict) else custom,
             hostname=self.hostname,
             delivery_info={
                 "exchange": "",
