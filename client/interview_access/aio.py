@@ -47,6 +47,7 @@ from interview_access.protocol.commands import Commands, Exchange, Pause
 from interview_access.protocol.limits import LimitsReader
 from interview_access.protocol.messages import JobMessage, checked_message, checked_messages
 from interview_access.redis_address import RedisAddress
+from interview_access.tracing import sending
 
 T = TypeVar("T")
 
@@ -131,11 +132,13 @@ class AsyncInterviewAccessClient:
         The jobs, also those of a generator, are encoded in other threads.
         """
         messages: list[JobMessage] = []
-        encoding = checked_messages(jobs)
-        # In slices: a thread that encodes many jobs in a row rarely releases the GIL to the loop.
-        while part := await asyncio.to_thread(list, islice(encoding, _SLICE_JOBS)):
-            messages += part
-        return await self._run(enqueueing.enqueue_many(messages, self._limits))
+        with sending(self._addresses[0]) as call:
+            encoding = checked_messages(jobs, call.headers)
+            # In slices: a thread that encodes many jobs in a row rarely releases the GIL.
+            while part := await asyncio.to_thread(list, islice(encoding, _SLICE_JOBS)):
+                messages += part
+            call.count(len(messages))
+            return await self._run(enqueueing.enqueue_many(messages, self._limits))
 
     async def wait(
         self,
@@ -172,12 +175,13 @@ class AsyncInterviewAccessClient:
         await self.close()
 
     async def _enqueue(self, job: Job, *, is_new_id: bool) -> str:
-        # In a thread, because encoding 100,000 IDs would block the loop.
-        try:
-            message = await asyncio.to_thread(checked_message, job)
-        except InvalidGrantRequestException as error:
-            raise error.with_traceback(None) from None
-        return await self._run(enqueueing.enqueue(message, self._limits, is_new_id=is_new_id))
+        with sending(self._addresses[0], job) as call:
+            # In a thread, because encoding 100,000 IDs would block the loop.
+            try:
+                message = await asyncio.to_thread(checked_message, job, call.headers)
+            except InvalidGrantRequestException as error:
+                raise error.with_traceback(None) from None
+            return await self._run(enqueueing.enqueue(message, self._limits, is_new_id=is_new_id))
 
     def _check_loop(self) -> None:
         """Refuse an event loop other than the one to which the connections belong."""

@@ -30,6 +30,7 @@ from interview_access.protocol import control_requests, enqueueing, polling
 from interview_access.protocol.commands import Commands, Exchange, Pause
 from interview_access.protocol.limits import LimitsReader
 from interview_access.protocol.messages import checked_message, checked_messages
+from interview_access.tracing import sending
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class InterviewAccessClient:
             ValueError: if no broker is given, or a URL is invalid.
         """
         queue, results = redis_addresses(broker_url, result_backend)
+        self._server = queue
         self._queue = connect(queue, client_name=CLIENT_NAME)
         self._results = (
             self._queue if results == queue else connect(results, client_name=CLIENT_NAME)
@@ -259,12 +261,15 @@ class InterviewAccessClient:
         self.close()
 
     def _enqueue(self, job: Job, *, is_new_id: bool) -> Exchange[str]:
-        message = checked_message(job)
-        return (yield from enqueueing.enqueue(message, self._limits, is_new_id=is_new_id))
+        with sending(self._server, job) as call:
+            message = checked_message(job, call.headers)
+            return (yield from enqueueing.enqueue(message, self._limits, is_new_id=is_new_id))
 
     def _enqueue_many(self, jobs: Iterable[Job]) -> Exchange[list[str]]:
-        messages = list(checked_messages(jobs))
-        return (yield from enqueueing.enqueue_many(messages, self._limits))
+        with sending(self._server) as call:
+            messages = list(checked_messages(jobs, call.headers))
+            call.count(len(messages))
+            return (yield from enqueueing.enqueue_many(messages, self._limits))
 
     def _run(self, exchange: Exchange[T]) -> T:
         """Execute the steps that the exchange yields until it returns."""

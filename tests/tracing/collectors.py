@@ -94,10 +94,17 @@ class SentryServer:
     def receive(self, body: bytes) -> None:
         """Keep the items of an envelope."""
         for item in Envelope.deserialize(body).items:
-            self._items.append((str(item.type), json.loads(item.get_bytes())))
+            content = json.loads(item.get_bytes())
+            is_log_line = item.type == "event" and "exception" not in content
+            self._items.append(("line" if is_log_line else str(item.type), content))
 
     def of(self, kind: str, job_id: str) -> list[dict[str, Any]]:
-        """Return the items of one type that have the job's tag."""
+        """Return the items that have the job's tag.
+
+        Args:
+            kind: Sentry's type of the items; ``line`` for events of log lines.
+            job_id: The job's ID.
+        """
         return [
             item
             for type_, item in list(self._items)

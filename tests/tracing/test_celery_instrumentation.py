@@ -59,7 +59,7 @@ def here(
 ) -> Iterator[Instrumented]:
     """A worker with the instrumentation as the page attaches it."""
     folder = tmp_path_factory.mktemp("instrumented")
-    _, attached = blocks("OpenTelemetry")
+    *_, attached = blocks("OpenTelemetry")
     write_modules(folder, my_worker=attached)
     spans = Lines(folder / "spans")
     with migrated_site(stack, _migrated, 5) as site:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -73,7 +75,7 @@ def traced(
 ) -> Iterator[Traced]:
     """A worker with everything that the page attaches."""
     folder = tmp_path_factory.mktemp("traced")
-    (signals,), (otel, _), (sentry, *_) = map(
+    (signals,), (otel, *_), (sentry, _) = map(
         blocks, ("Tracing and error reporting", "OpenTelemetry", "Sentry")
     )
     write_modules(
@@ -153,7 +155,7 @@ def test_an_expired_job_is_revoked(traced: Traced) -> None:
     assert span["attributes"]["interview_access.state"] == "expired"
     assert span["status"]["status_code"] == "UNSET"
     traced.sentry.first("transaction", job_id)
-    assert [one for one in traced.sentry.of("event", job_id) if "exception" in one] == []
+    assert traced.sentry.of("event", job_id) == []
 
 
 def test_a_retry_is_traced(traced: Traced, interview: str) -> None:
@@ -199,6 +201,18 @@ def test_a_raising_receiver_affects_no_job(traced: Traced, interview: str) -> No
     assert b"an error of a receiver" in traced.service.log.read_bytes()
 
 
+def send_raw(traced: Traced, job_id: str, body: str, headers: dict[str, Any]) -> None:
+    """Push a message of Celery's protocol with any body and headers."""
+    message = {
+        "body": body,
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {**headers, "lang": "sh", "id": job_id, "task": GRANT_ACCESS},
+        "properties": {"delivery_tag": str(uuid4()), "delivery_info": {}},
+    }
+    traced.site.redis.lpush(QUEUE, json.dumps(message))
+
+
 HOSTILE: list[dict[str, Any]] = [
     {name: value}
     for name in sorted({*dir(Context), "self", "sender", "signal", "task", "", "a b", "__dict__"})
@@ -216,16 +230,9 @@ def test_hostile_headers_harm_no_job(traced: Traced, interview: str) -> None:
     """No name or value of a header replaces an attribute of the request or fails a job."""
     ids = []
     for number, headers in enumerate(HOSTILE):
-        message: Any = {
-            "body": json.dumps([[f"hostile-{number}", [interview]], {}, {}]),
-            "content-type": "application/json",
-            "content-encoding": "utf-8",
-            "headers": {"lang": "sh", "root_id": None, **headers},
-            "properties": {"delivery_tag": str(uuid4()), "delivery_info": {}},
-        }
-        ids.append(message["headers"]["id"] if "id" in headers else str(uuid4()))
-        message["headers"] |= {"id": ids[-1], "task": GRANT_ACCESS}
-        traced.site.redis.lpush(QUEUE, json.dumps(message))
+        ids.append(str(uuid4()))
+        body = json.dumps([[f"hostile-{number}", [interview]], {}, {}])
+        send_raw(traced, ids[-1], body, headers)
     for number, job_id in enumerate(ids):
         signals = traced.of(job_id)
         assert [one["signal"] for one in signals] == ["prerun", "success", "postrun"], HOSTILE[
@@ -323,6 +330,19 @@ def test_sentry_reports_a_failure(traced: Traced) -> None:
     assert transaction["contexts"]["trace"]["status"] == "internal_error"
 
 
+def test_a_dead_letter_is_reported_once(traced: Traced) -> None:
+    """The error of a dead letter is reported, and its log line is not reported again."""
+    job_id = str(uuid4())
+    send_raw(traced, job_id, "no JSON", {})
+    traced.of(job_id)
+    traced.sentry.first("transaction", job_id)
+    (event,) = traced.sentry.of("event", job_id)
+    assert event["exception"]["values"][0]["type"] == "JobFailedError"
+    # The page's receiver of `task_failure` logs an error of its own.
+    assert [one["logger"] for one in traced.sentry.of("line", job_id)] == ["alerts"]
+    assert f"dead letter: job={job_id}".encode() in traced.service.log.read_bytes()
+
+
 def test_sentry_traces_jobs_of_a_batch_separately(traced: Traced, interview: str) -> None:
     """Each job has a transaction of its own; only the failed one has an error."""
     ids = traced.send_batch((("sentry", ["no UUID"]), {}), (("sentry", [interview]), {}))
@@ -334,3 +354,145 @@ def test_sentry_traces_jobs_of_a_batch_separately(traced: Traced, interview: str
     assert process["data"]["messaging.message.id"] == ids[1]
     assert traced.sentry.first("event", ids[0])["tags"]["celery_task_id"] == ids[0]
     assert traced.sentry.of("event", ids[1]) == []
+
+
+def run(traced: Traced, program: str, **environment: str) -> list[str]:
+    """Run a producer's program, and return the lines that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=traced.site.environment(
+            PYTHONPATH=traced.spans.path.parent, SPANS=traced.spans.path, **environment
+        ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_producer_of_the_page(traced: Traced) -> None:
+    """A trace leads from the producer's own span through the client's to the job and its SQL."""
+    traced.site.store.add_interviews_with_ids(["018f3a1c-0000-7000-8000-000000000001"])
+    _, producer, _ = blocks("OpenTelemetry")
+    (job_id,) = run(traced, producer)
+    job = span_of(traced.spans, job_id)
+    sent = span_of(traced.spans, job_id, "send interview-access")
+    (importing,) = traced.spans.find(lambda one: one["name"] == "import")
+    assert job["parent_id"] == sent["context"]["span_id"]
+    assert sent["parent_id"] == importing["context"]["span_id"]
+    assert sent["kind"] == "SpanKind.PRODUCER"
+    assert sent["attributes"] == {
+        "messaging.system": "celery",
+        "messaging.operation.name": "send",
+        "messaging.operation.type": "send",
+        "messaging.destination.name": QUEUE,
+        "messaging.message.id": job_id,
+        "interview_access.task": GRANT_ACCESS,
+        "server.address": traced.site.broker.partition("://")[2].partition("?")[0],
+    }
+
+
+CALLS = """
+import asyncio, contextlib
+from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.contracts import GrantJob
+from interview_access.errors import InterviewAccessError
+from interview_access.producer import InterviewAccessClient
+from opentelemetry import baggage, context, trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter()))
+trace.set_tracer_provider(provider)
+context.attach(baggage.set_baggage("tenant", "acme"))
+
+with InterviewAccessClient() as client:
+    print(*client.enqueue_many([GrantJob("a", []), GrantJob("b", [])]))
+    with contextlib.suppress(InterviewAccessError):
+        client.enqueue("x" * 40, [])
+assert not trace.get_current_span().get_span_context().is_valid
+
+async def main():
+    async with AsyncInterviewAccessClient() as client:
+        async def request(name):
+            with provider.get_tracer("test").start_as_current_span(name):
+                return await client.enqueue_cohort(["c"], [])
+        print(*await asyncio.gather(request("request-0"), request("request-1")))
+        print(*await client.enqueue_many([GrantJob("d", [])]))
+
+asyncio.run(main())
+"""
+
+
+def test_spans_of_both_clients(traced: Traced) -> None:
+    """Each call has one span: also of many jobs, concurrent calls of asyncio, and a failed call."""
+    many, concurrent, asyncs = (line.split() for line in run(traced, CALLS))
+
+    def sent(job_id: str) -> dict[str, Any]:
+        parent = span_of(traced.spans, job_id)["parent_id"]
+        (span,) = traced.spans.find(lambda one: one["context"]["span_id"] == parent)
+        return dict(span)
+
+    assert sent(many[0]) == sent(many[1])
+    assert sent(many[0])["attributes"]["messaging.batch.message_count"] == 2
+    assert sent(asyncs[0])["attributes"]["messaging.batch.message_count"] == 1
+    for number, job_id in enumerate(concurrent):
+        (request,) = [one for one in traced.spans.read() if one["name"] == f"request-{number}"]
+        assert sent(job_id)["parent_id"] == request["context"]["span_id"]
+    (failed,) = traced.spans.find(
+        lambda one: one["attributes"].get("error.type") == "InvalidGrantRequestException"
+    )
+    assert failed["status"]["status_code"] == "ERROR"
+    received = traced.of(many[0])[0]
+    assert received["headers"]["baggage"] == "tenant=acme"
+
+
+SENTRY_PRODUCER = """
+import sentry_sdk
+from interview_access.producer import InterviewAccessClient
+
+sentry_sdk.init(traces_sample_rate=1.0)
+with sentry_sdk.start_transaction(name="request") as transaction, InterviewAccessClient() as client:
+    print(client.enqueue("ann", []), transaction.trace_id)
+"""
+
+
+def test_a_producer_with_sentry(traced: Traced) -> None:
+    """Sentry's trace continues from the client's producer to the job."""
+    job_id, trace_id = run(traced, SENTRY_PRODUCER, SENTRY_DSN=traced.sentry.dsn)[0].split()
+    assert traced.sentry.first("transaction", job_id)["contexts"]["trace"]["trace_id"] == trace_id
+
+
+def test_a_producer_that_sets_up_nothing(traced: Traced) -> None:
+    """Without an SDK a client adds no header, and loads no Sentry."""
+    program = """
+import sys
+from interview_access.producer import InterviewAccessClient
+from interview_access.tracing import inject_context
+with InterviewAccessClient() as client:
+    print(client.enqueue("ann", []))
+assert inject_context() == {}
+assert "sentry_sdk" not in sys.modules
+"""
+    (job_id,) = run(traced, program)
+    assert traced.of(job_id)[0]["headers"] == {}
+
+
+def test_exempt_errors_of_the_page(traced: Traced) -> None:
+    """The page's block adds an error to those that are expected of a task."""
+    _, exempting = blocks("Sentry")
+    program = f"{exempting}\nprint(*(one.__name__ for one in app.tasks[name].throws))"
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=traced.site.environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == "InvalidInterviewIdException"

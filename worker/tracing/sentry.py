@@ -113,8 +113,9 @@ def _report(run: JobRun) -> None:
 
 
 def _without_duplicate(run: JobRun, event: Any, hint: dict[str, Any]) -> Any:
-    """Drop the log line of a dead letter whose cause is reported as the job's error."""
-    is_line = "log_record" in hint and "exc_info" not in hint
+    """Drop the worker's line of a dead letter whose cause is reported as the job's error."""
+    record = hint.get("log_record")
+    is_line = record is not None and record.name.startswith("worker.") and not record.exc_info
     return None if is_line and _is_reported(run) else event
 
 

@@ -167,22 +167,29 @@ def enqueue_commands(messages: Iterable[JobMessage]) -> tuple[Command, ...]:
     )
 
 
-def checked_message(job: Job) -> JobMessage:
+def checked_message(job: Job, headers: Mapping[str, str] | None = None) -> JobMessage:
     """Validate a job's arguments as a worker does, and build its message.
+
+    Args:
+        job: The job.
+        headers: Headers to add to the message's own.
 
     Raises:
         ValueError: as from :meth:`JobMessage.of`.
         InvalidGrantRequestException: if an argument is invalid.
     """
     job.check()
-    return JobMessage.of(job)
+    return JobMessage.of(job, headers=headers)
 
 
-def checked_messages(jobs: object) -> Iterator[JobMessage]:
+def checked_messages(
+    jobs: object, headers: Mapping[str, str] | None = None
+) -> Iterator[JobMessage]:
     """Validate many jobs, and build their messages in order; a job given twice has one message.
 
     Args:
         jobs: An iterable of jobs; other objects are refused.
+        headers: Headers to add to each message's own.
 
     Raises:
         ValueError: as from :func:`checked_message`, with the job's position.
@@ -197,7 +204,7 @@ def checked_messages(jobs: object) -> Iterator[JobMessage]:
             if not isinstance(job, Job):
                 expected = "a GrantJob, GrantCohortJob or InterviewAttemptJob"
                 raise InvalidGrantRequestException.of([("the job", expected, describe(job))])
-            message = checked_message(job)
+            message = checked_message(job, headers)
             first = first_of.setdefault(message.job_id, message)
             if first.announcement.digest != message.announcement.digest:
                 taken = f"{shortened(message.job_id)}, the ID of an earlier request"
