@@ -51,13 +51,13 @@ def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[s
         main = psutil.Process(deployment.service.pid)
         processes = [main, *main.children(recursive=True)]
         before = (
-            _cpu_seconds(processes),
+            cpu_seconds(processes),
             _commands(deployment.redis),
             _transactions(server, database),
         )
         time.sleep(bench.scale * _WINDOW_SECONDS)
         after = (
-            _cpu_seconds(processes),
+            cpu_seconds(processes),
             _commands(deployment.redis),
             _transactions(server, database),
         )
@@ -72,7 +72,7 @@ def _worker(bench: Bench, contender: Contender, database: Database) -> Mapping[s
     }
 
 
-def _cpu_seconds(processes: list[psutil.Process]) -> float:
+def cpu_seconds(processes: list[psutil.Process]) -> float:
     """Return the CPU time of the processes, with a resolution of 10 ms."""
     times = [process.cpu_times() for process in processes]
     return float(sum(one.user + one.system for one in times))

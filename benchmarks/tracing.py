@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
+import psutil
 from interview_access.contracts import GRANT_ACCESS, QUEUE
 
 from benchmarks.bench import Bench
 from benchmarks.contenders import Contender
 from benchmarks.deployment import Deployment
+from benchmarks.idle import cpu_seconds
 from benchmarks.measuring import Comparison, Figure, measure
 from benchmarks.small_jobs import INTERVIEWS, JOBS, drain_rate
 
@@ -22,19 +24,29 @@ _ON = (
 
 
 def tracing(bench: Bench) -> list[Figure]:
-    """A queue of jobs of 20 ids: jobs a second with each library, without a collector."""
+    """A queue of jobs of 20 ids: the rate and the worker's CPU time with each library."""
     jobs = bench.size(JOBS)
     with ExitStack() as stack:
         database = stack.enter_context(bench.database(INTERVIEWS))
 
-        def rate(deployment: Deployment) -> Mapping[str, float]:
-            return {deployment.contender.name: drain_rate(deployment, jobs)}
+        def sample(deployment: Deployment) -> Mapping[str, float]:
+            main = psutil.Process(deployment.service.pid)
+            processes = [main, *main.children(recursive=True)]
+            before = cpu_seconds(processes)
+            rate, name = drain_rate(deployment, jobs), deployment.contender.name
+            cpu = cpu_seconds(processes) - before
+            return {name: rate, _cpu(name): 1_000 * cpu / jobs}
 
         deployments = [stack.enter_context(bench.deploy(one, database)) for one in (_OFF, *_ON)]
-        comparison = Comparison(
-            measure([partial(rate, one) for one in deployments], bench.runs), "jobs/s"
-        )
+        samples = measure([partial(sample, one) for one in deployments], bench.runs)
+    rates, times = Comparison(samples, "jobs/s"), Comparison(samples, "ms/job")
     return [
-        comparison.figure(_OFF.name),
-        *(comparison.figure(one.name, _OFF.name) for one in _ON),
+        rates.figure(_OFF.name),
+        *(rates.figure(one.name, _OFF.name) for one in _ON),
+        times.figure(_cpu(_OFF.name)),
+        *(times.figure(_cpu(one.name), _cpu(_OFF.name)) for one in _ON),
     ]
+
+
+def _cpu(name: str) -> str:
+    return f"CPU, {name}"
