@@ -14,7 +14,7 @@ BENCH ?=
 CHAOS ?=
 #: FUZZ_SEED=2                seed of the messages of `make fuzz` (1)
 
-.PHONY: help demo up test bench bench-full chaos fuzz soak check format contract lock clean
+.PHONY: help demo up test bench bench-full chaos fuzz soak check docs format contract lock clean
 
 help: ## list the targets and variables
 	@echo 'Usage: make TARGET [VARIABLE=value]. The first target also creates .venv (1 min).'
@@ -30,13 +30,18 @@ demo: .venv/ready ## run the main job on real servers and check it (1 min)
 up: .venv/ready ## run PostgreSQL, Valkey, a worker and Flower (until Ctrl-C)
 	@$(BIN)/interview-access up
 
-check: .venv/ready ## lint, format, types, spelling, links, dependencies, tracked files (1 min)
+check: .venv/ready ## lint, format, types, spelling, links, documentation site, dependencies, tracked files (1 min)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/codespell
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	@$(BIN)/python -m pytest -q tests/test_documentation.py tests/test_packaging.py
+	@$(BIN)/python -m pytest -q tests/test_documentation.py tests/test_packaging.py tests/slow_site.py
+
+docs: .venv/ready ## build the documentation site in build/docs, without network (10 s)
+	@rm -rf build/docs # a page with a warning would be taken from the cache, without the warning
+	@$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo "Open build/docs/index.html"
 
 test: .venv/ready .venv/node/ready ## run the tests on real servers (5 min)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder

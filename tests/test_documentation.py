@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import click
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from worker.cli import main
 from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +132,44 @@ def test_the_configuration_is_that_of_the_settings() -> None:
                 for one in field.metadata
             }
             assert allowed == f"{limits['Ge']:,} to {limits['Le']:,}"
+
+
+def test_every_page_with_examples_is_read_by_a_test() -> None:
+    """A page with blocks that can be executed is named by a test, which executes them."""
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    others = [text for text in tests if text != Path(__file__).read_text(encoding="utf-8")]
+    read = "\n".join(others).replace('" / "', "/")
+    examples = {
+        str(page.relative_to(ROOT))
+        for page in pages()
+        for token in tokens(page)
+        if token.type == "fence" and token.info in {"python", "js", "sql", "redis"}
+    }
+    assert len(examples) > 3
+    assert [page for page in sorted(examples) if f'"{page}"' not in read] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_console_blocks_exist(page: Path) -> None:
+    """Subcommands and options of ours, make targets, and files that a command names exist."""
+    blocks = [token.content for token in tokens(page) if token.type == "fence"]
+    commands = re.findall(r"^\$ (.*?)(?: +#.*)?$", "\n".join(blocks), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in commands:
+        filled_in = re.sub(r" ID(\.\.\.)?$", " 1764000000000-0", re.sub(r"[\[\]]", "", command))
+        program, *words = shlex.split(filled_in)
+        if Path(program).name == "interview-access":
+            subcommand: click.Command | None = main
+            while isinstance(subcommand, click.Group):
+                name = words.pop(0)
+                subcommand = subcommand.get_command(click.Context(subcommand), name)
+            assert subcommand, command
+            subcommand.make_context(name, words)  # raises UsageError for an unknown option
+        elif program == "make":
+            assert set(words) <= set(targets), command
+        for word in words:
+            is_file = re.fullmatch(r"(\./|\.)?[\w/-]+\.(py|lock|example)", word)
+            assert not is_file or (ROOT / word).exists(), command
 
 
 def test_make_help_describes_every_target() -> None:

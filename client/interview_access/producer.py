@@ -200,12 +200,12 @@ class InterviewAccessClient:
             on_progress: Called with each progress that is read. Its exceptions end the call.
 
         Returns:
-            The result: ``{"success": True, "created_access_count": N}`` for a grant-access job.
+            ``{"success": True, "created_access_count": N}`` for a grant-access job.
 
         Raises:
             ValueError: if `job_id` or `timeout` is invalid.
             InterviewAccessError: if the job failed, in the class that its worker stored, or
-                :class:`JobFailedError` if this package does not define that class.
+                :class:`~interview_access.errors.JobFailedError` if this package does not define it.
             NoAnswerInTimeError: if the job has no result by the timeout.
             QueueUnavailableError: if the results cannot be read.
         """
@@ -237,7 +237,7 @@ class InterviewAccessClient:
             timeout: Seconds to wait for a worker's reply, and for a running job to stop.
 
         Returns:
-            The job's state afterwards: ``cancelled``, or the final state that it already had. If it
+            The job's state afterwards, ``cancelled`` or the final state that it already had. If it
             is ``running`` (the timeout passed) or ``unknown`` (the job was never announced),
             ``cancel_requested`` is true: the job will stop, or will not start.
 

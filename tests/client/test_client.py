@@ -28,6 +28,7 @@ from tests.support.stores import Background, until
 from tests.support.workers import ROOT, Site, held_grant, site_with_worker
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLIENT_README = (ROOT / "client" / "README.md").read_text(encoding="utf-8")
 CHUNK = 10
 
 
@@ -203,14 +204,14 @@ def test_a_job_before_its_expiry_is_executed(client: Client, samples: list[str])
         assert client.wait(job_id, timeout=30)["created_access_count"] == 1
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_an_example_of_the_readme_runs(here: Site, samples: list[str], number: int) -> None:
-    """The Python of the README enqueues a job and prints its result, unchanged."""
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_example_of_the_readmes_runs(here: Site, samples: list[str], number: int) -> None:
+    """The Python of both READMEs enqueues a job and prints its result; only the URL differs."""
     assert NAMED_SAMPLES[0] in samples
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    blocks = re.findall(r"```python\n(.*?)```", README + CLIENT_README, re.DOTALL)
+    assert len(blocks) == 3
     done = subprocess.run(
-        [sys.executable, "-c", blocks[number]],
+        [sys.executable, "-c", blocks[number].replace("redis://localhost:6379/0", here.broker)],
         env=here.environment(),
         capture_output=True,
         text=True,

@@ -314,6 +314,10 @@ class TestCollations:
                 assert f"REINDEX INDEX CONCURRENTLY public.{KEY}" in statements
                 assert not [statement for statement in statements if "_like" in statement]
                 assert not [statement for statement in statements if "grant_access" in statement]
+                documented = re.findall(r"^(REINDEX.*|ALTER DATABASE.*);$", PAGE, re.MULTILINE)
+                named = [statement.replace("platform", str(name)) for statement in documented]
+                assert len(named) == 2
+                assert set(named) <= set(statements)
                 for statement in statements:
                     connection.execute(text(statement))
             assert migrated(url) == [nothing]

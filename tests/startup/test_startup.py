@@ -123,8 +123,10 @@ class TestServers:
         """The Redis user of docs/running.md has every permission that worker and client need."""
         text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
         (command,) = re.findall(r"^ACL SETUSER worker .*$", text, re.MULTILINE)
+        (upgrade,) = re.findall(r"^ +(ACL SETUSER producer .*)$", text, re.MULTILINE)
         with redis_of(tmp_path) as port, Redis(port=port) as redis:
             redis.execute_command(*command.split())
+            redis.execute_command(*upgrade.split())
             url = f"redis://worker:secret@127.0.0.1:{port}/0"
             with (
                 worker(here, tmp_path / "worker.log", CELERY_BROKER_URL=url),
