@@ -36,7 +36,8 @@ default_role = "code"  # single backticks in docstrings
 nitpicky = True
 nitpick_ignore_regex = [
     # Without their inventories, which are on the network, names of other projects have no target.
-    ("py:.*", r"(collections|datetime|django|pydantic|redis|sqlalchemy|typing|uuid)\..*"),
+    ("py:.*", r"(collections|contextlib|datetime|types|typing|unittest|uuid)\..*"),
+    ("py:.*", r"(celery|django|kombu|opentelemetry|psycopg|pydantic|pytest|redis|sqlalchemy)\..*"),
     # Imports for type checkers only, which autodoc does not execute.
     ("py:class", "Connection|UUID"),
     # Defined in a submodule, and documented in the package that exports them.

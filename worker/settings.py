@@ -139,5 +139,6 @@ def _sentence(problem: Any) -> str:
     expected = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     received = str(problem["input"])
     return (
-        f"{name}: got {masked(received) if name in _URLS else repr(received)}, expected {expected}"
+        f"{name}: got {masked(received.removeprefix('jdbc:')) if name in _URLS else repr(received)}"
+        f", expected {expected}"
     )

@@ -8,6 +8,7 @@ database or a collation was created.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
@@ -15,6 +16,7 @@ from storage.schema.privileges import NEEDED
 
 _RECORDS_DATABASE_VERSION = (15,)
 
+# The actual versions are computed last: for each of hundreds of collations they would take long.
 _INDEXES = """
     WITH used (index, oid) AS (
         SELECT DISTINCT i.indexrelid, u.oid
@@ -23,27 +25,19 @@ _INDEXES = """
         CROSS JOIN unnest(i.indcollation::oid[], i.indclass::oid[]) AS u (oid, class)
         JOIN pg_opclass o ON o.oid = u.class AND o.opcname !~ '_pattern_ops$'
     )
-    SELECT object, recorded, actual, refresh, format('%I.%I', n.nspname, x.relname) AS index
+    SELECT format('%I.%I', n.nspname, x.relname) AS name,
+           CASE WHEN c.collprovider = 'd' THEN format('DATABASE %I', d.datname)
+                ELSE format('COLLATION %I.%I', s.nspname, c.collname) END AS changed,
+           CASE WHEN c.collprovider = 'd' THEN {recorded} ELSE c.collversion END AS recorded,
+           CASE WHEN c.collprovider = 'd' THEN {actual}
+                ELSE pg_collation_actual_version(c.oid) END AS actual
     FROM used
     JOIN pg_class x ON x.oid = used.index
     JOIN pg_namespace n ON n.oid = x.relnamespace
-    JOIN ({versions}) AS versions ON versions.oid = used.oid
-    WHERE recorded <> actual
-    ORDER BY object, index
-"""
-_OF_COLLATIONS = """
-    SELECT c.oid, format('the collation %I.%I', s.nspname, c.collname) AS object,
-           c.collversion AS recorded, pg_collation_actual_version(c.oid) AS actual,
-           format('ALTER COLLATION %I.%I REFRESH VERSION', s.nspname, c.collname) AS refresh
-    FROM pg_collation c JOIN pg_namespace s ON s.oid = c.collnamespace
-    WHERE c.collprovider <> 'd'
-"""
-_OF_DATABASE = """
-    SELECT c.oid, format('the database %I', d.datname), d.datcollversion,
-           pg_database_collation_actual_version(d.oid),
-           format('ALTER DATABASE %I REFRESH COLLATION VERSION', d.datname)
-    FROM pg_database d CROSS JOIN pg_collation c
-    WHERE d.datname = current_database() AND c.collprovider = 'd'
+    JOIN pg_collation c ON c.oid = used.oid
+    JOIN pg_namespace s ON s.oid = c.collnamespace
+    JOIN pg_database d ON d.datname = current_database()
+    ORDER BY name
 """
 
 
@@ -58,19 +52,24 @@ def changed_collations(connection: Connection) -> list[str]:
     Returns:
         A sentence with the statements to run, for each database or collation with such indexes.
     """
-    versions = _OF_COLLATIONS
+    of_database = {"recorded": "NULL", "actual": "NULL"}
     if (connection.dialect.server_version_info or ()) >= _RECORDS_DATABASE_VERSION:
-        versions += f"UNION ALL {_OF_DATABASE}"
-    rows = connection.execute(
-        text(_INDEXES.format(versions=versions)), {"tables": list(NEEDED)}
-    ).all()
+        of_database["recorded"] = "d.datcollversion"
+        of_database["actual"] = "pg_database_collation_actual_version(d.oid)"
+    query = text(_INDEXES.format(**of_database))
     indexes = defaultdict(list)
-    for row in rows:
-        indexes[row[:4]].append(row.index)
-    return [
-        f"{changed} has version {recorded} of its sort order, the server has {actual}: indexes on "
-        "text may miss rows, and unique keys may admit duplicates; run "
-        f"{'; '.join(f'REINDEX INDEX CONCURRENTLY {index}' for index in names)}; reindex the "
-        f"other indexes on text, if there are any; then run {refresh}"
-        for (changed, recorded, actual, refresh), names in indexes.items()
-    ]
+    for row in connection.execute(query, {"tables": list(NEEDED)}):
+        if None not in {row.recorded, row.actual} and row.recorded != row.actual:
+            indexes[row.changed, row.recorded, row.actual].append(row.name)
+    return [_sentence(*changed, names) for changed, names in indexes.items()]
+
+
+def _sentence(changed: str, recorded: str, actual: str, indexes: Sequence[str]) -> str:
+    kind, _, name = changed.partition(" ")
+    version = "COLLATION VERSION" if kind == "DATABASE" else "VERSION"
+    return (
+        f"the {kind.lower()} {name} has version {recorded} of its sort order, the server has "
+        f"{actual}: indexes on text may miss rows, and unique keys may admit duplicates; run "
+        f"{'; '.join(f'REINDEX INDEX CONCURRENTLY {index}' for index in indexes)}; reindex the "
+        f"other indexes on text, if there are any; then run ALTER {changed} REFRESH {version}"
+    )
