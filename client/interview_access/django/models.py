@@ -1,0 +1,104 @@
+"""The worker's tables that a service reads: requests of the outbox, and finished jobs.
+
+Rows are for reading. :mod:`interview_access.outbox` requests jobs, workers write the rest. The
+migrations of this app create the tables where ``interview-access migrate`` has not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from django.db import models
+from django.utils import timezone
+
+from interview_access.contracts import (
+    CREATE_INTERVIEW_ATTEMPT,
+    GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
+    MAX_JOB_ID_LENGTH,
+)
+
+TASKS = [
+    (GRANT_ACCESS, "grant access"),
+    (GRANT_COHORT_ACCESS, "grant cohort access"),
+    (CREATE_INTERVIEW_ATTEMPT, "create interview attempt"),
+]
+"""The tasks, each with its description."""
+
+
+class TextArrayField(models.Field):
+    """A ``text[]``, read as a list. Elements may be None or lists."""
+
+    def db_type(self, connection: Any) -> str:  # noqa: ARG002 - Django's signature
+        """Return the column's type."""
+        return "text[]"
+
+
+def random_id() -> str:
+    """Return a random job ID, as the database chooses it by default."""
+    return str(uuid4())
+
+
+class OutboxRequest(models.Model):
+    """A job requested in a transaction. The row is deleted when the job has a result.
+
+    Attributes:
+        user_id: None for a cohort.
+        user_ids: The users of a cohort.
+        sent_at: When a worker last enqueued the job; None before the first time.
+        look_at: When a worker looks at the row next.
+    """
+
+    job_id = models.CharField(max_length=MAX_JOB_ID_LENGTH, primary_key=True, default=random_id)
+    task = models.TextField(choices=TASKS, default=GRANT_ACCESS)
+    user_id = models.TextField(null=True)
+    user_ids = TextArrayField(null=True)
+    interview_ids = TextArrayField()
+    requested_at = models.DateTimeField(default=timezone.now)
+    sent_at = models.DateTimeField(null=True)
+    look_at = models.DateTimeField(default=timezone.now)
+    eta = models.DateTimeField(null=True)
+    expires_at = models.DateTimeField(null=True)
+    digest = models.TextField(null=True)
+    headers = models.JSONField(null=True)
+
+    class Meta:
+        managed = False
+        db_table = "grant_access_request"
+        default_permissions = ("view",)
+        ordering = ("-requested_at",)
+
+    def __str__(self) -> str:
+        return str(self.job_id)
+
+
+class FinishedJob(models.Model):
+    """A job's row of the ledger: its final state, its counts, and its result or error.
+
+    The counts are None if the job did not succeed, `user_id` is None for a cohort.
+    """
+
+    job_id = models.CharField(max_length=MAX_JOB_ID_LENGTH, primary_key=True)
+    task = models.CharField(max_length=255, choices=TASKS)
+    state = models.CharField(
+        max_length=16, choices=[(s, s) for s in ("succeeded", "failed", "cancelled", "expired")]
+    )
+    user_id = models.CharField(max_length=36, null=True)
+    request_digest = models.CharField(max_length=64)
+    requested = models.IntegerField(null=True)
+    repeated = models.IntegerField(null=True)
+    already_granted = models.IntegerField(null=True)
+    created = models.IntegerField(null=True)
+    result = models.JSONField(null=True)
+    error = models.JSONField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    class Meta:
+        managed = False
+        db_table = "grant_access_job"
+        default_permissions = ("view",)
+        ordering = ("-finished_at",)
+
+    def __str__(self) -> str:
+        return str(self.job_id)
