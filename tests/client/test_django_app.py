@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import make_url
 
 from devstack.servers import LocalStack
-from storage.schema import check_schema, migrate
+from storage.schema import check_schema
 from tests.storage.migrations import GRANTS, KEY, add_grants, add_interviews, migrated
 from tests.support.database import database as temporary_database
 from tests.support.django_projects import DjangoProject
 from tests.support.platform import Database
 from tests.support.stores import Background
+from tests.support.workers import Site
 
 MODELS = """
 import uuid
@@ -65,7 +67,7 @@ def template(stack: LocalStack) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, template: Database) -> DjangoProject:
-    """A project whose second migration adds the key. The template has the first, without the app."""
+    """A project whose second migration adds the key. The template has the first one only."""
     project = DjangoProject.create(tmp_path_factory.mktemp("project"))
     project.append(
         "service/settings.py", 'INSTALLED_APPS += ["interview", "interview_access.django"]\n'
@@ -83,7 +85,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, template: Database) -> Dja
 @pytest.fixture
 def database(stack: LocalStack, template: Database, project: DjangoProject) -> Iterator[Database]:  # noqa: ARG001 - the project has filled the template
     """A database with the tables of the service, and without the key."""
-    with temporary_database(stack.database_url, template=make_url(template.url).database) as url:
+    name = str(make_url(template.url).database)
+    with temporary_database(stack.database_url, template=name) as url:
         yield Database(url)
 
 
@@ -234,3 +237,248 @@ class TestOperation:
         )
         assert printed.startswith("AddGrantKey: expected ")
         assert got in printed
+
+
+class TestTables:
+    """The app's own tables, whichever side creates them."""
+
+    def test_both_sides_create_equal_tables(
+        self, project: DjangoProject, database: Database, migrated_url: str
+    ) -> None:
+        """Django's tables equal the worker's in every column, default, index and constraint.
+
+        They lack the trigger, which notifies workers. The worker's migration adds it.
+        """
+        project.succeed("python manage.py migrate --verbosity 0", database)
+        worker = Database(migrated_url)
+        notify = "CREATE TRIGGER grant_access_request_notify"
+        for table in TABLES:
+            expected = [one for one in worker.catalog()[table] if not one.startswith(notify)]
+            assert database.catalog()[table] == expected
+            assert defaults(database, table) == defaults(worker, table)
+        migrated(database.url)
+        assert check_schema(database.url) is None
+        for table in TABLES:
+            assert database.catalog()[table] == worker.catalog()[table]
+            assert defaults(database, table) == defaults(worker, table)
+
+    def test_tables_of_the_worker_stay_unchanged(
+        self, project: DjangoProject, database: Database
+    ) -> None:
+        """Where the worker's migration ran first, Django's creates nothing, and drops nothing."""
+        migrated(database.url)
+        before = database.catalog()
+        project.succeed("python manage.py migrate interview_access --verbosity 0", database)
+        project.succeed("python manage.py migrate interview_access zero --verbosity 0", database)
+        project.succeed("python manage.py migrate interview_access --verbosity 0", database)
+        after = database.catalog()
+        assert {table: after[table] for table in TABLES} == {
+            table: before[table] for table in TABLES
+        }
+
+    def test_models_have_the_columns_of_the_tables(
+        self, project: DjangoProject, migrated_url: str
+    ) -> None:
+        """Each model has every column of its table, with its type and nullability."""
+        database = Database(migrated_url)
+        printed = project.run_python(
+            "from django.db import connection\n"
+            "from interview_access.django.models import FinishedJob, OutboxRequest\n"
+            "for model in FinishedJob, OutboxRequest:\n"
+            "    for field in model._meta.fields:\n"
+            "        print(model._meta.db_table, field.column, field.db_type(connection),"
+            " 'NULL' if field.null else 'NOT NULL')",
+            database,
+        )
+        rows = database.execute(
+            """
+            SELECT format('%%s %%s %%s %%s', attrelid::regclass, attname,
+                          replace(replace(format_type(atttypid, atttypmod),
+                                  'character varying', 'varchar'), 'varying', 'varchar'),
+                          CASE WHEN attnotnull THEN 'NOT NULL' ELSE 'NULL' END) AS line
+            FROM pg_attribute
+            WHERE attrelid = ANY (%s::regclass[]) AND attnum > 0 AND NOT attisdropped
+            """,
+            list(TABLES),
+        )
+        assert sorted(printed) == sorted(row["line"] for row in rows)
+
+
+def defaults(database: Database, table: str) -> dict[str, str]:
+    """The defaults of a table's columns."""
+    rows = database.execute(
+        "SELECT column_name, column_default FROM information_schema.columns"
+        " WHERE table_name = %s AND table_schema = 'public' ORDER BY ordinal_position",
+        table,
+    )
+    return {row["column_name"]: row["column_default"] for row in rows}
+
+
+VISIT_ADMIN = """
+from django.contrib.admin.utils import quote
+from django.contrib.auth.models import User
+from django.test import Client
+from django.test.utils import setup_test_environment
+from interview_access.django.models import FinishedJob, OutboxRequest
+setup_test_environment()
+client = Client()
+client.force_login(User.objects.create_superuser('root'))
+for model in OutboxRequest, FinishedJob:
+    url = f'/admin/interview_access/{model._meta.model_name}/'
+    own = 'sent_at__isempty=1' if model is OutboxRequest else 'state__exact=failed'
+    for query in '', 'q=ann', 'q=cohort', 'task__exact=interview_access.grant_access', own:
+        response = client.get(f'{url}?{query}')
+        print(response.status_code, len(response.context['cl'].result_list))
+    for row in model.objects.order_by('job_id'):
+        page = f'{url}{quote(row.pk)}/'
+        print(client.get(f'{page}change/').status_code,
+              client.post(f'{page}change/').status_code,
+              client.post(f'{page}delete/', {'post': 'yes'}).status_code)
+    print(client.get(f'{url}add/').status_code)
+    keys = list(model.objects.values_list('pk', flat=True))
+    action = {'action': 'delete_selected', '_selected_action': keys, 'post': 'yes'}
+    client.post(url, action)
+    print(model.objects.count() == len(keys))
+page = client.get('/admin/interview_access/outboxrequest/cohort/change/')
+print('30: x, x' in page.text and 'and 10 more' in page.text)
+"""
+
+
+class TestAdmin:
+    """The admin pages, through Django's test client."""
+
+    def test_pages_are_read_only(self, project: DjangoProject, database: Database) -> None:
+        """Lists, searches, filters and pages of rows answer 200; nothing can be changed."""
+        project.succeed("python manage.py migrate --verbosity 0", database)
+        database.execute(
+            "INSERT INTO grant_access_request (job_id, task, user_id, user_ids, interview_ids,"
+            " sent_at) VALUES"
+            " ('empty', DEFAULT, 'ann', NULL, '{}', NULL),"
+            " ('a/b c_3F', DEFAULT, 'ann', NULL, '{{a,NULL},{b,c}}', now()),"
+            " ('cohort', 'interview_access.grant_cohort_access', NULL, '{ann,NULL}',"
+            " array_fill('x'::text, ARRAY[30]), NULL)"
+        )
+        database.execute(
+            "INSERT INTO grant_access_job (job_id, task, state, request_digest) VALUES"
+            " ('nulls', 'a task of another release', 'failed', '')"
+        )
+        database.execute(
+            "INSERT INTO grant_access_job VALUES"
+            " ('done', 'interview_access.grant_access', 'succeeded', 'ann', 'd', 3, 1, 1, 1,"
+            " '{\"success\": true}', NULL, now())"
+        )
+        printed = project.run_python(VISIT_ADMIN, database)
+        requests = ["200 3", "200 2", "200 1", "200 2", "200 2"]
+        jobs = ["200 2", "200 1", "200 0", "200 1", "200 1"]
+        row, end = "200 403 403", ["403", "True"]
+        assert printed == [*requests, *[row] * 3, *end, *jobs, *[row] * 2, *end, "True"]
+
+
+RUN_CHECKS = """
+from django.core import checks
+from django.db import models
+from interview.models import UserInterviewAccess
+meta = UserInterviewAccess._meta
+def key(**more):
+    fields = ['user_id', 'interview']
+    return [models.UniqueConstraint(fields=fields, name='k', **more)]
+partial = key(condition=models.Q(id=1))
+for constraints in [], partial, key(deferrable=models.Deferrable.DEFERRED), key():
+    meta.constraints = constraints
+    meta.__dict__.pop('total_unique_constraints', None)
+    print([found.id for found in checks.run_checks(tags=['models'])])
+meta.constraints = []
+meta.__dict__.pop('total_unique_constraints', None)
+meta.unique_together = [('interview', 'user_id')]
+print(checks.run_checks(tags=['models']))
+"""
+
+
+class TestChecks:
+    """The system checks."""
+
+    def test_missing_key_is_a_warning(self, project: DjangoProject, database: Database) -> None:
+        """A database without the key gets a warning, and none with a key or without the table."""
+        command = "python manage.py check --database default --fail-level WARNING"
+        done = project.run(command, database)
+        assert done.returncode == 1
+        assert f"{GRANTS} in the database 'default' has no unique key" in done.stderr
+        assert "HINT: Run `interview-access migrate`" in done.stderr
+        project.succeed("python manage.py migrate --verbosity 0", database)
+        project.succeed(command, database)
+        database.execute(f"DROP TABLE {GRANTS}")
+        project.succeed(command, database)
+
+    def test_undeclared_key_is_a_warning(self, project: DjangoProject, database: Database) -> None:
+        """A model without the key gets a warning with the remedy, in any form but a usable key."""
+        printed = project.run_python(RUN_CHECKS, database)
+        missing = "['interview_access.W002']"
+        assert printed == [missing, missing, missing, "[]", "[]"]
+
+
+ENQUEUE = """
+from uuid import UUID
+from django.db import transaction
+from interview_access.django.on_commit import *
+from interview_access.producer import InterviewAccessClient
+with InterviewAccessClient() as client:
+    with transaction.atomic():
+        ids = (id for id in [UUID(int=0)])
+        print(enqueue_on_commit(client, 'ann', ids, job_id='one', countdown=60))
+        enqueue_cohort_on_commit(client, ['ann'], [], job_id='two', expires=60)
+        enqueue_attempt_on_commit(client, UUID(int=0), 'ann', job_id='three')
+        print(client._queue.llen('interview-access'))
+    try:
+        with transaction.atomic():
+            enqueue_on_commit(client, 'ann', [])
+            raise KeyError
+    except KeyError:
+        print(client._queue.llen('interview-access'))
+"""
+
+
+ENQUEUE_INVALID = """
+from interview_access.django.on_commit import *
+from interview_access.producer import InterviewAccessClient
+client = InterviewAccessClient('redis://nowhere.invalid/0')
+for arguments, options in (
+    ((7, []), {}), (('ann', 'one'), {}), (('ann', []), {'job_id': ''}),
+    (('ann', []), {'countdown': 'soon'}),
+):
+    try:
+        enqueue_on_commit(client, *arguments, **options)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+class TestOnCommit:
+    """Enqueueing after the commit."""
+
+    def test_job_is_sent_after_the_commit(
+        self, project: DjangoProject, database: Database, idle: Site
+    ) -> None:
+        """A job of each task is sent after the commit, with its options; none after a rollback."""
+        printed = project.run_python(
+            ENQUEUE,
+            database,
+            CELERY_BROKER_URL=idle.broker,
+        )
+        assert printed == ["one", "0", "3"]
+        raw: Any = idle.redis.lrange("interview-access", 0, -1)
+        headers = [json.loads(message)["headers"] for message in reversed(raw)]
+        assert [(one["id"], one["task"].partition(".")[2]) for one in headers] == [
+            ("one", "grant_access"),
+            ("two", "grant_cohort_access"),
+            ("three", "create_interview_attempt"),
+        ]
+        assert headers[0]["eta"]
+        assert headers[1]["expires"]
+
+    def test_invalid_argument_is_an_error_at_the_call(
+        self, project: DjangoProject, database: Database
+    ) -> None:
+        """Invalid arguments and options raise at the call, before anything is connected to."""
+        printed = project.run_python(ENQUEUE_INVALID, database)
+        refused = "InvalidGrantRequestException"
+        assert printed == [refused, refused, "ValueError", "ValueError"]

@@ -13,7 +13,10 @@ from tests.support.platform import PATIENCE_SECONDS, Database
 
 _DATABASES = """
 import os
-DATABASES = {"default": {"ENGINE": "django.db.backends.postgresql", "NAME": os.environ["PGDATABASE"]}}
+DATABASES["default"] = {
+    "ENGINE": "django.db.backends.postgresql",
+    "NAME": os.environ["PGDATABASE"],
+}
 """
 
 
@@ -46,11 +49,13 @@ class DjangoProject:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(text)
 
-    def run(self, command: str, database: Database, **environment: str) -> tuple[int, str]:
-        """Run a command of a shell. Returns its exit status and all that it prints."""
+    def run(
+        self, command: str, database: Database, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of a shell."""
         words = shlex.split(command)
         words[0] = str(Path(sys.executable).with_name(words[0]))
-        done = subprocess.run(
+        return subprocess.run(
             words,
             cwd=self.folder,
             env={
@@ -60,19 +65,17 @@ class DjangoProject:
                 "PYTHONDONTWRITEBYTECODE": "1",
                 **environment,
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
             timeout=PATIENCE_SECONDS,
             check=False,
         )
-        return done.returncode, done.stdout
 
     def succeed(self, command: str, database: Database, **environment: str) -> str:
         """Run a command that succeeds. Returns what it prints."""
-        status, printed = self.run(command, database, **environment)
-        assert status == 0, printed
-        return printed
+        done = self.run(command, database, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def run_python(self, code: str, database: Database, **environment: str) -> list[str]:
         """Run code in the project's shell. Returns the lines that it prints."""

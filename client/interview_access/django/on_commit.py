@@ -1,0 +1,150 @@
+"""Enqueueing after the commit, for a service whose database is not that of the workers.
+
+If Redis is unavailable at that moment, the job is lost unless the caller sends it again: prefer
+:mod:`interview_access.outbox` where the service shares the workers' database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import TypedDict
+from uuid import UUID
+
+from django.db import transaction
+
+from interview_access.contracts import GrantCohortJob, GrantJob, InterviewAttemptJob, Job
+from interview_access.contracts.requests import or_new
+from interview_access.producer import InterviewAccessClient
+from interview_access.protocol.messages import checked_message
+
+
+class _Options(TypedDict):
+    job_id: str
+    countdown: float | None
+    expires: float | datetime | None
+
+
+def enqueue_on_commit(
+    client: InterviewAccessClient,
+    user_id: str | UUID,
+    interview_ids: Iterable[str | UUID],
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+    using: str | None = None,
+) -> str:
+    """Enqueue a job after the commit of the current transaction: one user's access to interviews.
+
+    Outside a transaction the job is enqueued at once. After a rollback nothing is enqueued.
+
+    Args:
+        client: Sends the job.
+        user_id: 1 to 36 characters.
+        interview_ids: UUIDs.
+        job_id: 1 to 255 printable characters, unique to the request; by default a random UUID.
+            Sending one request twice under one ID is safe: it takes effect once.
+        countdown: Seconds from the commit before which no worker starts the job.
+        expires: Seconds from the commit, or a datetime (UTC if naive), after which no worker starts
+            the job.
+        using: The name of the database; by default Django's default.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError: if `job_id`, `countdown` or `expires` is invalid.
+        InvalidGrantRequestException: if an argument has an invalid type or length.
+        QueueUnavailableError: from the end of the transaction, which is committed then: Redis did
+            not accept the job in time. Send it again under its ID.
+        JobIdReusedException: likewise, if another request has the ID; nothing was sent.
+    """
+    job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires)
+
+    def send() -> None:
+        client.enqueue(job.user_id, job.interview_ids, **_options(job))
+
+    return _after_commit(job, send, using)
+
+
+def enqueue_cohort_on_commit(
+    client: InterviewAccessClient,
+    user_ids: Iterable[str | UUID],
+    interview_ids: Iterable[str | UUID],
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+    using: str | None = None,
+) -> str:
+    """Enqueue one job after the commit: each user's access to each interview.
+
+    Args:
+        client: Sends the job.
+        user_ids: Each of 1 to 36 characters.
+        interview_ids: UUIDs.
+        job_id: See :func:`enqueue_on_commit`.
+        countdown: Likewise.
+        expires: Likewise.
+        using: Likewise.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError, InvalidGrantRequestException, QueueUnavailableError, JobIdReusedException: see
+            :func:`enqueue_on_commit`.
+    """
+    job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
+
+    def send() -> None:
+        client.enqueue_cohort(job.user_ids, job.interview_ids, **_options(job))
+
+    return _after_commit(job, send, using)
+
+
+def enqueue_attempt_on_commit(
+    client: InterviewAccessClient,
+    interview_id: str | UUID,
+    user_id: str | UUID,
+    *,
+    job_id: str | None = None,
+    countdown: float | None = None,
+    expires: float | datetime | None = None,
+    using: str | None = None,
+) -> str:
+    """Enqueue a job after the commit that creates an interview attempt of a user.
+
+    Args:
+        client: Sends the job.
+        interview_id: A UUID.
+        user_id: 1 to 36 characters.
+        job_id: See :func:`enqueue_on_commit`.
+        countdown: Likewise.
+        expires: Likewise.
+        using: Likewise.
+
+    Returns:
+        The job's ID, with which it can be polled after the commit.
+
+    Raises:
+        ValueError, InvalidGrantRequestException, QueueUnavailableError, JobIdReusedException: see
+            :func:`enqueue_on_commit`.
+    """
+    job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
+
+    def send() -> None:
+        client.enqueue_attempt(job.interview_id, job.user_id, **_options(job))
+
+    return _after_commit(job, send, using)
+
+
+def _options(job: Job) -> _Options:
+    return {"job_id": job.job_id, "countdown": job.countdown, "expires": job.expires}
+
+
+def _after_commit(job: Job, send: Callable[[], None], using: str | None) -> str:
+    checked_message(job)
+    transaction.on_commit(send, using=using)
+    return job.job_id
