@@ -272,7 +272,7 @@ class Job:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """The task's named arguments as they are sent: UUIDs as strings, any iterable as a list."""
+        """Named arguments of the task, with UUIDs as strings and any iterable as a list."""
         return {name: as_text(getattr(self, name)) for name in self.request.model_fields}
 
     @property

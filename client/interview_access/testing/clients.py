@@ -36,7 +36,7 @@ class _Blocking(InMemoryQueue, InterviewAccessClient):
         timeout: float,
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
-        """Return the job's result, or raise at once; see :class:`InterviewAccessClient`."""
+        """Return the job's result, or raise at once; see :class:`.InterviewAccessClient`."""
         return super().wait(job_id, timeout=_no_time(timeout), on_progress=on_progress)
 
     def _execute(self, step: Commands) -> list[Any]:
@@ -57,7 +57,7 @@ class _Asyncio(InMemoryQueue, AsyncInterviewAccessClient):
         timeout: float,
         on_progress: Callable[[JobProgress], None] | None = None,
     ) -> dict[str, Any]:
-        """Return the job's result, or raise at once; see :class:`InterviewAccessClient`."""
+        """Return the job's result, or raise at once; see :class:`.InterviewAccessClient`."""
         return await super().wait(job_id, timeout=_no_time(timeout), on_progress=on_progress)
 
     def _check_loop(self) -> None:
@@ -68,10 +68,10 @@ class _Asyncio(InMemoryQueue, AsyncInterviewAccessClient):
 
 
 class FakeClient(StatedResults, _Blocking):
-    """An :class:`InterviewAccessClient` that keeps what was enqueued, and sends nothing.
+    """An :class:`.InterviewAccessClient` that keeps what was enqueued, and sends nothing.
 
     It validates arguments and refuses a reused job ID as the real client does. A job stays queued
-    until the test calls :meth:`set_result`, :meth:`set_failure` or :meth:`cancel`. `wait` never
+    until the test calls :meth:`set_result`, :meth:`set_failure` or `cancel`. `wait` never
     sleeps: without a result it raises NoAnswerInTimeError at once.
     """
 
@@ -81,7 +81,7 @@ class AsyncFakeClient(StatedResults, _Asyncio):
 
 
 class InlineClient(InlineResults, _Blocking):
-    """An :class:`InterviewAccessClient` that executes each job at once, with the worker's own code.
+    """An :class:`.InterviewAccessClient` that executes jobs at once, with the worker's own code.
 
     IDs are validated against the interviews that exist, counts are exact, a repeated job ID has its
     first result, and failures are raised by `wait`. A job with a countdown is executed at once; one
@@ -129,7 +129,7 @@ def capture_enqueued(
 ) -> AbstractContextManager[InMemoryQueue]:
     """Route the calls of every client of this process to one client of the test kit.
 
-    Within the block no :class:`InterviewAccessClient` and no :class:`AsyncInterviewAccessClient`
+    Within the block no :class:`.InterviewAccessClient` and no :class:`.AsyncInterviewAccessClient`
     connects to Redis, whichever thread uses it and whenever it was created. The code under test
     needs no change. Blocks nest: the innermost receives the calls.
 
