@@ -28,6 +28,7 @@ CLIENT_WITH_SQL = {
 """Statements that a service or its tests execute on a connection of their own."""
 CLIENT_WITH_WORKER = "client/interview_access/testing/execution.py"
 """Executes a test's jobs with the worker's own code; only the inline clients import it."""
+DJANGO_APP = "client/interview_access/django"
 MAY_KNOW_CELERY = {"tasks/celery_tasks.py"}
 REDIS_CONNECTIONS = ("aio", "connections", "producer")
 TEST_KIT = "client/interview_access/testing/queue.py"  # raises Redis' errors to the clients
@@ -166,6 +167,16 @@ def test_the_database_is_known_to_storage_only(folder: str) -> None:
         if str(path.relative_to(ROOT)) not in CLIENT_WITH_SQL:
             assert not imported(path) & DRIVERS, path
             assert "INSERT INTO" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("folder", [*sorted(OURS - {"celeryconfig"}), "client/interview_access"])
+def test_django_is_known_to_its_app_only(folder: str) -> None:
+    """No other file imports Django or the app, but those that use a connection of Django."""
+    for path in sources(folder):
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(f"{DJANGO_APP}/"):
+            assert name in CLIENT_WITH_SQL or "django" not in imported(path), path
+            assert not any("interview_access.django" in one for one in imported_modules(path)), path
 
 
 @pytest.mark.parametrize("folder", ["worker", "tasks"])

@@ -69,13 +69,10 @@ def template(stack: LocalStack) -> Iterator[Database]:
 def project(tmp_path_factory: pytest.TempPathFactory, template: Database) -> DjangoProject:
     """A project whose second migration adds the key. The template has the first one only."""
     project = DjangoProject.create(tmp_path_factory.mktemp("project"))
-    project.append(
-        "service/settings.py", 'INSTALLED_APPS += ["interview", "interview_access.django"]\n'
-    )
+    project.append("service/settings.py", 'INSTALLED_APPS += ["interview"]\n')
     project.write("interview/models.py", MODELS)
-    project.succeed("python manage.py makemigrations interview", template)
-    for app in "admin", "interview":
-        project.succeed(f"python manage.py migrate {app} --verbosity 0", template)
+    project.migrate(template)
+    project.append("service/settings.py", 'INSTALLED_APPS += ["interview_access.django"]\n')
     meta = f"    class Meta:\n        constraints = [{CONSTRAINT}]\n"
     project.append("interview/models.py", meta)
     project.write("interview/migrations/0002_key.py", MIGRATION)
@@ -107,6 +104,69 @@ def key(name: str, columns: str = "user_id, interview_id") -> list[str]:
     ]
 
 
+MIGRATE_TO = """
+from django.core.management import call_command
+from django.db import connection
+
+def migrate_to(name):
+    call_command("migrate", "interview", name, verbosity=0)
+    show()
+
+def show():
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT indexrelid::regclass::text, EXISTS"
+            " (SELECT FROM pg_constraint WHERE conindid = indexrelid)"
+            " FROM pg_index WHERE indrelid = 'interview_userinterviewaccess'::regclass"
+            " AND indisunique AND NOT indisprimary"
+        )
+        print(cursor.fetchall())
+"""
+ADOPT_EQUAL_KEYS = f"""{MIGRATE_TO}
+from interview.models import UserInterviewAccess
+
+def unique_together():
+    with connection.schema_editor() as editor:
+        editor.alter_unique_together(UserInterviewAccess, (), {{("user_id", "interview")}})
+
+def execute(statement):
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+
+unique_together()
+migrate_to("0002")
+migrate_to("0001")
+for statement in (
+    "CREATE UNIQUE INDEX mine ON {GRANTS} (user_id, interview_id)",
+    "CREATE UNIQUE INDEX one_grant ON {GRANTS} (interview_id, user_id)",
+    "ALTER TABLE {GRANTS} ADD CONSTRAINT mine UNIQUE (interview_id, user_id)",
+    "ALTER TABLE {GRANTS} ADD CONSTRAINT one_grant UNIQUE (user_id, interview_id)",
+):
+    execute(statement)
+    migrate_to("0002")
+    migrate_to("0001")
+"""
+REFUSE_CONSTRAINTS = """
+from django.apps import apps
+from django.db import connection, models
+from interview_access.django.operations import AddGrantKey
+
+class State:
+    apps = apps
+
+for given in (
+    {"fields": ["user_id", "interview"], "condition": models.Q(id=1)},
+    {"fields": ["user_id"]},
+):
+    try:
+        key = AddGrantKey("userinterviewaccess", models.UniqueConstraint(name="k", **given))
+        with connection.schema_editor() as editor:
+            key.database_forwards("interview", editor, State, State)
+    except ValueError as error:
+        print(error)
+"""
+
+
 class TestOperation:
     """``AddGrantKey`` in every order of steps."""
 
@@ -116,62 +176,32 @@ class TestOperation:
         assert "adopted the unique key one_grant" in migrated(database.url)
         assert unique_keys(database) == key("one_grant")
         assert check_schema(database.url) is None
-        found = project.succeed("python manage.py makemigrations --check --dry-run", database)
-        assert found == "No changes detected\n"
 
     def test_worker_first(self, project: DjangoProject, database: Database) -> None:
-        """The worker's key is renamed, and renamed back by the reverse migration."""
+        """The worker's key is renamed, and renamed back by the reverse migration.
+
+        If the worker's key exists beside the model's, the reverse migration drops the model's.
+        """
         (interview,) = add_interviews(database, 1)
         add_grants(database, ("ann", interview), ("ann", interview))
         migrated(database.url)
-        project.succeed("python manage.py migrate --verbosity 0", database)
-        assert unique_keys(database) == key("one_grant")
+        to = "migrate_to('0002')\nmigrate_to('0001')\nmigrate_to('0002')"
+        printed = project.run_python(f"{MIGRATE_TO}\n{to}", database)
+        ours, theirs = "[('one_grant', True)]", f"[('{KEY}', True)]"
+        assert printed == [ours, theirs, ours]
         assert check_schema(database.url) is None
-        project.succeed("python manage.py migrate interview 0001 --verbosity 0", database)
-        assert unique_keys(database) == key(KEY)
-        project.succeed("python manage.py migrate --verbosity 0", database)
-        assert unique_keys(database) == key("one_grant")
+        both = f"ALTER TABLE {GRANTS} ADD CONSTRAINT {KEY} UNIQUE (user_id, interview_id)"
+        database.execute(both)
+        printed = project.run_python(f"{MIGRATE_TO}\nmigrate_to('0001')", database)
+        assert printed == [theirs]
 
-    def test_reverse_migration_drops_the_key_without_worker(
-        self, project: DjangoProject, database: Database
-    ) -> None:
-        """Where the worker's migration did not run, the reverse migration drops the key."""
-        project.succeed("python manage.py migrate --verbosity 0", database)
-        project.succeed("python manage.py migrate interview 0001 --verbosity 0", database)
-        assert unique_keys(database) == []
+    def test_equal_key_is_adopted(self, project: DjangoProject, database: Database) -> None:
+        """An equal index or constraint of any name and order becomes the constraint of the model.
 
-    @pytest.mark.parametrize(
-        ("statement", "columns"),
-        [
-            (f"CREATE UNIQUE INDEX mine ON {GRANTS} (user_id, interview_id)", None),
-            (f"CREATE UNIQUE INDEX one_grant ON {GRANTS} (interview_id, user_id)", "reverse"),
-            (f"ALTER TABLE {GRANTS} ADD CONSTRAINT mine UNIQUE (interview_id, user_id)", "reverse"),
-            (f"ALTER TABLE {GRANTS} ADD CONSTRAINT one_grant UNIQUE (user_id, interview_id)", None),
-        ],
-    )
-    def test_equal_key_is_adopted(
-        self, project: DjangoProject, database: Database, statement: str, columns: str | None
-    ) -> None:
-        """An equal index or constraint of any name becomes the constraint of the model."""
-        database.execute(statement)
-        project.succeed("python manage.py migrate interview --verbosity 0", database)
-        assert unique_keys(database) == key(
-            "one_grant", "interview_id, user_id" if columns else "user_id, interview_id"
-        )
-
-    def test_unique_together_is_adopted(self, project: DjangoProject, database: Database) -> None:
-        """The constraint that ``unique_together`` made is adopted."""
-        project.run_python(
-            "from django.db import connection\n"
-            "from interview.models import UserInterviewAccess\n"
-            "with connection.schema_editor() as editor:\n"
-            "    pair = {('user_id', 'interview')}\n"
-            "    editor.alter_unique_together(UserInterviewAccess, set(), pair)\n"
-            "from django.core.management import call_command\n"
-            "call_command('migrate', 'interview', verbosity=0)",
-            database,
-        )
-        assert unique_keys(database) == key("one_grant")
+        Without the worker the reverse migration drops it.
+        """
+        printed = project.run_python(ADOPT_EQUAL_KEYS, database)
+        assert printed == ["[('one_grant', True)]", "[]"] * 5
 
     def test_rename_does_not_wait_for_writers(
         self, project: DjangoProject, database: Database
@@ -211,32 +241,12 @@ class TestOperation:
         assert "Applying interview.0002_key... OK" in migrating.result()
         assert unique_keys(database) == key("one_grant")
 
-    @pytest.mark.parametrize(
-        ("given", "got"),
-        [
-            ('fields=["user_id", "interview"], name="k", condition=models.Q(id=1)', "condition="),
-            ('fields=["user_id"], name="k"', "user_id of interview_userinterviewaccess"),
-        ],
-    )
-    def test_other_constraint_is_refused(
-        self, project: DjangoProject, database: Database, given: str, got: str
-    ) -> None:
+    def test_other_constraint_is_refused(self, project: DjangoProject, database: Database) -> None:
         """A constraint that cannot be the key is refused with what was expected."""
-        (printed,) = project.run_python(
-            "from django.db import connection, models\n"
-            "from django.apps import apps\n"
-            "from interview_access.django.operations import AddGrantKey\n"
-            "try:\n"
-            f"    key = AddGrantKey('userinterviewaccess', models.UniqueConstraint({given}))\n"
-            "    with connection.schema_editor() as editor:\n"
-            "        state = type('State', (), {'apps': apps})\n"
-            "        key.database_forwards('interview', editor, state, state)\n"
-            "except ValueError as error:\n"
-            "    print(error)",
-            database,
-        )
-        assert printed.startswith("AddGrantKey: expected ")
-        assert got in printed
+        partial, other = project.run_python(REFUSE_CONSTRAINTS, database)
+        assert partial.startswith("AddGrantKey: expected a UniqueConstraint with fields and a name")
+        assert "condition=" in partial
+        assert other.endswith(f"got user_id of {GRANTS}")
 
 
 class TestTables:
@@ -268,9 +278,12 @@ class TestTables:
         """Where the worker's migration ran first, Django's creates nothing, and drops nothing."""
         migrated(database.url)
         before = database.catalog()
-        project.succeed("python manage.py migrate interview_access --verbosity 0", database)
-        project.succeed("python manage.py migrate interview_access zero --verbosity 0", database)
-        project.succeed("python manage.py migrate interview_access --verbosity 0", database)
+        project.run_python(
+            "from django.core.management import call_command\n"
+            "for target in '0001', 'zero', '0001':\n"
+            "    call_command('migrate', 'interview_access', target, verbosity=0)",
+            database,
+        )
         after = database.catalog()
         assert {table: after[table] for table in TABLES} == {
             table: before[table] for table in TABLES
@@ -349,7 +362,7 @@ class TestAdmin:
 
     def test_pages_are_read_only(self, project: DjangoProject, database: Database) -> None:
         """Lists, searches, filters and pages of rows answer 200; nothing can be changed."""
-        project.succeed("python manage.py migrate --verbosity 0", database)
+        migrated(database.url)
         database.execute(
             "INSERT INTO grant_access_request (job_id, task, user_id, user_ids, interview_ids,"
             " sent_at) VALUES"
@@ -374,6 +387,20 @@ class TestAdmin:
         assert printed == [*requests, *[row] * 3, *end, *jobs, *[row] * 2, *end, "True"]
 
 
+CHECK_DATABASE = f"""{MIGRATE_TO}
+from django.core.checks import run_checks
+
+def check():
+    found = run_checks(tags=["database"], databases=["default"])
+    print(*(f"{{one.id}} {{one.msg}}\\n{{one.hint}}" for one in found))
+
+check()
+call_command("migrate", "interview", verbosity=0)
+check()
+with connection.cursor() as cursor:
+    cursor.execute("DROP TABLE {GRANTS}")
+check()
+"""
 RUN_CHECKS = """
 from django.core import checks
 from django.db import models
@@ -399,15 +426,13 @@ class TestChecks:
 
     def test_missing_key_is_a_warning(self, project: DjangoProject, database: Database) -> None:
         """A database without the key gets a warning, and none with a key or without the table."""
-        command = "python manage.py check --database default --fail-level WARNING"
-        done = project.run(command, database)
-        assert done.returncode == 1
-        assert f"{GRANTS} in the database 'default' has no unique key" in done.stderr
-        assert "HINT: Run `interview-access migrate`" in done.stderr
-        project.succeed("python manage.py migrate --verbosity 0", database)
-        project.succeed(command, database)
-        database.execute(f"DROP TABLE {GRANTS}")
-        project.succeed(command, database)
+        warning, hint, *nothing = project.run_python(CHECK_DATABASE, database)
+        assert warning == (
+            f"interview_access.W001 {GRANTS} in the database 'default' has no unique key on "
+            "(user_id, interview_id)."
+        )
+        assert hint.startswith("Run `interview-access migrate`")
+        assert nothing == ["", ""]
 
     def test_undeclared_key_is_a_warning(self, project: DjangoProject, database: Database) -> None:
         """A model without the key gets a warning with the remedy, in any form but a usable key."""

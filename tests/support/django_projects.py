@@ -11,6 +11,17 @@ from pathlib import Path
 
 from tests.support.platform import PATIENCE_SECONDS, Database
 
+_START = """
+import sys
+from django.core.management import call_command
+call_command("startproject", "service", sys.argv[1])
+call_command("startapp", "interview")
+"""
+_MIGRATE = """
+from django.core.management import call_command
+call_command("makemigrations", "interview", verbosity=0)
+call_command("migrate", verbosity=0)
+"""
 _DATABASES = """
 import os
 DATABASES["default"] = {
@@ -29,13 +40,12 @@ class DjangoProject:
     @classmethod
     def create(cls, folder: Path) -> DjangoProject:
         """Create the project as ``django-admin startproject`` and ``startapp`` do."""
-        for arguments in (["startproject", "service", str(folder)], ["startapp", "interview"]):
-            subprocess.run(
-                [sys.executable, "-m", "django", *arguments],
-                cwd=folder,
-                check=True,
-                timeout=PATIENCE_SECONDS,
-            )
+        subprocess.run(
+            [sys.executable, "-c", _START, str(folder)],
+            cwd=folder,
+            check=True,
+            timeout=PATIENCE_SECONDS,
+        )
         project = cls(folder)
         project.append("service/settings.py", _DATABASES)
         return project
@@ -48,6 +58,10 @@ class DjangoProject:
         """Append to a file of the project."""
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(text)
+
+    def migrate(self, database: Database) -> None:
+        """Make the app's missing migration and apply all migrations."""
+        self.run_python(_MIGRATE, database)
 
     def run(
         self, command: str, database: Database, **environment: str
