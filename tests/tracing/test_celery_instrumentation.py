@@ -127,3 +127,37 @@ def test_spans_of_a_provider_from_before_the_fork(idle: Site, tmp_path: Path) ->
         job_id = idle.send("ann", [])
         idle.answer(job_id)
     span_of(spans, job_id)
+
+
+ENTRY_POINTS = """
+[opentelemetry_configurator]
+configurator = opentelemetry.sdk._configuration:_OTelSDKConfigurator
+[opentelemetry_traces_exporter]
+file = opentelemetry.exporter.otlp.proto.http.trace_exporter:OTLPSpanExporter
+"""
+"""Those of the packages `opentelemetry-distro` and `opentelemetry-exporter-otlp-proto-http`."""
+
+
+def test_opentelemetry_instrument(idle: Site, tmp_path: Path) -> None:
+    """The command ``opentelemetry-instrument`` traces the jobs of a worker without a module."""
+    write_modules(tmp_path)
+    distribution = tmp_path / "distro-1.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: distro\nVersion: 1\n")
+    (distribution / "entry_points.txt").write_text(ENTRY_POINTS)
+    spans = Lines(tmp_path / "spans")
+    environment = idle.environment(
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+        SPANS=spans.path,
+        OTEL_TRACES_EXPORTER="file",
+        OTEL_METRICS_EXPORTER="none",
+        OTEL_LOGS_EXPORTER="none",
+    )
+    command = str(Path(sys.executable).with_name("opentelemetry-instrument"))
+    service = worker_service(tmp_path / "log", environment, processes=1, prefix=[command])
+    with started(service):
+        job_id = idle.send("ann", [])
+        idle.answer(job_id)
+    span = span_of(spans, job_id, f"run/{GRANT_ACCESS}")
+    (settled,) = spans.find(lambda one: one["name"] == "settle jobs")
+    assert settled["parent_id"] == span["context"]["span_id"]
