@@ -102,14 +102,17 @@ class TestGrant:
         done = run(here.environment(), *words, stdin=stdin)
         assert json.loads(done.stdout)["created_access_count"] == len(samples)
 
+    @pytest.mark.parametrize("source", ["file", "standard input"])
     def test_a_file_of_windows_is_read(
-        self, here: Site, samples: list[str], tmp_path: Path
+        self, here: Site, samples: list[str], tmp_path: Path, source: str
     ) -> None:
         """A byte order mark and the line ends of Windows are not part of an ID."""
+        lines = "\r\n".join(["\ufeff" + samples[0], *samples[1:], "", ""])
         file = tmp_path / "ids"
-        file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*samples, "", ""]).encode())
-        words = ["grant", "--user", "windows", "--interviews-from", str(file), "--wait"]
-        done = run(here.environment(), *words)
+        file.write_text(lines, encoding="utf-8", newline="")
+        name, stdin = (str(file), "") if source == "file" else ("-", lines)
+        words = ["grant", "--user", f"windows {source}", "--interviews-from", name, "--wait"]
+        done = run(here.environment(), *words, stdin=stdin)
         assert json.loads(done.stdout)["created_access_count"] == len(samples)
 
     def test_an_empty_file_is_noted(self, idle: Site, tmp_path: Path) -> None:

@@ -384,12 +384,22 @@ class TestRelay:
         run_relay(idle)
         assert idle.redis.llen(QUEUE) == 2
 
-    def test_an_oversized_request_fails_and_stops_no_other(self, idle: Site, user: str) -> None:
+    @pytest.mark.parametrize(
+        ("task", "columns", "users"),
+        [
+            ("grant_access", "user_id", "'ann'"),
+            ("grant_cohort_access", "user_ids", "ARRAY['ann', 'bob']"),
+        ],
+    )
+    def test_an_oversized_request_fails_and_stops_no_other(
+        self, idle: Site, user: str, task: str, columns: str, users: str
+    ) -> None:
         """A request of more IDs than a relay reads fails in the ledger, and is deleted."""
         first = request_job(idle, user)
         idle.store.execute(
-            "INSERT INTO grant_access_request (job_id, user_id, interview_ids)"
-            " VALUES ('large', 'ann', array_fill(CAST(gen_random_uuid() AS text), ARRAY[1000000]))"
+            f"INSERT INTO grant_access_request (job_id, task, {columns}, interview_ids)"  # noqa: S608 - constants
+            f" VALUES ('large', 'interview_access.{task}', {users},"
+            " array_fill(CAST(gen_random_uuid() AS text), ARRAY[1000000]))"
         )
         last = request_job(idle, user)
         run_relay(idle)
@@ -398,6 +408,7 @@ class TestRelay:
         assert finished
         assert finished.outcome.error
         assert finished.outcome.error["type"] == "InvalidGrantRequestException"
+        assert finished.job.task == f"interview_access.{task}"
         idle.store.storage.schedule_all_requests_now()
         run_relay(idle)
         assert idle.store.value(f"{REQUESTS} WHERE job_id = 'large'") == 0
