@@ -5,11 +5,13 @@ job, and enqueues it again until it is in the ledger, so that an outage or a los
 request. The row is deleted when the job has a result.
 
 Arguments are checked before anything is inserted, as the clients check them. The largest number of
-IDs is ``GRANT_MAX_INTERVIEW_IDS`` of the environment, or 100,000.
+IDs is ``GRANT_MAX_INTERVIEW_IDS`` of the environment, or 100,000. The caller's trace context is
+kept in the row, and becomes headers of the message.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -29,15 +31,16 @@ from interview_access.contracts.requests import or_new
 from interview_access.errors import InvalidGrantRequestException, JobIdReusedException
 from interview_access.protocol.messages import JobMessage
 from interview_access.text import describe, shortened
+from interview_access.tracing import inject_context
 
 if TYPE_CHECKING:  # an optional dependency
     from sqlalchemy import Connection
 
 _INSERT = """
     INSERT INTO grant_access_request
-        (job_id, task, user_id, user_ids, interview_ids, eta, expires_at, digest)
+        (job_id, task, user_id, user_ids, interview_ids, eta, expires_at, digest, headers)
     VALUES (%(job_id)s, %(task)s, %(user_id)s, %(user_ids)s, %(interview_ids)s,
-            %(eta)s, %(expires_at)s, %(digest)s)
+            %(eta)s, %(expires_at)s, %(digest)s, CAST(%(headers)s AS jsonb))
 """
 _INSERT_UNLESS_IN_USE = f"{_INSERT} ON CONFLICT (job_id) DO NOTHING"
 _FIND_DIGEST = "SELECT digest FROM grant_access_request WHERE job_id = %(job_id)s"
@@ -300,6 +303,7 @@ def _row(job: Job) -> dict[str, Any]:
     if wrong:
         raise InvalidGrantRequestException.of(wrong)
     known = JobMessage.of(job).announcement
+    headers = inject_context()
     return {
         "job_id": job.job_id,
         "task": job.task,
@@ -309,6 +313,7 @@ def _row(job: Job) -> dict[str, Any]:
         "eta": known.eta,
         "expires_at": known.expires_at,
         "digest": known.digest,
+        "headers": json.dumps(headers) if headers else None,
     }
 
 
