@@ -192,6 +192,20 @@ def test_a_message_of_an_unknown_task(traced: Traced) -> None:
     ]
 
 
+def test_a_reused_job_id_is_a_failure(traced: Traced, interview: str) -> None:
+    """A refused delivery has the refusal's signals and error, not those of the first request."""
+    job_id = traced.send("first", [interview])
+    traced.of(job_id)
+    body = json.dumps([["second", [interview]], {}, {}])
+    send_raw(traced, job_id, body, {"tenant": "second"})
+    found = traced.signals.find(lambda one: one["tenant"] == "second", 3)
+    assert [one["signal"] for one in found] == ["prerun", "failure", "postrun"]
+    assert found[1]["error"] == "JobIdReusedException"
+    error = traced.sentry.first("event", job_id)["exception"]["values"][0]
+    assert error["type"] == "JobIdReusedException"
+    assert traced.site.answer(job_id)["status"] == "SUCCESS"
+
+
 def test_a_raising_receiver_affects_no_job(traced: Traced, interview: str) -> None:
     """Exceptions of receivers are logged; the job and its spans are as without them."""
     job_id = traced.send("receiver", [interview], headers={"tenant": "raises"})

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
+from threading import Thread
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.context import Context
@@ -86,10 +87,13 @@ class JobSpans:
             yield
 
     def flush(self) -> None:
-        """Export the last spans before the process ends."""
+        """Export the last spans before the process ends, for two seconds at most."""
         flush = getattr(trace.get_tracer_provider(), "force_flush", None)
         if flush:
-            flush(int(_FLUSH_SECONDS * 1_000))
+            # The SDK's own timeout does not interrupt an exporter that waits for its collector.
+            thread = Thread(target=flush, daemon=True)
+            thread.start()
+            thread.join(_FLUSH_SECONDS)
 
 
 def _celery_is_instrumented() -> bool:
