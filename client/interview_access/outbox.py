@@ -303,7 +303,7 @@ def _row(job: Job) -> dict[str, Any]:
     if wrong:
         raise InvalidGrantRequestException.of(wrong)
     known = JobMessage.of(job).announcement
-    headers = inject_context()
+    headers = inject_context()  # of the service's request, whose trace leads to the job
     return {
         "job_id": job.job_id,
         "task": job.task,

@@ -17,8 +17,6 @@ from sentry_sdk.envelope import Envelope
 from tests.support.stores import until
 from tests.support.workers import ROOT
 
-PAGE = (ROOT / "docs/tracing.md").read_text(encoding="utf-8")
-
 EXPORTER = '''
 import os
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
@@ -34,9 +32,10 @@ class OTLPSpanExporter(SpanExporter):
 """In place of the OTLP exporter's module: the page names it, and the tests have no collector."""
 
 
-def blocks(section: str) -> list[str]:
-    """Find the Python blocks of the page under one heading; the page's title is the first."""
-    under = PAGE.partition(f"# {section}\n")[2].partition("\n## ")[0]
+def blocks(page: str, section: str) -> list[str]:
+    """Find the Python blocks of a page under one heading; the page's title is the first."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    under = text.partition(f"# {section}\n")[2].partition("\n## ")[0]
     found: list[str] = re.findall(r"^```python\n(.*?)^```$", under, re.DOTALL | re.MULTILINE)
     assert found, f"no Python under {section}"
     return found

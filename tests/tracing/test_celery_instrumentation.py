@@ -22,6 +22,7 @@ from tests.support.workers import (
 )
 from tests.tracing.collectors import Lines, blocks, span_of, write_modules
 
+PAGE = "docs/tracing.md"
 PRODUCER = """
 import os, sys
 from celery import Celery
@@ -59,7 +60,7 @@ def here(
 ) -> Iterator[Instrumented]:
     """A worker with the instrumentation as the page attaches it."""
     folder = tmp_path_factory.mktemp("instrumented")
-    *_, attached = blocks("OpenTelemetry")
+    *_, attached = blocks(PAGE, "OpenTelemetry")
     write_modules(folder, my_worker=attached)
     spans = Lines(folder / "spans")
     with migrated_site(stack, _migrated, 5) as site:

@@ -35,6 +35,7 @@ from tests.tracing.collectors import (
     write_modules,
 )
 
+PAGE = "docs/tracing.md"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 STAGING = "staged"
@@ -75,9 +76,9 @@ def traced(
 ) -> Iterator[Traced]:
     """A worker with everything that the page attaches."""
     folder = tmp_path_factory.mktemp("traced")
-    (signals,), (otel, *_), (sentry, _) = map(
-        blocks, ("Tracing and error reporting", "OpenTelemetry", "Sentry")
-    )
+    (signals,) = blocks(PAGE, "Tracing and error reporting")
+    otel, *_ = blocks(PAGE, "OpenTelemetry")
+    sentry, _ = blocks(PAGE, "Sentry")
     write_modules(
         folder,
         my_signals=signals,
@@ -389,7 +390,7 @@ def run(traced: Traced, program: str, **environment: str) -> list[str]:
 def test_the_producer_of_the_page(traced: Traced) -> None:
     """A trace leads from the producer's own span through the client's to the job and its SQL."""
     traced.site.store.add_interviews_with_ids(["018f3a1c-0000-7000-8000-000000000001"])
-    _, producer, _ = blocks("OpenTelemetry")
+    _, producer, _ = blocks(PAGE, "OpenTelemetry")
     (job_id,) = run(traced, producer)
     job = span_of(traced.spans, job_id)
     sent = span_of(traced.spans, job_id, "send interview-access")
@@ -465,6 +466,29 @@ def test_spans_of_both_clients(traced: Traced) -> None:
     assert received["headers"]["baggage"] == "tenant=acme"
 
 
+OUTBOX = """
+import os
+import sqlalchemy
+from interview_access.outbox import enqueue_in_sqlalchemy
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+
+trace.set_tracer_provider(TracerProvider())
+with (
+    trace.get_tracer("test").start_as_current_span("request") as span,
+    sqlalchemy.create_engine(os.environ["DATABASE_URL"]).begin() as connection,
+):
+    job_id = enqueue_in_sqlalchemy(connection, "ann", [])
+    print(job_id, f"0x{span.get_span_context().span_id:016x}")
+"""
+
+
+def test_an_outbox_request(traced: Traced) -> None:
+    """The span of a job that was requested in a transaction is below the service's span."""
+    job_id, request = run(traced, OUTBOX)[0].split()
+    assert span_of(traced.spans, job_id)["parent_id"] == request
+
+
 SENTRY_PRODUCER = """
 import sentry_sdk
 from interview_access.producer import InterviewAccessClient
@@ -498,7 +522,7 @@ assert "sentry_sdk" not in sys.modules
 
 def test_exempt_errors_of_the_page(traced: Traced) -> None:
     """The page's block adds an error to those that are expected of a task."""
-    _, exempting = blocks("Sentry")
+    _, exempting = blocks(PAGE, "Sentry")
     program = f"{exempting}\nprint(*(one.__name__ for one in app.tasks[name].throws))"
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
