@@ -289,6 +289,12 @@ class TestTables:
             table: before[table] for table in TABLES
         }
 
+    def test_flush_empties_the_tables(self, project: DjangoProject, database: Database) -> None:
+        """Django's flush, which ends each TransactionTestCase, empties both tables."""
+        project.succeed("python manage.py migrate interview_access --verbosity 0", database)
+        statements = project.succeed("python manage.py sqlflush", database)
+        assert all(f'"{table}"' in statements for table in TABLES)
+
     def test_models_have_the_columns_of_the_tables(
         self, project: DjangoProject, migrated_url: str
     ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from django.db import models
-from django.utils import timezone
+from django.db.models.functions import Now
 
 from interview_access.contracts import (
     CREATE_INTERVIEW_ATTEMPT,
@@ -51,20 +51,19 @@ class OutboxRequest(models.Model):
     """
 
     job_id = models.CharField(max_length=MAX_JOB_ID_LENGTH, primary_key=True, default=random_id)
-    task = models.TextField(choices=TASKS, default=GRANT_ACCESS)
+    task = models.TextField(choices=TASKS, db_default=GRANT_ACCESS)
     user_id = models.TextField(null=True)
     user_ids = TextArrayField(null=True)
     interview_ids = TextArrayField()
-    requested_at = models.DateTimeField(default=timezone.now)
+    requested_at = models.DateTimeField(db_default=Now())
     sent_at = models.DateTimeField(null=True)
-    look_at = models.DateTimeField(default=timezone.now)
+    look_at = models.DateTimeField(db_default=Now())
     eta = models.DateTimeField(null=True)
     expires_at = models.DateTimeField(null=True)
     digest = models.TextField(null=True)
     headers = models.JSONField(null=True)
 
     class Meta:
-        managed = False
         db_table = "grant_access_request"
         default_permissions = ("view",)
         ordering = ("-requested_at",)
@@ -95,7 +94,6 @@ class FinishedJob(models.Model):
     finished_at = models.DateTimeField(null=True)
 
     class Meta:
-        managed = False
         db_table = "grant_access_job"
         default_permissions = ("view",)
         ordering = ("-finished_at",)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from django.db import migrations, models
-from django.utils import timezone
+from django.db.models.functions import Now
 
 import interview_access.django.models
 
@@ -83,62 +83,69 @@ class Migration(migrations.Migration):
     dependencies: ClassVar[list[tuple[str, str]]] = []
 
     operations: ClassVar = [
-        migrations.CreateModel(
-            name="OutboxRequest",
-            fields=[
-                (
-                    "job_id",
-                    models.CharField(
-                        default=interview_access.django.models.random_id,
-                        max_length=255,
-                        primary_key=True,
-                        serialize=False,
-                    ),
+        migrations.SeparateDatabaseAndState(
+            database_operations=[migrations.RunSQL(_CREATE, migrations.RunSQL.noop)],
+            state_operations=[
+                migrations.CreateModel(
+                    name="OutboxRequest",
+                    fields=[
+                        (
+                            "job_id",
+                            models.CharField(
+                                default=interview_access.django.models.random_id,
+                                max_length=255,
+                                primary_key=True,
+                                serialize=False,
+                            ),
+                        ),
+                        (
+                            "task",
+                            models.TextField(
+                                choices=_TASKS, db_default="interview_access.grant_access"
+                            ),
+                        ),
+                        ("user_id", models.TextField(null=True)),
+                        ("user_ids", interview_access.django.models.TextArrayField(null=True)),
+                        ("interview_ids", interview_access.django.models.TextArrayField()),
+                        ("requested_at", models.DateTimeField(db_default=Now())),
+                        ("sent_at", models.DateTimeField(null=True)),
+                        ("look_at", models.DateTimeField(db_default=Now())),
+                        ("eta", models.DateTimeField(null=True)),
+                        ("expires_at", models.DateTimeField(null=True)),
+                        ("digest", models.TextField(null=True)),
+                        ("headers", models.JSONField(null=True)),
+                    ],
+                    options={
+                        "db_table": "grant_access_request",
+                        "ordering": ("-requested_at",),
+                        "default_permissions": ("view",),
+                    },
                 ),
-                (
-                    "task",
-                    models.TextField(choices=_TASKS, default="interview_access.grant_access"),
+                migrations.CreateModel(
+                    name="FinishedJob",
+                    fields=[
+                        (
+                            "job_id",
+                            models.CharField(max_length=255, primary_key=True, serialize=False),
+                        ),
+                        ("task", models.CharField(choices=_TASKS, max_length=255)),
+                        ("state", models.CharField(choices=_STATES, max_length=16)),
+                        ("user_id", models.CharField(max_length=36, null=True)),
+                        ("request_digest", models.CharField(max_length=64)),
+                        ("requested", models.IntegerField(null=True)),
+                        ("repeated", models.IntegerField(null=True)),
+                        ("already_granted", models.IntegerField(null=True)),
+                        ("created", models.IntegerField(null=True)),
+                        ("result", models.JSONField(null=True)),
+                        ("error", models.JSONField(null=True)),
+                        ("finished_at", models.DateTimeField(null=True)),
+                    ],
+                    options={
+                        "db_table": "grant_access_job",
+                        "ordering": ("-finished_at",),
+                        "default_permissions": ("view",),
+                    },
                 ),
-                ("user_id", models.TextField(null=True)),
-                ("user_ids", interview_access.django.models.TextArrayField(null=True)),
-                ("interview_ids", interview_access.django.models.TextArrayField()),
-                ("requested_at", models.DateTimeField(default=timezone.now)),
-                ("sent_at", models.DateTimeField(null=True)),
-                ("look_at", models.DateTimeField(default=timezone.now)),
-                ("eta", models.DateTimeField(null=True)),
-                ("expires_at", models.DateTimeField(null=True)),
-                ("digest", models.TextField(null=True)),
-                ("headers", models.JSONField(null=True)),
             ],
-            options={
-                "db_table": "grant_access_request",
-                "ordering": ("-requested_at",),
-                "managed": False,
-                "default_permissions": ("view",),
-            },
-        ),
-        migrations.CreateModel(
-            name="FinishedJob",
-            fields=[
-                ("job_id", models.CharField(max_length=255, primary_key=True, serialize=False)),
-                ("task", models.CharField(choices=_TASKS, max_length=255)),
-                ("state", models.CharField(choices=_STATES, max_length=16)),
-                ("user_id", models.CharField(max_length=36, null=True)),
-                ("request_digest", models.CharField(max_length=64)),
-                ("requested", models.IntegerField(null=True)),
-                ("repeated", models.IntegerField(null=True)),
-                ("already_granted", models.IntegerField(null=True)),
-                ("created", models.IntegerField(null=True)),
-                ("result", models.JSONField(null=True)),
-                ("error", models.JSONField(null=True)),
-                ("finished_at", models.DateTimeField(null=True)),
-            ],
-            options={
-                "db_table": "grant_access_job",
-                "ordering": ("-finished_at",),
-                "managed": False,
-                "default_permissions": ("view",),
-            },
-        ),
-        migrations.RunSQL(_CREATE, migrations.RunSQL.noop),
+        )
     ]
