@@ -195,6 +195,14 @@ class TestOperation:
         printed = project.run_python(f"{MIGRATE_TO}\nmigrate_to('0001')", database)
         assert printed == [theirs]
 
+    def test_tables_of_the_worker(self, project: DjangoProject, database_url: str) -> None:
+        """With the worker's tables and a faked first migration, the key is renamed too."""
+        database = Database(database_url)
+        migrated(database.url)
+        printed = project.succeed("python manage.py migrate --fake-initial --no-color", database)
+        assert "Applying interview.0001_initial... FAKED" in printed
+        assert unique_keys(database) == key("one_grant")
+
     def test_equal_key_is_adopted(self, project: DjangoProject, database: Database) -> None:
         """An equal index or constraint of any name and order becomes the constraint of the model.
 
