@@ -115,6 +115,15 @@ def find_redundant_keys(connection: Connection) -> Iterator[str]:
         )
 
 
+def has_adopted_key(table: FoundTable) -> bool:
+    """Return whether :func:`add` changes nothing, since the table has the key.
+
+    Args:
+        table: The table of grants.
+    """
+    return any(map(_is_adopted, find_keys(table)[:1]))
+
+
 def count_duplicates(connection: Connection, table: FoundTable) -> Duplicates:
     """Count the duplicate grants.
 

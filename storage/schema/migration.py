@@ -17,7 +17,13 @@ from storage.migrations import grant_key
 from storage.migrations.locks import set_up_transaction
 from storage.schema.collations import changed_collations
 from storage.schema.comparison import SchemaMismatchError, refuse_differences
-from storage.schema.privileges import NEEDED, missing_privileges, missing_usage
+from storage.schema.privileges import (
+    NEEDED,
+    missing_for_migration,
+    missing_privileges,
+    missing_usage,
+    missing_usage_of_path,
+)
 from storage.schema.revisions import VERSION_TABLE, current_revision, expected_revision
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ _MIGRATION_LOCK = 5_704_311_926_800_214_177  # key of the advisory lock: an arbi
 _CHECK_REPLY_SECONDS = 30.0  # the statements of a check are short
 _REFUSALS = ("28", "3D", "42")  # classes: authentication; no such database; privileges and names
 _UNREACHABLE = ("08", "53", "57P")
+_READ_REVISION = {VERSION_TABLE: {"SELECT": ()}}
 _RUN_MIGRATE = "run `interview-access migrate`"
 
 
@@ -58,7 +65,8 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         SchemaMismatchError: if an existing table does not fit; nothing was changed.
         DuplicateGrantsError: if duplicate grants could not be removed.
         DatabaseUnavailableError: if PostgreSQL cannot be reached, or failed.
-        StorageError: if PostgreSQL refused a statement, or another run did not end.
+        StorageError: if the role lacks a privilege, PostgreSQL refused a statement, or another run
+            did not end.
     """
     with (
         _engine(database_url) as engine,
@@ -67,12 +75,16 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
     ):
         if problem := _server_problem(connection) or _search_path_problem(connection):
             raise SchemaMismatchError(problem)
+        if problem := missing_privileges(connection, _READ_REVISION):
+            raise StorageError(problem)
         for warning in changed_collations(connection):
             report(f"warning: {warning}")
         revision = current_revision(connection)
         refuse_differences(connection, revision)
         if revision == expected_revision():
             report(f"nothing to do: the schema is at revision {revision}")
+        elif problem := missing_for_migration(connection):
+            raise StorageError(problem)
         elif dry_run:
             _report_plan(connection, revision, report)
         else:
@@ -103,7 +115,7 @@ def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | N
             _server_problem(connection)
             or missing_usage(connection, VERSION_TABLE)
             or _search_path_problem(connection)
-            or missing_privileges(connection, {VERSION_TABLE: {"SELECT": ()}})
+            or missing_privileges(connection, _READ_REVISION)
         ):
             return problem
         for warning in changed_collations(connection):
@@ -140,7 +152,7 @@ def _search_path_problem(connection: Connection) -> str | None:
         text("SELECT current_schema(), current_setting('search_path')")
     ).one()
     if schema is None:
-        return (
+        return missing_usage_of_path(connection) or (
             f"got the search_path {path}, expected one with a schema that exists and that the role "
             "may use: create the schema, or correct the role's search_path or DATABASE_URL"
         )

@@ -1,13 +1,22 @@
-"""The privileges that the worker's role needs, and those that it lacks."""
+"""The privileges that the roles of a worker and of a migration need, and those that they lack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
+from storage import models
+from storage.migrations import grant_key
+from storage.migrations.catalog import find_tables
+from storage.schema.revisions import VERSION_TABLE
+
 Needed = Mapping[str, Mapping[str, Sequence[str]]]
 """Columns by privilege by table. Without columns: the privilege on any column or on the table."""
+
+_INTERVIEWS = models.interviews.name
+_OWN = "grant_access_"  # begins the names of the worker's own tables
 
 _LEDGER_COLUMNS = (
     *("job_id", "task", "state", "user_id", "request_digest", "requested", "repeated"),
@@ -95,6 +104,28 @@ _HIDDEN = text("""
       AND NOT has_schema_privilege(n.oid, 'USAGE')
     LIMIT 1
 """)
+_SCHEMA = text("""
+    SELECT quote_ident(current_schema()) AS object, quote_ident(current_user) AS role,
+           has_schema_privilege(current_schema(), 'CREATE') AS may_create
+""")
+_HIDDEN_IN_PATH = text("""
+    SELECT quote_ident(n.nspname) AS object, 'USAGE' AS privilege, quote_ident(current_user) AS role
+    FROM unnest(string_to_array(current_setting('search_path'), ','))
+         WITH ORDINALITY AS listed (name, number)
+    JOIN pg_namespace n ON n.nspname = CASE trim(name, ' "')
+         WHEN '$user' THEN current_user ELSE trim(name, ' "') END
+    WHERE NOT has_schema_privilege(n.oid, 'USAGE')
+    ORDER BY number LIMIT 1
+""")
+_OWNED_BY_OTHERS = text("""
+    SELECT format('%I.%I', n.nspname, c.relname) AS object,
+           quote_ident(pg_get_userbyid(c.relowner)) AS owner, quote_ident(current_user) AS role
+    FROM unnest(CAST(:tables AS text[])) WITH ORDINALITY AS needed (name, number)
+    JOIN pg_class c ON c.oid = to_regclass(needed.name)
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE NOT pg_has_role(c.relowner, 'USAGE')
+    ORDER BY needed.number
+""")
 
 
 def missing_privileges(connection: Connection, needed: Needed) -> str | None:
@@ -117,8 +148,11 @@ def missing_privileges(connection: Connection, needed: Needed) -> str | None:
     written = {"tables": [table for table in needed if "INSERT" in needed[table]]}
     return _report(
         [
-            *(("TABLE", *row) for row in connection.execute(_MISSING, of_tables)),
-            *(("SEQUENCE", *row) for row in connection.execute(_MISSING_OF_SEQUENCES, written)),
+            *(_grant("TABLE", *row) for row in connection.execute(_MISSING, of_tables)),
+            *(
+                _grant("SEQUENCE", *row)
+                for row in connection.execute(_MISSING_OF_SEQUENCES, written)
+            ),
         ]
     )
 
@@ -133,14 +167,81 @@ def missing_usage(connection: Connection, table: str) -> str | None:
     Returns:
         The missing privilege and the GRANT statement to run, or None if none is missing.
     """
-    return _report([("SCHEMA", *row) for row in connection.execute(_HIDDEN, {"table": table})])
+    return _report(
+        [_grant("SCHEMA", *row) for row in connection.execute(_HIDDEN, {"table": table})]
+    )
 
 
-def _report(missing: Sequence[tuple[str, str, str, str]]) -> str | None:
+def missing_usage_of_path(connection: Connection) -> str | None:
+    """Detect a schema of the search path on which the role lacks USAGE.
+
+    Args:
+        connection: A connection of the role.
+
+    Returns:
+        The missing privilege and the GRANT statement to run, or None if none is missing.
+    """
+    return _report([_grant("SCHEMA", *row) for row in connection.execute(_HIDDEN_IN_PATH)])
+
+
+def missing_for_migration(connection: Connection) -> str | None:
+    """Find what the role lacks for a migration from any earlier revision.
+
+    It creates tables and functions in the first schema of the search path, and alters the worker's
+    own tables and, until its unique key exists, the table of grants, which only an owner can.
+
+    Args:
+        connection: A connection of the migrating role.
+
+    Returns:
+        What is missing and what to do, or None if nothing is missing.
+    """
+    schema = connection.execute(_SCHEMA).one()
+    missing = []
+    if not schema.may_create:
+        missing.append(_grant("SCHEMA", schema.object, "CREATE", schema.role))
+    tables = find_tables(connection, models.METADATA.tables)
+    for privilege in _needed_for_foreign_keys(tables.keys()):
+        of_table = {"tables": [_INTERVIEWS], "privileges": [privilege], "columns": [""]}
+        missing += [_grant("TABLE", *row) for row in connection.execute(_MISSING, of_table)]
+    altered = [VERSION_TABLE, *(name for name in models.METADATA.tables if name.startswith(_OWN))]
+    grants = tables.get(grant_key.TABLE)
+    if grants and not grant_key.has_adopted_key(grants):
+        altered.append(grant_key.TABLE)
+    for row in connection.execute(_OWNED_BY_OTHERS, {"tables": altered}):
+        remedy = f"migrate as the role {row.owner} or as a member of it"
+        missing.append(_Missing(f"ownership of {row.object}", remedy, row.role))
+    return _report(missing)
+
+
+def _needed_for_foreign_keys(existing: Collection[str]) -> list[str]:
+    """Return the privileges on an existing table of interviews that revision 0001 needs."""
+    created = models.METADATA.tables.keys() - existing
+    refers = any(models.METADATA.tables[name].foreign_keys for name in created)
+    is_locked = refers or models.jobs.name in created
+    needed = ["REFERENCES"] * refers + ["UPDATE"] * is_locked
+    return needed if _INTERVIEWS in existing else []
+
+
+class _Missing(NamedTuple):
+    """What a role lacks, and what to do about it."""
+
+    lack: str
+    remedy: str
+    role: str
+
+
+def _grant(kind: str, name: str, privilege: str, role: str) -> _Missing:
+    return _Missing(f"{privilege} on {name}", f"GRANT {privilege} ON {kind} {name} TO {role}", role)
+
+
+def _report(missing: Sequence[_Missing]) -> str | None:
     if not missing:
         return None
-    lacks = ", ".join(f"{privilege} on {name}" for _, name, privilege, _ in missing)
-    grants = "; ".join(
-        f"GRANT {privilege} ON {kind} {name} TO {role}" for kind, name, privilege, role in missing
+    lacks = ", ".join(one.lack for one in missing)
+    remedies = list(dict.fromkeys(one.remedy for one in missing))
+    grants = "; ".join(one for one in remedies if one.startswith("GRANT"))
+    others = [one for one in remedies if not one.startswith("GRANT")]
+    return f"the role {missing[0].role} lacks {lacks}: " + ", and ".join(
+        [*([f"run {grants}"] if grants else []), *others]
     )
-    return f"the role {missing[0][3]} lacks {lacks}: run {grants}"
