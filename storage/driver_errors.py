@@ -18,6 +18,9 @@ from storage.server_connection import DEFAULT_OPTIONS, FIXED_OPTIONS, traced_att
 # value among the options, an encoding that PostgreSQL cannot convert to UTF-8.
 _REFUSED = re.compile(rb'ErrorResponse.* C "(28...|3D000|42...|22023|0A000)"')
 
+_TLS = re.compile(r"certificate|private key file|does not support SSL")
+"""In libpq's and OpenSSL's errors for which the options, the files or the server must change."""
+
 
 class driver_errors_translated:  # noqa: N801 - used as a function, and cheaper than a generator
     """Raise every exception of the driver or SQLAlchemy in a block as :class:`StorageError`.
@@ -52,6 +55,15 @@ def sqlstate_of(error: DBAPIError) -> str | None:
     """Return PostgreSQL's error code, or None if no server replied."""
     code: str | None = getattr(error.orig, "sqlstate", None)
     return code
+
+
+def is_tls_failure(error: DBAPIError) -> bool:
+    """Return whether TLS cannot be established: a certificate, a key or an option does not fit.
+
+    Args:
+        error: The error of the connection that failed.
+    """
+    return sqlstate_of(error) is None and _TLS.search(str(error.orig)) is not None
 
 
 def is_refused(url: URL, error: DBAPIError) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, NullPool, event, text
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from storage.connections import open_engine, parse_url, without_secrets
-from storage.driver_errors import is_refused, sqlstate_of
+from storage.driver_errors import is_refused, is_tls_failure, sqlstate_of
 from storage.errors import StorageError
 from storage.migrations import grant_key
 from storage.migrations.locks import set_up_transaction
@@ -203,6 +203,11 @@ def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterato
     except DBAPIError as error:
         reason, code = " ".join(str(error.orig).split()), sqlstate_of(error)
         place = without_secrets(url)
+        if is_tls_failure(error):
+            raise StorageError(
+                f"TLS to PostgreSQL at {place} failed: {reason}; check the options ssl… and the "
+                "host of DATABASE_URL, and the server's certificate"
+            ) from error
         if is_refused(url, error) or (code or "").startswith(_REFUSALS):
             raise StorageError(f"PostgreSQL at {place} refused: {reason}", code) from error
         if code is None or code.startswith(_UNREACHABLE):

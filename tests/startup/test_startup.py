@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
 
 import pytest
-from celery import Celery
-from interview_access.errors import QueueUnavailableError
-from interview_access.producer import InterviewAccessClient
 from redis import Redis
 
-from storage.samples import NAMED_SAMPLES
 from tests.startup.checks import PASSWORD, check, refusal
-from tests.support.clients import CLIENTS
 from tests.support.commands import run_module
 from tests.support.sentinels import redis_of
-from tests.support.tls_relay import CERTIFICATE, tls_relay
-from tests.support.workers import QUEUE, ROOT, Site, worker
+from tests.support.workers import QUEUE, ROOT, Site
 
 
 @contextmanager
@@ -118,27 +111,6 @@ class TestServers:
             redis.execute_command("ACL", "SETUSER", "limited", "on", f">{PASSWORD}", *rules.split())
             url = f"redis://limited:{PASSWORD}@127.0.0.1:{port}/3"
             assert message in refusal(here.store.database_url, url)
-
-    def test_the_documented_user_suffices(self, here: Site, tmp_path: Path) -> None:
-        """The Redis user of docs/running.md has every permission that worker and client need."""
-        text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
-        (command,) = re.findall(r"^ACL SETUSER worker .*$", text, re.MULTILINE)
-        (upgrade,) = re.findall(r"^ +(ACL SETUSER producer .*)$", text, re.MULTILINE)
-        with redis_of(tmp_path) as port, Redis(port=port) as redis:
-            redis.execute_command(*command.split())
-            redis.execute_command(*upgrade.split())
-            url = f"redis://worker:secret@127.0.0.1:{port}/0"
-            with (
-                worker(here, tmp_path / "worker.log", CELERY_BROKER_URL=url),
-                closing(InterviewAccessClient(f"redis://127.0.0.1:{port}/0")) as client,
-                Celery(broker=url, backend=url, set_as_current=False) as app,
-            ):
-                job_id = client.enqueue("acl", [NAMED_SAMPLES[0]])
-                assert client.wait(job_id, timeout=30)["success"]
-                assert client.status(job_id).state == "succeeded"
-                assert client.cancel("unsent").cancel_requested
-                assert app.control.ping(timeout=5, limit=1)
-            assert redis.acl_log() == []
 
     def test_a_missing_database_number_is_refused(self, here: Site, tmp_path: Path) -> None:
         """The error for a database number beyond the server's quotes the server's error."""
@@ -233,43 +205,6 @@ def ended(here: Site, *words: str, **settings: object) -> Iterator[str]:
     assert PASSWORD not in output
     (sentence,) = [line for line in output.splitlines() if "cannot start" in line]
     yield sentence
-
-
-class TestTLS:
-    """Connections by ``rediss://``."""
-
-    @pytest.fixture
-    def port(self, here: Site) -> Iterator[int]:
-        """The port of a TLS relay to the site's Redis."""
-        with tls_relay(here.broker.removeprefix("redis+socket://").partition("?")[0]) as port:
-            yield port
-
-    def test_certificates_are_verified_by_default(
-        self, here: Site, port: int, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Worker and clients refuse a self-signed certificate."""
-        url = f"rediss://localhost:{port}/14"
-        with caplog.at_level(logging.WARNING):
-            check(here.store.database_url, url)
-        assert "certificate verify failed" in caplog.text
-        for make in CLIENTS.values():
-            client = make(url)
-            with pytest.raises(QueueUnavailableError, match="certificate verify failed"):
-                client.enqueue("ann", [NAMED_SAMPLES[0]])
-            client.close()
-
-    def test_a_job_by_tls(self, here: Site, port: int, tmp_path: Path) -> None:
-        """Worker and clients work over TLS."""
-        url = f"rediss://localhost:{port}/14?ssl_ca_certs={CERTIFICATE}"
-        check(here.store.database_url, url)
-        log = tmp_path / "worker.log"
-        with worker(here, log, CELERY_BROKER_URL=url):
-            for name, make in CLIENTS.items():
-                client = make(url)
-                job_id = client.enqueue(f"tls {name}", [NAMED_SAMPLES[0]])
-                assert client.wait(job_id, timeout=30)["created_access_count"] == 1
-                client.close()
-        assert "Traceback" not in log.read_text(encoding="utf-8")
 
 
 class TestStart:

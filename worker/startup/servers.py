@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from ssl import SSLCertVerificationError
 from typing import Any
 
 from celery.utils.log import get_logger
@@ -143,10 +144,7 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
                 redis.execute_command("SELECT", address.database)
             denied: Any = redis.register_script(script("denied_commands"))(args=commands)
     except (RedisError, OSError) as error:
-        if _is_refusal(error):
-            raise StartupError(
-                f"{variable}: Redis at {address} refuses the worker: {error}."
-            ) from None
+        _raise_refusal(error, variable, f"Redis at {address}")
         logger.warning("Redis unreachable, the worker waits: variable=%s error=%s", variable, error)
         return
     if denied:
@@ -156,6 +154,18 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
             f"{variable}: Redis at {address} does not permit its user these commands: {listed}. "
             "Permit them by ACL SETUSER."
         )
+
+
+def _raise_refusal(error: Exception, variable: str, server: str) -> None:
+    """Raise a StartupError, unless the server may serve the worker later."""
+    if isinstance(error.__context__, SSLCertVerificationError):
+        raise StartupError(
+            f"{variable}: the certificate of {server} cannot be verified: "
+            f"{error.__context__.verify_message}. Set ssl_ca_certs to the file of its certificate "
+            "authority, and use the host name that the certificate has."
+        ) from None
+    if _is_refusal(error):
+        raise StartupError(f"{variable}: {server} refuses the worker: {error}.") from None
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -215,10 +225,7 @@ def _check_sentinels(address: RedisAddress, variable: str) -> None:
             ) as redis:
                 names |= redis.sentinel_masters().keys()
         except (RedisError, OSError) as error:
-            if _is_refusal(error):
-                raise StartupError(
-                    f"{variable}: the Sentinel at {sentinel} refuses the worker: {error}."
-                ) from None
+            _raise_refusal(error, variable, f"the Sentinel at {sentinel}")
             logger.warning("Sentinel unreachable: variable=%s error=%s", variable, error)
     if names and address.master_name not in names:
         raise StartupError(
