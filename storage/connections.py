@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy
+from psycopg import pq
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -26,6 +27,11 @@ from storage.server_connection import (
     FIXED_OPTIONS,
     ServerConnection,
 )
+
+_SECRET_OPTIONS = [
+    option.keyword.decode() for option in pq.Conninfo.get_defaults() if option.dispchar == b"*"
+]
+"""libpq's secret options, which SQLAlchemy would show in an engine's representation."""
 
 
 def parse_url(database_url: str) -> URL:
@@ -79,15 +85,17 @@ def open_engine(
     Raises:
         StorageError: if the URL's numbers of hosts and ports do not match.
     """
+    secrets = {name: value for name, value in url.query.items() if name in _SECRET_OPTIONS}
     try:
         # Tracing libraries replace this function, perhaps after this module is imported.
         engine = sqlalchemy.create_engine(
-            url,
+            url.difference_update_query(_SECRET_OPTIONS),
             isolation_level="READ COMMITTED",
             use_native_hstore=False,  # looking up its types would cost each connection a query
             hide_parameters=True,  # keeps user IDs out of errors and logs
             connect_args={
                 **{name: value for name, value in DEFAULT_OPTIONS.items() if name not in url.query},
+                **secrets,
                 "application_name": application_name,
                 **FIXED_OPTIONS,
             },
