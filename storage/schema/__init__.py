@@ -2,16 +2,26 @@
 
 from storage.migrations.grant_key import DuplicateGrantsError
 from storage.schema.comparison import Difference, SchemaMismatchError
-from storage.schema.migration import DatabaseUnavailableError, check_schema, migrate
+from storage.schema.migration import (
+    DatabaseUnavailableError,
+    check_schema,
+    explain_denial,
+    migrate,
+)
+from storage.schema.privileges import TO_CANCEL_JOBS, TO_READ_JOBS, Needed
 from storage.schema.revisions import current_revision, expected_revision
 
 __all__ = [
+    "TO_CANCEL_JOBS",
+    "TO_READ_JOBS",
     "DatabaseUnavailableError",
     "Difference",
     "DuplicateGrantsError",
+    "Needed",
     "SchemaMismatchError",
     "check_schema",
     "current_revision",
     "expected_revision",
+    "explain_denial",
     "migrate",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, NullPool, event, text
@@ -19,6 +19,7 @@ from storage.schema.collations import changed_collations
 from storage.schema.comparison import SchemaMismatchError, refuse_differences
 from storage.schema.privileges import (
     NEEDED,
+    Needed,
     missing_for_migration,
     missing_privileges,
     missing_usage,
@@ -39,6 +40,7 @@ _RUN_POLL_SECONDS = 0.2
 _MIGRATION_LOCK = 5_704_311_926_800_214_177  # key of the advisory lock: an arbitrary number
 _CHECK_REPLY_SECONDS = 30.0  # the statements of a check are short
 _REFUSALS = ("28", "3D", "42")  # classes: authentication; no such database; privileges and names
+_DENIALS = "42"  # class: privileges, and names of tables that the role cannot see
 _UNREACHABLE = ("08", "53", "57P")
 _READ_REVISION = {VERSION_TABLE: {"SELECT": ()}}
 _RUN_MIGRATE = "run `interview-access migrate`"
@@ -132,6 +134,31 @@ def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | N
         return missing_privileges(connection, NEEDED)
 
 
+def explain_denial(error: StorageError, database_url: str, needed: Needed) -> str | None:
+    """Name the missing privileges that made a statement fail.
+
+    Args:
+        error: The statement's error.
+        database_url: ``postgresql://…``, with or without ``+psycopg``.
+        needed: What the statement needs.
+
+    Returns:
+        The missing privileges and the GRANT statements to run. None if the error has another cause,
+        or the privileges cannot be read now.
+    """
+    if not (error.sqlstate or "").startswith(_DENIALS):
+        return None
+    with (
+        suppress(StorageError),
+        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
+        _connected(engine, read_only=True) as connection,
+    ):
+        return missing_usage(connection, next(iter(needed))) or missing_privileges(
+            connection, needed
+        )
+    return None
+
+
 def _server_problem(connection: Connection) -> str | None:
     """Return what is wrong with the server or the database, apart from its tables."""
     version = connection.dialect.server_version_info or ()
@@ -209,7 +236,12 @@ def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterato
                 "host of DATABASE_URL, and the server's certificate"
             ) from error
         if is_refused(url, error) or (code or "").startswith(_REFUSALS):
-            raise StorageError(f"PostgreSQL at {place} refused: {reason}", code) from error
+            remedy = ""
+            if "CONNECT privilege" in reason:  # libpq reports no SQLSTATE
+                quote = engine.dialect.identifier_preparer.quote_identifier
+                database, role = quote(url.database or ""), quote(url.username or "")
+                remedy = f": run GRANT CONNECT ON DATABASE {database} TO {role}"
+            raise StorageError(f"PostgreSQL at {place} refused: {reason}{remedy}", code) from error
         if code is None or code.startswith(_UNREACHABLE):
             raise DatabaseUnavailableError(
                 f"PostgreSQL at {place} cannot be reached: {reason}; check that it is running and "

@@ -67,6 +67,17 @@ NEEDED: Needed = {
     },
 }
 
+TO_READ_JOBS: Needed = {
+    table: {"SELECT": NEEDED[table]["SELECT"]} for table in NEEDED if table.startswith(_OWN)
+}
+"""What reading a job's status needs."""
+
+TO_CANCEL_JOBS: Needed = {
+    **TO_READ_JOBS,
+    **{table: NEEDED[table] for table in ("grant_access_job", "grant_access_cancellation")},
+}
+"""What cancelling a job needs."""
+
 # A role has a privilege on the table or on each of the columns; DELETE only on the table.
 _MISSING = text("""
     SELECT format('%I.%I', n.nspname, c.relname) AS object, needed.privilege,

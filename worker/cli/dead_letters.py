@@ -11,13 +11,13 @@ from contextlib import closing, contextmanager
 import click
 from interview_access.connections import CLIENT_NAME, connect
 from interview_access.contracts import is_job_id
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from worker.broker.dead_letters import DeadLetter, DeadLetters, readable
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
+from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line
 from worker.settings import DatabaseSettings, Settings
 
 _REASON_CHARACTERS = 100  # in the list
@@ -152,5 +152,8 @@ def _letters() -> Iterator[DeadLetters]:
     try:
         with connect(broker, client_name=CLIENT_NAME) as redis:
             yield DeadLetters(redis)
+    except NoPermissionError as error:
+        denied = str(error).rstrip(".")
+        end(UNAVAILABLE, one_line(f"The dead letters cannot be read: {denied}; {PERMIT}."))
     except (RedisError, OSError) as error:
         end(UNAVAILABLE, one_line(f"The dead letters cannot be read: {error}"))

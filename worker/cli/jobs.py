@@ -13,14 +13,17 @@ from celery.exceptions import CeleryError
 from interview_access.contracts import JOB_ID_RULE, JobStatus, describe, is_job_id
 from kombu.exceptions import OperationalError
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from storage.errors import StorageError
+from storage.schema import TO_CANCEL_JOBS, TO_READ_JOBS, Needed, explain_denial
 from worker.app import create_app
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
+from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line
 from worker.services.job_status import JobStatusService
 from worker.settings import Settings
+
+_CHECK_SERVERS = "check that Redis and PostgreSQL can be reached, and run the command again"
 
 
 def _job_id(_: object, __: object, job_id: str) -> str:
@@ -37,7 +40,7 @@ def status(job_id: str, *, as_json: bool) -> None:
 
     The exit status is 0 in every state, and 3 if Redis or PostgreSQL is unavailable.
     """
-    with _job_status() as (jobs, redis):
+    with _job_status(TO_READ_JOBS) as (jobs, redis):
         known = jobs.status(redis, job_id)
     _print_status(known, as_json=as_json)
 
@@ -53,7 +56,7 @@ def cancel(job_id: str, *, as_json: bool) -> None:
     The exit status is 0 if the job is cancelled or its cancellation is requested, 1 if it had
     finished, and 3 if Redis or PostgreSQL is unavailable: cancel it again then.
     """
-    with _job_status() as (jobs, redis):
+    with _job_status(TO_CANCEL_JOBS) as (jobs, redis):
         known = jobs.cancel(redis, job_id)
     _print_status(known, as_json=as_json)
     if known.state == "unknown":
@@ -66,26 +69,25 @@ def cancel(job_id: str, *, as_json: bool) -> None:
 
 
 @contextmanager
-def _job_status() -> Iterator[tuple[JobStatusService, Redis]]:
-    app = create_app(read_settings(Settings))
+def _job_status(needed: Needed) -> Iterator[tuple[JobStatusService, Redis]]:
+    settings = read_settings(Settings)
+    app = create_app(settings)
     try:
         with app.connection_for_write() as connection:
             yield JobStatusService(app.storage, app.backend), connection.default_channel.client
     except StorageError as error:
-        _end_unavailable(error)
+        denial = explain_denial(error, settings.database_url, needed)
+        _end_unavailable(denial or error, "" if denial else _CHECK_SERVERS)
     except (CeleryError, OperationalError, RedisError, OSError) as error:
-        _end_unavailable(error.__cause__ or error)
+        cause = error.__cause__ or error
+        is_denied = isinstance(cause, NoPermissionError)
+        _end_unavailable(cause, PERMIT if is_denied else _CHECK_SERVERS)
 
 
-def _end_unavailable(reason: BaseException) -> NoReturn:
+def _end_unavailable(reason: object, remedy: str) -> NoReturn:
     what = str(reason).rstrip(".").replace(". ", ": ")  # redis-py's are two sentences
-    end(
-        UNAVAILABLE,
-        one_line(
-            f"The job's state cannot be read: {what}; check that Redis and PostgreSQL can be "
-            "reached, and run the command again."
-        ),
-    )
+    sentence = "; ".join(filter(None, [f"The job's state cannot be read: {what}", remedy]))
+    end(UNAVAILABLE, one_line(f"{sentence}."))
 
 
 def _print_status(known: JobStatus, *, as_json: bool) -> None:

@@ -11,6 +11,9 @@ from interview_access.errors import shortened
 FAILED, UNAVAILABLE = 1, 3
 """Exit statuses. 0 is success, and 2 is click's for a usage error."""
 
+PERMIT = "permit it by ACL SETUSER; deploy/redis/users.acl has a user for operators"
+"""What to do if Redis denies a command."""
+
 VALUE_CHARACTERS = 2_000
 """Characters of a value that are printed."""
 
