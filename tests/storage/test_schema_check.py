@@ -117,8 +117,8 @@ def test_locked_table_is_unavailability(database: Database) -> None:
 
 
 WORKER = re.findall(
-    r"^GRANT (.*) TO worker;$",
-    (CHECKOUT / "docs" / "running.md").read_text(encoding="utf-8"),
+    r"^GRANT (.*) TO interview_access_worker;$",
+    (CHECKOUT / "deploy/postgresql/roles.sql").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
 """The documented privileges of a worker's role."""
@@ -180,7 +180,7 @@ def test_documented_privileges_suffice(database: Database, grants: list[str]) ->
     [
         (privilege, grant.split(" ON ")[1])
         for grant in WORKER
-        for privilege in grant.split(" ON ")[0].split(", ")
+        for privilege in re.findall(r"[A-Z]+(?: \(.+?\))?", grant.split(" ON ")[0])
     ],
 )
 def test_missing_privilege_is_reported(database: Database, privilege: str, table: str) -> None:
@@ -189,9 +189,10 @@ def test_missing_privilege_is_reported(database: Database, privilege: str, table
     with role(database.url, *WORKER) as url:
         name = make_url(url).username
         database.execute(f"REVOKE {privilege} ON {table} FROM {name}")
+        lacks = privilege.partition(" (")[0]
         assert check_schema(url) == (
-            f"the role {name} lacks {privilege} on public.{table}: "
-            f"run GRANT {privilege} ON TABLE public.{table} TO {name}"
+            f"the role {name} lacks {lacks} on public.{table}: "
+            f"run GRANT {lacks} ON TABLE public.{table} TO {name}"
         )
 
 
@@ -216,6 +217,16 @@ def test_missing_usage_is_reported(database: Database) -> None:
         assert check_schema(url) == (
             f"the role {name} lacks USAGE on public: run GRANT USAGE ON SCHEMA public TO {name}"
         )
+
+
+def test_missing_connect_is_reported(database: Database) -> None:
+    """A database on which the role lacks CONNECT is reported with the GRANT statement."""
+    name = make_url(database.url).database
+    database.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
+    with role(database.url) as url, pytest.raises(StorageError) as refused:
+        check_schema(url)
+    user = make_url(url).username
+    assert str(refused.value).endswith(f'run GRANT CONNECT ON DATABASE "{name}" TO "{user}"')
 
 
 def test_missing_privilege_on_a_sequence_is_reported(database: Database) -> None:
