@@ -89,7 +89,7 @@ def test_an_unknown_error_name_has_a_default_class(name: object) -> None:
     "error",
     [
         JobFailedError(HOSTILE),
-        JobIdReusedException.of("job", HOSTILE, "digest"),
+        JobIdReusedException.of(HOSTILE, "first", "digest"),
         StorageUnavailableException.of(17, HOSTILE),
         InvalidGrantRequestException.of([(HOSTILE, "a value", HOSTILE)]),
     ],
