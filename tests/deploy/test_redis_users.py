@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import urllib.error
@@ -39,7 +40,9 @@ def all_permitted(servers: Servers) -> Iterator[None]:
     servers.admin.acl_log_reset()
     yield
     log: list[dict[str, object]] = servers.admin.acl_log()  # type: ignore[assignment] # redis-py's
-    assert [(entry["username"], entry["reason"], entry["object"]) for entry in log] == []
+    denied = [(entry["username"], entry["reason"], entry["object"]) for entry in log]
+    # redis-py does without it. Redis 7.0 refuses a file with this command, which it does not have.
+    assert [one for one in denied if one[2] != "client|setinfo"] == []
 
 
 def test_without_the_administrators_passwords_nobody_connects(servers: Servers) -> None:
@@ -99,6 +102,20 @@ def test_the_operator_runs_the_commands(servers: Servers) -> None:
     assert "JSONDecodeError" in run("dead-letters", "show", requeued)
     assert "requeued" in run("dead-letters", "requeue", requeued)
     assert "dropped" in run("dead-letters", "drop", "--yes", dropped)
+
+
+def test_an_earlier_producer_is_upgraded(servers: Servers) -> None:
+    """The command in the upgrade steps of docs/running.md suffices for the new client's reads."""
+    steps = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^ +ACL SETUSER producer (.*)$", steps, re.MULTILINE)
+    setuser: Any = servers.admin.execute_command
+    setuser("ACL SETUSER", "earlier", "on", ">word", "+get", "+select", *command.split())
+    url = servers.redis("producer")
+    address = f"redis://earlier:word@{url.partition('@')[2]}"
+    with Redis.from_url(address) as redis:
+        redis.get("interview-access:reply:x")
+        redis.get("interview-access:limits")
+    servers.admin.acl_deluser("earlier")
 
 
 @pytest.mark.usefixtures("all_permitted")

@@ -219,7 +219,8 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     assert refused["uuid"] == job_id
     until(lambda: any(letter["job_id"] == job_id for letter in here.dead_letters()))
     (letter,) = [letter for letter in here.dead_letters() if letter["job_id"] == job_id]
-    assert letter["reason"].startswith("JobIdReusedException: Job ID")
+    assert letter["reason"].startswith("JobIdReusedException: Send this request under a job ID of")
+    assert job_id in letter["reason"]
     assert letter["attempts"] == "1"
     assert other in letter["message"]
     assert f"dead letter: job={job_id} task={GRANT_ACCESS} reason=JobIdReused" in log.read_text(
