@@ -24,10 +24,12 @@ _CLAMPED = """
 _IN_FUTURE = " + interval '100 years'"
 _REQUESTED_AT = _CLAMPED.format("requested_at", "")
 _ETA = _CLAMPED.format("eta", _IN_FUTURE)
-# Only strings become text: a jsonb of a few bytes may hold a number of 131,072 digits.
+# Only strings become text: a jsonb of a few bytes may hold a number of 131,072 digits. The
+# stored size comes first: jsonb_typeof() decompresses up to 256 MB.
 _HEADERS = f"""
     CASE WHEN headers IS NULL THEN NULL
-    WHEN jsonb_typeof(headers) = 'object' AND pg_column_size(headers) <= {MAX_HEADERS_BYTES} THEN (
+    WHEN pg_column_size(headers) > {MAX_HEADERS_BYTES} THEN ''
+    WHEN jsonb_typeof(headers) = 'object' THEN (
         SELECT CASE WHEN length(strings) <= {MAX_HEADERS_BYTES} THEN strings ELSE '' END
         FROM (
             SELECT coalesce(jsonb_object_agg(

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from storage.errors import StorageError
 from storage.interface import MAX_HEADERS_BYTES, Storage
+from storage.postgres import DatabaseLimits, PostgresStorage
 from storage.postgres.notifications import LISTENING_LOCK
 from storage.postgres.outbox import LOCK_DUE_REQUESTS
 from tests.storage.transactions import a_cohort_request, a_request, finish, finished
@@ -112,6 +113,21 @@ class TestRequests:
         with postgres.storage.transaction() as transaction:
             (request,) = transaction.lock_due_requests(9)
         assert set(json.loads(request.headers or "").values()) == {None}
+
+    def test_large_headers_are_not_decompressed(self, postgres: PostgresStore) -> None:
+        """Headers are refused by their stored size: decompressing a page of them takes minutes."""
+        insert = "INSERT INTO grant_access_request (job_id, user_id, interview_ids, headers) SELECT"
+        postgres.execute(
+            f"{insert} 'a', 'ann', '{{}}', jsonb_build_object('x', repeat('x', 100000000))"
+        )
+        postgres.execute(
+            f"{insert} 'a' || n, user_id, interview_ids, headers"
+            " FROM grant_access_request, generate_series(1, 19) AS n"
+        )
+        storage = PostgresStorage(postgres.database_url, limits=DatabaseLimits(statement=1))
+        with storage.transaction() as transaction:
+            assert [one.headers for one in transaction.lock_due_requests(99)] == [""] * 20
+        storage.close()
 
     def test_unsent_requests_come_first(self, store: Store) -> None:
         """Sent requests come after unsent ones, however long they have been due."""
