@@ -180,6 +180,7 @@ class TestGrant:
             (["--user", "x", "--interview", "i", "--timeout", "soon"], "soon"),
             (["--user", "x", "--interview", "i", "--timeout", "5"], "how long --wait waits"),
             (["--user", "x", "--users-from", "-", "--interview", "i"], "either by --user or"),
+            (["--user", "x", "--interview", "i", "--wait", "--timeout", "nan"], "got nan"),
             (["--users-from", "-", "--interviews-from", "-"], "read the same file"),
             (["--user", "x" * 37, "--interview", "i"], "1 to 36 characters"),
             (["--user", "x", "--interview", "i", "--countdown", "-1"], "-1"),
@@ -187,7 +188,14 @@ class TestGrant:
         ],
         ids=[
             *("no interviews", "both", "no user", "job id", "timeout", "timeout without wait"),
-            *("two sources", "one file", "user", "countdown", "expires"),
+            *(
+                "two sources",
+                "timeout that is no number",
+                "one file",
+                "user",
+                "countdown",
+                "expires",
+            ),
         ],
     )
     def test_a_usage_error_ends_2(self, idle: Site, words: list[str], message: str) -> None:

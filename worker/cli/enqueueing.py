@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from math import isnan
 from typing import IO, TypedDict, TypeVar
 
 import click
@@ -34,6 +35,13 @@ class _Options(TypedDict):
     job_id: str | None
     countdown: float | None
     expires: float | datetime | None
+
+
+def _number(_: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse NaN, which is in every range: no comparison with it is true."""
+    if value is not None and isnan(value):
+        raise click.BadParameter(f"got {value}, expected seconds.", param=param)
+    return value
 
 
 class _Expiry(click.ParamType[float | datetime]):
@@ -68,6 +76,7 @@ _OPTIONS = (
     click.option(
         "--countdown",
         type=click.FloatRange(min=0),
+        callback=_number,
         metavar="SECONDS",
         help="Time before which no worker starts the job.",
     ),
@@ -82,6 +91,7 @@ _OPTIONS = (
     click.option(
         "--timeout",
         type=click.FloatRange(min=0),
+        callback=_number,
         metavar="SECONDS",
         help="How long --wait waits at most, the countdown included.  "
         f"[default: {_DEFAULT_TIMEOUT:g}]",
