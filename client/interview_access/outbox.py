@@ -294,10 +294,15 @@ def _row(job: Job) -> dict[str, Any]:
     """Check a job as the clients do, and return its row."""
     job.check(max_interview_ids=_limit())
     given: dict[str, Any] = job.arguments
-    interview_ids = given["interview_ids"] if "interview_ids" in given else [given["interview_id"]]
+    named = (
+        {"interview_id": given["interview_id"]}
+        if "interview_id" in given
+        else {f"interview_ids[{at}]": text for at, text in enumerate(given["interview_ids"])}
+    )
+    interview_ids = list(named.values())
     wrong = [
-        (f"interview_ids[{at}]", "a UUID as a string", describe(text))
-        for at, text in enumerate(interview_ids)
+        (name, "a UUID as a string", describe(text))
+        for name, text in named.items()
         if _UNSTORABLE.search(text)
     ]
     if wrong:

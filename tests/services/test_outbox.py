@@ -491,6 +491,8 @@ class TestRelay:
                 enqueue_attempt_in_sqlalchemy(service, NAMED_SAMPLES[0], cast("str", 7))
             with pytest.raises(InvalidGrantRequestException, match=re.escape("interview_ids[1]")):
                 enqueue_in_sqlalchemy(service, "ann", ["no-uuid", "nul\0"])
+            with pytest.raises(InvalidGrantRequestException, match="interview_id: expected a UUID"):
+                enqueue_attempt_in_sqlalchemy(service, "nul\0", "ann")
             with pytest.raises(ValueError, match="countdown: expected a number"):
                 enqueue_in_sqlalchemy(service, "ann", [], countdown=cast("float", "soon"))
             monkeypatch.setenv("GRANT_MAX_INTERVIEW_IDS", "3")
