@@ -228,17 +228,23 @@ def send_raw(traced: Traced, job_id: str, body: str, headers: dict[str, Any]) ->
     traced.site.redis.lpush(QUEUE, json.dumps(message))
 
 
-HOSTILE: list[dict[str, Any]] = [
-    {name: value}
-    for name in sorted({*dir(Context), "self", "sender", "signal", "task", "", "a b", "__dict__"})
-    for value in ("text",)
-    # Celery's own headers have rules of their own: a message that breaks them is refused.
-    if name not in {"eta", "expires", "timelimit", "id", "task"}
-] + [
-    {name: value}
-    for name in ("traceparent", "tracestate", "baggage", "sentry-trace", "headers")
-    for value in (7, [], {"a": 1}, None, "x" * 100_000, "\x00é=;,", ["00-0-0-01"])
-]
+HOSTILE: list[dict[str, Any]] = (
+    [
+        {name: value}
+        for name in sorted(
+            {*dir(Context), "self", "sender", "signal", "task", "", "a b", "__dict__"}
+        )
+        for value in ("text",)
+        # Celery's own headers have rules of their own: a message that breaks them is refused.
+        if name not in {"eta", "expires", "timelimit", "id", "task"}
+    ]
+    + [
+        {name: value}
+        for name in ("traceparent", "tracestate", "baggage", "sentry-trace", "headers")
+        for value in (7, [], {"a": 1}, None, "x" * 100_000, "\x00é=;,", ["00-0-0-01"])
+    ]
+    + [{"sentry-task-enqueued-time": 10**400}]
+)
 
 
 def test_hostile_headers_harm_no_job(traced: Traced, interview: str) -> None:
@@ -332,8 +338,10 @@ def test_spans_of_a_batch(traced: Traced, interview: str) -> None:
 def test_sentry_reports_a_failure(traced: Traced) -> None:
     """An error has the job's ID, its task and the producer's trace, and no arguments."""
     trace = f"{TRACE}-{SPAN}-1"
-    job_id = traced.send("secret-user", ["no UUID"], headers={"sentry-trace": trace})
+    headers = {"sentry-trace": trace, "token": "secret-token"}
+    job_id = traced.send("secret-user", ["no UUID"], headers=headers)
     event = traced.sentry.first("event", job_id)
+    assert "secret-" not in json.dumps(event["exception"])  # nor variables of frames
     (error,) = event["exception"]["values"]
     assert error["type"] == "InvalidInterviewIdException"
     assert error["mechanism"] == {"type": "celery", "handled": False}

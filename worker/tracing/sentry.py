@@ -85,7 +85,7 @@ def _describe(span: Span, run: JobRun) -> None:
     span.set_data("messaging.system", "redis")
     span.set_data("messaging.message.retry.count", run.delivery.retries)
     enqueued = (run.request.headers or {}).get("sentry-task-enqueued-time")
-    if isinstance(enqueued, int | float):
+    if isinstance(enqueued, int | float) and 0 < enqueued < time.time():
         milliseconds = (time.time() - enqueued) * 1_000
         span.set_data("messaging.message.receive.latency", milliseconds)
 
@@ -103,12 +103,21 @@ def _is_reported(run: JobRun) -> bool:
 
 
 def _report(run: JobRun) -> None:
+    """Report a job's failure, with arguments only if Sentry may have personal data.
+
+    The variables of our frames hold the arguments. The lines below the first of PostgreSQL's errors
+    have IDs.
+    """
     assert run.failure  # noqa: S101 - by _is_reported()
+    client = sentry_sdk.get_client()
+    options, is_private = client.options, not client.should_send_default_pii()
     event, hint = event_from_exception(
         run.failure,
-        client_options=sentry_sdk.get_client().options,
+        client_options={**options, "include_local_variables": False} if is_private else options,
         mechanism={"type": "celery", "handled": False},
     )
+    for error in event["exception"]["values"] if is_private else ():
+        error["value"] = str(error["value"]).partition("\n")[0]
     sentry_sdk.capture_event(event, hint=hint)
 
 
