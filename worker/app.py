@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ from celery.signals import (
     worker_shutdown,
     worker_shutting_down,
 )
+from celery.utils.log import get_logger
 from kombu.transport import TRANSPORT_ALIASES
 
 from storage.postgres import PostgresStorage
@@ -45,6 +47,8 @@ _RESULT_BACKENDS = {
     **dict.fromkeys(("redis", "rediss"), "worker.broker.results:JobResults"),
     "sentinel": "worker.broker.results:SentinelJobResults",
 }
+logger = get_logger(__name__)
+
 _OBSERVERS = {
     "opentelemetry.trace": "worker.tracing.spans",
     "sentry_sdk": "worker.tracing.sentry",
@@ -67,6 +71,7 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         self.settings = settings
         self.lease: Lease | None = None
         self._storage: PostgresStorage | None = None
+        self._observers: Mapping[str, str] = _OBSERVERS
         self.backend_cls = settings.results.celery_url  # the environment overrides the setting
         self.config_from_object("celeryconfig")
         addresses = celery_settings(settings)
@@ -102,9 +107,20 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
 
     def active_observers(self) -> list[JobObserver]:
         """Return what traces jobs in this process: none unless a library is set up for it."""
-        loaded = [name for library, name in _OBSERVERS.items() if library in sys.modules]
-        observers: list[JobObserver] = [import_module(name).OBSERVER for name in loaded]
-        return [one for one in observers if one.is_active]
+        active: list[JobObserver] = []
+        for library, name in self._observers.items():
+            if library not in sys.modules:
+                continue
+            try:
+                observer: JobObserver = import_module(name).OBSERVER
+                if observer.is_active:
+                    active.append(observer)
+            except Exception:  # an earlier release of the library, say, which must fail no job
+                logger.exception("tracing disabled: library=%s", library)
+                self._observers = {
+                    key: one for key, one in self._observers.items() if key != library
+                }
+        return active
 
     def reset_after_fork(self) -> None:
         """Drop the connections and the lease that a fork inherits."""

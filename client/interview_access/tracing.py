@@ -1,10 +1,12 @@
 """Tracing of calls that enqueue: OpenTelemetry's spans, and the context that a message carries.
 
-Nothing is imported or created unless the process has set up OpenTelemetry's SDK or Sentry.
+Nothing is imported or created unless the process has set up OpenTelemetry's SDK or Sentry. Their
+exceptions are logged.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +19,9 @@ from interview_access.contracts import QUEUE, Job
 from interview_access.redis_address import RedisAddress
 
 if TYPE_CHECKING:  # an optional dependency
-    from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer, TracerProvider
+
+logger = logging.getLogger(__name__)
 
 _DISTRIBUTION = "interview-access-client"
 
@@ -58,10 +61,36 @@ def sending(server: RedisAddress, job: Job | None = None) -> Iterator[Sending]:
         server: The server of the queue.
         job: The job, if it is a single one.
     """
+    span: Span | None = None
+    with _logged():
+        span = _start(server, job)
+    try:
+        yield Sending(_headers(span), span)
+    except BaseException as error:
+        if span:
+            with _logged():
+                _fail(span, error)
+        raise
+    finally:
+        if span:
+            with _logged():
+                span.end()
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Log exceptions of tracing libraries: none may prevent a job from being enqueued."""
+    try:
+        yield
+    except Exception:
+        logger.exception("tracing failed")
+
+
+def _start(server: RedisAddress, job: Job | None) -> Span | None:
+    """Start the span of a call, if OpenTelemetry's SDK is set up."""
     tracer = _tracer()
     if tracer is None:
-        yield Sending(_headers(None))
-        return
+        return None
     from opentelemetry import trace  # noqa: PLC0415 - see TYPE_CHECKING
 
     attributes: dict[str, str | int] = {
@@ -74,29 +103,31 @@ def sending(server: RedisAddress, job: Job | None = None) -> Iterator[Sending]:
     if job:
         attributes |= {"messaging.message.id": str(job.job_id), "interview_access.task": job.task}
     # Not made the current span: that would outlast each step of an exchange, which is a generator.
-    span = tracer.start_span(f"send {QUEUE}", kind=trace.SpanKind.PRODUCER, attributes=attributes)
-    try:
-        yield Sending(_headers(trace.set_span_in_context(span)), span)
-    except BaseException as error:
-        span.set_attribute("error.type", type(error).__name__)
-        span.set_status(trace.StatusCode.ERROR)
-        raise
-    finally:
-        span.end()
+    return tracer.start_span(f"send {QUEUE}", kind=trace.SpanKind.PRODUCER, attributes=attributes)
 
 
-def _headers(context: Context | None) -> dict[str, str]:
-    """Return the headers of a context, or of the current one."""
+def _fail(span: Span, error: BaseException) -> None:
+    from opentelemetry import trace  # noqa: PLC0415 - see TYPE_CHECKING
+
+    span.set_attribute("error.type", type(error).__name__)
+    span.set_status(trace.StatusCode.ERROR)
+
+
+def _headers(span: Span | None) -> dict[str, str]:
+    """Return the headers of a span's context, or of the current one."""
     headers: dict[str, str] = {}
-    if _tracer():
-        from opentelemetry import propagate  # noqa: PLC0415 - see TYPE_CHECKING
+    with _logged():
+        if _tracer():
+            from opentelemetry import propagate, trace  # noqa: PLC0415 - see TYPE_CHECKING
 
-        propagate.inject(headers, context=context)
-    sentry = sys.modules.get("sentry_sdk")
-    if sentry and sentry.is_initialized():
-        headers["sentry-trace"] = sentry.get_traceparent() or ""
-        baggage = (headers.get("baggage"), sentry.get_baggage())
-        headers["baggage"] = ",".join(one for one in baggage if one)
+            context = trace.set_span_in_context(span) if span else None
+            propagate.inject(headers, context=context)
+    with _logged():
+        sentry = sys.modules.get("sentry_sdk")
+        if sentry and sentry.is_initialized():
+            headers["sentry-trace"] = sentry.get_traceparent() or ""
+            baggage = (headers.get("baggage"), sentry.get_baggage())
+            headers["baggage"] = ",".join(one for one in baggage if one)
     return {name: value for name, value in headers.items() if value}
 
 

@@ -528,6 +528,40 @@ assert "sentry_sdk" not in sys.modules
     assert traced.of(job_id)[0]["headers"] == {}
 
 
+# An earlier release of Sentry, which has no such functions.
+OLD_SENTRY = "import sys, types; sys.modules['sentry_sdk'] = types.ModuleType('sentry_sdk')"
+
+
+def test_a_producer_with_an_unusable_library(traced: Traced) -> None:
+    """An error of a tracing library is logged, and the job is sent."""
+    program = f"""
+{OLD_SENTRY}
+from interview_access.producer import InterviewAccessClient
+with InterviewAccessClient() as client:
+    print(client.enqueue("ann", []))
+"""
+    (job_id,) = run(traced, program)
+    assert traced.of(job_id)[0]["headers"] == {}
+
+
+def test_a_worker_with_an_unusable_library(traced: Traced) -> None:
+    """A library without what we need is logged once, and traces no job."""
+    program = f"""
+{OLD_SENTRY}
+from worker.celery import app
+assert app.active_observers() == app.active_observers() == []
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=traced.site.environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr.count("tracing disabled: library=sentry_sdk") <= 1
+
+
 def test_exempt_errors_of_the_page(traced: Traced) -> None:
     """The page's block adds an error to those that are expected of a task."""
     _, exempting = blocks(PAGE, "Sentry")
