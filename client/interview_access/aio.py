@@ -160,10 +160,16 @@ class AsyncInterviewAccessClient:
         return await self._run(control_requests.cancel(job_id, timeout=timeout))
 
     async def close(self) -> None:
-        """Close the connections; another call, in any event loop, opens new ones."""
-        queue, results = self._queue, self._results
-        self._check_loop()
+        """Close the connections; another call, in any event loop, opens new ones.
+
+        The connections of an event loop that has ended are abandoned.
+        """
+        queue, results, loop = self._queue, self._results, self._loop
+        if loop and not loop.is_closed():
+            self._check_loop()
         self._open()
+        if loop and loop.is_closed():
+            return
         await queue.aclose()
         if results is not queue:
             await results.aclose()

@@ -147,12 +147,17 @@ def test_the_stated_limit_holds(redis: Redis, client: Client) -> None:
     assert redis.llen(QUEUE) == 1
 
 
-@pytest.mark.parametrize("stated", [None, b"", b"{}", b"\xff", b'{"max_interview_ids": "many"}'])
+@pytest.mark.parametrize(
+    "stated",
+    [None, b"", b"{}", b"\xff", b'{"max_interview_ids": "many"}', b'{"max_interview_ids": -1}'],
+)
 def test_an_unknown_limit_refuses_nothing(
     redis: Redis, client: Client, stated: bytes | None
 ) -> None:
     """Without a readable limit the worker checks the number of IDs."""
-    if stated is not None:
+    if stated is None:
+        redis.lpush(LIMITS_KEY, "of another type")
+    else:
         redis.set(LIMITS_KEY, stated)
     client.enqueue("ann", [ID] * 3)
     assert redis.llen(QUEUE) == 1
@@ -245,6 +250,8 @@ def test_another_event_loop_is_named() -> None:
             asyncio.run(client.enqueue("ann", [ID]))
     with pytest.raises(RuntimeError, match="which is closed; expected one client per event loop"):
         asyncio.run(client.enqueue("ann", [ID]))
+    asyncio.run(client.close())
+    asyncio.run(enqueue())
 
 
 def test_a_closed_client_can_be_used_in_another_event_loop(redis: Redis, broker: str) -> None:

@@ -48,8 +48,8 @@ def test_signals_of_each_job(idle: Site, tmp_path: Path) -> None:
 def test_a_defect_outside_of_a_job_is_no_attempt(idle: Site, tmp_path: Path) -> None:
     """A defect outside of a job dead-letters it after its retries, without a final result."""
     settings = {"NO_THREADS": 1, "GRANT_RETRY_LIMIT": 1, "GRANT_RETRY_MAX_DELAY": 1}
-    log = tmp_path / "log"
-    with worker(idle, log, APP=LISTENING, SIGNALS=tmp_path / "signals", **settings) as service:
+    file, log = tmp_path / "signals", tmp_path / "log"
+    with worker(idle, log, APP=LISTENING, SIGNALS=file, **settings) as service:
         job_id = idle.send("ann", [])
         until(lambda: idle.redis.xlen(f"{PREFIX}dead") == 1)
         assert service.alive
@@ -57,3 +57,15 @@ def test_a_defect_outside_of_a_job_is_no_attempt(idle: Site, tmp_path: Path) -> 
     assert (letter["job_id"], letter["in_ledger"]) == (job_id, "0")
     assert letter["reason"] == "Unexpected error: RuntimeError"
     assert idle.redis.hlen(f"{PREFIX}tries") == 0
+    assert received(file, job_id) == ["received", "received"]
+
+
+def test_a_defect_after_the_transaction_ends_the_signals(idle: Site, tmp_path: Path) -> None:
+    """A job whose result cannot be stored by a defect has `task_postrun` after `task_prerun`."""
+    file, log = tmp_path / "signals", tmp_path / "log"
+    settings = {"NO_SCRIPTS": 1, "GRANT_RETRY_LIMIT": 1, "GRANT_RETRY_MAX_DELAY": 1}
+    with worker(idle, log, APP=LISTENING, SIGNALS=file, **settings):
+        job_id = idle.send("ann", [])
+        until(lambda: idle.redis.xlen(f"{PREFIX}dead") == 1)
+    once = ["received", "prerun", "retry", "postrun"]
+    assert received(file, job_id) == once * 2

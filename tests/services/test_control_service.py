@@ -169,6 +169,7 @@ class TestWaiting:
         until(lambda: len(waiting(idle)) == 1)
         stated: Any = idle.redis.get(LIMITS_KEY)
         assert WorkerLimits.model_validate_json(stated) == LIMITS
+        assert 0 < idle.redis.ttl(LIMITS_KEY) <= 600
 
     def test_a_blocked_service_stops_at_once(
         self, idle: Site, services: Callable[[], ControlService]

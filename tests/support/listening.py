@@ -1,7 +1,8 @@
 """The worker's app with signal handlers: ``celery -A tests.support.listening worker``.
 
 Each task signal is written as a line ``[signal, job ID]`` to the file SIGNALS. With NO_THREADS pool
-processes cannot start threads, as at the system's limit of processes.
+processes cannot start threads, as at the system's limit of processes. With NO_SCRIPTS a script that
+redis-py executes there fails, as by a defect of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import signals
+from redis.commands.core import Script
 
 import worker.celery
 
@@ -43,5 +45,10 @@ def _forbid_threads(**_: Any) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a defect")
+
     if "NO_THREADS" in os.environ:
         threading.Thread.start = refuse  # type: ignore[method-assign, assignment] # as the system does
+    if "NO_SCRIPTS" in os.environ:
+        Script.__call__ = fail  # type: ignore[method-assign] # as a defect does

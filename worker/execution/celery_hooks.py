@@ -12,11 +12,14 @@ from celery._state import _task_stack
 from celery.app import trace
 from celery.app.task import Context
 from celery.canvas import Signature
+from celery.utils.log import get_logger
 from interview_access.contracts import is_job_id
 from interview_access.errors import JobCancelledException, JobExpiredException
 
 from tasks.celery_tasks import JobTask, shown
 from worker.execution.run import JobRun
+
+logger = get_logger(__name__)
 
 _FINAL_SIGNALS = (
     *(signals.task_success, signals.task_failure, signals.task_retry),
@@ -46,10 +49,9 @@ def as_current(run: JobRun) -> Iterator[None]:
 
 def send_prerun(runs: Sequence[JobRun]) -> None:
     """Send ``task_prerun`` for each job of a known task, in the job's context."""
-    if not signals.task_prerun.receivers:
-        return
     for run in runs:
-        if run.task:
+        run.is_begun = run.task is not None
+        if run.is_begun and signals.task_prerun.receivers:
             run.context.run(_send_prerun, run)
 
 
@@ -67,14 +69,18 @@ def send_final(runs: Sequence[JobRun], seconds: float) -> None:
     The order is the reverse of :func:`send_prerun`'s: what receivers open and close is nested.
 
     Args:
-        runs: The jobs of a batch. One whose task is unknown has none of these signals.
+        runs: The jobs of a batch. One without ``task_prerun`` has none of these signals.
         seconds: Time that the batch took.
     """
     if not any(one.receivers for one in _FINAL_SIGNALS):
         return
     for run in reversed(runs):
-        if run.task:
-            run.context.run(_send_final, run, seconds)
+        if run.is_begun:
+            run.is_begun = False
+            try:
+                run.context.run(_send_final, run, seconds)
+            except Exception:  # the job is settled
+                logger.exception("signals failed: job=%s", run.delivery.job_id)
 
 
 def _send_final(run: JobRun, seconds: float) -> None:

@@ -99,6 +99,9 @@ def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
             raise
         except Exception as error:
             logger.exception("unexpected exception in a batch: jobs=%d", len(runs))
+            for run in runs:
+                run.settled, run.result = JobResult(error=error), None
+            send_final(runs, 0.0)  # receivers pair it with task_prerun
             settlements = [_settlement_of_defect(app, run, error) for run in runs]
             return BatchReport(settlements, None, has_success=False)
 

@@ -47,6 +47,7 @@ class JobRun:
         job: The job that the ledger settles; None after a defect in reading it.
         settled: How this delivery ended in the ledger.
         result: What the job's poller reads; None while the job is to be retried.
+        is_begun: Whether ``task_prerun`` has been sent, and ``task_postrun`` has not.
         context: The job's context variables, in which its signals are sent. What a receiver or an
             observer sets for one job of a batch is not set for another.
     """
@@ -58,6 +59,7 @@ class JobRun:
     job: Any
     settled: JobResult = field(default_factory=JobResult)
     result: dict[str, Any] | InterviewAccessError | None = None
+    is_begun: bool = False
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     @property

@@ -1,14 +1,15 @@
 """The control service: executes control requests, which have a queue of their own.
 
 It runs in a thread of the main process and replies while every pool process is busy. A control
-request may be lost: a client without a reply in time sends it again. At each new connection it also
-states the worker's limits, which clients check before they send.
+request may be lost: a client without a reply in time sends it again. It also states the worker's
+limits, which clients check before they send.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ _WAIT_SECONDS = 10.0  # for a request, in one command
 _LOST_SECONDS = _WAIT_SECONDS + 3.0  # without a reply to a wait: the connection is lost
 _POLL_SECONDS = 0.5  # between two polls of the queue while Redis refuses the wait
 _REQUEST_BYTES = 65_536
+_LIMITS_SECONDS = 600  # retention of the stated limits, which are stated twice as often
 _REPLY_SECONDS = 60
 _OUTSTANDING_BYTES = 8 * 1024 * 1024  # of all replies in Redis
 _REPLIES = f"{PREFIX}replies"
@@ -79,6 +81,7 @@ class ControlService(BackgroundService):
         self._wait: QueueWait | None = None
         self._may_have_request = True
         self._is_refused = False
+        self._state_limits_at = 0.0
         self._jobs = JobStatusService(storage, app.backend)
         self._limits = limits.model_dump_json()
         self._operations: dict[str, Callable[[Redis, str], JobStatus]] = {
@@ -119,10 +122,12 @@ class ControlService(BackgroundService):
         Raises:
             RedisConnectionError: if the connection is lost.
         """
+        if time.monotonic() >= self._state_limits_at:
+            self._state_limits_at = time.monotonic() + _LIMITS_SECONDS / 2
+            with suppress(ResponseError):  # of a full Redis, say: clients need no limits
+                redis.set(LIMITS_KEY, self._limits, ex=_LIMITS_SECONDS)
         if self._wait is None:
             self._wait = QueueWait(redis.connection_pool)
-            with suppress(ResponseError):  # of a full Redis, say: clients need no limits
-                redis.set(LIMITS_KEY, self._limits)
         reply = self._wait.start(CONTROL_QUEUE, _WAIT_SECONDS)
         while self.pause(_LOST_SECONDS, reply):
             try:
@@ -142,6 +147,7 @@ class ControlService(BackgroundService):
 
     def disconnect(self) -> None:
         """Disconnect, which ends the wait."""
+        self._state_limits_at = 0.0  # the next Redis may be empty
         wait, self._wait = self._wait, None
         if wait:
             wait.close()

@@ -124,7 +124,8 @@ def _report(run: JobRun) -> None:
 def _without_duplicate(run: JobRun, event: Any, hint: dict[str, Any]) -> Any:
     """Drop the worker's line of a dead letter whose cause is reported as the job's error."""
     record = hint.get("log_record")
-    is_line = record is not None and record.name.startswith("worker.") and not record.exc_info
+    line = f" reason={type(run.failure).__name__}: "
+    is_line = record is not None and not record.exc_info and line in record.getMessage()
     return None if is_line and _is_reported(run) else event
 
 

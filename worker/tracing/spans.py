@@ -18,6 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, StatusCode, Tracer, TracerProvider
 from opentelemetry.util.types import AttributeValue
 
+from storage.errors import JobBusyError
 from worker.execution.run import JobRun
 
 _FLUSH_SECONDS = 2.0  # for the last spans, when a pool process ends
@@ -133,7 +134,8 @@ def _end(span: Span, run: JobRun) -> None:
     span.set_attribute("interview_access.state", state)
     if error:
         span.set_attribute("error.type", type(error).__name__)
-    if error and not isinstance(error, run.task.throws if run.task else ()):
+    is_expected = isinstance(error, (JobBusyError, *(run.task.throws if run.task else ())))
+    if error and not is_expected:
         span.set_status(StatusCode.ERROR)
 
 

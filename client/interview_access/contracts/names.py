@@ -47,7 +47,7 @@ KEY_PREFIX = "interview-access:"
 
 LIMITS_KEY = f"{KEY_PREFIX}limits"
 """Key of the limits that the workers state, on the server of the queue. Its value is a
-:class:`~interview_access.contracts.WorkerLimits`."""
+:class:`~interview_access.contracts.WorkerLimits`. It expires soon after the last worker stops."""
 
 
 def announcement_key(job_id: str) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PositiveInt,
+    WithJsonSchema,
+)
 
 from interview_access.contracts.names import DIGEST_LENGTH
 
@@ -174,4 +181,4 @@ class WorkerLimits(BaseModel):
 
     model_config = _ON_FIRST_USE
 
-    max_interview_ids: int
+    max_interview_ids: PositiveInt

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from pydantic import ValidationError
-from redis.exceptions import NoPermissionError
+from redis.exceptions import ResponseError
 
 from interview_access.contracts import LIMITS_KEY, Job, WorkerLimits
 from interview_access.protocol.commands import Commands, Exchange
@@ -53,6 +53,7 @@ class LimitsReader:
         try:
             (stated,) = yield from replies_to(Commands((("GET", LIMITS_KEY),)), by=by)
             self._known = WorkerLimits.model_validate_json(stated) if stated else None
-        except (NoPermissionError, ValidationError):
-            self._known = None  # a Redis user of an earlier release: the workers check
+        except (ResponseError, ValidationError):
+            # The Redis user of an earlier release has no permission, for example.
+            self._known = None
         self._read_at = time.monotonic()
