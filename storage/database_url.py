@@ -163,6 +163,7 @@ def _from_url(url: str) -> URL:
     credentials, at, location = rest.rpartition("@")
     if not rest.isprintable() or " " in rest:
         raise ValueError(f"a URL without spaces and control characters, as in {FORM}")
+    _check_values(location)
     if "@" in credentials or "?" in credentials:
         raise ValueError(
             "special characters in user name and password to be percent-encoded"
@@ -175,6 +176,16 @@ def _from_url(url: str) -> URL:
     if parsed is None or not 0 < (parsed.port or 1) < 1 << 16:
         raise ValueError(f"{_PORTS}, as in {FORM}") from None
     return parsed
+
+
+def _check_values(location: str) -> None:
+    """Refuse an option without a value. SQLAlchemy drops it; for JDBC ``ssl`` means verify-full."""
+    options = [part.partition("=") for part in location.partition("?")[2].split("&") if part]
+    if empty := [name for name, _, value in options if not value]:
+        # Beside a secret, an apparent option may be the rest of an unescaped secret.
+        is_secret = any(_SECRET_LIKE.search(name) for name, _, _ in options)
+        names = "" if is_secret else f"; none for: {', '.join(empty)[:100]}"
+        raise ValueError(f"a value for each option (ssl=true, not ssl){names}")
 
 
 def _with_one_host(location: str) -> str:
@@ -265,6 +276,10 @@ def _check_options(url: URL) -> None:
     # libpq validates options before it opens the socket, which does not exist.
     refusal = _refusal(options)
     if refusal != _refusal({}):
+        # A value in another syntax may contain further options (sslmode=prefer;password=…).
+        is_secret = is_secret or any(
+            "=" in str(value) for name, value in options.items() if name != "options"
+        )
         sentence = "" if is_secret else f"; libpq reports: {refusal}"
         raise ValueError(f"options that libpq accepts{sentence}")
 

@@ -189,12 +189,30 @@ class TestOptions:
             ("host=a:1&host=b:2&port=3", "ports beside their hosts"),
             ("schema=a&schema=b", "schema at most once"),
             ("pool_mode=session", "only options of libpq; unknown: pool_mode"),
+            # For JDBC, ssl without a value is verify-full. SQLAlchemy drops such an option.
+            ("ssl", "a value for each option (ssl=true, not ssl); none for: ssl"),
+            ("sslmode=&user=me", "a value for each option (ssl=true, not ssl); none for: sslmode"),
+            ("sslaccept", "a value for each option (ssl=true, not ssl); none for: sslaccept"),
         ],
     )
     def test_refused_options(self, query: str, expected: str) -> None:
         """An option that changes the security or the meaning is refused with its replacement."""
         with pytest.raises(ValueError, match=re.escape(expected)):
             parse_database_url(f"postgresql://h/x?{query}")
+
+    @pytest.mark.parametrize(
+        "query",
+        [
+            f"sslmode=prefer;password={PASSWORD}",
+            f"password=x&{PASSWORD}",
+            f"password=x&{PASSWORD}=1",
+        ],
+    )
+    def test_a_refusal_does_not_show_a_password(self, query: str) -> None:
+        """The rest of a password that is not encoded, or of another syntax, is not shown."""
+        with pytest.raises(ValueError, match="option") as refused:
+            parse_database_url(f"postgresql://h/x?{query}")
+        assert PASSWORD not in str(refused.value)
 
     @pytest.mark.parametrize(
         ("url", "hosts", "ports"),
