@@ -219,6 +219,7 @@ ADMINISTRATION = (
 )
 OTHERS_JOBS = (
     *(f"LRANGE {QUEUE} 0 -1", f"LINDEX {QUEUE} 0", f"RPOP {QUEUE}", f"LPOP {QUEUE}"),
+    *(f"SADD {QUEUE} x", f"SET {QUEUE} x", f"HSET {QUEUE} x x"),
     *(f"DEL {QUEUE}", f"LTRIM {QUEUE} 1 0", f"RENAME {QUEUE} {QUEUE}", f"EXPIRE {QUEUE} 1"),
     f"DUMP {QUEUE}",
     *("LRANGE interview-access-control 0 -1", "DEL interview-access-control"),
