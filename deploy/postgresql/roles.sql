@@ -21,6 +21,11 @@ FROM unnest(ARRAY['interview_access_owner', 'interview_access_worker',
 WHERE to_regrole(name) IS NULL
 \gexec
 
+-- The owner of a database who is no superuser grants privileges as a member of the tables' owner.
+SELECT format('GRANT interview_access_owner TO %I', current_user)
+WHERE NOT pg_has_role('interview_access_owner', 'USAGE')
+\gexec
+
 GRANT CONNECT ON DATABASE :"DBNAME" TO interview_access_owner, interview_access_worker,
     interview_access_producer, interview_access_operator;
 GRANT USAGE ON SCHEMA public TO interview_access_worker, interview_access_producer,

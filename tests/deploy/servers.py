@@ -78,12 +78,17 @@ def redis_with_users(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def roles_of(database_url: str) -> Iterator[Callable[[], None]]:
-    """Apply roles.sql. Yields a function that applies it again; drops the roles at the end."""
+def roles_of(database_url: str, *, user: str | None = None) -> Iterator[Callable[[], None]]:
+    """Apply roles.sql. Yields a function that applies it again; drops the roles at the end.
+
+    Args:
+        database_url: The database, as its superuser.
+        user: The role that applies the file; by default the superuser.
+    """
     url = make_url(database_url)
     command = [
         *(str(postgres_programs() / "psql"), "-X", "-h", str(url.query["host"])),
-        *("-U", str(url.username), "-d", str(url.database), "-f", str(ROLES)),
+        *("-U", user or str(url.username), "-d", str(url.database), "-f", str(ROLES)),
     ]
 
     def apply() -> None:
