@@ -205,6 +205,31 @@ def test_a_string_in_place_of_a_list_is_refused(client: FakeClient) -> None:
         client.assert_enqueued(interview_ids=FIRST, count=0)
 
 
+@pytest.mark.parametrize(
+    ("expected", "sentence"),
+    [
+        ({"user_id": 7}, "user_id: expected a string, got the number 7"),
+        ({"user_ids": [7]}, r"user_ids\[0\]: expected a string"),
+        ({"interview_ids": [7]}, r"interview_ids\[0\]: expected a string"),
+        ({"job_id": UUID(int=0)}, "job_id: expected a string"),
+    ],
+)
+def test_an_id_that_no_job_can_have_is_refused(
+    client: FakeClient, expected: dict[str, Any], sentence: str
+) -> None:
+    """An integer, such as Django's default key, never equals an ID: `count=0` would always hold."""
+    client.enqueue("7", [FIRST])
+    with pytest.raises(TypeError, match=sentence):
+        client.assert_enqueued(**expected, count=0)
+
+
+def test_an_unknown_task_is_refused(client: FakeClient) -> None:
+    """A misspelled task would make every assertion with `count=0` hold."""
+    client.enqueue("ann", [FIRST])
+    with pytest.raises(ValueError, match=r"task: expected interview_access\.grant_access or "):
+        client.assert_enqueued(task="grant_access", count=0)
+
+
 # --- Validation and job IDs -----------------------------------------------------------------------
 
 

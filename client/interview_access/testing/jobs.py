@@ -8,10 +8,16 @@ from datetime import datetime
 from typing import Any, Self
 from uuid import UUID
 
-from interview_access.contracts import GRANT_COHORT_ACCESS, RequestedInterviews
+from interview_access.contracts import (
+    CREATE_INTERVIEW_ATTEMPT,
+    GRANT_ACCESS,
+    GRANT_COHORT_ACCESS,
+    RequestedInterviews,
+)
 from interview_access.contracts.identifiers import as_text, as_texts
 from interview_access.text import describe, shortened
 
+_TASKS = (GRANT_ACCESS, GRANT_COHORT_ACCESS, CREATE_INTERVIEW_ATTEMPT)
 _LISTED_JOBS, _LISTED_IDS = 20, 3  # in a failed assertion's text
 
 
@@ -104,7 +110,9 @@ class Expected:
 
         Raises:
             AssertionError: if their number differs from `count`; it lists all jobs.
-            TypeError: if `user_ids` or `interview_ids` is not an iterable of IDs.
+            TypeError: if an ID is neither a string nor a UUID, or `user_ids` or `interview_ids`
+                is not an iterable.
+            ValueError: if `task` is not the name of a task.
         """
         __tracebackhide__ = True
         wanted = self._comparable()
@@ -136,7 +144,19 @@ class Expected:
         for name in {"user_ids", "interview_ids"} & given.keys():
             if not isinstance(given[name], list):
                 raise TypeError(f"{name}: expected a list of IDs, got {describe(given[name])}")
+            for at, one in enumerate(given[name]):
+                _check_string(f"{name}[{at}]", one)
+        # No job has another type of ID: `count=0` would always hold.
+        for name in {"task", "job_id", "user_id"} & given.keys():
+            _check_string(name, given[name])
+        if self.task is not None and self.task not in _TASKS:
+            raise ValueError(f"task: expected {' or '.join(_TASKS)}, got {describe(self.task)}")
         return _compared(given)
+
+
+def _check_string(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {describe(value)}")
 
 
 def _comparable(job: EnqueuedJob) -> dict[str, object]:

@@ -99,7 +99,9 @@ class InMemoryQueue(ABC):
 
         Raises:
             AssertionError: if their number differs; it lists what was enqueued.
-            TypeError: if `user_ids` or `interview_ids` is not an iterable of IDs.
+            TypeError: if an ID is neither a string nor a UUID, or `user_ids` or `interview_ids`
+                is not an iterable.
+            ValueError: if `task` is not the name of a task.
         """
         __tracebackhide__ = True
         expected = Expected(
