@@ -491,6 +491,25 @@ for arguments, options in (
 """
 
 
+OTHER_DATABASE = """
+DATABASES["reports"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR / "reports.db"}
+"""
+
+
+def test_a_database_of_another_vendor_is_migrated(
+    project: DjangoProject, database: Database
+) -> None:
+    """Without a router, Django applies every migration to every database, also in its tests."""
+    settings = project.folder / "service/settings.py"
+    before = settings.read_text(encoding="utf-8")
+    project.append("service/settings.py", OTHER_DATABASE)
+    try:
+        for target in ("", "", " interview 0001"):
+            project.succeed(f"python manage.py migrate --database reports{target}", database)
+    finally:
+        settings.write_text(before, encoding="utf-8")
+
+
 class TestOnCommit:
     """Enqueueing after the commit."""
 

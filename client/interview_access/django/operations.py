@@ -63,6 +63,9 @@ class AddGrantKey(AddConstraint):
         if not self.allow_migrate_model(connection.alias, model):
             return
         self._check(model)
+        if connection.vendor != "postgresql":  # workers use no other database
+            super().database_forwards(app_label, schema_editor, from_state, to_state)
+            return
         name = self.constraint.name
         keys = {key.name: key for key in find_keys(connection) or ()}
         key = keys.get(name) or next(iter(keys.values()), None)
@@ -93,6 +96,9 @@ class AddGrantKey(AddConstraint):
         model = to_state.apps.get_model(app_label, self.model_name)
         connection = schema_editor.connection
         if not self.allow_migrate_model(connection.alias, model):
+            return
+        if connection.vendor != "postgresql":
+            super().database_backwards(app_label, schema_editor, from_state, to_state)
             return
         name = self.constraint.name
         others = [key for key in find_keys(connection) or () if key.name != name]

@@ -6,7 +6,7 @@ it ran first, this migration changes nothing. It needs no privilege and no lock 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django.db import migrations, models
 from django.db.models.functions import Now
@@ -75,6 +75,16 @@ _CREATE = """
 """
 
 
+class _CreateTables(migrations.RunSQL):
+    """Creates the tables on PostgreSQL; does nothing on another database of a project."""
+
+    def database_forwards(
+        self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
+    ) -> None:
+        if schema_editor.connection.vendor == "postgresql":
+            super().database_forwards(app_label, schema_editor, from_state, to_state)
+
+
 class Migration(migrations.Migration):
     """Create the tables that do not exist. Backwards they stay: they hold requests and results."""
 
@@ -84,7 +94,7 @@ class Migration(migrations.Migration):
 
     operations: ClassVar = [
         migrations.SeparateDatabaseAndState(
-            database_operations=[migrations.RunSQL(_CREATE, migrations.RunSQL.noop)],
+            database_operations=[_CreateTables(_CREATE, _CreateTables.noop)],
             state_operations=[
                 migrations.CreateModel(
                     name="OutboxRequest",
