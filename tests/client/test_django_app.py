@@ -491,6 +491,19 @@ for arguments, options in (
 """
 
 
+@pytest.mark.parametrize(
+    "columns", ["user_id DESC, interview_id", 'user_id COLLATE "C", interview_id']
+)
+def test_an_index_that_cannot_become_a_constraint_stays(
+    project: DjangoProject, database: Database, columns: str
+) -> None:
+    """AddGrantKey builds the constraint beside a unique index in another order."""
+    database.execute(f"CREATE UNIQUE INDEX sorted_key ON {GRANTS} ({columns})")
+    project.succeed("python manage.py migrate interview", database)
+    (index,) = (one for one in unique_keys(database) if "sorted_key" in one)
+    assert sorted(unique_keys(database)) == sorted([*key("one_grant"), index])
+
+
 OTHER_DATABASE = """
 DATABASES["reports"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR / "reports.db"}
 """

@@ -17,7 +17,12 @@ WORKER_KEY = "interview_userinterviewaccess_user_id_interview_id_key"
 # INSERT ... ON CONFLICT uses no other index: see storage/migrations/catalog.py of the worker.
 _KEYS = """
     SELECT i.relname,
-           EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.oid AND k.contype = 'u')
+           EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.oid AND k.contype = 'u'),
+           (SELECT bool_and(x.indoption[n] = 0 AND o.opcdefault
+                            AND x.indcollation[n] = a.attcollation)
+            FROM generate_series(0, x.indnkeyatts - 1) AS n
+            JOIN pg_opclass o ON o.oid = x.indclass[n]
+            JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[n])
     FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
     WHERE x.indrelid = %s AND x.indisunique
       AND x.indisvalid AND x.indisready AND x.indislive AND x.indimmediate
@@ -36,10 +41,12 @@ class FoundKey:
 
     Attributes:
         is_constraint: Whether a constraint of the same name owns it.
+        can_be_constraint: Whether its columns have their default order, as a constraint requires.
     """
 
     name: str
     is_constraint: bool
+    can_be_constraint: bool
 
 
 def find_keys(connection: Any) -> list[FoundKey] | None:

@@ -24,7 +24,9 @@ class AddGrantKey(AddConstraint):
     It replaces ``migrations.AddConstraint``, which builds a second index if ``interview-access
     migrate`` has built one. Other readers and writers are not blocked: an existing constraint is
     renamed without a lock on the table, and a unique index becomes a constraint under a lock of a
-    few milliseconds. Only if no key exists is the index built, as by ``AddConstraint``.
+    few milliseconds. Only if no key exists is the index built, as by ``AddConstraint``. A unique
+    index with another order, operator class or collation than its columns' cannot become a
+    constraint, and stays.
 
     Backwards the key remains under the worker's name if the worker needs it, and is dropped
     otherwise.
@@ -67,7 +69,8 @@ class AddGrantKey(AddConstraint):
             super().database_forwards(app_label, schema_editor, from_state, to_state)
             return
         name = self.constraint.name
-        keys = {key.name: key for key in find_keys(connection) or ()}
+        found = find_keys(connection) or ()
+        keys = {key.name: key for key in found if key.is_constraint or key.can_be_constraint}
         key = keys.get(name) or next(iter(keys.values()), None)
         if key is None:
             _retry_lock(
