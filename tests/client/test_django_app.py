@@ -523,6 +523,28 @@ def test_a_database_of_another_vendor_is_migrated(
         settings.write_text(before, encoding="utf-8")
 
 
+DUMP = """
+from django.core import serializers
+from interview_access.django.models import OutboxRequest
+from interview_access.outbox import enqueue_cohort_in_django, enqueue_in_django
+enqueue_in_django("ann", ['a "b"', "c,d"], job_id="1")
+enqueue_cohort_in_django(["ann", "bob"], [], job_id="2")
+dumped = serializers.serialize("json", OutboxRequest.objects.all())
+OutboxRequest.objects.all().delete()
+for one in serializers.deserialize("json", dumped):
+    one.save()
+for row in OutboxRequest.objects.order_by("job_id"):
+    print(row.user_ids, row.interview_ids)
+"""
+
+
+def test_requests_are_dumped_and_loaded(project: DjangoProject, database: Database) -> None:
+    """`dumpdata`, `loaddata` and `serialized_rollback` keep the lists of IDs."""
+    project.succeed("python manage.py migrate interview_access", database)
+    printed = project.run_python(DUMP, database)
+    assert printed == ["None ['a \"b\"', 'c,d']", "['ann', 'bob'] []"]
+
+
 class TestOnCommit:
     """Enqueueing after the commit."""
 

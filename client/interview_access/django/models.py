@@ -6,6 +6,7 @@ migrations of this app create the tables where ``interview-access migrate`` has 
 
 from __future__ import annotations
 
+import json
 from typing import Any
 from uuid import uuid4
 
@@ -33,6 +34,14 @@ class TextArrayField(models.Field):
     def db_type(self, connection: Any) -> str:  # noqa: ARG002 - Django's signature
         """Return the column's type."""
         return "text[]"
+
+    def value_to_string(self, obj: Any) -> str:
+        """Serialize as ``dumpdata`` and Django's tests do; see :meth:`to_python`."""
+        return json.dumps(self.value_from_object(obj))
+
+    def to_python(self, value: Any) -> Any:
+        """Deserialize as ``loaddata`` does."""
+        return json.loads(value) if isinstance(value, str) else value
 
 
 def random_id() -> str:
