@@ -76,6 +76,7 @@ CHANGES = tuple(
 UPDATES = (
     "UPDATE interview_interview SET title = 'x'",
     "UPDATE interview_interview SET description = 'x'",
+    "UPDATE interview_interview SET duration = '1 hour'",
     "UPDATE interview_interviewconfig SET is_default_access_allowed = true",
     "UPDATE interview_interviewattempt SET user_id = 'x'",
     "UPDATE interview_userinterviewaccess SET user_id = 'x'",
