@@ -88,7 +88,7 @@ _MISSING = text("""
     JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE NOT has_table_privilege(c.oid, needed.privilege)
       AND NOT CASE
-          WHEN needed.privilege = 'DELETE' THEN false
+          WHEN needed.privilege = 'DELETE' OR needed.columns = '*' THEN false
           WHEN needed.columns = '' THEN has_any_column_privilege(c.oid, needed.privilege)
           ELSE (SELECT bool_and(has_column_privilege(c.oid, name, needed.privilege))
                 FROM unnest(string_to_array(needed.columns, ',')) AS name)
@@ -159,7 +159,7 @@ def missing_privileges(connection: Connection, needed: Needed) -> str | None:
     written = {"tables": [table for table in needed if "INSERT" in needed[table]]}
     return _report(
         [
-            *(_grant("TABLE", *row) for row in connection.execute(_MISSING, of_tables)),
+            *(_table_grant(*row) for row in connection.execute(_MISSING, of_tables)),
             *(
                 _grant("SEQUENCE", *row)
                 for row in connection.execute(_MISSING_OF_SEQUENCES, written)
@@ -213,7 +213,9 @@ def missing_for_migration(connection: Connection) -> str | None:
         missing.append(_grant("SCHEMA", schema.object, "CREATE", schema.role))
     tables = find_tables(connection, models.METADATA.tables)
     for privilege in _needed_for_foreign_keys(tables.keys()):
-        of_table = {"tables": [_INTERVIEWS], "privileges": [privilege], "columns": [""]}
+        # LOCK TABLE requires a privilege on the whole table, a foreign key one on its column.
+        columns = "*" if privilege == "UPDATE" else "id"
+        of_table = {"tables": [_INTERVIEWS], "privileges": [privilege], "columns": [columns]}
         missing += [_grant("TABLE", *row) for row in connection.execute(_MISSING, of_table)]
     altered = [VERSION_TABLE, *(name for name in models.METADATA.tables if name.startswith(_OWN))]
     grants = tables.get(grant_key.TABLE)
@@ -244,6 +246,12 @@ class _Missing(NamedTuple):
 
 def _grant(kind: str, name: str, privilege: str, role: str) -> _Missing:
     return _Missing(f"{privilege} on {name}", f"GRANT {privilege} ON {kind} {name} TO {role}", role)
+
+
+def _table_grant(name: str, privilege: str, role: str) -> _Missing:
+    # UPDATE of any column permits the row lock; of the whole table, changes to interviews.
+    is_for_lock = privilege == "UPDATE" and name.rpartition(".")[2] == _INTERVIEWS
+    return _grant("TABLE", name, "UPDATE (id)" if is_for_lock else privilege, role)
 
 
 def _report(missing: Sequence[_Missing]) -> str | None:

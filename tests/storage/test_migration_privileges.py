@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from sqlalchemy import make_url
 
 from storage.errors import StorageError
-from storage.schema import migrate
+from storage.schema import check_schema, migrate
 from tests.storage.migrations import GRANTS, migrated
 from tests.support.database import role
 from tests.support.platform import Database, DjangoService
@@ -118,3 +120,30 @@ def test_nothing_to_do_needs_no_privilege(database: Database, *, dry_run: bool) 
         sentences: list[str] = []
         migrate(url, dry_run=dry_run, report=sentences.append)
         assert "nothing to do" in sentences[0]
+
+
+def test_the_named_grants_suffice_for_a_worker_and_no_more(database: Database) -> None:
+    """A worker's role with these privileges starts, and cannot update an interview."""
+    migrated(database.url)
+    with role(database.url, "SELECT ON grant_access_alembic_version") as url:
+        grants = re.findall(r"GRANT [^;]+", str(check_schema(url)))
+        for grant in grants:
+            database.execute(grant)
+        assert check_schema(url) is None
+        with Database(url).connect() as worker, pytest.raises(psycopg.Error) as denied:
+            worker.execute("UPDATE interview_interview SET title = 'x'")
+    assert denied.value.sqlstate == "42501"
+
+
+def test_a_privilege_on_a_column_does_not_suffice_for_the_lock(
+    adopted: tuple[Database, str, str], *, dry_run: bool
+) -> None:
+    """LOCK TABLE needs UPDATE on the table: the role is refused first, and can migrate then."""
+    database, _, other = adopted
+    name = make_url(other).username
+    database.execute(f"CREATE UNIQUE INDEX service_key ON {GRANTS} (user_id, interview_id)")
+    database.execute(f"GRANT UPDATE (id) ON interview_interview TO {name}")
+    grant = f"GRANT UPDATE ON TABLE public.interview_interview TO {name}"
+    assert refusal(database, other, dry_run=dry_run).endswith(f": run {grant}")
+    database.execute(grant)
+    migrated(other)
