@@ -39,7 +39,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|datetime|types|typing|unittest|uuid)\..*"),
     ("py:.*", r"(celery|django|kombu|opentelemetry|psycopg|pydantic|pytest|redis|sqlalchemy)\..*"),
     # Imports for type checkers only, which autodoc does not execute.
-    ("py:class", "Connection|Span|UUID|datetime"),
+    ("py:class", "Connection|EllipsisType|Span|UUID|datetime"),
     # Defined in a submodule, and documented in the package that exports them.
     ("py:.*", r"interview_access\.contracts\.\w+\..*"),
     # Internal classes in the signatures of the test kit and of tracing.

@@ -186,6 +186,9 @@ def _check_values(location: str) -> None:
         is_secret = any(_SECRET_LIKE.search(name) for name, _, _ in options)
         names = "" if is_secret else f"; none for: {', '.join(empty)[:100]}"
         raise ValueError(f"a value for each option (ssl=true, not ssl){names}")
+    if any("+" in value and name.startswith(("user", "password")) for name, _, value in options):
+        # libpq reads it as it is, JDBC and SQLAlchemy as a space.
+        raise ValueError("+ in the options user and password to be percent-encoded (%2B)")
 
 
 def _with_one_host(location: str) -> str:

@@ -9,6 +9,10 @@
 --   DATABASE_URL=postgresql://interview_access_owner:… interview-access migrate
 --   psql -d DATABASE -f deploy/postgresql/roles.sql
 --
+-- On PostgreSQL 14, and in databases upgraded from it, every role may create tables in the schema public.
+-- This file ends that, as newer versions do, and only a superuser can. Grant CREATE first to other
+-- roles that create tables there: GRANT CREATE ON SCHEMA public TO service.
+--
 -- No role has a password until you give it one. If the platform's service owns its tables already,
 -- the owner must be a member of the service's role: GRANT service TO interview_access_owner.
 
@@ -34,7 +38,6 @@ GRANT USAGE ON SCHEMA public TO interview_access_worker, interview_access_produc
 -- Runs `interview-access migrate`.
 GRANT USAGE, CREATE ON SCHEMA public TO interview_access_owner;
 
--- PostgreSQL 14 lets every role create tables here; newer versions do not.
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 
 SELECT to_regclass('grant_access_alembic_version') IS NOT NULL AS is_migrated \gset

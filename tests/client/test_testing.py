@@ -22,8 +22,10 @@ from interview_access.contracts import (
     CREATE_INTERVIEW_ATTEMPT,
     GRANT_ACCESS,
     GRANT_COHORT_ACCESS,
+    LIMITS_KEY,
     GrantCohortJob,
     GrantJob,
+    WorkerLimits,
 )
 from interview_access.errors import (
     InvalidGrantRequestException,
@@ -43,6 +45,7 @@ from interview_access.testing import (
     InlineClient,
     capture_enqueued,
 )
+from redis import Redis
 
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = "89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"
@@ -439,11 +442,11 @@ def test_capture_receives_the_calls_of_every_client() -> None:
 
     started = time.monotonic()
     with capture_enqueued() as captured:
-        job_id = blocking.enqueue("ann", [])
+        job_id = blocking.enqueue("ann", [FIRST, SECOND])
         with pytest.raises(NoAnswerInTimeError):
             blocking.wait(job_id, timeout=60)
-        captured.set_result(job_id, created=7)
-        assert InterviewAccessClient(NOWHERE).wait(job_id, timeout=60)["created_access_count"] == 7
+        captured.set_result(job_id, created=1)
+        assert InterviewAccessClient(NOWHERE).wait(job_id, timeout=60)["created_access_count"] == 1
         asyncio.run(use())
         asyncio.run(use())  # another event loop, as test runners use for each test
         thread = threading.Thread(target=blocking.enqueue, args=("cem", []))
@@ -464,6 +467,31 @@ def test_captures_nest_and_end() -> None:
     assert [job.user_id for job in outer.jobs] == ["bob"]
     with pytest.raises(QueueUnavailableError):
         client.enqueue("cem", [])
+
+
+def test_captures_of_threads_may_end_in_any_order() -> None:
+    """The first of two blocks may end first; after both, clients connect again."""
+    client = InterviewAccessClient("redis+socket:///nowhere/redis.sock")
+    first, second = capture_enqueued(), capture_enqueued()
+    first.__enter__()
+    receiver = second.__enter__()
+    first.__exit__(None, None, None)
+    client.enqueue("ann", [])
+    second.__exit__(None, None, None)
+    assert [job.user_id for job in receiver.jobs] == ["ann"]
+    with pytest.raises(QueueUnavailableError):
+        client.enqueue("bob", [])
+
+
+def test_a_captured_client_remembers_no_limit(redis: Redis, broker: str) -> None:
+    """After the block a client reads the limit that the workers state."""
+    client = InterviewAccessClient(broker)
+    with capture_enqueued():
+        client.enqueue("ann", [])
+    redis.set(LIMITS_KEY, WorkerLimits(max_interview_ids=1).model_dump_json())
+    with pytest.raises(InvalidGrantRequestException, match="at most 1 IDs"):
+        client.enqueue("ann", [FIRST, SECOND])
+    client.close()
 
 
 def test_a_capture_ends_also_after_an_exception() -> None:
@@ -709,3 +737,31 @@ def pytest_in(folder: Path, *options: str) -> str:
         command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
     )
     return done.stdout + done.stderr
+
+
+def test_none_is_no_wildcard() -> None:
+    """An expected value of None, as of an attribute that is not set, is a TypeError."""
+    client = FakeClient()
+    client.enqueue("ann", [])
+    for name in ("user_id", "job_id", "task", "user_ids", "interview_ids"):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            client.assert_enqueued(**{name: None})  # type: ignore[arg-type] # deliberately wrong
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        ({"created": 3}, "created: expected 0 to 2 for the job, got 3"),
+        ({"created": -1}, "created: expected 0 to 2 for the job, got -1"),
+        ({"interview_attempt_id": FIRST}, "interview_attempt_id: expected none"),
+    ],
+)
+def test_a_result_that_no_worker_returns_is_refused(result: Any, says: str) -> None:
+    """A test cannot state more grants than were requested, or an attempt of another task."""
+    client = FakeClient()
+    job_id = client.enqueue("ann", [FIRST, SECOND, FIRST])
+    with pytest.raises(ValueError, match=says):
+        client.set_result(job_id, **result)
+    attempt = client.enqueue_attempt(FIRST, "ann")
+    with pytest.raises(ValueError, match="created: expected none for an attempt"):
+        client.set_result(attempt, created=1)

@@ -57,6 +57,7 @@ MALFORMED_POSTGRESQL = [
     "postgresql://me:hunter2/x",
     "postgresql://127.0.0.1/x?password=hun&ter2=1",
     "postgresql://127.0.0.1/x?user=me&password=hun@ter2",
+    "postgresql://127.0.0.1/x?user=me&password=hun+ter2",
     "postgresql://127.0.0.1/x?sslpassword=hun@ter2",
     "postgresql://127.0.0.1/x?sslpassword=hun&ter2=1",
     "postgresql://127.0.0.1/x?sslpassword=hun&sslmode=ter2",

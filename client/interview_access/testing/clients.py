@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial, wraps
+from threading import Lock
 from typing import Any, TypeVar, overload
 from unittest import mock
 
@@ -12,6 +13,7 @@ from interview_access.aio import AsyncInterviewAccessClient
 from interview_access.contracts import JobProgress
 from interview_access.producer import InterviewAccessClient
 from interview_access.protocol.commands import Commands
+from interview_access.protocol.limits import LimitsReader
 from interview_access.protocol.messages import check_timeout
 from interview_access.testing.inline import InlineResults
 from interview_access.testing.queue import InMemoryQueue, StatedResults
@@ -139,16 +141,43 @@ def capture_enqueued(
     Returns:
         A context manager whose value is the client that receives the calls.
     """
-    return _routed_to(FakeClient() if into is None else into)
+    return _captured_by(FakeClient() if into is None else into)
+
+
+_capturing: list[InMemoryQueue] = []
+"""The clients that receive calls, the current one last. Blocks of threads may end in any order."""
+
+_capturing_lock = Lock()
 
 
 @contextmanager
-def _routed_to(queue: Q) -> Iterator[Q]:
+def _captured_by(queue: Q) -> Iterator[Q]:
+    with _capturing_lock:
+        if not _capturing:
+            _patches.enter_context(_patched_clients())
+        _capturing.append(queue)
+    try:
+        yield queue
+    finally:
+        with _capturing_lock:
+            _capturing.remove(queue)
+            if not _capturing:
+                _patches.close()
+
+
+_patches = ExitStack()
+
+
+@contextmanager
+def _patched_clients() -> Iterator[None]:
+    """Route the calls of every client to the current one of those that capture."""
+    limits = LimitsReader()  # so that no client remembers the limits of the test kit
+
     def execute(_client: InterviewAccessClient, step: Commands) -> list[Any]:
-        return queue.execute(step)
+        return _capturing[-1].execute(step)
 
     async def execute_async(_client: AsyncInterviewAccessClient, step: Commands) -> list[Any]:
-        return queue.execute(step)
+        return _capturing[-1].execute(step)
 
     def accept_every_loop(_client: AsyncInterviewAccessClient) -> None: ...
 
@@ -160,6 +189,7 @@ def _routed_to(queue: Q) -> Iterator[Q]:
         return at_once
 
     with (
+        mock.patch.object(LimitsReader, "check", partial(LimitsReader.check, limits)),
         mock.patch.multiple(
             InterviewAccessClient,
             _execute=execute,
@@ -172,7 +202,7 @@ def _routed_to(queue: Q) -> Iterator[Q]:
             wait=without_waiting(AsyncInterviewAccessClient.wait),
         ),
     ):
-        yield queue
+        yield
 
 
 def _no_time(timeout: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import EllipsisType
 from typing import Any, Self
 from uuid import UUID
 
@@ -87,13 +88,13 @@ class EnqueuedJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What an assertion expects of a job; None accepts any value."""
+    """What an assertion expects of a job; an ellipsis accepts any value."""
 
-    task: str | None = None
-    job_id: str | None = None
-    user_id: str | UUID | None = None
-    user_ids: Iterable[str | UUID] | None = None
-    interview_ids: Iterable[str | UUID] | None = None
+    task: str | EllipsisType = ...
+    job_id: str | EllipsisType = ...
+    user_id: str | UUID | EllipsisType = ...
+    user_ids: Iterable[str | UUID] | EllipsisType = ...
+    interview_ids: Iterable[str | UUID] | EllipsisType = ...
 
     def assert_among(
         self, jobs: Sequence[EnqueuedJob], *, count: int | None, listed_as: str
@@ -137,7 +138,7 @@ class Expected:
             "user_ids": as_texts(self.user_ids),
             "interview_ids": as_texts(self.interview_ids),
         }
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not ...}
 
     def _comparable(self) -> dict[str, object]:
         given = self._given()
@@ -149,7 +150,7 @@ class Expected:
         # No job has another type of ID: `count=0` would always hold.
         for name in {"task", "job_id", "user_id"} & given.keys():
             _check_string(name, given[name])
-        if self.task is not None and self.task not in _TASKS:
+        if self.task is not ... and self.task not in _TASKS:
             raise ValueError(f"task: expected {' or '.join(_TASKS)}, got {describe(self.task)}")
         return _compared(given)
 

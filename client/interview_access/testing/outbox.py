@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -35,11 +36,11 @@ def requested_jobs(
 def assert_requested(
     connection: Connection | None = None,
     *,
-    task: str | None = None,
-    job_id: str | None = None,
-    user_id: str | UUID | None = None,
-    user_ids: Iterable[str | UUID] | None = None,
-    interview_ids: Iterable[str | UUID] | None = None,
+    task: str | EllipsisType = ...,
+    job_id: str | EllipsisType = ...,
+    user_id: str | UUID | EllipsisType = ...,
+    user_ids: Iterable[str | UUID] | EllipsisType = ...,
+    interview_ids: Iterable[str | UUID] | EllipsisType = ...,
     count: int | None = None,
     using: str | None = None,
 ) -> list[EnqueuedJob]:

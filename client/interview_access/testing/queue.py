@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from threading import RLock
+from types import EllipsisType
 from typing import Any
 from uuid import NAMESPACE_OID, UUID, uuid5
 
@@ -76,11 +77,11 @@ class InMemoryQueue(ABC):
     def assert_enqueued(
         self,
         *,
-        task: str | None = None,
-        job_id: str | None = None,
-        user_id: str | UUID | None = None,
-        user_ids: Iterable[str | UUID] | None = None,
-        interview_ids: Iterable[str | UUID] | None = None,
+        task: str | EllipsisType = ...,
+        job_id: str | EllipsisType = ...,
+        user_id: str | UUID | EllipsisType = ...,
+        user_ids: Iterable[str | UUID] | EllipsisType = ...,
+        interview_ids: Iterable[str | UUID] | EllipsisType = ...,
         count: int | None = None,
     ) -> list[EnqueuedJob]:
         """Assert that jobs were enqueued. An argument that is not given accepts any value.
@@ -277,10 +278,16 @@ class StatedResults(InMemoryQueue):
             created_by_user: The numbers for each user of a cohort, instead of `created`; by default
                 all that were requested, unless `created` is given.
             interview_attempt_id: ID of the attempt that it created; by default a UUID.
+
+        Raises:
+            ValueError: if the job was enqueued, and no worker can return such a result for it.
         """
         if created_by_user is not None:
             created = sum(created_by_user.values())
-        self._outcomes[job_id] = _Outcome(None, created, created_by_user, interview_attempt_id)
+        outcome = _Outcome(None, created, created_by_user, interview_attempt_id)
+        for job in self.jobs if job_id is None else filter(None, [self._jobs.get(job_id)]):
+            _check_result(job, outcome)
+        self._outcomes[job_id] = outcome
 
     def set_failure(self, job_id: str | None, error: InterviewAccessError) -> None:
         """Have a job fail.
@@ -320,6 +327,23 @@ class StatedResults(InMemoryQueue):
 
     def _forget_result(self, job_id: str) -> None:
         self._outcomes.pop(job_id, None)
+
+
+def _check_result(job: EnqueuedJob, outcome: _Outcome) -> None:
+    """Refuse a result that no worker returns for the job."""
+    is_attempt = job.task == CREATE_INTERVIEW_ATTEMPT
+    if is_attempt and outcome.created is not None:
+        raise ValueError(f"created: expected none for an attempt, got {outcome.created}")
+    if not is_attempt and outcome.interview_attempt_id is not None:
+        given = describe(outcome.interview_attempt_id)
+        raise ValueError(f"interview_attempt_id: expected none for {job.task}, got {given}")
+    most = _distinct_grants(job)
+    if outcome.created is not None and not 0 <= outcome.created <= most:
+        raise ValueError(f"created: expected 0 to {most} for the job, got {outcome.created}")
+
+
+def _distinct_grants(job: EnqueuedJob) -> int:
+    return len(set(job.user_ids)) * len(RequestedInterviews.among(job.interview_ids).wanted)
 
 
 def _finished(job_id: str, job: EnqueuedJob | None, outcome: _Outcome) -> JobStatus:
