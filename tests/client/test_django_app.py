@@ -525,12 +525,13 @@ def test_a_database_of_another_vendor_is_migrated(
 
 DUMP = """
 from django.core import serializers
+from django.db import connection
 from interview_access.django.models import OutboxRequest
 from interview_access.outbox import enqueue_cohort_in_django, enqueue_in_django
 enqueue_in_django("ann", ['a "b"', "c,d"], job_id="1")
 enqueue_cohort_in_django(["ann", "bob"], [], job_id="2")
 dumped = serializers.serialize("json", OutboxRequest.objects.all())
-OutboxRequest.objects.all().delete()
+connection.cursor().execute("DELETE FROM grant_access_request")
 for one in serializers.deserialize("json", dumped):
     one.save()
 for row in OutboxRequest.objects.order_by("job_id"):
@@ -543,6 +544,21 @@ def test_requests_are_dumped_and_loaded(project: DjangoProject, database: Databa
     project.succeed("python manage.py migrate interview_access", database)
     printed = project.run_python(DUMP, database)
     assert printed == ["None ['a \"b\"', 'c,d']", "['ann', 'bob'] []"]
+
+
+ENQUEUE_WITH_OTHER_CLIENTS = """
+from interview_access.aio import AsyncInterviewAccessClient
+from interview_access.django.on_commit import *
+for client in AsyncInterviewAccessClient('redis://nowhere.invalid/0'), None:
+    for enqueue, arguments in (
+        (enqueue_on_commit, ('ann', [])), (enqueue_cohort_on_commit, (['ann'], [])),
+        (enqueue_attempt_on_commit, ('one', 'ann')),
+    ):
+        try:
+            enqueue(client, *arguments)
+        except TypeError as error:
+            print(error)
+"""
 
 
 class TestOnCommit:
@@ -575,3 +591,13 @@ class TestOnCommit:
         printed = project.run_python(ENQUEUE_INVALID, database)
         refused = "InvalidGrantRequestException"
         assert printed == [refused, refused, "ValueError", "ValueError"]
+
+    def test_another_client_is_an_error_at_the_call(
+        self, project: DjangoProject, database: Database
+    ) -> None:
+        """An asyncio client, whose coroutine nothing would await, and None are refused."""
+        printed = project.run_python(ENQUEUE_WITH_OTHER_CLIENTS, database)
+        expected = "client: expected an InterviewAccessClient, got "
+        assert all(line.startswith(expected) for line in printed)
+        found = [line.removeprefix(expected).partition(";")[0] for line in printed]
+        assert found == ["AsyncInterviewAccessClient"] * 3 + ["NoneType"] * 3

@@ -54,6 +54,7 @@ def enqueue_on_commit(
         The job's ID, with which it can be polled after the commit.
 
     Raises:
+        TypeError: if `client` is another object, such as an asyncio client.
         ValueError: if `job_id`, `countdown` or `expires` is invalid.
         InvalidGrantRequestException: if an argument has an invalid type or length.
         QueueUnavailableError: from the end of the transaction, which is committed then: Redis did
@@ -65,7 +66,7 @@ def enqueue_on_commit(
     def send() -> None:
         client.enqueue(job.user_id, job.interview_ids, **_options(job))
 
-    return _after_commit(job, send, using)
+    return _after_commit(client, job, send, using)
 
 
 def enqueue_cohort_on_commit(
@@ -93,15 +94,15 @@ def enqueue_cohort_on_commit(
         The job's ID, with which it can be polled after the commit.
 
     Raises:
-        ValueError, InvalidGrantRequestException, QueueUnavailableError, JobIdReusedException: see
-            :func:`enqueue_on_commit`.
+        TypeError, ValueError, InvalidGrantRequestException, QueueUnavailableError,
+            JobIdReusedException: see :func:`enqueue_on_commit`.
     """
     job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
 
     def send() -> None:
         client.enqueue_cohort(job.user_ids, job.interview_ids, **_options(job))
 
-    return _after_commit(job, send, using)
+    return _after_commit(client, job, send, using)
 
 
 def enqueue_attempt_on_commit(
@@ -129,22 +130,27 @@ def enqueue_attempt_on_commit(
         The job's ID, with which it can be polled after the commit.
 
     Raises:
-        ValueError, InvalidGrantRequestException, QueueUnavailableError, JobIdReusedException: see
-            :func:`enqueue_on_commit`.
+        TypeError, ValueError, InvalidGrantRequestException, QueueUnavailableError,
+            JobIdReusedException: see :func:`enqueue_on_commit`.
     """
     job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
 
     def send() -> None:
         client.enqueue_attempt(job.interview_id, job.user_id, **_options(job))
 
-    return _after_commit(job, send, using)
+    return _after_commit(client, job, send, using)
 
 
 def _options(job: Job) -> _Options:
     return {"job_id": job.job_id, "countdown": job.countdown, "expires": job.expires}
 
 
-def _after_commit(job: Job, send: Callable[[], None], using: str | None) -> str:
+def _after_commit(client: object, job: Job, send: Callable[[], None], using: str | None) -> str:
+    if not isinstance(client, InterviewAccessClient):
+        raise TypeError(
+            f"client: expected an InterviewAccessClient, got {type(client).__name__}; Django awaits "
+            "no callback of a commit, so use a blocking client also in async views"
+        )
     checked_message(job)
     transaction.on_commit(send, using=using)
     return job.job_id
