@@ -44,7 +44,11 @@ _PORTS = {"redis": 6379, "rediss": 6379, "sentinel": 26379}
 
 _LIKE_A_SECRET = re.compile(r"pass|pw|secret|token|auth|cred|key(?!file)", re.IGNORECASE)
 _HOST = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
-_PLAIN_HOST = re.compile(r"(?:localhost|[\w-]+(?:\.[\w-]+)+):\d{1,5}(?:/\d{0,2})?")
+_PLAIN_HOST = re.compile(
+    # A name without a port might be a password.
+    r"(?P<host>localhost|\d{1,3}(?:\.\d{1,3}){3}|[\w-]+(?:\.[\w-]+)+(?=:))"
+    r"(?P<port>:\d{1,5})?(?P<path>/\d{0,2})?"
+)
 _PLAIN = re.compile(
     # Allowed after the last @: hosts, and a path that cannot be the end of a password.
     rf"(?P<hosts>{_HOST}(?:[;,](?:sentinel://)?{_HOST})*)?(?P<path>/[\w./-]*)?"
@@ -121,8 +125,7 @@ class RedisAddress:
         """
         scheme, separator, rest = url.partition("://")
         if not separator:
-            form = f"redis://{url}" if _PLAIN_HOST.fullmatch(url) else EXPECTED
-            raise ValueError(f"{form}; the scheme is missing")
+            raise ValueError(f"{_with_scheme(url) or EXPECTED}; the scheme is missing")
         if scheme in _OTHER_NAMES:
             raise ValueError(f"{FORMS[_OTHER_NAMES[scheme]]}, not {scheme}://")
         if scheme not in FORMS:
@@ -202,6 +205,14 @@ class RedisAddress:
 
 class _UnexpectedError(ValueError):
     """A part of the URL is invalid; the text says what was expected."""
+
+
+def _with_scheme(text: str) -> str | None:
+    """Complete the URL of a host that was given without a scheme."""
+    plain = _PLAIN_HOST.fullmatch(text)
+    if plain is None or plain["port"]:
+        return plain and f"redis://{text}"
+    return f"redis://{plain['host']}:6379{plain['path'] or '/0'}"
 
 
 def _split(urls: list[str]) -> list[SplitResult]:

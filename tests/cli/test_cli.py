@@ -24,6 +24,7 @@ from tests.support.commands import run_module
 from tests.support.stores import until
 from tests.support.workers import (
     GRANT_ACCESS,
+    QUEUE,
     ROOT,
     Site,
     held_grant,
@@ -275,6 +276,15 @@ class TestAttempt:
         known = status(idle, "a")
         assert known["task"] == "interview_access.create_interview_attempt"
         assert known.keys() >= {"eta", "expires_at"}
+
+    @pytest.mark.parametrize("option", ["--user", "--interview"])
+    def test_it_refuses_a_repeated_option(self, idle: Site, option: str) -> None:
+        """An attempt has one user and one interview: a second one is a usage error."""
+        words = ["--user", "x", "--interview", "i", option, "second"]
+        done = run(idle.environment(), "attempt", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"{option}: got 2 values, expected one" in done.stderr
+        assert idle.redis.llen(QUEUE) == 0
 
 
 class TestStatus:

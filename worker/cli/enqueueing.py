@@ -164,11 +164,32 @@ def grant(
     _run(enqueue, options, wait=wait, timeout=timeout)
 
 
+def _only(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str:
+    """Return the value of an option that may be given once; click takes the last of several."""
+    if len(values) > 1:
+        raise click.UsageError(f"{option.opts[0]}: got {len(values)} values, expected one.")
+    return values[0]
+
+
 @click.command()
 @click.option(
-    "--user", "user_id", required=True, metavar="ID", help="Whose attempt: 1 to 36 characters."
+    "--user",
+    "user_id",
+    required=True,
+    multiple=True,
+    callback=_only,
+    metavar="ID",
+    help="Whose attempt: 1 to 36 characters.",
 )
-@click.option("--interview", "interview_id", required=True, metavar="ID", help="The interview.")
+@click.option(
+    "--interview",
+    "interview_id",
+    required=True,
+    multiple=True,
+    callback=_only,
+    metavar="ID",
+    help="The interview.",
+)
 @_with_options
 def attempt(
     *, user_id: str, interview_id: str, wait: bool, timeout: float | None, **options: object
