@@ -1,7 +1,8 @@
 """Values that use cases and storages exchange, independent of any database or message.
 
 Interview IDs are canonical UUID strings (lower case, 8-4-4-4-12). UUID objects for 100,000 IDs
-would cost more time than sending them to PostgreSQL does.
+would cost more time than sending them to PostgreSQL does. Representations, which error reports
+contain, have no IDs of users and interviews where a job is meant.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class JobDTO:
 
     job_id: str
     task: str
-    user_id: str | None
+    user_id: str | None = field(repr=False)
     request_digest: str
 
 
@@ -107,11 +108,11 @@ class OutcomeDTO:
     """
 
     state: str
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
+    result: dict[str, Any] | None = field(default=None, repr=False)
+    error: dict[str, Any] | None = field(default=None, repr=False)
     figures: FiguresDTO | None = None
-    created_by_user: Mapping[str, int] | None = field(default=None, compare=False)
-    rejected: RejectedIdsDTO | None = field(default=None, compare=False)
+    created_by_user: Mapping[str, int] | None = field(default=None, compare=False, repr=False)
+    rejected: RejectedIdsDTO | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +161,13 @@ class AccessRequestDTO:
     """
 
     job_id: str
-    user_id: str | None
-    interview_ids: tuple[Any, ...]
+    user_id: str | None = field(repr=False)
+    interview_ids: tuple[Any, ...] = field(repr=False)
     requested_at: datetime
     sent_at: datetime | None = None
     is_too_large: bool = False
     task: str = DEFAULT_REQUEST_TASK
-    user_ids: tuple[Any, ...] | None = None
+    user_ids: tuple[Any, ...] | None = field(default=None, repr=False)
     eta: datetime | None = None
     expires_at: datetime | None = None
-    headers: str | None = None
+    headers: str | None = field(default=None, repr=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
@@ -34,9 +34,9 @@ class GrantAccessJob:
     """
 
     entry: JobDTO
-    user_ids: tuple[str, ...] = ()
-    interviews: RequestedInterviews = NO_INTERVIEWS
-    failure: InterviewAccessError | None = None
+    user_ids: tuple[str, ...] = field(default=(), repr=False)
+    interviews: RequestedInterviews = field(default=NO_INTERVIEWS, repr=False)
+    failure: InterviewAccessError | None = field(default=None, repr=False)
 
     @property
     def requested_grants(self) -> list[RequestedGrantsDTO]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 from uuid import uuid4
@@ -32,9 +32,9 @@ class InterviewAttemptJob:
     """
 
     entry: JobDTO
-    user_id: str = ""
-    interview_id: str = ""
-    failure: InterviewAccessError | None = None
+    user_id: str = field(default="", repr=False)
+    interview_id: str = field(default="", repr=False)
+    failure: InterviewAccessError | None = field(default=None, repr=False)
 
 
 class InterviewAttemptInteractor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from interview_access.contracts import JobStatus
@@ -65,7 +65,7 @@ class RejectedJob:
     """A job that fails without being executed."""
 
     entry: JobDTO
-    failure: InterviewAccessError
+    failure: InterviewAccessError = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

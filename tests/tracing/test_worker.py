@@ -353,6 +353,33 @@ def test_sentry_reports_a_failure(traced: Traced) -> None:
     assert transaction["contexts"]["trace"]["status"] == "internal_error"
 
 
+@pytest.mark.parametrize("is_batch", [False, True], ids=["single", "batch"])
+def test_frames_have_no_ids_of_people_and_interviews(
+    traced: Traced, interview: str, is_batch: bool
+) -> None:
+    """The local variables of a failure's frames have neither a user ID nor an interview ID."""
+    malformed = "018f3a1c-bad"
+    jobs: list[tuple[tuple[object, ...], dict[str, Any]]] = [
+        (("secret-user", [interview, malformed]), {}),
+        (("secret-user-2", [interview]), {}),
+    ]
+    job_id, *_ = traced.send_batch(*jobs[: 1 + is_batch])
+    (error,) = traced.sentry.first("event", job_id)["exception"]["values"]
+    frames = error["stacktrace"]["frames"]
+    assert any("run" in frame["vars"] for frame in frames)
+    shown = json.dumps(frames)
+    assert [one for one in ("secret-user", interview, malformed) if one in shown] == []
+
+
+def test_a_stack_trace_leads_to_the_failure(traced: Traced) -> None:
+    """The stack trace of a failure has no frame of the code that sends the signals."""
+    job_id = traced.send("ann", ["no UUID"])
+    traced.of(job_id)
+    (error,) = traced.sentry.first("event", job_id)["exception"]["values"]
+    functions = [frame["function"] for frame in error["stacktrace"]["frames"]]
+    assert functions == ["_result", "result_of"]
+
+
 def test_a_dead_letter_is_reported_once(traced: Traced) -> None:
     """The error of a dead letter is reported, and its log line is not reported again."""
     job_id = str(uuid4())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import zlib
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from interview_access.contracts import describe
 from kombu.utils.json import loads
@@ -12,8 +13,9 @@ from kombu.utils.json import loads
 from worker.execution.request import Limits
 
 
-class Call(NamedTuple):
-    """A decoded body.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A decoded body. Its representation shows nothing of it.
 
     Attributes:
         args: The task's positional arguments.
@@ -21,9 +23,9 @@ class Call(NamedTuple):
         embedded: The callbacks, chain and chord that follow the job, as Celery embeds them.
     """
 
-    args: list[Any]
-    kwargs: dict[str, Any]
-    embedded: dict[str, Any]
+    args: list[Any] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+    embedded: dict[str, Any] = field(repr=False)
 
 
 NO_CALL = Call([], {}, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -131,10 +131,11 @@ def _send_end(run: JobRun, seconds: float) -> tuple[str, object]:
 
 def _exception_info(error: Exception | None) -> ExceptionInfo:
     """Describe an exception, raised or not, as Celery's signals do."""
-    try:
-        raise error or RuntimeError("unknown error")  # noqa: TRY301 - sets its traceback
-    except Exception:  # noqa: BLE001 - it has a traceback now
-        return ExceptionInfo()
+    error = error or RuntimeError("unknown error")
+    if error.__traceback__ is None:  # billiard's class needs one
+        with suppress(type(error)):
+            raise error
+    return ExceptionInfo((type(error), error, error.__traceback__))
 
 
 def log_end(run: JobRun, seconds: float) -> None:

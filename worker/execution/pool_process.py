@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ def _prepare(app: Celery, delivery: Dispatched, hostname: str) -> JobRun:
         try:
             call = decode(delivery.body, delivery.encoding, app.limits)
             # A large body takes as much memory as its IDs; a digest may need its beginning.
-            delivery = delivery._replace(body=delivery.body[:_UNREADABLE_DIGEST_BYTES])
+            delivery = replace(delivery, body=delivery.body[:_UNREADABLE_DIGEST_BYTES])
             job = task.read(delivery.job_id, call.args, call.kwargs, delivery.failure)
             return JobRun(delivery, hostname, task, call, job)
         except (UndecodableBodyError, RecursionError) as error:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from celery import Celery
 from celery.worker import state as worker_state
@@ -103,8 +103,11 @@ class Limits:
         return _ENVELOPE_VALUES + _VALUES_PER_ID * self.interview_ids
 
 
-class Dispatched(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Dispatched:
     """The part of a request that a pool process receives.
+
+    Its representation, which error reports contain, has no argument of the job.
 
     Attributes:
         job_id: The job's ID.
@@ -120,12 +123,12 @@ class Dispatched(NamedTuple):
 
     job_id: str
     task: str
-    body: str | None
+    body: str | None = field(repr=False)
     encoding: str
-    headers: dict[str, Any]
+    headers: dict[str, Any] = field(repr=False)
     attempts: int
     retries: int
-    failure: InterviewAccessError | None
+    failure: InterviewAccessError | None = field(repr=False)
     queue: str
 
 

@@ -54,13 +54,13 @@ class JobRun:
 
     delivery: Dispatched
     hostname: str
-    task: JobTask | None
-    call: Call
-    job: Any
-    settled: JobResult = field(default_factory=JobResult)
-    result: dict[str, Any] | InterviewAccessError | None = None
-    is_begun: bool = False
-    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    task: JobTask | None = field(repr=False)
+    call: Call = field(repr=False)
+    job: Any = field(repr=False)
+    settled: JobResult = field(default_factory=JobResult, repr=False)
+    result: dict[str, Any] | InterviewAccessError | None = field(default=None, repr=False)
+    is_begun: bool = field(default=False, repr=False)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context, repr=False)
 
     @property
     def failure(self) -> InterviewAccessError | None:
