@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import pytest
 
@@ -20,7 +23,14 @@ from tests.support.workers import (
     started,
     worker_service,
 )
-from tests.tracing.collectors import Lines, blocks, span_of, write_modules
+from tests.tracing.collectors import (
+    Lines,
+    SentryServer,
+    blocks,
+    sentry_server,
+    span_of,
+    write_modules,
+)
 
 PAGE = "docs/tracing.md"
 PRODUCER = """
@@ -105,6 +115,17 @@ def test_there_is_one_span_for_each_job(here: Instrumented) -> None:
     assert {one["name"] for one in consumers} == {f"run/{GRANT_ACCESS}"}
 
 
+def test_an_expired_job_is_an_error_for_the_instrumentation(here: Instrumented) -> None:
+    """Unlike the worker's own span, that of the instrumentation does not follow ``throws``."""
+    job_id = str(uuid4())
+    past = datetime.now(UTC) - timedelta(minutes=1)
+    here.site.producer.send_task(
+        GRANT_ACCESS, ("ann", []), task_id=job_id, queue=QUEUE, expires=past
+    )
+    span = span_of(here.spans, job_id, f"run/{GRANT_ACCESS}")
+    assert span["status"]["status_code"] == "ERROR"
+
+
 BEFORE_THE_FORK = """
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -116,18 +137,58 @@ trace.set_tracer_provider(provider)
 """
 
 
-def test_spans_of_a_provider_from_before_the_fork(idle: Site, tmp_path: Path) -> None:
+class Included(NamedTuple):
+    """What a worker has sent whose modules are given by the option ``--include``."""
+
+    job_id: str
+    spans: Lines
+    sentry: SentryServer
+
+
+@pytest.fixture(scope="module")
+def included(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Included]:
+    """A worker that has failed a job, and ended."""
+    folder = tmp_path_factory.mktemp("included")
+    *_, without_ids = blocks(PAGE, "Sentry")
+    write_modules(folder, my_tracing=BEFORE_THE_FORK, my_sentry=without_ids)
+    spans = Lines(folder / "spans")
+    with migrated_site(stack, _migrated, 6) as site, sentry_server() as server:
+        environment = site.environment(
+            PYTHONPATH=f"{folder}:{ROOT}", SPANS=spans.path, SENTRY_DSN=server.dsn
+        )
+        service = worker_service(
+            folder / "log",
+            environment,
+            processes=1,
+            options=["--include", "my_tracing,my_sentry", "--loglevel", "INFO"],
+        )
+        with started(service):
+            job_id = site.send("secret-user", ["no UUID"])
+            site.answer(job_id)
+        yield Included(job_id, spans, server)
+
+
+def test_spans_of_a_provider_from_before_the_fork(included: Included) -> None:
     """A pool process exports its last spans when it ends, also if the SDK is set up before."""
-    write_modules(tmp_path, my_tracing=BEFORE_THE_FORK)
-    spans = Lines(tmp_path / "spans")
-    environment = idle.environment(PYTHONPATH=f"{tmp_path}:{ROOT}", SPANS=spans.path)
-    service = worker_service(
-        tmp_path / "log", environment, processes=1, options=["--include", "my_tracing"]
+    span_of(included.spans, included.job_id)
+
+
+def test_an_included_module_sets_up_sentry(included: Included) -> None:
+    """The page's module reports failures also if it is given by ``--include``."""
+    event = included.sentry.first("event", included.job_id)
+    assert event["exception"]["values"][0]["type"] == "InvalidInterviewIdException"
+
+
+def test_options_that_omit_ids(included: Included) -> None:
+    """With the page's options an event has neither local variables nor breadcrumbs."""
+    event = included.sentry.first("event", included.job_id)
+    assert not event.get("breadcrumbs", {}).get("values")
+    assert all(
+        "vars" not in frame for frame in event["exception"]["values"][0]["stacktrace"]["frames"]
     )
-    with started(service):
-        job_id = idle.send("ann", [])
-        idle.answer(job_id)
-    span_of(spans, job_id)
+    assert "secret-user" not in json.dumps(event)
 
 
 ENTRY_POINTS = """

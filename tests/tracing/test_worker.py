@@ -78,7 +78,7 @@ def traced(
     folder = tmp_path_factory.mktemp("traced")
     (signals,) = blocks(PAGE, "Tracing and error reporting")
     otel, *_ = blocks(PAGE, "OpenTelemetry")
-    sentry, _ = blocks(PAGE, "Sentry")
+    sentry, *_ = blocks(PAGE, "Sentry")
     write_modules(
         folder,
         my_signals=signals,
@@ -591,7 +591,7 @@ assert app.active_observers() == app.active_observers() == []
 
 def test_exempt_errors_of_the_page(traced: Traced) -> None:
     """The page's block adds an error to those that are expected of a task."""
-    _, exempting = blocks(PAGE, "Sentry")
+    _, exempting, _ = blocks(PAGE, "Sentry")
     program = f"{exempting}\nprint(*(one.__name__ for one in app.tasks[name].throws))"
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
