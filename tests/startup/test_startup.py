@@ -273,3 +273,45 @@ def test_the_worker_imports_no_orm_and_no_alembic() -> None:
 def test_garbage_collection_is_enabled_after_the_import() -> None:
     """The garbage collector is disabled only during the import."""
     assert after_import("gc.isenabled()") == "True"
+
+
+class TestShadowing:
+    """A user's module that has the name of one of the worker's."""
+
+    @pytest.mark.parametrize("file", ["tasks.py", "storage/__init__.py", "celeryconfig.py"])
+    def test_the_worker_names_the_file(self, here: Site, tmp_path: Path, file: str) -> None:
+        """A module in the working directory ends the worker with one line that names it."""
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        done = subprocess.run(
+            [Path(sys.executable).with_name("celery"), "-A", "worker", "worker"],
+            cwd=tmp_path,
+            env=here.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        name = file.partition("/")[0].removesuffix(".py")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"The worker's module {name} is shadowed by {path}: run the command in another "
+            "directory, or rename that file.\n"
+        )
+
+    def test_the_command_names_the_file(self, here: Site, tmp_path: Path) -> None:
+        """A module that is earlier on the path ends interview-access, too."""
+        path = tmp_path / "tasks.py"
+        path.touch()
+        environment = here.environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
+        done = subprocess.run(
+            [Path(sys.executable).with_name("interview-access"), "status", "x"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"The worker's module tasks is shadowed by {path}: ")
