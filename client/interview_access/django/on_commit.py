@@ -148,8 +148,8 @@ def _options(job: Job) -> _Options:
 def _after_commit(client: object, job: Job, send: Callable[[], None], using: str | None) -> str:
     if not isinstance(client, InterviewAccessClient):
         raise TypeError(
-            f"client: expected an InterviewAccessClient, got {type(client).__name__}; Django awaits "
-            "no callback of a commit, so use a blocking client also in async views"
+            f"client: expected an InterviewAccessClient, got {type(client).__name__}; Django does "
+            "not await callbacks of a commit: use a blocking client, also in async views"
         )
     checked_message(job)
     transaction.on_commit(send, using=using)
