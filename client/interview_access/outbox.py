@@ -72,7 +72,8 @@ def enqueue_in_django(
             Repeating a request under its ID is safe: it takes effect once.
         countdown: Seconds from now before which no worker starts the job.
         expires: Seconds from now, or a datetime (UTC if naive), after which no worker starts it.
-        using: The name of the database; by default Django's default.
+        using: The name of the database; by default that to which the database routers direct the
+            app ``interview_access.django``, and without the app Django's default.
 
     Returns:
         The job's ID, with which it can be polled after the commit.
@@ -246,10 +247,23 @@ def enqueue_attempt_in_sqlalchemy(
     return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
 
 
-def _insert_in_django(job: Job, using: str | None, *, is_new: bool) -> str:
-    from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
+def django_connection(using: str | None) -> Any:
+    """Return Django's connection to the database with the outbox.
 
-    with connections[using or DEFAULT_DB_ALIAS].cursor() as cursor:
+    Args:
+        using: The name of the database; None for that to which the database routers direct the app
+            ``interview_access.django``, and without the app Django's default.
+    """
+    from django.apps import apps  # noqa: PLC0415 - see TYPE_CHECKING
+    from django.db import DEFAULT_DB_ALIAS, connections, router  # noqa: PLC0415 - likewise
+
+    if using is None and apps.models_ready and apps.is_installed("interview_access.django"):
+        using = router.db_for_write(apps.get_model("interview_access", "OutboxRequest"))
+    return connections[using or DEFAULT_DB_ALIAS]
+
+
+def _insert_in_django(job: Job, using: str | None, *, is_new: bool) -> str:
+    with django_connection(using).cursor() as cursor:
 
         def execute(statement: str, values: dict[str, Any]) -> Any:
             cursor.execute(statement, values)

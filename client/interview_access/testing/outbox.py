@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from interview_access.contracts import GRANT_ACCESS
+from interview_access.outbox import django_connection
 from interview_access.testing.jobs import EnqueuedJob, Expected
 
 if TYPE_CHECKING:  # an optional dependency
@@ -25,7 +26,8 @@ def requested_jobs(
 
     Args:
         connection: A connection of SQLAlchemy; by default Django's.
-        using: Name of Django's database; by default Django's default.
+        using: Name of Django's database; by default that into which
+            :func:`.enqueue_in_django` inserts.
 
     Returns:
         The jobs by the time of their transaction; those of one transaction by ID.
@@ -54,7 +56,8 @@ def assert_requested(
         user_ids: Likewise.
         interview_ids: Likewise.
         count: Number of jobs that are expected; by default at least one.
-        using: Name of Django's database; by default Django's default.
+        using: Name of Django's database; by default that into which
+            :func:`.enqueue_in_django` inserts.
 
     Returns:
         The jobs that are as expected, as :func:`requested_jobs` orders them.
@@ -76,9 +79,7 @@ def assert_requested(
 def _rows(connection: Connection | None, using: str | None) -> list[dict[str, Any]]:
     if connection is not None:
         return [dict(row) for row in connection.exec_driver_sql(_SELECT).mappings()]
-    from django.db import DEFAULT_DB_ALIAS, connections  # noqa: PLC0415 - see TYPE_CHECKING
-
-    with connections[using or DEFAULT_DB_ALIAS].cursor() as cursor:
+    with django_connection(using).cursor() as cursor:
         cursor.execute(_SELECT)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
