@@ -341,6 +341,60 @@ def defaults(database: Database, table: str) -> dict[str, str]:
     return {row["column_name"]: row["column_default"] for row in rows}
 
 
+WRITE = """
+from asgiref.sync import async_to_sync
+from django.core import serializers
+from interview_access.django.models import FinishedJob, OutboxRequest
+for model in OutboxRequest, FinishedJob:
+    objects, first = model.objects, model.objects.get()
+    for write in (
+        lambda: objects.create(job_id='new'),
+        lambda: objects.get_or_create(job_id='new'),
+        lambda: objects.update_or_create(job_id=first.pk, defaults={'task': 'other'}),
+        lambda: objects.bulk_create([model(job_id='new')]),
+        lambda: objects.bulk_update([first], ['task']),
+        lambda: objects.all().update(task='other'),
+        lambda: objects.filter(job_id=first.pk).delete(),
+        lambda: model(job_id='new').save(),
+        first.save,
+        first.delete,
+        lambda: async_to_sync(objects.acreate)(job_id='new'),
+        lambda: async_to_sync(objects.all().adelete)(),
+        lambda: async_to_sync(first.asave)(),
+    ):
+        try:
+            write()
+        except NotImplementedError as error:
+            print(error)
+    assert model.objects.get().task == first.task
+for row in serializers.deserialize('json', serializers.serialize('json', [first])):
+    row.save()
+"""
+
+
+class TestModels:
+    """The models of the outbox and of the ledger."""
+
+    def test_models_refuse_to_write(self, project: DjangoProject, database: Database) -> None:
+        """Each method that writes is refused with what to use instead, and changes no row.
+
+        Fixtures can be loaded.
+        """
+        migrated(database.url)
+        database.execute(
+            "INSERT INTO grant_access_request (user_id, interview_ids) VALUES ('ann', '{}')"
+        )
+        database.execute(
+            "INSERT INTO grant_access_job (job_id, task, state, request_digest)"
+            " VALUES ('done', 'interview_access.grant_access', 'failed', '')"
+        )
+        printed = project.run_python(WRITE, database)
+        assert [line.partition(":")[0] for line in printed] == [
+            *["OutboxRequest is read-only"] * 13,
+            *["FinishedJob is read-only"] * 13,
+        ]
+
+
 VISIT_ADMIN = """
 from django.contrib.admin.utils import quote
 from django.contrib.auth.models import User

@@ -1,13 +1,14 @@
 """The worker's tables that a service reads: requests of the outbox, and finished jobs.
 
-Rows are for reading. :mod:`interview_access.outbox` requests jobs, workers write the rest. The
-migrations of this app create the tables where ``interview-access migrate`` has not.
+The models only read: a row that is written past :mod:`interview_access.outbox` is not validated,
+and a job without its row of the ledger could take effect again. The migrations of this app create
+the tables where ``interview-access migrate`` has not.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 from uuid import uuid4
 
 from django.db import models
@@ -49,7 +50,45 @@ def random_id() -> str:
     return str(uuid4())
 
 
-class OutboxRequest(models.Model):
+class _ReadOnlyQuerySet(models.QuerySet):
+    """A query that refuses to write. The other methods that write call one of these or save()."""
+
+    def bulk_create(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(self.model.remedy)
+
+    def update(self, **_: Any) -> NoReturn:
+        raise NotImplementedError(self.model.remedy)
+
+    def delete(self) -> NoReturn:
+        raise NotImplementedError(self.model.remedy)
+
+
+class _ReadOnlyModel(models.Model):
+    remedy: ClassVar[str]
+
+    objects = _ReadOnlyQuerySet.as_manager()
+
+    class Meta:
+        abstract = True
+
+    def save(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to write; Django loads fixtures by ``save_base``.
+
+        Raises:
+            NotImplementedError: always; it says what to use instead.
+        """
+        raise NotImplementedError(self.remedy)
+
+    def delete(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to delete the row.
+
+        Raises:
+            NotImplementedError: always; it says what to use instead.
+        """
+        raise NotImplementedError(self.remedy)
+
+
+class OutboxRequest(_ReadOnlyModel):
     """A job requested in a transaction. The row is deleted when the job has a result.
 
     Attributes:
@@ -58,6 +97,11 @@ class OutboxRequest(models.Model):
         sent_at: When a worker last enqueued the job; None before the first time.
         look_at: When a worker looks at the row next.
     """
+
+    remedy = (
+        "OutboxRequest is read-only: request a job with interview_access.outbox, which validates "
+        "it, and cancel it with a client's cancel()"
+    )
 
     job_id = models.CharField(max_length=MAX_JOB_ID_LENGTH, primary_key=True, default=random_id)
     task = models.TextField(choices=TASKS, db_default=GRANT_ACCESS)
@@ -81,11 +125,16 @@ class OutboxRequest(models.Model):
         return str(self.job_id)
 
 
-class FinishedJob(models.Model):
+class FinishedJob(_ReadOnlyModel):
     """A job's row of the ledger: its final state, its counts, and its result or error.
 
     The counts are None if the job did not succeed, `user_id` is None for a cohort.
     """
+
+    remedy = (
+        "FinishedJob is read-only: workers write the ledger, by which a repeated job takes "
+        "effect once, and delete old rows; in tests, InlineClient executes jobs on a database"
+    )
 
     job_id = models.CharField(max_length=MAX_JOB_ID_LENGTH, primary_key=True)
     task = models.CharField(max_length=255, choices=TASKS)
