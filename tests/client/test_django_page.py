@@ -127,13 +127,25 @@ def test_steps_with_duplicates(project: DjangoProject, database: Database) -> No
 
 
 def test_plain_add_constraint(project: DjangoProject, database: Database) -> None:
-    """AddConstraint after the worker's migration makes a second index; its statement drops one."""
+    """AddConstraint after the worker's migration makes a second index.
+
+    The check and the worker's migration warn of it, each with the statement that drops one.
+    """
     migrated(database.url)
     project.write(ADDED, KEY_MIGRATION.replace("AddGrantKey(\n", "migrations.AddConstraint(\n"))
     project.succeed("python manage.py migrate", database)
     project.write(ADDED, KEY_MIGRATION)
+    check = COMMANDS.splitlines()[-1]
+    warned = project.run(check, database)
+    assert warned.returncode == 1
     (_, redundant) = migrated(database.url)
-    database.execute(redundant.partition(", run ")[2])
+    drop = redundant.partition(", run ")[2]
+    assert "interview_access.W003" in warned.stderr
+    assert re.findall("run (ALTER .*);$", warned.stderr, re.MULTILINE) == [
+        f'ALTER TABLE {GRANTS} DROP CONSTRAINT "{KEY}"'
+    ]
+    database.execute(drop)
+    project.succeed(check, database)
     assert KEY not in database.indexes_of_grants()
     assert check_schema(database.url) is None
 
@@ -366,15 +378,18 @@ def test_another_database_alias(
             "from django.core.management import call_command\n"
             "from interview_access.django.models import OutboxRequest\n"
             "from interview_access.outbox import enqueue_in_django\n"
+            "from interview_access.testing import assert_requested\n"
             "for name in 'default', 'interviews':\n"
             "    call_command('migrate', database=name, verbosity=0)\n"
-            "enqueue_in_django('ann', [], using='interviews')\n"
-            "print(OutboxRequest.objects.get().user_id)",
+            "enqueue_in_django('ann', [])\n"
+            "enqueue_in_django('bob', [], using='interviews')\n"
+            "print(*OutboxRequest.objects.values_list('user_id', flat=True).order_by('user_id'))\n"
+            "print(len(assert_requested()), len(assert_requested(using='interviews')))",
             default,
             DJANGO_SETTINGS_MODULE="service.two_databases",
             INTERVIEWS=interviews.environment["PGDATABASE"],
         )
-        assert printed == ["ann"]
+        assert printed == ["ann bob", "2 2"]
         assert {GRANTS, "grant_access_request"} <= set(interviews.catalog())
         assert {GRANTS, "grant_access_request"}.isdisjoint(default.catalog())
 

@@ -1,4 +1,4 @@
-"""System checks: the unique key on grants exists in the database, and the model declares it."""
+"""System checks: one unique key on grants exists in the database, and the model declares it."""
 
 from __future__ import annotations
 
@@ -59,6 +59,39 @@ def check_existing_key(databases: Iterable[str] | None, **_: object) -> list[Che
         for name in databases or ()
         if connections[name].vendor == "postgresql" and find_keys(connections[name]) == []
     ]
+
+
+@register(Tags.database)
+def check_redundant_keys(databases: Iterable[str] | None, **_: object) -> list[CheckMessage]:
+    """Check that the table of the grants has no second key, which every insert would maintain.
+
+    ``migrations.AddConstraint`` builds one if ``interview-access migrate`` has run before.
+
+    Args:
+        databases: Names of the databases to check; None for none.
+    """
+    found: list[CheckMessage] = []
+    for name in databases or ():
+        connection = connections[name]
+        if connection.vendor != "postgresql":
+            continue
+        keys = find_keys(connection) or []
+        for key in keys[1:]:
+            quoted = connection.ops.quote_name(key.name)
+            drop = (
+                f"ALTER TABLE {TABLE} DROP CONSTRAINT {quoted}"
+                if key.is_constraint
+                else f"DROP INDEX CONCURRENTLY {quoted}"
+            )
+            found.append(
+                CheckWarning(
+                    f"{TABLE} in the database {name!r} has two equal unique keys: "
+                    f"{keys[0].name} and {key.name}.",
+                    hint=f"Unless a migration of yours names {key.name}, run {drop};",
+                    id="interview_access.W003",
+                )
+            )
+    return found
 
 
 def _unique_columns(model: Any) -> Iterator[frozenset[str]]:
