@@ -86,6 +86,22 @@ def test_an_invalid_cohort_is_refused_at_the_call(
         no_redis.enqueue_many([GrantCohortJob(user_ids, interview_ids)])
 
 
+class Interview:
+    """An object with the key of Django's models."""
+
+    pk = ID
+
+
+def test_model_objects_are_refused_with_one_hint(no_redis: Client) -> None:
+    """Objects in place of IDs are described once, with the query that reads the IDs."""
+    objects: Any = [Interview() for _ in range(30)]
+    hint = r'; pass the IDs of the objects: values_list\("pk", flat=True\), got a .*; and 29 more'
+    with pytest.raises(InvalidGrantRequestException, match=rf"interview_ids\[0\]: [^[]*{hint}"):
+        no_redis.enqueue("ann", objects)
+    with pytest.raises(InvalidGrantRequestException, match=rf"user_ids\[0\]: [^[]*{hint}"):
+        no_redis.enqueue_cohort(objects, [ID])
+
+
 @pytest.mark.parametrize(
     ("interview_id", "user_id", "says"),
     [

@@ -37,6 +37,7 @@ from interview_access.errors import MAX_LISTED_PROBLEMS, InvalidGrantRequestExce
 from interview_access.text import describe, shortened
 
 _INTEGER_USER_ID: LiteralString = "; convert an integer key: str(user.pk)"
+_MODEL_OBJECTS: LiteralString = '; pass the IDs of the objects: values_list("pk", flat=True)'
 
 
 def _user_id(value: object, info: ValidationInfo) -> object:
@@ -59,7 +60,7 @@ def _user_ids(value: object, info: ValidationInfo) -> tuple[object, ...]:
     texts = tuple(map(as_text, value))
     wrong = [(at, text) for at, text in enumerate(texts) if not is_user_id(text)]
     if wrong:
-        raise _wrong_elements(_user_id_rule(wrong[0][1], info), wrong)
+        raise _wrong_elements(_user_id_rule(wrong[0][1], info), wrong, info)
     _check_count(len(texts), info)
     return texts
 
@@ -78,16 +79,21 @@ def _interview_ids(value: object, info: ValidationInfo) -> tuple[str, ...]:
     texts = strings_of(value)
     if texts is None:
         wrong = [(at, item) for at, item in enumerate(value) if not isinstance(item, str | UUID)]
-        raise _wrong_elements("a UUID as a string", wrong)
+        raise _wrong_elements("a UUID as a string", wrong, info)
     _check_count(len(texts), info)
     return texts
 
 
 def _wrong_elements(
-    expected: LiteralString, wrong: Sequence[tuple[int, object]]
+    expected: LiteralString, wrong: Sequence[tuple[int, object]], info: ValidationInfo
 ) -> PydanticCustomError:
-    named = {"elements": wrong[:MAX_LISTED_PROBLEMS], "total": len(wrong)}
-    return PydanticCustomError("elements", expected, named)
+    listed = MAX_LISTED_PROBLEMS
+    # A caller in Python who passes Django's model objects needs one hint, not the list.
+    if (info.context or {}).get("in_python") and hasattr(type(wrong[0][1]), "pk"):
+        expected, listed = expected + _MODEL_OBJECTS, 1
+    return PydanticCustomError(
+        "elements", expected, {"elements": wrong[:listed], "total": len(wrong)}
+    )
 
 
 def _check_count(ids: int, info: ValidationInfo) -> None:
