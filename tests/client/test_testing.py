@@ -578,6 +578,22 @@ def test_an_unavailable_database_fails_the_job(tmp_path: Path) -> None:
     client.close()
 
 
+def test_a_database_without_the_workers_tables_is_refused(database_url: str) -> None:
+    """Every call raises one sentence that names the command which creates the tables."""
+    client = InlineClient(database_url=database_url)
+    calls = (
+        lambda: client.enqueue("ann", [FIRST]),
+        lambda: client.enqueue_attempt(interview_id=FIRST, user_id="ann"),
+        lambda: client.status("other"),
+        lambda: client.cancel("other"),
+        lambda: client.granted("ann"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^database_url .* run `interview-access migrate`$"):
+            call()
+    client.close()
+
+
 def test_the_asyncio_inline_client() -> None:
     """It has the results of the blocking one."""
 

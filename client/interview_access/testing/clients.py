@@ -90,6 +90,7 @@ class InlineClient(InlineResults, _Blocking):
     whose expiry has passed, or passes before its ETA, fails with JobExpiredException.
 
     If the database is unavailable, the job fails with StorageUnavailableException without retries.
+    If it lacks the worker's tables or a privilege, the call raises a ValueError with the remedy.
 
     Args:
         interviews: IDs of the interviews that exist, if no database is given.

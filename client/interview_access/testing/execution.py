@@ -30,10 +30,13 @@ from storage.errors import StorageError
 from storage.interface import Storage
 from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage
+from storage.schema import check_schema
 from tasks import ledger
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job, interview_attempt_job
 from tasks.grant_access import GrantAccessInteractor
 from tasks.interview_attempts import InterviewAttemptInteractor
+
+_UNFIT = "42"  # class: a table, a column or a privilege is missing
 
 
 class Execution:
@@ -48,6 +51,7 @@ class Execution:
         Raises:
             ValueError: if the URL is not a PostgreSQL URL.
         """
+        self._database_url = database_url
         self._memory = None if database_url else MemoryStorage()
         self._storage: Storage = self._memory or _database(str(database_url))
         self._unavailable: dict[str, tuple[str, StorageUnavailableException]] = {}
@@ -66,9 +70,13 @@ class Execution:
             task: Name of its task.
             arguments: Its named arguments.
             failure: A predetermined failure, if the job is not to be executed.
+
+        Raises:
+            ValueError: if the database does not fit, such as one without the worker's tables.
         """
         result = self._settle(job_id, task, arguments, failure)
         if isinstance(result.error, StorageError):
+            self._refuse_unfit_database(result.error)
             error = StorageUnavailableException.of(1, str(result.error))
             self._unavailable[job_id] = task, error
         elif result.error:
@@ -99,9 +107,10 @@ class Execution:
 
         Raises:
             StorageUnavailableException: if the ledger cannot be read.
+            ValueError: if the database does not fit.
         """
         try:
-            with _ledger_errors():
+            with self._ledger_errors():
                 finished = self._storage.get_finished_job(job_id)
         except StorageUnavailableException:
             if job_id not in self._unavailable:
@@ -120,8 +129,9 @@ class Execution:
 
         Raises:
             StorageUnavailableException: if the ledger cannot be read.
+            ValueError: if the database does not fit.
         """
-        with _ledger_errors():
+        with self._ledger_errors():
             return self._storage.is_cancelled(job_id)
 
     def cancel(self, job_id: str, announcement: Announcement | None) -> None:
@@ -133,13 +143,14 @@ class Execution:
 
         Raises:
             StorageUnavailableException: if the ledger cannot be reached.
+            ValueError: if the database does not fit.
         """
         entry = (
             JobDTO(job_id, announcement.task, None, announcement.digest)
             if announcement and announcement.digest
             else None
         )
-        with _ledger_errors():
+        with self._ledger_errors():
             ledger.cancel(self._storage, job_id, entry)
 
     def forget_failure(self, job_id: str) -> None:
@@ -180,8 +191,9 @@ class Execution:
 
         Raises:
             StorageUnavailableException: if the database is unavailable.
+            ValueError: if it does not fit.
         """
-        with _ledger_errors(), self._storage.transaction() as transaction:
+        with self._ledger_errors(), self._storage.transaction() as transaction:
             return sorted(
                 one.interview_id for one in transaction.get_existing_user_access([user_id])
             )
@@ -191,18 +203,29 @@ class Execution:
         if isinstance(self._storage, PostgresStorage):
             self._storage.close()
 
+    @contextmanager
+    def _ledger_errors(self) -> Iterator[None]:
+        """Translate errors of the storage as the control service does."""
+        try:
+            yield
+        except StorageError as error:
+            self._refuse_unfit_database(error)
+            raise StorageUnavailableException.of_ledger(str(error)) from error
+
+    def _refuse_unfit_database(self, error: StorageError) -> None:
+        """Raise a ValueError if a statement failed because of the schema or a missing privilege."""
+        if not self._database_url or not (error.sqlstate or "").startswith(_UNFIT):
+            return
+        try:
+            problem = check_schema(self._database_url)
+        except StorageError:  # the database became unavailable
+            return
+        if problem:
+            raise ValueError(f"database_url of InlineClient: {problem}") from None
+
 
 def _database(url: str) -> PostgresStorage:
     try:
         return PostgresStorage(url)
     except StorageError as error:
         raise ValueError(f"database_url: {error}") from None
-
-
-@contextmanager
-def _ledger_errors() -> Iterator[None]:
-    """Translate errors of the storage as the control service does."""
-    try:
-        yield
-    except StorageError as error:
-        raise StorageUnavailableException.of_ledger(str(error)) from error
