@@ -103,11 +103,36 @@ def django_environment(stack: LocalStack) -> Iterator[dict[str, str]]:
         }
 
 
-def test_django(tmp_path: Path, django_environment: dict[str, str]) -> None:
-    """The blocks for Django pass, with the runner of the page and the platform's models."""
-    command = ("-m", "django", "test", "--testrunner", "runner.Runner")
+RUNNER = ("-m", "django", "test", "--testrunner", "runner.Runner")
+SETTINGS_WITH_SOCKET = """
+from service_settings import *
+DATABASES["default"] |= {"HOST": os.environ.pop("PGHOST"), "USER": os.environ.pop("PGUSER")}
+"""
+
+
+@pytest.mark.parametrize("settings", ["service_settings", "settings_with_socket"])
+def test_django(tmp_path: Path, django_environment: dict[str, str], settings: str) -> None:
+    """The blocks for Django pass, with the runner of the page and the platform's models.
+
+    The settings name the server, by the folder of its socket, or leave that to libpq.
+    """
+    django_environment["DJANGO_SETTINGS_MODULE"] = settings
+    files = DJANGO | {"settings_with_socket.py": SETTINGS_WITH_SOCKET}
     tests = ("test_services", "test_grants")
-    assert "Ran 4 tests" in run(tmp_path, DJANGO, *command, *tests, **django_environment)
+    assert "Ran 4 tests" in run(tmp_path, files, *RUNNER, *tests, **django_environment)
+
+
+def test_failed_runner(tmp_path: Path, django_environment: dict[str, str]) -> None:
+    """If the worker's migrations cannot be applied, the runner drops the test database."""
+    without_command = {**django_environment, "PATH": os.defpath}
+    with pytest.raises(AssertionError, match="FileNotFoundError"):
+        run(tmp_path, DJANGO, *RUNNER, "test_grants", **without_command)
+    name = django_environment["PGDATABASE"]
+    server = Database(
+        f"postgresql://{django_environment['PGUSER']}@/{name}?host={django_environment['PGHOST']}"
+    )
+    left = server.execute("SELECT FROM pg_database WHERE datname = 'test_' || %s", name)
+    assert left == []
 
 
 def test_pytest_django(tmp_path: Path, django_environment: dict[str, str]) -> None:
