@@ -131,7 +131,7 @@ def test_failed_runner(tmp_path: Path, django_environment: dict[str, str]) -> No
     server = Database(
         f"postgresql://{django_environment['PGUSER']}@/{name}?host={django_environment['PGHOST']}"
     )
-    left = server.execute("SELECT FROM pg_database WHERE datname = 'test_' || %s", name)
+    left = server.execute("SELECT datname FROM pg_database WHERE datname = 'test_' || %s", name)
     assert left == []
 
 
