@@ -165,13 +165,21 @@ DIFFERENCES = {
 }
 
 
+FOREIGN_KEY_META = """
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["user", "interview"], name="one_grant_per_interview")
+        ]
+"""
+
+
 def test_columns_that_differ(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Differences are reported as on the page, and its remedies keep every row."""
+    """Differences are reported as on the page, and its remedies keep every row and the key."""
     differing = INITIAL_MODELS
     for fitting, other in DIFFERENCES.items():
         assert differing.count(fitting) == 1
         differing = differing.replace(fitting, other)
-    project = new_project(tmp_path_factory, differing)
+    project = new_project(tmp_path_factory, f"{differing}\n{FOREIGN_KEY_META}")
     (expected,) = blocks("Columns", "text")
     migration, query = blocks("A foreign key to the user")
     with temporary_database(stack.database_url) as url:
@@ -189,9 +197,15 @@ def test_columns_that_differ(stack: LocalStack, tmp_path_factory: pytest.TempPat
         )
         database.execute(f"INSERT INTO {GRANTS} (user_id, interview_id) VALUES (7, %s)", interview)  # noqa: S608 - a constant
         write(project, migration)
-        project.write("interview/models.py", INITIAL_MODELS)
+        grant = MODELS.index("class UserInterviewAccess")
+        fitting = MODELS[:grant] + MODELS[grant:].replace("max_length=64", "max_length=36")
+        project.write("interview/models.py", fitting)
+        proposed = project.succeed("python manage.py makemigrations --dry-run", database)
+        assert "user_id on interviewattempt" in proposed
+        assert "user_id on userinterviewaccess" not in proposed
+        assert "constraint" not in proposed
         project.migrate(database)
-        migrated(url)
+        assert "adopted the unique key one_grant_per_interview" in migrated(url)
         assert check_schema(database.url) is None
         assert grants(database) == [(1, "7", interview)]
         printed = project.run_python(
