@@ -7,6 +7,7 @@ from storage.schema.migration import (
     check_schema,
     explain_denial,
     migrate,
+    read_identity,
 )
 from storage.schema.privileges import TO_CANCEL_JOBS, TO_READ_JOBS, Needed
 from storage.schema.revisions import current_revision, expected_revision
@@ -24,4 +25,5 @@ __all__ = [
     "expected_revision",
     "explain_denial",
     "migrate",
+    "read_identity",
 ]

@@ -17,6 +17,7 @@ from storage.migrations import grant_key
 from storage.migrations.locks import set_up_transaction
 from storage.schema.collations import changed_collations
 from storage.schema.comparison import SchemaMismatchError, refuse_differences
+from storage.schema.identity import database_identity
 from storage.schema.privileges import (
     NEEDED,
     Needed,
@@ -132,6 +133,23 @@ def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | N
         if found != expected:
             return f"the database is at revision {found}, expected {expected}: {_RUN_MIGRATE}"
         return missing_privileges(connection, NEEDED)
+
+
+def read_identity(database_url: str) -> tuple[str, str]:
+    """Read the identity and the name of a database; see :func:`database_identity`.
+
+    Args:
+        database_url: ``postgresql://…``, with or without ``+psycopg``.
+
+    Raises:
+        DatabaseUnavailableError: if PostgreSQL cannot be reached, or failed.
+        StorageError: if PostgreSQL refused a query.
+    """
+    with (
+        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
+        _connected(engine, read_only=True) as connection,
+    ):
+        return database_identity(connection)
 
 
 def explain_denial(error: StorageError, database_url: str, needed: Needed) -> str | None:

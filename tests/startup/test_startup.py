@@ -14,11 +14,16 @@ from threading import Thread
 
 import pytest
 from redis import Redis
+from sqlalchemy import create_engine, make_url, text
 
+from storage.schema import migrate
+from storage.schema.identity import database_identity
 from tests.startup.checks import PASSWORD, check, refusal
 from tests.support.commands import run_module
 from tests.support.sentinels import redis_of
 from tests.support.workers import QUEUE, ROOT, Site
+from worker.broker.claims import PREFIX
+from worker.broker.lease import Lease
 
 
 @contextmanager
@@ -179,7 +184,7 @@ class TestServers:
     ) -> None:
         """Settings that INFO does not report cause neither a warning nor an error."""
         info = "# Server\r\nuptime_in_seconds:7"
-        with resp_server(f"${len(info)}\r\n{info}\r\n", "*0\r\n") as port:
+        with resp_server(f"${len(info)}\r\n{info}\r\n", "*0\r\n", "*2\r\n$0\r\n\r\n*0\r\n") as port:
             check(here.store.database_url, f"redis://127.0.0.1:{port}/0")
         assert caplog.text == ""
 
@@ -192,6 +197,84 @@ class TestServers:
             check("postgresql://me@127.0.0.1:1/x", here.broker)
         assert "Redis unreachable, the worker waits: variable=CELERY_BROKER_URL" in caplog.text
         assert "PostgreSQL unavailable" in caplog.text
+
+
+@contextmanager
+def session_of(redis: Redis) -> Iterator[None]:
+    """A live worker session."""
+    lease = Lease(ttl=2, grace=0)
+    lease.open(redis)
+    try:
+        yield
+    finally:
+        lease.close()
+
+
+class TestDatabases:
+    """Workers of one queue with different databases."""
+
+    def test_another_database_of_a_live_worker_is_a_warning(
+        self, here: Site, migrated_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The warning names both databases, and the worker starts."""
+        here.redis.flushdb()
+        check(here.store.database_url, here.broker)
+        with session_of(here.redis):
+            check(migrated_url, here.broker)
+        (line,) = caplog.messages
+        assert line.startswith("workers of one queue use different databases")
+        for url in (migrated_url, here.store.database_url):
+            assert str(make_url(url).database) in line
+
+    def test_another_schema_is_another_database(
+        self, here: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Tables of another schema in the same database are a warning, too."""
+        here.redis.flushdb()
+        check(here.store.database_url, here.broker)
+        engine = create_engine(here.store.database_url)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE SCHEMA other"))
+        engine.dispose()
+        url = make_url(here.store.database_url)
+        url = url.update_query_dict({"options": "-csearch_path=other"})
+        other = url.render_as_string(hide_password=False)
+        migrate(other, report=lambda _: None)
+        with session_of(here.redis):
+            check(other, here.broker)
+        assert "workers of one queue use different databases" in caplog.text
+
+    def test_workers_of_one_database_have_no_warning(
+        self, here: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Live workers of the same database are no warning, whatever its URL."""
+        here.redis.flushdb()
+        check(here.store.database_url, here.broker)
+        url = make_url(here.store.database_url)
+        with session_of(here.redis):
+            spelling = url.update_query_dict({"application_name": "other"})
+            check(spelling.render_as_string(hide_password=False), here.broker)
+        assert caplog.text == ""
+
+    def test_a_database_moves_when_no_worker_lives(
+        self, here: Site, migrated_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Neither a former worker nor the session of one that was killed is a warning."""
+        here.redis.flushdb()
+        check(here.store.database_url, here.broker)
+        here.redis.zadd(f"{PREFIX}leases", {"killed": 7})
+        check(migrated_url, here.broker)
+        assert caplog.text == ""
+
+    def test_a_role_without_the_system_identifier(self, here: Site) -> None:
+        """A role that may not read the system identifier has an identity without it."""
+        engine = create_engine(here.store.database_url)
+        with engine.connect() as connection:
+            full, name = database_identity(connection)
+            revoke = "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC"
+            connection.execute(text(f"{revoke}; CREATE ROLE barred; SET LOCAL ROLE barred"))
+            assert database_identity(connection) == (full.partition("/")[2], name)
+        engine.dispose()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ Keys, beside the queues that producers write:
 - ``clock``: hash, the time (ms) when messages were last delayed or checked, and the sum of the
   steps by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
+- ``database``: the database of the worker that started last
 - ``replies`` and ``relay``: of the control service and the outbox relay
 
 ``held``, ``deferred``, ``tries`` and ``deferrals`` are names of earlier releases.

@@ -6,7 +6,9 @@ refuses the worker, or does not meet the requirements, stops it with one sentenc
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from ssl import SSLCertVerificationError
 from typing import Any
@@ -35,7 +37,7 @@ from redis.exceptions import (
 )
 
 from storage.errors import StorageError
-from storage.schema import DatabaseUnavailableError, check_schema
+from storage.schema import DatabaseUnavailableError, check_schema, read_identity
 from worker.broker.claims import DEAD, PREFIX
 from worker.broker.scripts import script
 from worker.broker.transport import CLIENT_NAME
@@ -46,6 +48,9 @@ logger = get_logger(__name__)
 
 _OLDEST_REDIS = 7
 _SECONDS = 5.0  # to connect, and for each reply
+_HEARTBEAT_SECONDS = 2.0  # in which a live session renews its lease at least once
+_DATABASE = f"{PREFIX}database"
+_LEASES = f"{PREFIX}leases"
 
 _PASSING = (ClusterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
 _PASSING_CODES = ("BUSY ", "MISCONF ", "NOREPLICAS ")
@@ -65,7 +70,8 @@ _JOBS = {
     "SKIP": "CLIENT|REPLY",
     f"{QUEUE} {QUEUE}": "BLMOVE",
     f"{QUEUE} {_LANE}": "RPOPLPUSH",
-    f"{PREFIX}leases": "ZADD ZREM ZSCORE ZRANGE",
+    _DATABASE: "GET SET",
+    _LEASES: "ZADD ZREM ZSCORE ZRANGE",
     f"{PREFIX}held:x": "HSET HSETNX HGET HDEL HKEYS HLEN EXISTS",
     f"{PREFIX}deferred": "HSET HGET HDEL",
     f"{PREFIX}due": "ZADD ZREM ZRANGEBYSCORE EXISTS",
@@ -99,15 +105,17 @@ def check_servers(settings: Settings) -> None:
     Raises:
         StartupError: if a server refuses the worker or does not meet the requirements.
     """
-    _check_database(settings.database_url)
+    database = _check_database(settings.database_url)
     if settings.results == settings.broker:
-        _check_redis(settings.broker, "CELERY_BROKER_URL", _COMMON, _JOBS, _RESULTS)
+        tables = (_COMMON, _JOBS, _RESULTS)
+        _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
     else:
-        _check_redis(settings.broker, "CELERY_BROKER_URL", _COMMON, _JOBS)
+        _check_redis(settings.broker, "CELERY_BROKER_URL", _COMMON, _JOBS, database=database)
         _check_redis(settings.results, "CELERY_RESULT_BACKEND", _COMMON, _RESULTS)
 
 
-def _check_database(database_url: str) -> None:
+def _check_database(database_url: str) -> str:
+    """Return the database's identity and name, or an empty string if they are unknown."""
     try:
         problem = check_schema(
             database_url,
@@ -115,14 +123,19 @@ def _check_database(database_url: str) -> None:
         )
     except DatabaseUnavailableError as error:
         logger.warning("PostgreSQL unavailable, jobs wait for it: %s", error)
-        return
+        return ""
     except StorageError as error:
         problem = str(error)
     if problem:
         raise StartupError(problem)
+    with suppress(StorageError):
+        return " ".join(read_identity(database_url))
+    return ""
 
 
-def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str]) -> None:
+def _check_redis(
+    address: RedisAddress, variable: str, *tables: Mapping[str, str], database: str = ""
+) -> None:
     commands = [
         f"{command.replace('|', ' ')} {arguments.format(database=address.database)}".strip()
         for table in tables
@@ -143,6 +156,8 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
             if address.database:
                 redis.execute_command("SELECT", address.database)
             denied: Any = redis.register_script(script("denied_commands"))(args=commands)
+            if database and not denied:
+                _record_database(redis, database)
     except (RedisError, OSError) as error:
         _raise_refusal(error, variable, f"Redis at {address}")
         logger.warning("Redis unreachable, the worker waits: variable=%s error=%s", variable, error)
@@ -153,6 +168,31 @@ def _check_redis(address: RedisAddress, variable: str, *tables: Mapping[str, str
         raise StartupError(
             f"{variable}: Redis at {address} does not permit its user these commands: {listed}. "
             "Permit them by ACL SETUSER."
+        )
+
+
+def _record_database(redis: Redis, database: str) -> None:
+    """Record the worker's database, and warn if live workers have recorded another one.
+
+    It is no error: workers that follow a database through its move recorded the former one.
+    """
+    record = redis.register_script(script("record_database"))
+    try:
+        reply: Any = record(keys=[_DATABASE, _LEASES], args=[database])
+    except ReadOnlyError:
+        return
+    before = reply[0].decode(errors="replace")
+    counters = dict(zip(reply[1][::2], map(float, reply[1][1::2]), strict=True))
+    if not counters or before.partition(" ")[0] in {"", database.partition(" ")[0]}:
+        return
+    time.sleep(_HEARTBEAT_SECONDS)  # a worker that was killed leaves its session behind
+    later: Any = redis.zrange(_LEASES, 0, -1, withscores=True)
+    if any(counters.get(session, counter) != counter for session, counter in later):
+        logger.warning(
+            "workers of one queue use different databases, each job sees only one of them: "
+            "database=%s other=%s; set the same DATABASE_URL for all workers, or another "
+            "CELERY_BROKER_URL for those of the other database",
+            *(shortened(one, quoted=False, at_most=200) for one in (database, before)),
         )
 
 
