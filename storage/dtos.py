@@ -8,7 +8,7 @@ contain, have no IDs of users and interviews where a job is meant.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -129,16 +129,73 @@ class FinishedJobDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class PrunedJobDTO:
+    """A tombstone: what is kept of a job after its retention.
+
+    Attributes:
+        digest_prefix: The first 8 hex digits of the request's digest. None for a job that was
+            cancelled and never delivered: its ID stands for any request.
+        created: Number of grants created, if a grant job succeeded.
+        result: The result, if another job succeeded.
+        error_type: Name of the error's class, if the job did not succeed.
+    """
+
+    digest_prefix: str | None
+    created: int | None = None
+    result: dict[str, Any] | None = None
+    error_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FoundJobsDTO:
     """What the storage holds about some jobs.
 
     Attributes:
         finished: Finished jobs by job ID.
         cancelled: IDs of the jobs whose cancellation was requested, finished or not.
+        pruned: Tombstones by job ID.
     """
 
     finished: Mapping[str, FinishedJobDTO]
     cancelled: frozenset[str]
+    pruned: Mapping[str, PrunedJobDTO] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneCountsDTO:
+    """Numbers of rows that are pruned, by table.
+
+    Attributes:
+        jobs: Ledger rows, each replaced by a tombstone.
+        rejections: Lists of rejected IDs of these jobs.
+        cohorts: Counts by user of these jobs.
+        cancellations: Cancellation requests. That of a job without a ledger row is replaced by a
+            tombstone.
+        requests: Outbox requests of these jobs.
+    """
+
+    jobs: int = 0
+    rejections: int = 0
+    cohorts: int = 0
+    cancellations: int = 0
+    requests: int = 0
+
+    def __add__(self, other: PruneCountsDTO) -> PruneCountsDTO:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return PruneCountsDTO(*(one + more for one, more in pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedBatchDTO:
+    """What one transaction has pruned.
+
+    Attributes:
+        last: Time and ID of the last job that was considered, after which the next batch begins;
+            None if no more are due.
+    """
+
+    counts: PruneCountsDTO
+    last: tuple[datetime, str] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
 from typing import Protocol, TypeVar
 
 from storage.dtos import (
@@ -18,6 +19,9 @@ from storage.dtos import (
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    PruneCountsDTO,
+    PrunedBatchDTO,
+    PrunedJobDTO,
     RequestedGrantsDTO,
     UserInterviewAccessDTO,
 )
@@ -71,7 +75,7 @@ class Ledger(Protocol):
 
     @abstractmethod
     def find_jobs(self, job_ids: Collection[str]) -> FoundJobsDTO:
-        """Find the finished jobs and the cancellation requests among these job IDs.
+        """Find the finished jobs, the pruned ones and the cancellation requests among these IDs.
 
         Must see what other transactions committed before this call. Lock the jobs first: otherwise
         a transaction that finishes one of them may be about to commit.
@@ -102,6 +106,51 @@ class Ledger(Protocol):
             LedgerConflictError: if the ledger has one of the jobs; nothing is recorded.
             LedgerError: if the database did not insert every row.
         """
+
+
+class Retention(Protocol):
+    """Removal of old jobs, of which a tombstone remains."""
+
+    @abstractmethod
+    def lock_pruning(self) -> bool:
+        """Exclude other transactions that prune until this one ends.
+
+        Must not block.
+
+        Returns:
+            Whether no other transaction prunes.
+        """
+
+    @abstractmethod
+    def prune_jobs(
+        self, older_than: timedelta, limit: int, *, after: tuple[datetime, str] | None = None
+    ) -> PrunedBatchDTO:
+        """Replace the oldest ledger rows by tombstones, and delete what belongs to their jobs.
+
+        Must skip jobs that another transaction has locked, and must never block on them. To others
+        a job must be either finished or pruned at any moment.
+
+        Args:
+            older_than: Minimum time since the job finished, by the clock of the storage.
+            limit: Largest number of jobs.
+            after: Time and ID of a job; only later ones are considered.
+        """
+
+    @abstractmethod
+    def prune_cancellations(self, older_than: timedelta, limit: int) -> PruneCountsDTO:
+        """Delete the oldest cancellation requests.
+
+        One whose job is not in the ledger must leave a tombstone: a late delivery of its job stays
+        cancelled.
+
+        Args:
+            older_than: Minimum time since the request, by the clock of the storage.
+            limit: Largest number of requests.
+        """
+
+    @abstractmethod
+    def count_prunable(self, older_than: timedelta) -> PruneCountsDTO:
+        """Count what pruning everything of this age would delete."""
 
 
 class GrantStore(Protocol):
@@ -195,7 +244,10 @@ class Outbox(Protocol):
 
     @abstractmethod
     def delete_finished_requests(self, job_ids: Collection[str]) -> frozenset[str]:
-        """Delete the requests among these whose job has finished, and return their job IDs."""
+        """Delete the requests among these whose job has finished, and return their job IDs.
+
+        A pruned job has finished.
+        """
 
     @abstractmethod
     def reschedule_requests(self, job_ids: Collection[str], *, sent: bool) -> None:
@@ -214,7 +266,7 @@ class JobTransaction(JobLocks, Ledger, Protocol):
     """What every use case that settles jobs needs."""
 
 
-class Transaction(JobTransaction, GrantStore, InterviewStore, Outbox, Protocol):
+class Transaction(JobTransaction, Retention, GrantStore, InterviewStore, Outbox, Protocol):
     """An open transaction at isolation level READ COMMITTED or stricter."""
 
 
@@ -245,6 +297,10 @@ class JobReader(Protocol):
     @abstractmethod
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """Return a job's ledger row with all details, or None if it has not finished."""
+
+    @abstractmethod
+    def get_pruned_job(self, job_id: str) -> PrunedJobDTO | None:
+        """Return a job's tombstone, or None if it was not pruned."""
 
     @abstractmethod
     def get_request(self, job_id: str) -> AccessRequestDTO | None:

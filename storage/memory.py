@@ -22,6 +22,9 @@ from storage.dtos import (
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    PruneCountsDTO,
+    PrunedBatchDTO,
+    PrunedJobDTO,
     RequestedGrantsDTO,
     UserInterviewAccessDTO,
 )
@@ -45,7 +48,8 @@ class _Tables:
     grants: dict[UserInterviewAccessDTO, None] = field(default_factory=dict)
     attempts: dict[str, InterviewAttemptDTO] = field(default_factory=dict)
     jobs: dict[str, FinishedJobDTO] = field(default_factory=dict)
-    cancellations: dict[str, None] = field(default_factory=dict)
+    cancellations: dict[str, datetime] = field(default_factory=dict)
+    pruned: dict[str, PrunedJobDTO] = field(default_factory=dict)
     requests: dict[str, AccessRequestDTO] = field(default_factory=dict)
     due_at: dict[str, datetime] = field(default_factory=dict)
 
@@ -79,6 +83,10 @@ class MemoryStorage(Storage):
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
         """See the interface."""
         return self._tables.jobs.get(job_id)
+
+    def get_pruned_job(self, job_id: str) -> PrunedJobDTO | None:
+        """See the interface."""
+        return self._tables.pruned.get(job_id)
 
     def get_request(self, job_id: str) -> AccessRequestDTO | None:
         """See the interface."""
@@ -160,11 +168,12 @@ class MemoryTransaction(Transaction):
     def find_jobs(self, job_ids: Collection[str]) -> FoundJobsDTO:
         """See the interface."""
         finished = {one: self._tables.jobs[one] for one in job_ids if one in self._tables.jobs}
-        return FoundJobsDTO(finished, self.find_cancelled_jobs(job_ids))
+        pruned = {one: self._tables.pruned[one] for one in job_ids if one in self._tables.pruned}
+        return FoundJobsDTO(finished, self.find_cancelled_jobs(job_ids), pruned)
 
     def request_cancellation(self, job_id: str) -> None:
         """See the interface."""
-        self._tables.cancellations[job_id] = None
+        self._tables.cancellations.setdefault(job_id, datetime.now(UTC))
 
     def find_cancelled_jobs(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
@@ -176,6 +185,60 @@ class MemoryTransaction(Transaction):
             if job.job.job_id in self._tables.jobs:
                 raise LedgerConflictError(f"the ledger already has job {job.job.job_id}")
             self._tables.jobs[job.job.job_id] = replace(job, finished_at=datetime.now(UTC))
+
+    def lock_pruning(self) -> bool:
+        """See the interface: no other transaction runs."""
+        return True
+
+    def prune_jobs(
+        self, older_than: timedelta, limit: int, *, after: tuple[datetime, str] | None = None
+    ) -> PrunedBatchDTO:
+        """See the interface."""
+        first = after or (datetime.min.replace(tzinfo=UTC), "")
+        due = [one for one in self._old_jobs(older_than) if one > first][:limit]
+        counts = self._counts([job_id for _, job_id in due])
+        for _, job_id in due:
+            self._tables.pruned.setdefault(job_id, _tombstone(self._tables.jobs.pop(job_id)))
+            self._tables.cancellations.pop(job_id, None)
+            self._tables.requests.pop(job_id, None)
+            self._tables.due_at.pop(job_id, None)
+        return PrunedBatchDTO(counts, due[-1] if due and len(due) == limit else None)
+
+    def prune_cancellations(self, older_than: timedelta, limit: int) -> PruneCountsDTO:
+        """See the interface."""
+        due = self._old_cancellations(older_than)[:limit]
+        for job_id in due:
+            del self._tables.cancellations[job_id]
+            if job_id not in self._tables.jobs:
+                cancelled = PrunedJobDTO(None, error_type="JobCancelledException")
+                self._tables.pruned.setdefault(job_id, cancelled)
+        return PruneCountsDTO(cancellations=len(due))
+
+    def count_prunable(self, older_than: timedelta) -> PruneCountsDTO:
+        """See the interface."""
+        old = [job_id for _, job_id in self._old_jobs(older_than)]
+        cancelled = {*self._old_cancellations(older_than)} | self._tables.cancellations.keys() & old
+        return replace(self._counts(old), cancellations=len(cancelled))
+
+    def _old_jobs(self, older_than: timedelta) -> list[tuple[datetime, str]]:
+        jobs, before = self._tables.jobs, datetime.now(UTC) - older_than
+        times = ((job.finished_at, job_id) for job_id, job in jobs.items())
+        return sorted((time, job_id) for time, job_id in times if time and time < before)
+
+    def _old_cancellations(self, older_than: timedelta) -> list[str]:
+        before = datetime.now(UTC) - older_than
+        requests = self._tables.cancellations.items()
+        return [job_id for at, job_id in sorted((at, one) for one, at in requests) if at < before]
+
+    def _counts(self, job_ids: Sequence[str]) -> PruneCountsDTO:
+        outcomes = [self._tables.jobs[job_id].outcome for job_id in job_ids]
+        return PruneCountsDTO(
+            jobs=len(job_ids),
+            rejections=sum(one.rejected is not None for one in outcomes),
+            cohorts=sum(one.created_by_user is not None for one in outcomes),
+            cancellations=len(self._tables.cancellations.keys() & job_ids),
+            requests=len(self._tables.requests.keys() & job_ids),
+        )
 
     def find_unknown_interviews(
         self,
@@ -247,7 +310,8 @@ class MemoryTransaction(Transaction):
 
     def delete_finished_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        finished = frozenset(job_ids) & self._tables.jobs.keys() & self._tables.requests.keys()
+        known = self._tables.jobs.keys() | self._tables.pruned.keys()
+        finished = frozenset(job_ids) & known & self._tables.requests.keys()
         for job_id in finished:
             del self._tables.requests[job_id], self._tables.due_at[job_id]
         return finished
@@ -270,6 +334,17 @@ class MemoryTransaction(Transaction):
         if missing:
             reason = f"{len(missing)} interviews do not exist"
             raise StorageError(reason, sqlstate.FOREIGN_KEY_VIOLATION)
+
+
+def _tombstone(job: FinishedJobDTO) -> PrunedJobDTO:
+    outcome = job.outcome
+    created = outcome.figures.created if outcome.figures else None
+    return PrunedJobDTO(
+        job.job.request_digest[:8],
+        created=created,
+        result=outcome.result if created is None else None,
+        error_type=outcome.error["type"] if outcome.error else None,
+    )
 
 
 def _clamped(when: datetime, now: datetime, latest: datetime) -> datetime:

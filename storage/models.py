@@ -1,4 +1,4 @@
-"""The tables: four of the platform's Django service, and five of the worker.
+"""The tables: four of the platform's Django service, and six of the worker.
 
 The platform's tables have the names, types, indexes and keys that Django declares, so that worker
 and service can share them. Storages return DTOs, never rows. SQLAlchemy's ORM is not used:
@@ -166,7 +166,13 @@ requests = Table(
 and read by the client package alone. Migration 0007 constrains the arguments by ``task``.
 """
 
-cancellations = Table("grant_access_cancellation", METADATA, _job_id(), _now("requested_at"))
+cancellations = Table(
+    "grant_access_cancellation",
+    METADATA,
+    _job_id(),
+    _now("requested_at"),
+    Index("grant_access_cancellation_requested_at_idx", "requested_at"),
+)
 """Cancellation requests. The ledger has the outcome."""
 
 rejections = Table(
@@ -178,6 +184,22 @@ rejections = Table(
     Column("malformed_interview_ids", JSON, nullable=False),
 )
 """All interview IDs that failed a job, as its request spelled them. Its error names the first."""
+
+tombstones = Table(
+    "grant_access_tombstone",
+    METADATA,
+    Column("job_key", Uuid, primary_key=True),
+    Column("digest", Integer),
+    Column("created", Integer),
+    Column("result", JSONB),
+    Column("error", Text),
+)
+"""What is kept of pruned jobs, so that a late delivery does not execute one again.
+
+``job_key`` is the first half of the job ID's SHA-256, ``digest`` the first 4 bytes of the request's
+digest (null: unknown), ``created`` the number of grants created, ``result`` the result if it is not
+that number, and ``error`` the class of the error. Most rows take 92 bytes with their index entry.
+"""
 
 cohorts = Table(
     "grant_access_cohort",

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from interview_access.contracts import JobStatus
+from interview_access.contracts import GrantAccessResult, JobStatus
 from interview_access.errors import (
     InterviewAccessError,
     JobCancelledException,
+    JobFailedError,
     JobIdReusedException,
 )
 from interview_access.stored_errors import from_record, to_record
 
-from storage.dtos import FinishedJobDTO, JobDTO, OutcomeDTO, RejectedIdsDTO
+from storage.dtos import FinishedJobDTO, JobDTO, OutcomeDTO, PrunedJobDTO, RejectedIdsDTO
 from storage.errors import (
     JobBusyError,
     LedgerConflictError,
@@ -196,7 +197,12 @@ def _settle_in_one_transaction(
     with storage.transaction() as transaction:
         locked = transaction.lock_jobs([job.entry.job_id for job in jobs], wait=wait)
         found = transaction.find_jobs(locked)
-        new = [job for job in jobs if job.entry.job_id in locked - found.finished.keys()]
+        entries = {job.entry.job_id: job.entry for job in jobs}
+        finished = {
+            **{job_id: _restored(entries[job_id], one) for job_id, one in found.pruned.items()},
+            **found.finished,
+        }
+        new = [job for job in jobs if job.entry.job_id in locked - finished.keys()]
         outcomes = {job.entry.job_id: failed(job.failure) for job in new if job.failure}
         for job in new:
             if job.entry.job_id in found.cancelled:
@@ -204,9 +210,33 @@ def _settle_in_one_transaction(
         outcomes.update(work(transaction, [job for job in new if job.entry.job_id not in outcomes]))
         recorded = [FinishedJobDTO(job.entry, outcomes[job.entry.job_id]) for job in new]
         transaction.record_jobs(recorded)
-    settled = {job_id: _Settled(job, repeated=True) for job_id, job in found.finished.items()}
+    settled = {job_id: _Settled(job, repeated=True) for job_id, job in finished.items()}
     settled.update((job.job.job_id, _Settled(job, repeated=False)) for job in recorded)
     return settled
+
+
+def _restored(entry: JobDTO, pruned: PrunedJobDTO) -> FinishedJobDTO:
+    """Rebuild a finished job from its tombstone.
+
+    Args:
+        entry: The job as this delivery requests it, which may be another request.
+        pruned: The tombstone.
+    """
+    prefix = pruned.digest_prefix
+    is_same = prefix is None or entry.request_digest.startswith(prefix)
+    known = entry if is_same else replace(entry, request_digest=f"{prefix}…")
+    return FinishedJobDTO(known, _pruned_outcome(entry.job_id, pruned))
+
+
+def _pruned_outcome(job_id: str, pruned: PrunedJobDTO) -> OutcomeDTO:
+    if pruned.error_type == JobCancelledException.__name__:
+        return failed(JobCancelledException.of(job_id))
+    if pruned.error_type:
+        return failed(JobFailedError.of_pruned(job_id, pruned.error_type))
+    if pruned.created is None:
+        return OutcomeDTO("succeeded", pruned.result)
+    result = GrantAccessResult(created_access_count=pruned.created)
+    return OutcomeDTO("succeeded", result.model_dump())
 
 
 def _result(job: Job, settled: _Settled | Exception, first: Job) -> JobResult:
@@ -275,7 +305,8 @@ def cancel(storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | N
         transaction.request_cancellation(job_id)
         if not transaction.lock_jobs([job_id], wait=False):
             return True
-        if entry and not transaction.find_jobs([job_id]).finished:
+        found = transaction.find_jobs([job_id])
+        if entry and not found.finished and not found.pruned:
             outcome = failed(JobCancelledException.of(job_id))
             transaction.record_jobs([FinishedJobDTO(entry, outcome)])
     return False
@@ -330,5 +361,24 @@ def status_of(finished: FinishedJobDTO) -> JobStatus:
             "unknown_interview_ids": rejected and rejected.unknown,
             "malformed_interview_ids": rejected and rejected.malformed,
             "finished_at": finished.finished_at,
+        }
+    )
+
+
+def status_of_pruned(job_id: str, pruned: PrunedJobDTO) -> JobStatus:
+    """Build the status of a job whose ledger row was pruned.
+
+    Args:
+        job_id: The job's ID.
+        pruned: Its tombstone.
+    """
+    outcome = _pruned_outcome(job_id, pruned)
+    return JobStatus.model_validate(
+        {
+            "job_id": job_id,
+            "state": outcome.state,
+            "created": pruned.created,
+            "result": outcome.result,
+            "error": outcome.error,
         }
     )

@@ -192,6 +192,21 @@ class StorageUnavailableException(InterviewAccessError):  # noqa: N818 - the con
 class JobFailedError(InterviewAccessError):
     """The job failed for a reason that has no class of its own, such as a poison message."""
 
+    @classmethod
+    def of_pruned(cls, job_id: str, error_type: str) -> Self:
+        """Create the error of a failed job of which the worker keeps no details any more.
+
+        Args:
+            job_id: The job's ID.
+            error_type: Name of the class of its error.
+        """
+        return cls(
+            f"Job {shortened(job_id)} failed before, with {error_type}; its details were deleted "
+            "at the end of their retention. If it is still needed, send the request under a new "
+            "job ID.",
+            {"total": 1, "job_id": job_id, "exc_type": error_type},
+        )
+
 
 class JobCancelledException(InterviewAccessError):  # noqa: N818 - beside the contract's names
     """The job was cancelled before it finished. Permanent: nothing was granted."""

@@ -54,7 +54,17 @@ GRANT SELECT, UPDATE (sent_at, look_at), DELETE ON grant_access_request TO inter
 GRANT SELECT, INSERT ON grant_access_cancellation TO interview_access_worker;
 GRANT SELECT, INSERT, UPDATE ON grant_access_rejection TO interview_access_worker;
 GRANT SELECT, INSERT, UPDATE ON grant_access_cohort TO interview_access_worker;
+GRANT SELECT ON grant_access_tombstone TO interview_access_worker;
 GRANT SELECT ON grant_access_alembic_version TO interview_access_worker;
+
+-- Workers with GRANT_RETENTION_DAYS, which prune: run this file with `psql -v retention=on`.
+\if :{?retention}
+GRANT DELETE ON grant_access_job TO interview_access_worker;  -- to prune
+GRANT INSERT ON grant_access_tombstone TO interview_access_worker;  -- to prune
+GRANT DELETE ON grant_access_cancellation TO interview_access_worker;  -- to prune
+GRANT DELETE ON grant_access_rejection TO interview_access_worker;  -- to prune
+GRANT DELETE ON grant_access_cohort TO interview_access_worker;  -- to prune
+\endif
 
 -- An old Django gives a table a sequence of its own.
 SELECT format('GRANT USAGE ON SEQUENCE %s TO interview_access_worker', sequence)
@@ -71,7 +81,7 @@ GRANT INSERT (job_id, task, user_id, user_ids, interview_ids, eta, expires_at, d
 GRANT SELECT ON interview_interview, interview_interviewconfig, interview_interviewattempt,
     interview_userinterviewaccess, grant_access_job, grant_access_request,
     grant_access_cancellation, grant_access_rejection, grant_access_cohort,
-    grant_access_alembic_version TO interview_access_operator;
+    grant_access_tombstone, grant_access_alembic_version TO interview_access_operator;
 
 \else
 \echo 'The tables are missing: run interview-access migrate as interview_access_owner, then this file again.'

@@ -17,6 +17,7 @@ from storage.dtos import (
     FoundJobsDTO,
     JobDTO,
     OutcomeDTO,
+    PrunedJobDTO,
     RejectedIdsDTO,
 )
 from storage.errors import LedgerConflictError, LedgerError, StorageError
@@ -27,7 +28,11 @@ _COLUMNS = (
     "job_id, task, state, user_id, request_digest,"
     " requested, repeated, already_granted, created, result, error"
 )
-# Two index conditions, and no join that the planner could turn into a scan of a whole index.
+JOB_KEY = "CAST(encode(substring(sha256(convert_to(job_id, 'UTF8')) for 16), 'hex') AS uuid)"
+"""The key of a job's tombstone, of the column ``job_id``."""
+
+# Three index conditions, and no join that the planner could turn into a scan of a whole index:
+# OFFSET 0 keeps the lookup of each tombstone.
 _FIND_JOBS = f"""
     SELECT * FROM (
         SELECT {_COLUMNS}, finished_at FROM grant_access_job
@@ -35,7 +40,14 @@ _FIND_JOBS = f"""
     ) AS finished FULL JOIN (
         SELECT job_id, true AS is_cancelled FROM grant_access_cancellation
         WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
-    ) AS cancelled USING (job_id)
+    ) AS cancelled USING (job_id) FULL JOIN (
+        SELECT job_id, tombstone.* FROM unnest(CAST(%(job_ids)s AS text[])) AS job_id
+        CROSS JOIN LATERAL (
+            SELECT true AS is_pruned, lpad(to_hex(digest), 8, '0') AS digest_prefix,
+                   created AS pruned_created, result AS pruned_result, error AS pruned_error
+            FROM grant_access_tombstone WHERE job_key = {JOB_KEY} OFFSET 0
+        ) AS tombstone
+    ) AS pruned USING (job_id)
 """  # noqa: S608 - a constant
 _FIND_CANCELLED_JOBS = (
     "SELECT job_id FROM grant_access_cancellation WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))"
@@ -61,6 +73,7 @@ class PostgresLedger(Session, Ledger):
         return FoundJobsDTO(
             {row.job_id: _finished_job(row) for row in rows if row.state},
             frozenset(row.job_id for row in rows if row.is_cancelled),
+            {row.job_id: _pruned_job(row) for row in rows if row.is_pruned},
         )
 
     def find_job_with_details(self, job_id: str) -> FinishedJobDTO | None:
@@ -144,6 +157,11 @@ def _rejected(outcome: OutcomeDTO) -> dict[str, Any]:
 def _by_user(outcome: OutcomeDTO) -> dict[str, Any]:
     by_user = outcome.created_by_user
     return {} if by_user is None else {"created_by_user": by_user}
+
+
+def _pruned_job(row: Row[Any]) -> PrunedJobDTO:
+    outcome = row.pruned_created, row.pruned_result, row.pruned_error
+    return PrunedJobDTO(row.digest_prefix, *outcome)
 
 
 def _finished_job(row: Row[Any]) -> FinishedJobDTO:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy import Row, func, update
 
 from storage import models
 from storage.dtos import AccessRequestDTO
 from storage.interface import MAX_HEADERS_BYTES, MAX_REQUEST_BYTES, Outbox
+from storage.postgres.ledger import JOB_KEY
 from storage.postgres.session import Session
 
 HAS_DUE_REQUESTS = (
@@ -102,6 +103,14 @@ _RESCHEDULE = f"""
             CASE WHEN %(sent)s OR sent_at IS NOT NULL THEN ({_ETA} - clock_timestamp()) / 2 END)
     WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
 """  # noqa: S608 - a constant
+_DELETE_FINISHED = f"""
+    DELETE FROM grant_access_request AS request
+    WHERE job_id = ANY (CAST(%(job_ids)s AS text[])) AND (
+        EXISTS (SELECT FROM grant_access_job AS job WHERE job.job_id = request.job_id)
+        OR EXISTS (SELECT FROM grant_access_tombstone WHERE job_key = {JOB_KEY})
+    )
+    RETURNING job_id
+"""  # noqa: S608 - a constant
 
 
 class PostgresOutbox(Session, Outbox):
@@ -122,12 +131,7 @@ class PostgresOutbox(Session, Outbox):
 
     def delete_finished_requests(self, job_ids: Collection[str]) -> frozenset[str]:
         """See the interface."""
-        finished = select(models.jobs.c.job_id).where(models.jobs.c.job_id.in_(job_ids))
-        rows = self.query(
-            delete(models.requests)
-            .where(models.requests.c.job_id.in_(finished))
-            .returning(models.requests.c.job_id)
-        )
+        rows = self.query(_DELETE_FINISHED, {"job_ids": list(job_ids)})
         return frozenset(job_id for (job_id,) in rows)
 
     def reschedule_requests(self, job_ids: Collection[str], *, sent: bool) -> None:

@@ -11,24 +11,24 @@ from sqlalchemy import PoolProxiedConnection, event
 
 from storage.connections import open_engine, parse_url
 from storage.driver_errors import driver_errors_translated
-from storage.dtos import AccessRequestDTO, FinishedJobDTO
+from storage.dtos import AccessRequestDTO, FinishedJobDTO, PrunedJobDTO
 from storage.errors import StorageError
 from storage.interface import HasFileno, Storage, Transaction
 from storage.postgres.grant_chunks import register_uuid_arrays
 from storage.postgres.grants import PostgresGrants
 from storage.postgres.interviews import PostgresInterviews
-from storage.postgres.job_locks import PostgresJobLocks
 from storage.postgres.ledger import PostgresLedger
 from storage.postgres.notifications import RequestNotifications
 from storage.postgres.outbox import HAS_DUE_REQUESTS, PostgresOutbox
+from storage.postgres.retention import PostgresRetention
 from storage.postgres.session import DatabaseLimits
 
 _REPLY_GRACE_SECONDS = 30  # added to the statement timeout before a reply counts as lost
 
 
 class PostgresTransaction(
-    PostgresJobLocks,
     PostgresLedger,
+    PostgresRetention,
     PostgresGrants,
     PostgresInterviews,
     PostgresOutbox,
@@ -99,6 +99,11 @@ class PostgresStorage(Storage):
         """See the interface."""
         with self.transaction() as transaction:
             return transaction.find_job_with_details(job_id)
+
+    def get_pruned_job(self, job_id: str) -> PrunedJobDTO | None:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.find_jobs([job_id]).pruned.get(job_id)
 
     def get_request(self, job_id: str) -> AccessRequestDTO | None:
         """See the interface."""

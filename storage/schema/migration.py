@@ -20,6 +20,7 @@ from storage.schema.comparison import SchemaMismatchError, refuse_differences
 from storage.schema.identity import database_identity
 from storage.schema.privileges import (
     NEEDED,
+    TO_PRUNE,
     Needed,
     missing_for_migration,
     missing_privileges,
@@ -96,11 +97,14 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
             report(sentence)
 
 
-def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | None:
+def check_schema(
+    database_url: str, *, prunes: bool = False, warn: Report = lambda _: None
+) -> str | None:
     """Verify the server, the schema's revision and the role's privileges.
 
     Args:
         database_url: ``postgresql://…``, with or without ``+psycopg``, of the worker's role.
+        prunes: Whether the role prunes.
         warn: Called with a sentence about each risk that does not prevent a start.
 
     Returns:
@@ -132,7 +136,10 @@ def check_schema(database_url: str, *, warn: Report = lambda _: None) -> str | N
             return f"the database does not have the worker's schema: {_RUN_MIGRATE}"
         if found != expected:
             return f"the database is at revision {found}, expected {expected}: {_RUN_MIGRATE}"
-        return missing_privileges(connection, NEEDED)
+        missing = missing_privileges(connection, NEEDED)
+        if missing is None and prunes:
+            missing = missing_privileges(connection, TO_PRUNE)
+        return missing
 
 
 def read_identity(database_url: str) -> tuple[str, str]:

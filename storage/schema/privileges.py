@@ -55,6 +55,7 @@ NEEDED: Needed = {
         "DELETE": (),
     },
     "grant_access_cancellation": {"SELECT": ("job_id",), "INSERT": ("job_id",)},
+    "grant_access_tombstone": {"SELECT": ("job_key", "digest", "created", "result", "error")},
     "grant_access_rejection": {
         "SELECT": ("job_id", "unknown_interview_ids", "malformed_interview_ids"),
         "INSERT": ("job_id", "unknown_interview_ids", "malformed_interview_ids"),
@@ -77,6 +78,15 @@ TO_CANCEL_JOBS: Needed = {
     **{table: NEEDED[table] for table in ("grant_access_job", "grant_access_cancellation")},
 }
 """What cancelling a job needs."""
+
+TO_PRUNE: Needed = {
+    "grant_access_job": {"DELETE": ()},
+    "grant_access_tombstone": {"INSERT": ("job_key", "digest", "created", "result", "error")},
+    "grant_access_cancellation": {"SELECT": ("requested_at",), "DELETE": ()},
+    "grant_access_rejection": {"DELETE": ()},
+    "grant_access_cohort": {"DELETE": ()},
+}
+"""What a role needs beside :data:`NEEDED` to prune."""
 
 # A role has a privilege on the table or on each of the columns; DELETE only on the table.
 _MISSING = text("""

@@ -19,6 +19,7 @@ WORKER_TABLES = [
     "grant_access_cancellation",
     "grant_access_rejection",
     "grant_access_cohort",
+    "grant_access_tombstone",
 ]
 
 

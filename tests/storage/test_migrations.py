@@ -52,6 +52,18 @@ def task_steps(verb: str) -> list[str]:
     ]
 
 
+REQUESTED_AT = "grant_access_cancellation_requested_at_idx"
+
+
+def later_steps(tasks: str, tables: str, indexes: str) -> list[str]:
+    """Return the steps of the migrations 0007 and 0008, by the verb of each kind of step."""
+    return [
+        *task_steps(tasks),
+        f"{tables} table grant_access_tombstone",
+        f"{indexes} the index {REQUESTED_AT}",
+    ]
+
+
 def test_empty_database_gets_all_tables(database: Database) -> None:
     """An empty database gets every table, key and index of the models."""
     reported = migrated(database.url)
@@ -168,7 +180,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0007"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0008"]
     assert database.catalog() == before
 
 
@@ -240,7 +252,7 @@ def test_unfinished_index_is_rebuilt(database: Database, is_valid: bool) -> None
     assert migrated(database.url) == [
         f"{step} the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
-        *task_steps("adopted"),
+        *later_steps("adopted", "adopted", "adopted"),
     ]
     assert database.catalog() == before
 
@@ -262,7 +274,10 @@ def test_trigger_is_added_without_blocking_writers(database: Database) -> None:
         database.execute(insert)
         assert not reported
         service.execute("COMMIT")
-    assert reported == [f"added the trigger {NOTIFIER}", *task_steps("adopted")]
+    assert reported == [
+        f"added the trigger {NOTIFIER}",
+        *later_steps("adopted", "adopted", "adopted"),
+    ]
     assert database.catalog() == before
 
 
@@ -292,7 +307,7 @@ def test_columns_are_added_while_requests_are_written(database: Database) -> Non
         database.execute(insert)
         assert not reported
         service.execute("COMMIT")
-    assert reported == task_steps("added")
+    assert reported == later_steps("added", "adopted", "adopted")
     assert set(database.catalog()["grant_access_request"]) == complete
     database.execute(insert)
     rows = database.execute("SELECT task, user_ids FROM grant_access_request")
@@ -305,7 +320,7 @@ def test_interrupted_constraint_is_validated(database: Database) -> None:
     before = database.catalog()
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0006'")
     database.execute("UPDATE pg_constraint SET convalidated = false WHERE conname = %s", TASK_CHECK)
-    assert migrated(database.url) == task_steps("adopted")
+    assert migrated(database.url) == later_steps("adopted", "adopted", "adopted")
     assert database.catalog() == before
 
 
@@ -320,7 +335,7 @@ def test_columns_of_the_service_are_adopted(database: Database) -> None:
 
     announced = dry_run(database)
 
-    assert announced[-3:] == [
+    assert announced[-5:-2] == [
         "would add the columns expires_at, digest, headers of grant_access_request",
         "would adopt the columns task, user_ids, eta of grant_access_request",
         f"would add the constraint {TASK_CHECK}",
@@ -352,15 +367,15 @@ def test_older_revision_is_upgraded(database: Database) -> None:
     before = database.catalog()
 
     assert migrated(database.url) == [
-        *(f"created table {table}" for table in WORKER_TABLES[1:]),
+        *(f"created table {table}" for table in WORKER_TABLES[1:-1]),
         f"added the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
-        *task_steps("added"),
+        *later_steps("added", "created", "added"),
     ]
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0007"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0008"]
 
 
 @pytest.mark.usefixtures("service")
@@ -381,10 +396,10 @@ def test_dry_run_changes_nothing(database: Database) -> None:
             "(the lowest ID of each would stay)"
         ),
         f"would add the unique key {KEY}",
-        *(f"would create table {table}" for table in WORKER_TABLES[1:]),
+        *(f"would create table {table}" for table in WORKER_TABLES[1:-1]),
         f"would add the index {UNSENT}",
         f"would add the trigger {NOTIFIER}",
-        *task_steps("would add"),
+        *later_steps("would add", "would create", "would add"),
     ]
     assert database.catalog() == before
     assert len(grants(database)) == 3
@@ -397,12 +412,13 @@ def test_dry_run_lists_every_step_of_an_empty_database(database: Database) -> No
 
     assert announced == [in_conditional(step) for step in done]
     assert f"would add the index {UNSENT}" in announced
-    assert announced[-3:] == [f"would add the trigger {NOTIFIER}", *task_steps("would add")]
+    later = later_steps("would add", "would create", "would add")
+    assert announced[-5:] == [f"would add the trigger {NOTIFIER}", *later]
 
 
 @pytest.mark.parametrize("has_index", [True, False])
 def test_dry_run_lists_only_later_revisions(database: Database, has_index: bool) -> None:
-    """At revision 0004 a dry run lists the steps of 0005, 0006 and 0007 only."""
+    """At revision 0004 a dry run lists the steps of 0005 and later revisions only."""
     migrated(database.url)
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0004'")
     if not has_index:
@@ -414,7 +430,7 @@ def test_dry_run_lists_only_later_revisions(database: Database, has_index: bool)
     assert announced == [
         f"would {'adopt' if has_index else 'add'} the index {UNSENT}",
         f"would add the trigger {NOTIFIER}",
-        *task_steps("would adopt"),
+        *later_steps("would adopt", "would adopt", "would adopt"),
     ]
     assert database.catalog() == before
     assert announced == [in_conditional(step) for step in migrated(database.url)]

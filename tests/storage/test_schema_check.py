@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +17,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     JobDTO,
     OutcomeDTO,
+    PruneCountsDTO,
     RejectedIdsDTO,
     RequestedGrantsDTO,
 )
@@ -124,6 +125,14 @@ WORKER = re.findall(
 """The documented privileges of a worker's role."""
 
 
+PRUNING = re.findall(
+    r"^GRANT (.*) TO interview_access_worker;  -- to prune$",
+    (CHECKOUT / "deploy/postgresql/roles.sql").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+"""The documented privileges that a role needs in addition to prune."""
+
+
 COLUMNS_OF_WORKER = [
     f"{privilege} ON {table}"
     if privilege == "DELETE"
@@ -195,6 +204,42 @@ def test_missing_privilege_is_reported(database: Database, privilege: str, table
         assert check_schema(url) == (
             f"the role {name} lacks {lacks} on public.{table}: "
             f"run GRANT {lacks} ON TABLE public.{table} TO {name}"
+        )
+
+
+def test_documented_privileges_suffice_to_prune(database: Database) -> None:
+    """A role with the documented privileges can do everything that pruning does."""
+    migrated(database.url)
+    with role(database.url, *WORKER, *PRUNING) as url:
+        assert check_schema(url, prunes=True) is None
+        storage = PostgresStorage(url)
+        with storage.transaction() as transaction:
+            assert transaction.lock_pruning()
+            finished = FinishedJobDTO(JobDTO("a", "t", None, "d" * 64), OutcomeDTO("succeeded", {}))
+            transaction.record_jobs([finished])
+            transaction.request_cancellation("b")
+        for age in (timedelta(1), timedelta()):
+            with storage.transaction() as transaction:
+                counted = transaction.count_prunable(age)
+                batch = transaction.prune_jobs(age, 9)
+                cancellations = transaction.prune_cancellations(age, 9)
+                assert batch.counts + cancellations == counted
+        assert counted == PruneCountsDTO(jobs=1, cancellations=1)
+        storage.close()
+
+
+@pytest.mark.parametrize("grant", PRUNING)
+def test_missing_privilege_to_prune_is_reported(database: Database, grant: str) -> None:
+    """A privilege that only pruning needs is reported only to a worker that prunes."""
+    migrated(database.url)
+    privilege, table = grant.split(" ON ")
+    with role(database.url, *WORKER, *PRUNING) as url:
+        name = make_url(url).username
+        database.execute(f"REVOKE {grant} FROM {name}")
+        assert check_schema(url) is None
+        assert check_schema(url, prunes=True) == (
+            f"the role {name} lacks {privilege} on public.{table}: "
+            f"run GRANT {privilege} ON TABLE public.{table} TO {name}"
         )
 
 

@@ -338,6 +338,7 @@ _JOBS_TABLES = (
     "grant_access_cancellation",
     "grant_access_cohort",
     "grant_access_rejection",
+    "grant_access_tombstone",
 )
 _INTERVIEW_TABLES = ("interview_interviewconfig", "interview_interview")
 _WAITING = (

@@ -61,6 +61,8 @@ class JobStatusService:
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
             return ledger.status_of(finished)  # finished between the two reads
+        if status.state == "unknown" and (pruned := storage.get_pruned_job(job_id)):
+            return ledger.status_of_pruned(job_id, pruned)
         if not status.final and storage.is_cancelled(job_id):
             status.cancel_requested = True
         return status
