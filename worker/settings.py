@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Annotated, Any, Self
 
 from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
@@ -85,6 +86,9 @@ class Settings(DatabaseSettings):
         grant_stop_grace: Grace period of a graceful shutdown, in seconds.
         grant_callback_queues: Queues, separated by commas, to which the worker may publish the
             callbacks, chains and chords of a message; None: to any queue.
+        grant_retention_days: Days after which a finished job is pruned; None: never.
+        grant_dead_letter_days: Days after which a dead letter is dropped; None: never.
+        grant_dead_letter_bytes: Memory of all dead letters, beyond which the oldest are dropped.
     """
 
     celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
@@ -101,6 +105,10 @@ class Settings(DatabaseSettings):
     grant_attempt_limit: int = Field(default=5, ge=1, le=100)
     grant_stop_grace: float = Field(default=25.0, ge=0, le=3_600)
     grant_callback_queues: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
+
+    grant_retention_days: int | None = Field(default=None, ge=1, le=36_500)
+    grant_dead_letter_days: int | None = Field(default=None, ge=1, le=36_500)
+    grant_dead_letter_bytes: int = Field(default=256_000_000, ge=1_000_000, le=1_000_000_000_000)
 
     @model_validator(mode="after")
     def _results_beside_the_queue(self) -> Self:
@@ -124,6 +132,11 @@ class Settings(DatabaseSettings):
     def results(self) -> RedisAddress:
         """The Redis of the results."""
         return self._address(self.celery_result_backend or self.celery_broker_url)
+
+    @property
+    def retention(self) -> timedelta | None:
+        """The time after which a finished job is pruned."""
+        return timedelta(days=self.grant_retention_days) if self.grant_retention_days else None
 
     def _address(self, url: str) -> RedisAddress:
         return RedisAddress.parse(url, sentinel_password=self.redis_sentinel_password)

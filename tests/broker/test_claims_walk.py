@@ -93,7 +93,10 @@ MUTATIONS = {
         "'message', message)\n    forget(message)",
         "'message', message)",
     ),
-    "retries are not forgotten": ("    redis.call('HDEL', retry_counts, digest)\n", ""),
+    "retries are not forgotten": (
+        "local retries = redis.call('HDEL', retry_counts, digest)",
+        "local retries = 0",
+    ),
     "two messages have one digest": ("redis.sha1hex(message)", "redis.sha1hex(#message)"),
     # Open
     "a session has no lease": ("redis.call('ZADD', leases, 'NX', 1, session)\n", ""),

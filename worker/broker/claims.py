@@ -13,7 +13,9 @@ Keys, beside the queues that producers write:
 - ``isolated``: list of poison candidates (messages with attempts), each with its origin queue
 - ``tries``: hash, digest of a message to its attempts that ended a pool process or a worker
 - ``deferrals``: hash, digest of a message to its retries
+- ``counted``: sorted set, digest of a message to the time (s) when it was last counted in either
 - ``dead``: stream of the dead letters
+- ``dropped``: hash, number of dead letters deleted for their ``age`` and for the limit of ``bytes``
 - ``clock``: hash, the time (ms) when messages were last delayed or checked, and the sum of the
   steps by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
@@ -177,6 +179,7 @@ class Claims:
         self._take_over = script("take_over")
         self._close = script("close")
         self._put = script("put")
+        self._prune = script("prune")
         self._requeue_dead_letter = script("requeue_dead_letter")
 
     def open(
@@ -348,6 +351,21 @@ class Claims:
             1, or 0 if it does not exist.
         """
         return int(self._run(self._requeue_dead_letter, letter_id, queue))
+
+    def prune(self, *, dead_letter_seconds: int | None, dead_letter_bytes: int) -> Sequence[int]:
+        """Delete a page of old dead letters, of those over a limit, and of old counts.
+
+        Args:
+            dead_letter_seconds: Seconds to keep a dead letter; None: forever.
+            dead_letter_bytes: Memory of all dead letters at most, in bytes.
+
+        Returns:
+            1 if there may be more to delete, otherwise 0; the number of dead letters deleted for
+            their age; that for the limit of bytes.
+        """
+        seconds = -1 if dead_letter_seconds is None else dead_letter_seconds
+        pruned: Sequence[int] = self._run(self._prune, seconds, dead_letter_bytes)
+        return pruned
 
     def _run(self, script: Any, *arguments: object, queues: Sequence[str] = ()) -> Any:
         return script(keys=(self._prefix, *queues), args=arguments)

@@ -6,8 +6,9 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from interview_access.contracts import QUEUE
 from interview_access.errors import shortened
@@ -48,6 +49,33 @@ class DeadLetter(BaseModel):
     size: int
     queue: str
     in_ledger: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterLimits:
+    """Limits of the dead letters. The oldest are dropped first.
+
+    Attributes:
+        bytes: Memory of all dead letters.
+        days: Time for which one is kept; None: until it is requeued or dropped.
+    """
+
+    bytes: int
+    days: int | None = None
+
+
+class Dropped(NamedTuple):
+    """Numbers of dead letters that were dropped.
+
+    Attributes:
+        has_more: Whether more may be due.
+        aged: Those dropped for their age.
+        excess: Those dropped for the limit of bytes.
+    """
+
+    has_more: bool
+    aged: int
+    excess: int
 
 
 class DeadLetters:
@@ -91,6 +119,17 @@ class DeadLetters:
     def drop(self, letter: DeadLetter) -> bool:
         """Delete a dead letter. Returns whether it existed."""
         return bool(self._client.xdel(DEAD, letter.id))
+
+    def prune(self, limits: DeadLetterLimits) -> Dropped:
+        """Drop a page of the oldest dead letters that exceed the limits, and old counts.
+
+        The counts of attempts and retries go with them: they serve messages that are gone.
+        """
+        seconds = None if limits.days is None else limits.days * 86_400
+        has_more, aged, excess = Claims(self._client).prune(
+            dead_letter_seconds=seconds, dead_letter_bytes=limits.bytes
+        )
+        return Dropped(bool(has_more), aged, excess)
 
     def _entries(
         self, first: str, last: str, *, message_bytes: int

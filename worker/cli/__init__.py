@@ -29,6 +29,7 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),
     "migrate": _Subcommand("migrate:migrate", "Migrate the tables to the newest revision."),
+    "prune": _Subcommand("retention:prune", "Delete old finished jobs and dead letters."),
     "status": _Subcommand("jobs:status", "Report a job's state and result."),
     "up": _Subcommand("local:up", "Run servers, a worker and Flower here until Ctrl-C."),
 }

@@ -64,6 +64,11 @@ class BackgroundService(ABC):
                 self._alarm.send(b"\0")
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._stopping
+
+    @property
     def wakeup(self) -> socket.socket | None:
         """A socket that is readable after :meth:`stop`; None before :meth:`start`."""
         return self._wakeup

@@ -7,8 +7,10 @@ from typing import Any
 from celery import bootsteps
 from interview_access.contracts import WorkerLimits
 
+from worker.broker.dead_letters import DeadLetterLimits
 from worker.services.control import ControlService
 from worker.services.outbox_relay import OutboxRelay
+from worker.services.pruner import Pruner
 
 
 class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
@@ -21,11 +23,15 @@ class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celer
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
-        app = worker.app
+        app, settings = worker.app, worker.app.settings
         limits = WorkerLimits(max_interview_ids=app.limits.interview_ids)
+        dead_letters = DeadLetterLimits(
+            settings.grant_dead_letter_bytes, settings.grant_dead_letter_days
+        )
         self._services = (
             ControlService(app, app.storage, limits),
             OutboxRelay(app, app.new_storage),
+            Pruner(app, app.new_storage, settings.retention, dead_letters),
         )
 
     def start(self, _: Any) -> None:

@@ -81,6 +81,9 @@ _JOBS = {
     f"{PREFIX}clock": "HGET HSET HINCRBY",
     f"{PREFIX}relay": "EXISTS SET",
     DEAD: "XADD XRANGE XDEL",
+    f"USAGE {DEAD}": "MEMORY",
+    f"{PREFIX}counted": "ZADD ZREM ZRANGEBYSCORE EXPIRE",
+    f"{PREFIX}dropped": "HINCRBY",
     announcement_key("x"): "SET EXISTS GETRANGE EXPIRE",
     CONTROL_QUEUE: "RPOP",
     f"{CONTROL_QUEUE} {CONTROL_QUEUE}": "BLMOVE",
@@ -105,7 +108,7 @@ def check_servers(settings: Settings) -> None:
     Raises:
         StartupError: if a server refuses the worker or does not meet the requirements.
     """
-    database = _check_database(settings.database_url)
+    database = _check_database(settings.database_url, prunes=settings.retention is not None)
     if settings.results == settings.broker:
         tables = (_COMMON, _JOBS, _RESULTS)
         _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
@@ -114,11 +117,12 @@ def check_servers(settings: Settings) -> None:
         _check_redis(settings.results, "CELERY_RESULT_BACKEND", _COMMON, _RESULTS)
 
 
-def _check_database(database_url: str) -> str:
+def _check_database(database_url: str, *, prunes: bool) -> str:
     """Return the database's identity and name, or an empty string if they are unknown."""
     try:
         problem = check_schema(
             database_url,
+            prunes=prunes,
             warn=lambda risk: logger.warning("PostgreSQL may be inconsistent: %s", risk),
         )
     except DatabaseUnavailableError as error:

@@ -10,7 +10,7 @@
 local prefix, arguments = KEYS[1], ARGV
 local leases, due, delayed = prefix .. 'leases', prefix .. 'due', prefix .. 'deferred'
 local attempt_counts, retry_counts = prefix .. 'tries', prefix .. 'deferrals'
-local isolated = prefix .. 'isolated'
+local isolated, counted = prefix .. 'isolated', prefix .. 'counted'
 local bytes_left = 4 * 1024 * 1024
 -- Bytes of each end that are returned of a message over the limit: its job ID is in one of them.
 local ends = 64 * 1024
@@ -58,14 +58,17 @@ local function digest_of(message)
 end
 
 local function count(hash, message)
-    redis.call('HINCRBY', hash, digest_of(message), 1)
-    redis.call('EXPIRE', hash, counts_seconds)
+    local digest = digest_of(message)
+    redis.call('HINCRBY', hash, digest, 1)
+    redis.call('ZADD', counted, redis.call('TIME')[1], digest)
+    for _, key in ipairs({hash, counted}) do redis.call('EXPIRE', key, counts_seconds) end
 end
 
 local function forget(message)
     local digest = digest_of(message)
-    redis.call('HDEL', attempt_counts, digest)
-    redis.call('HDEL', retry_counts, digest)
+    local attempts = redis.call('HDEL', attempt_counts, digest)
+    local retries = redis.call('HDEL', retry_counts, digest)
+    if attempts + retries > 0 then redis.call('ZREM', counted, digest) end
 end
 
 local function executions_of(message)
