@@ -7,7 +7,7 @@ contain, have no IDs of users and interviews where a job is meant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -196,6 +196,19 @@ class PrunedBatchDTO:
 
     counts: PruneCountsDTO
     last: tuple[datetime, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobPageDTO:
+    """The jobs of one page of the ledger that name a user.
+
+    Attributes:
+        jobs: The jobs with all details.
+        last: ID of the page's last job, after which the next page begins; None at the end.
+    """
+
+    jobs: Sequence[FinishedJobDTO]
+    last: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from storage.dtos import (
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    JobPageDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
     PrunedJobDTO,
@@ -153,6 +154,34 @@ class Retention(Protocol):
         """Count what pruning everything of this age would delete."""
 
 
+class Erasure(Protocol):
+    """Removal of one person's ID from jobs and requests."""
+
+    @abstractmethod
+    def find_jobs_naming(self, user_id: str, limit: int, *, after: str = "") -> JobPageDTO:
+        """Find jobs that name a user, within one page of the ledger.
+
+        Must find each job of the user, and each whose error, rejected IDs or counts by user contain
+        the user ID as or within a string. May find others that contain it.
+
+        Args:
+            user_id: The user.
+            limit: Largest number of jobs of the page, of any user.
+            after: The page begins after this job ID.
+        """
+
+    @abstractmethod
+    def replace_details(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """Replace the user, the error, the rejected IDs and the counts by user of finished jobs.
+
+        Must change nothing else, and ignore jobs that are not in the ledger any more.
+        """
+
+    @abstractmethod
+    def find_requests_naming(self, user_id: str) -> Sequence[str]:
+        """Return the job IDs of the outbox requests for a user, alone or in a cohort."""
+
+
 class GrantStore(Protocol):
     """Grants, and the checks that precede them."""
 
@@ -266,7 +295,7 @@ class JobTransaction(JobLocks, Ledger, Protocol):
     """What every use case that settles jobs needs."""
 
 
-class Transaction(JobTransaction, Retention, GrantStore, InterviewStore, Outbox, Protocol):
+class Transaction(JobTransaction, Retention, Erasure, GrantStore, InterviewStore, Outbox, Protocol):
     """An open transaction at isolation level READ COMMITTED or stricter."""
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 
 from storage import sqlstate
@@ -22,6 +22,7 @@ from storage.dtos import (
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    JobPageDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
     PrunedJobDTO,
@@ -220,6 +221,35 @@ class MemoryTransaction(Transaction):
         cancelled = {*self._old_cancellations(older_than)} | self._tables.cancellations.keys() & old
         return replace(self._counts(old), cancellations=len(cancelled))
 
+    def find_jobs_naming(self, user_id: str, limit: int, *, after: str = "") -> JobPageDTO:
+        """See the interface."""
+        page = [job_id for job_id in sorted(self._tables.jobs) if job_id > after][:limit]
+        jobs = [self._tables.jobs[job_id] for job_id in page]
+        named = [one for one in jobs if user_id == one.job.user_id or _names(one, user_id)]
+        return JobPageDTO(named, page[-1] if page and len(page) == limit else None)
+
+    def replace_details(self, jobs: Sequence[FinishedJobDTO]) -> None:
+        """See the interface."""
+        for changed in jobs:
+            before = self._tables.jobs.get(changed.job.job_id)
+            if before:
+                outcome = replace(
+                    before.outcome,
+                    error=changed.outcome.error,
+                    rejected=changed.outcome.rejected,
+                    created_by_user=changed.outcome.created_by_user,
+                )
+                job = replace(before.job, user_id=changed.job.user_id)
+                self._tables.jobs[job.job_id] = replace(before, job=job, outcome=outcome)
+
+    def find_requests_naming(self, user_id: str) -> Sequence[str]:
+        """See the interface."""
+        return sorted(
+            job_id
+            for job_id, request in self._tables.requests.items()
+            if user_id in (request.user_id, *(request.user_ids or ()))
+        )
+
     def _old_jobs(self, older_than: timedelta) -> list[tuple[datetime, str]]:
         jobs, before = self._tables.jobs, datetime.now(UTC) - older_than
         times = ((job.finished_at, job_id) for job_id, job in jobs.items())
@@ -345,6 +375,13 @@ def _tombstone(job: FinishedJobDTO) -> PrunedJobDTO:
         result=outcome.result if created is None else None,
         error_type=outcome.error["type"] if outcome.error else None,
     )
+
+
+def _names(job: FinishedJobDTO, user_id: str) -> bool:
+    outcome = job.outcome
+    rejected = outcome.rejected and astuple(outcome.rejected)
+    texts = (outcome.error, rejected, outcome.created_by_user)
+    return json.dumps(user_id)[1:-1] in json.dumps(texts)
 
 
 def _clamped(when: datetime, now: datetime, latest: datetime) -> datetime:

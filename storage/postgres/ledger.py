@@ -24,10 +24,12 @@ from storage.errors import LedgerConflictError, LedgerError, StorageError
 from storage.interface import Ledger
 from storage.postgres.session import Session
 
-_COLUMNS = (
+COLUMNS = (
     "job_id, task, state, user_id, request_digest,"
     " requested, repeated, already_granted, created, result, error"
 )
+"""Columns of the ledger that a job sets."""
+
 JOB_KEY = "CAST(encode(substring(sha256(convert_to(job_id, 'UTF8')) for 16), 'hex') AS uuid)"
 """The key of a job's tombstone, of the column ``job_id``."""
 
@@ -35,7 +37,7 @@ JOB_KEY = "CAST(encode(substring(sha256(convert_to(job_id, 'UTF8')) for 16), 'he
 # OFFSET 0 keeps the lookup of each tombstone.
 _FIND_JOBS = f"""
     SELECT * FROM (
-        SELECT {_COLUMNS}, finished_at FROM grant_access_job
+        SELECT {COLUMNS}, finished_at FROM grant_access_job
         WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))
     ) AS finished FULL JOIN (
         SELECT job_id, true AS is_cancelled FROM grant_access_cancellation
@@ -54,7 +56,7 @@ _FIND_CANCELLED_JOBS = (
 )
 # Rows are passed as one JSON document: psycopg would inspect and adapt eleven arrays.
 _RECORD_JOBS = f"""
-    INSERT INTO grant_access_job ({_COLUMNS}, finished_at)
+    INSERT INTO grant_access_job ({COLUMNS}, finished_at)
     SELECT jobs.*, clock_timestamp()
     FROM json_to_recordset(CAST(%(jobs)s AS json))
          AS jobs (job_id text, task text, state text, user_id text, request_digest text,
@@ -71,7 +73,7 @@ class PostgresLedger(Session, Ledger):
         """See the interface."""
         rows = self.query(_FIND_JOBS, {"job_ids": list(job_ids)})
         return FoundJobsDTO(
-            {row.job_id: _finished_job(row) for row in rows if row.state},
+            {row.job_id: finished_job(row) for row in rows if row.state},
             frozenset(row.job_id for row in rows if row.is_cancelled),
             {row.job_id: _pruned_job(row) for row in rows if row.is_pruned},
         )
@@ -117,8 +119,8 @@ class PostgresLedger(Session, Ledger):
         if recorded != len(jobs):
             raise LedgerError(f"expected to insert {len(jobs)} ledger rows, inserted {recorded}")
         for table, details in (
-            (models.rejections, {job.job.job_id: _rejected(job.outcome) for job in jobs}),
-            (models.cohorts, {job.job.job_id: _by_user(job.outcome) for job in jobs}),
+            (models.rejections, {job.job.job_id: rejected_columns(job.outcome) for job in jobs}),
+            (models.cohorts, {job.job.job_id: by_user_columns(job.outcome) for job in jobs}),
         ):
             rows = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
             if rows:
@@ -142,7 +144,8 @@ def _row(job: FinishedJobDTO) -> dict[str, Any]:
     }
 
 
-def _rejected(outcome: OutcomeDTO) -> dict[str, Any]:
+def rejected_columns(outcome: OutcomeDTO) -> dict[str, Any]:
+    """Return the columns of a job's rejected IDs; empty if it has none."""
     rejected = outcome.rejected
     return (
         {
@@ -154,7 +157,8 @@ def _rejected(outcome: OutcomeDTO) -> dict[str, Any]:
     )
 
 
-def _by_user(outcome: OutcomeDTO) -> dict[str, Any]:
+def by_user_columns(outcome: OutcomeDTO) -> dict[str, Any]:
+    """Return the column of a job's counts by user; empty if it has none."""
     by_user = outcome.created_by_user
     return {} if by_user is None else {"created_by_user": by_user}
 
@@ -164,7 +168,8 @@ def _pruned_job(row: Row[Any]) -> PrunedJobDTO:
     return PrunedJobDTO(row.digest_prefix, *outcome)
 
 
-def _finished_job(row: Row[Any]) -> FinishedJobDTO:
+def finished_job(row: Row[Any]) -> FinishedJobDTO:
+    """Read a ledger row that has :data:`COLUMNS` and ``finished_at``."""
     figures = (
         FiguresDTO(row.requested, row.repeated, row.already_granted, row.created)
         if row.requested is not None

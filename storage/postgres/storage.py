@@ -14,6 +14,7 @@ from storage.driver_errors import driver_errors_translated
 from storage.dtos import AccessRequestDTO, FinishedJobDTO, PrunedJobDTO
 from storage.errors import StorageError
 from storage.interface import HasFileno, Storage, Transaction
+from storage.postgres.erasure import PostgresErasure
 from storage.postgres.grant_chunks import register_uuid_arrays
 from storage.postgres.grants import PostgresGrants
 from storage.postgres.interviews import PostgresInterviews
@@ -29,6 +30,7 @@ _REPLY_GRACE_SECONDS = 30  # added to the statement timeout before a reply count
 class PostgresTransaction(
     PostgresLedger,
     PostgresRetention,
+    PostgresErasure,
     PostgresGrants,
     PostgresInterviews,
     PostgresOutbox,

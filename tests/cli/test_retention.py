@@ -1,20 +1,25 @@
-"""The command ``prune``, on a real database and queue."""
+"""The commands ``prune`` and ``erase``, on a real database and queue."""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from devstack.servers import LocalStack
-from tests.support.stores import a_job, until
-from tests.support.workers import ROOT, Site, migrated_site
+from tests.storage.transactions import a_request
+from tests.support.stores import a_cohort, a_job, until
+from tests.support.workers import QUEUE, ROOT, Site, migrated_site
 from worker.cli import main
+
+DEAD = "interview-access:dead"
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +65,8 @@ def test_prune_reports_what_it_deletes(here: Site) -> None:
     """It reports the number of rows of each kind, and leaves what is younger."""
     fill(here, 100)
     old = int((time.time() - 95 * 86_400) * 1000)
-    here.redis.xadd("interview-access:dead", {"time": old / 1000, "message": b"x"}, id=f"{old}-0")
-    here.redis.xadd("interview-access:dead", {"time": time.time(), "message": b"y"})
+    here.redis.xadd(DEAD, {"time": old / 1000, "message": b"x"}, id=f"{old}-0")
+    here.redis.xadd(DEAD, {"time": time.time(), "message": b"y"})
     expected = [
         "ledger rows                        11 {}",
         "lists of rejected IDs               0 {}",
@@ -75,7 +80,7 @@ def test_prune_reports_what_it_deletes(here: Site) -> None:
         assert ended.exit_code == 0, ended.output
         assert ended.stdout.splitlines() == [line.format(done) for line in expected]
         assert jobs(here) == (100 if options else 89)
-        assert here.redis.xlen("interview-access:dead") == (2 if options else 1)
+        assert here.redis.xlen(DEAD) == (2 if options else 1)
     assert here.store.value("SELECT count(*) FROM grant_access_tombstone") == 11
 
 
@@ -113,3 +118,76 @@ def test_status_reports_a_pruned_job(here: Site) -> None:
     lines = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines())
     assert lines["state"] == "succeeded"
     assert lines["created"] == "2"
+
+
+class TestErase:
+    """``erase``."""
+
+    def test_nothing_names_the_user_afterwards(self, here: Site) -> None:
+        """The user is in no table of the worker and in no key of Redis; the sum of counts stays."""
+        ids = here.store.add_interviews(2)
+        here.store.grant(
+            a_job("a", "ann", ids), a_job("b", "bob", ["ann"]), a_cohort("c", ["ann", "bob"], ids)
+        )
+        here.redis.set(
+            "celery-task-meta-b",
+            json.dumps({"status": "FAILURE", "result": {"exc_message": ["'ann' is no UUID", {}]}}),
+        )
+        here.redis.set("celery-task-meta-a", json.dumps({"status": "SUCCESS", "result": {}}))
+        here.push({"user_id": "ann", "interview_ids": ids}, job_id="x", queue="aside")
+        message = here.redis.lpop("aside")
+        assert isinstance(message, bytes)
+        here.redis.xadd(DEAD, {"reason": "none", "message": message})
+        here.redis.xadd(DEAD, {"reason": "got 'ann'", "message": b"\xff"})
+        kept = here.redis.xadd(DEAD, {"reason": "none", "message": b'{"user_id": "annette"}'})
+        total = here.store.value("SELECT sum(created) FROM grant_access_job")
+
+        ended = command(here, "erase", "--user", "ann", "--yes")
+
+        assert ended.exit_code == 0, ended.output
+        assert ended.stdout.splitlines() == [
+            "jobs                                3 erased",
+            "requests                            0 erased",
+            "dead letters                        2 erased",
+            "results                             1 erased",
+        ]
+        for table in "grant_access_job", "grant_access_cohort", "grant_access_rejection":
+            named = rf"SELECT count(*) FROM {table} AS one WHERE one::text ~ '\mann\M'"  # noqa: S608 - constants
+            assert here.store.value(named) == 0
+        letters: Any = here.redis.xrange(DEAD)
+        assert [letter_id for letter_id, _ in letters] == [kept]
+        assert here.redis.exists("celery-task-meta-a", "celery-task-meta-b") == 1
+        assert here.store.value("SELECT sum(created) FROM grant_access_job") == total
+
+    @pytest.mark.parametrize("place", [QUEUE, f"{QUEUE}\x06\x169", "delayed", "claimed", "outbox"])
+    def test_an_unfinished_job_is_refused(self, here: Site, place: str) -> None:
+        """While a job of the user is queued, delayed, running or requested, nothing is changed."""
+        here.store.grant(a_job("a", "ann", []))
+        if place == "outbox":
+            here.store.add_request(a_request("later"))
+        else:
+            here.push({"user_id": "ann", "interview_ids": []}, job_id="later", queue="aside")
+            message = here.redis.lpop("aside")
+            assert isinstance(message, bytes)
+            value = QUEUE.encode() + b"\0" + message
+            if place.startswith(QUEUE):
+                here.redis.lpush(place, message)
+            else:
+                key = {"delayed": "deferred", "claimed": "held:session"}[place]
+                here.redis.hset(f"interview-access:{key}", "1", value)
+        ended = command(here, "erase", "--user", "ann", "--yes")
+        assert ended.exit_code == 1
+        assert ended.stderr.startswith("1 unfinished jobs name the user: later; wait for them, or ")
+        finished = here.store.storage.get_finished_job("a")
+        assert finished
+        assert finished.job.user_id == "ann"
+
+    def test_it_asks_first(self, here: Site) -> None:
+        """Without a confirmation nothing is changed; a dry run does not ask."""
+        here.store.grant(a_job("a", "ann", []))
+        assert command(here, "erase", "--user", "ann", given="n\n").exit_code == 1
+        ended = command(here, "erase", "--user", "ann", "--dry-run")
+        assert ended.stdout.splitlines()[0].split() == ["jobs", "1", "would", "be", "erased"]
+        finished = here.store.storage.get_finished_job("a")
+        assert finished
+        assert finished.job.user_id == "ann"

@@ -160,6 +160,20 @@ def _letter(letter_id: str, fields: dict[bytes, bytes]) -> DeadLetter:
     )
 
 
+def decoded(message: bytes) -> Any:
+    """Decode a message and its body from JSON; a compressed body is left as it is.
+
+    Args:
+        message: Any bytes.
+
+    Returns:
+        The envelope with its body, or None if the message is not JSON.
+    """
+    with suppress(ValueError, RecursionError):
+        return _with_decoded_body(json.loads(message.decode()))
+    return None
+
+
 def readable(message: bytes, *, at_most: int) -> str:
     """Format a message for a terminal, as indented JSON in ASCII or as text with escapes.
 

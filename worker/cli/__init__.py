@@ -25,6 +25,7 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
         "dead_letters:dead_letters", "Inspect, requeue and delete dead letters."
     ),
     "demo": _Subcommand("local:demo", "Run the main job on local servers, and check it."),
+    "erase": _Subcommand("retention:erase", "Erase one person from jobs, results and messages."),
     "grant": _Subcommand(
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),

@@ -17,15 +17,24 @@ from redis.exceptions import RedisError
 from storage.dtos import PruneCountsDTO
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
+from tasks.erasure import erase_jobs, erase_requests, find_unfinished_requests
 from tasks.retention import SHORTEST_RETENTION
 from tasks.retention import prune as prune_jobs
+from worker.app import create_app
 from worker.broker.dead_letters import DeadLetterLimits, DeadLetters
 from worker.cli.environment import read_settings
-from worker.cli.terminal import UNAVAILABLE, end, one_line
+from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
+from worker.services.erasure import (
+    dead_letters_naming,
+    delete_results,
+    unfinished_jobs_naming,
+)
 from worker.settings import Settings
 
 _ANY_BYTES = 2**53
 _BUSY_SECONDS = 1.0  # between two attempts while a worker prunes
+_MESSAGES = 100_000  # unfinished ones that are read
+_LISTED = 10
 _TABLES = {
     "jobs": "ledger rows",
     "rejections": "lists of rejected IDs",
@@ -83,6 +92,50 @@ def prune(*, older_than: timedelta, dry_run: bool) -> None:
                 dropped, has_more = dropped + page.aged, page.has_more
         finally:
             _report(counts, dropped, "deleted")
+
+
+@click.command()
+@click.option("--user", "user_id", required=True, metavar="ID", help="Whose data is erased.")
+@click.option("--dry-run", is_flag=True, help="Change nothing; report what would be erased.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
+    """Erase one person: the user ID is removed from the ledger, results and outbox.
+
+    Dead letters that name the user are dropped. Outcomes and counts stay. Grants and attempts
+    belong to the platform, which deletes them itself.
+
+    The exit status is 1, and nothing is changed, while an unfinished job names the user: wait for
+    it, or cancel it, and run the command again.
+    """
+    with _servers() as (storage, redis):
+        unfinished = [
+            *find_unfinished_requests(storage, user_id),
+            *unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES),
+        ]
+        if unfinished:
+            listed = ", ".join(one_line(job_id, 255) for job_id in sorted({*unfinished})[:_LISTED])
+            end(
+                FAILED,
+                f"{len({*unfinished})} unfinished jobs name the user: {listed}; wait for them, or "
+                "cancel them with `interview-access cancel`, and run the command again.",
+            )
+        if not dry_run and not yes:
+            click.confirm(f"Erase the user {one_line(user_id)} for good?", abort=True, err=True)
+        jobs = results = 0
+        backend = create_app(read_settings(Settings)).backend
+        for page in erase_jobs(storage, user_id, dry_run=dry_run):
+            jobs += len(page.job_ids)
+            if not dry_run:
+                results += delete_results(backend, page.job_ids, user_id)
+        requests = erase_requests(storage, user_id, dry_run=dry_run)
+        letters = [*dead_letters_naming(redis, user_id)]
+        if not dry_run:
+            for letter in letters:
+                DeadLetters(redis).drop(letter)
+    done = "would be erased" if dry_run else "erased"
+    counts = {"jobs": jobs, "requests": requests, "dead letters": len(letters)}
+    for name, count in (counts if dry_run else counts | {"results": results}).items():
+        click.echo(f"{name:<24} {count:>12,} {done}")
 
 
 def _report(counts: PruneCountsDTO, dead_letters: int, done: str) -> None:

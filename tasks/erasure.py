@@ -1,0 +1,154 @@
+"""The use case of erasing one person: the user ID is removed, outcomes and counts stay.
+
+Job IDs and request digests stay, on which idempotency rests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from storage.dtos import FinishedJobDTO, RejectedIdsDTO
+from storage.interface import Erasure, Ledger, Outbox, Transactions
+
+ERASED = "(erased)"
+"""What a user ID is replaced by."""
+
+_PAGE_SIZE = 2_000  # ledger rows read by one transaction
+
+
+class EraseTransaction(Erasure, Ledger, Outbox, Protocol):
+    """What this use case needs of a transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedPage:
+    """One transaction of an erasure.
+
+    Attributes:
+        job_ids: Jobs whose ledger rows, rejected IDs or counts named the user.
+    """
+
+    job_ids: Collection[str]
+
+
+def find_unfinished_requests(
+    storage: Transactions[EraseTransaction], user_id: str
+) -> Collection[str]:
+    """Return the job IDs of the outbox requests of a user whose jobs have not finished.
+
+    Raises:
+        StorageError: if the database failed.
+    """
+    with storage.transaction() as transaction:
+        job_ids = transaction.find_requests_naming(user_id)
+        found = transaction.find_jobs(job_ids)
+    return [one for one in job_ids if one not in found.finished and one not in found.pruned]
+
+
+def erase_jobs(
+    storage: Transactions[EraseTransaction], user_id: str, *, dry_run: bool = False
+) -> Iterator[ErasedPage]:
+    """Remove a user from the ledger. Each step of the iteration is one transaction.
+
+    Args:
+        storage: The storage with the ledger.
+        user_id: The user.
+        dry_run: Find the jobs, and change nothing.
+
+    Raises:
+        StorageError: if the database failed; the pages before are erased.
+    """
+    after: str | None = ""
+    while after is not None:
+        with storage.transaction() as transaction:
+            page = transaction.find_jobs_naming(user_id, _PAGE_SIZE, after=after)
+            pairs = [(job, _without(user_id, job)) for job in page.jobs]
+            changed = [new for job, new in pairs if _details(new) != _details(job)]
+            if changed and not dry_run:
+                transaction.replace_details(changed)
+        after = page.last
+        yield ErasedPage([one.job.job_id for one in changed])
+
+
+def erase_requests(
+    storage: Transactions[EraseTransaction], user_id: str, *, dry_run: bool = False
+) -> int:
+    """Delete the outbox requests of a user whose jobs have finished, and return their number.
+
+    Args:
+        storage: The storage with the outbox.
+        user_id: The user.
+        dry_run: Count them, and delete nothing.
+
+    Raises:
+        StorageError: if the database failed.
+    """
+    with storage.transaction() as transaction:
+        job_ids = transaction.find_requests_naming(user_id)
+        if dry_run:
+            found = transaction.find_jobs(job_ids)
+            return len(found.finished.keys() | found.pruned.keys())
+        return len(transaction.delete_finished_requests(job_ids))
+
+
+def names(value: Any, user_id: str) -> bool:
+    """Return whether a JSON value contains a user ID, as a string or in quotes within one.
+
+    Args:
+        value: Any JSON value.
+        user_id: The user.
+    """
+    return bool(redacted(value, user_id) != value)
+
+
+def redacted(value: Any, user_id: str) -> Any:
+    """Replace a user ID in a JSON value, where it is a string or in quotes within one.
+
+    Args:
+        value: Any JSON value.
+        user_id: The user.
+    """
+    match value:
+        case str():
+            if value == user_id:
+                return ERASED
+            for quoted in (repr(user_id), f"'{user_id}'", f'"{user_id}"'):  # errors use repr()
+                value = value.replace(quoted, repr(ERASED))
+            return value
+        case list() | tuple():
+            return type(value)(redacted(one, user_id) for one in value)
+        case Mapping():
+            return {redacted(name, user_id): redacted(one, user_id) for name, one in value.items()}
+        case _:
+            return value
+
+
+def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:
+    entry, outcome = job.job, job.outcome
+    rejected, by_user = outcome.rejected, outcome.created_by_user
+    if rejected:
+        ids = rejected.unknown, rejected.malformed
+        rejected = RejectedIdsDTO(*(redacted(one, user_id) for one in ids))
+    if by_user and user_id in by_user:
+        counts = Counter({ERASED: 0})
+        for name, count in by_user.items():
+            counts[ERASED if name == user_id else name] += count
+        by_user = dict(counts)
+    return replace(
+        job,
+        job=replace(entry, user_id=None if entry.user_id == user_id else entry.user_id),
+        outcome=replace(
+            outcome,
+            error=redacted(outcome.error, user_id),
+            rejected=rejected,
+            created_by_user=by_user,
+        ),
+    )
+
+
+def _details(job: FinishedJobDTO) -> tuple[object, ...]:
+    outcome = job.outcome
+    return job.job.user_id, outcome.error, outcome.rejected, outcome.created_by_user
