@@ -190,12 +190,12 @@ class PrunedBatchDTO:
     """What one transaction has pruned.
 
     Attributes:
-        last: Time and ID of the last job that was considered, after which the next batch begins;
-            None if no more are due.
+        last: Time at which the last job of the batch finished, and the next batch begins; None if
+            no more can be pruned now.
     """
 
     counts: PruneCountsDTO
-    last: tuple[datetime, str] | None
+    last: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

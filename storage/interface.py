@@ -124,7 +124,7 @@ class Retention(Protocol):
 
     @abstractmethod
     def prune_jobs(
-        self, older_than: timedelta, limit: int, *, after: tuple[datetime, str] | None = None
+        self, older_than: timedelta, limit: int, *, since: datetime | None = None
     ) -> PrunedBatchDTO:
         """Replace the oldest ledger rows by tombstones, and delete what belongs to their jobs.
 
@@ -134,7 +134,7 @@ class Retention(Protocol):
         Args:
             older_than: Minimum time since the job finished, by the clock of the storage.
             limit: Largest number of jobs.
-            after: Time and ID of a job; only later ones are considered.
+            since: Jobs that finished before are not considered.
         """
 
     @abstractmethod

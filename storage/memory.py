@@ -192,18 +192,18 @@ class MemoryTransaction(Transaction):
         return True
 
     def prune_jobs(
-        self, older_than: timedelta, limit: int, *, after: tuple[datetime, str] | None = None
+        self, older_than: timedelta, limit: int, *, since: datetime | None = None
     ) -> PrunedBatchDTO:
         """See the interface."""
-        first = after or (datetime.min.replace(tzinfo=UTC), "")
-        due = [one for one in self._old_jobs(older_than) if one > first][:limit]
+        first = since or datetime.min.replace(tzinfo=UTC)
+        due = [one for one in self._old_jobs(older_than) if one[0] >= first][:limit]
         counts = self._counts([job_id for _, job_id in due])
         for _, job_id in due:
             self._tables.pruned.setdefault(job_id, _tombstone(self._tables.jobs.pop(job_id)))
             self._tables.cancellations.pop(job_id, None)
             self._tables.requests.pop(job_id, None)
             self._tables.due_at.pop(job_id, None)
-        return PrunedBatchDTO(counts, due[-1] if due and len(due) == limit else None)
+        return PrunedBatchDTO(counts, due[-1][0] if due and len(due) == limit else None)
 
     def prune_cancellations(self, older_than: timedelta, limit: int) -> PruneCountsDTO:
         """See the interface."""

@@ -64,13 +64,13 @@ def _prune_batch(
     storage: Transactions[PruneTransaction],
     older_than: timedelta,
     size: int,
-    last: tuple[datetime, str] | None,
-) -> tuple[PruneCountsDTO | None, tuple[datetime, str] | None, bool]:
-    """Return the counts, the last job, and whether nothing is left."""
+    last: datetime | None,
+) -> tuple[PruneCountsDTO | None, datetime | None, bool]:
+    """Return the counts, the time of the last job, and whether nothing is left."""
     with storage.transaction() as transaction:
         if not transaction.lock_pruning():
             return None, last, False
-        jobs = transaction.prune_jobs(older_than, size, after=last)
+        jobs = transaction.prune_jobs(older_than, size, since=last)
         cancellations = transaction.prune_cancellations(older_than, size)
     is_finished = jobs.last is None and cancellations.cancellations < size
     return jobs.counts + cancellations, jobs.last, is_finished

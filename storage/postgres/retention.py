@@ -12,14 +12,14 @@ from storage.postgres.ledger import JOB_KEY
 _LOCK = 3_118_604_507_220_935_871  # key of the advisory lock: an arbitrary number
 _TRY_LOCK = "SELECT pg_try_advisory_xact_lock(%(key)s)"
 
-# statement_timestamp() is stable, as an index condition must be. The position skips what earlier
+# statement_timestamp() is stable, as an index condition must be. The lower bound skips what earlier
 # batches deleted: without it each batch reads their dead index entries again.
 _FIND_OLD_JOBS = """
     SELECT job_id, finished_at FROM grant_access_job
-    WHERE finished_at < statement_timestamp() - CAST(%(older_than)s AS interval) {position}
-    ORDER BY finished_at, job_id LIMIT %(limit)s
+    WHERE finished_at < statement_timestamp() - CAST(%(older_than)s AS interval)
+      AND finished_at >= coalesce(CAST(%(since)s AS timestamptz), '-infinity')
+    ORDER BY finished_at LIMIT %(limit)s
 """
-_AFTER = "AND (finished_at, job_id) > (CAST(%(time)s AS timestamptz), CAST(%(job_id)s AS text))"
 _DELETED = "DELETE FROM {table} WHERE job_id = ANY (CAST(%(job_ids)s AS text[])) RETURNING 1"
 _PRUNE_JOBS = f"""
     WITH jobs AS (
@@ -82,19 +82,18 @@ class PostgresRetention(PostgresJobLocks, Retention):
         return bool(self.value(_TRY_LOCK, {"key": _LOCK}))
 
     def prune_jobs(
-        self, older_than: timedelta, limit: int, *, after: tuple[datetime, str] | None = None
+        self, older_than: timedelta, limit: int, *, since: datetime | None = None
     ) -> PrunedBatchDTO:
         """See the interface."""
-        parameters: dict[str, object] = {"older_than": older_than, "limit": limit}
-        if after:
-            parameters |= {"time": after[0], "job_id": after[1]}
-        found = self.query(_FIND_OLD_JOBS.format(position=_AFTER if after else ""), parameters)
+        bounds = {"older_than": older_than, "limit": limit, "since": since}
+        found = self.query(_FIND_OLD_JOBS, bounds)
         if not found:
             return PrunedBatchDTO(PruneCountsDTO(), None)
         locked = self.lock_jobs([job_id for job_id, _ in found], wait=False)
         ((*counts,),) = self.query(_PRUNE_JOBS, {"job_ids": list(locked)})
-        last = (found[-1].finished_at, found[-1].job_id) if len(found) == limit else None
-        return PrunedBatchDTO(PruneCountsDTO(*counts), last)
+        pruned = PruneCountsDTO(*counts)
+        has_more = len(found) == limit and pruned.jobs  # not if others have locked them all
+        return PrunedBatchDTO(pruned, found[-1].finished_at if has_more else None)
 
     def prune_cancellations(self, older_than: timedelta, limit: int) -> PruneCountsDTO:
         """See the interface."""

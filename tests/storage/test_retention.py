@@ -113,18 +113,35 @@ class TestPruneJobs:
         assert prune(store.storage, LONG) == PruneCountsDTO()
         assert store.storage.get_finished_job("a") == finished("a", 1)
 
-    def test_batches_continue_after_the_last_job(self, store: Store) -> None:
+    def test_batches_continue_at_the_last_job(self, store: Store) -> None:
         """Batches of a limited size cover all jobs, also those of one transaction."""
         finish(store.storage, *(finished(f"{number:02}", 1) for number in range(25)))
         sizes, last = [], None
         while True:
             with store.storage.transaction() as transaction:
-                batch = transaction.prune_jobs(NOW, 10, after=last)
+                batch = transaction.prune_jobs(NOW, 10, since=last)
             sizes.append(batch.counts.jobs)
             last = batch.last
             if last is None:
                 break
         assert sizes == [10, 10, 5]
+
+    def test_jobs_of_one_time_are_pruned(self, postgres: PostgresStore) -> None:
+        """Many jobs that finished at the same time take several batches; locked ones end a run."""
+        postgres.execute(
+            "INSERT INTO grant_access_job (job_id, task, state, request_digest, finished_at)"
+            " SELECT 'job ' || number, 'task', 'succeeded', repeat('d', 64), '2020-01-01'"
+            " FROM generate_series(1, 25) AS number"
+        )
+        moment = datetime(2020, 1, 1, tzinfo=UTC)
+        with postgres.another() as other, other.transaction() as redelivery:
+            redelivery.lock_jobs(["job 1"], wait=True)
+            batches = []
+            for _ in range(4):
+                with postgres.storage.transaction() as transaction:
+                    batches.append(transaction.prune_jobs(NOW, 10, since=moment))
+        assert sum(one.counts.jobs for one in batches) == 24
+        assert [one.last for one in batches] == [moment, moment, None, None]
 
     def test_nothing_is_kept_of_a_failed_transaction(self, store: Store) -> None:
         """A job is finished again if the transaction that prunes it fails."""
@@ -256,7 +273,7 @@ def test_a_month_is_pruned_in_seconds(postgres: PostgresStore) -> None:
     began, last, counts = datetime.now(UTC), None, PruneCountsDTO()
     while True:
         with postgres.storage.transaction() as transaction:
-            batch = transaction.prune_jobs(timedelta(days=15), 1_000, after=last)
+            batch = transaction.prune_jobs(timedelta(days=15), 1_000, since=last)
         counts, last = counts + batch.counts, batch.last
         if last is None:
             break

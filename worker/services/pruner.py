@@ -24,7 +24,8 @@ from worker.services.background import BackgroundService
 logger = get_logger(__name__)
 
 _PASS_SECONDS = 20.0  # on average between two passes
-_PAUSE_FACTOR = 4  # pause after a transaction, in its durations: it takes a fifth of the time
+PAUSE_FACTOR = 4
+"""Pause after a transaction, in its durations: pruning takes a fifth of the time."""
 
 
 class Pruner(BackgroundService):
@@ -79,7 +80,7 @@ class Pruner(BackgroundService):
             total, seconds = total + batch.counts, seconds + batch.seconds
             if self.is_stopping:
                 break
-            self.pause(batch.seconds * _PAUSE_FACTOR)
+            self.pause(batch.seconds * PAUSE_FACTOR)
         if total != PruneCountsDTO():
             logger.info(
                 "jobs pruned: jobs=%d cancellations=%d seconds=%.2f",
