@@ -182,18 +182,18 @@ class TestPrune:
 
     @pytest.fixture
     def month(self, postgres: PostgresStore) -> PostgresStore:
-        """A store with 1,000 jobs and 1,000 cancellations of a month."""
+        """A store with 4,000 jobs and 4,000 cancellations of a month."""
         postgres.execute(
             "INSERT INTO grant_access_job"
             " (job_id, task, state, request_digest, created, finished_at)"
             " SELECT 'job ' || number, 'task', 'succeeded', repeat('d', 64), 1,"
-            " clock_timestamp() - number * interval '43 minutes'"
-            " FROM generate_series(1, 1000) AS number"
+            " clock_timestamp() - number * interval '10.75 minutes'"
+            " FROM generate_series(1, 4000) AS number"
         )
         postgres.execute(
             "INSERT INTO grant_access_cancellation SELECT 'cancelled ' || number,"
-            " clock_timestamp() - number * interval '43 minutes'"
-            " FROM generate_series(1, 1000) AS number"
+            " clock_timestamp() - number * interval '10.75 minutes'"
+            " FROM generate_series(1, 4000) AS number"
         )
         return postgres
 
@@ -201,17 +201,17 @@ class TestPrune:
         """A run deletes what is older, in several transactions, and nothing else."""
         batches = list(prune(month.storage, 15 * DAY))
         total = sum((one.counts for one in batches if one.counts), PruneCountsDTO())
-        assert total == PruneCountsDTO(jobs=498, cancellations=498)
+        assert total == PruneCountsDTO(jobs=1991, cancellations=1991)
         assert len(batches) > 1
         assert list(total_of(prune(month.storage, 15 * DAY))) == [PruneCountsDTO()]
-        assert month.value("SELECT count(*) FROM grant_access_job") == 502
+        assert month.value("SELECT count(*) FROM grant_access_job") == 2009
 
     def test_an_interrupted_run_is_continued(self, month: PostgresStore) -> None:
         """The next run prunes what an interrupted one left."""
         (first,) = islice(prune(month.storage, DAY), 1)
         assert first.counts
         total = sum(total_of(prune(month.storage, DAY)), first.counts)
-        assert total == PruneCountsDTO(jobs=967, cancellations=967)
+        assert total == PruneCountsDTO(jobs=3867, cancellations=3867)
 
     def test_beside_another_run_it_deletes_nothing(self, month: PostgresStore) -> None:
         """While another transaction prunes, a step deletes nothing, and a later one does."""

@@ -24,8 +24,8 @@ from worker.services.background import BackgroundService
 logger = get_logger(__name__)
 
 _PASS_SECONDS = 20.0  # on average between two passes
-PAUSE_FACTOR = 4
-"""Pause after a transaction, in its durations: pruning takes a fifth of the time."""
+PAUSE_FACTOR = 2
+"""Pause after a transaction, in its durations: pruning takes a third of the time."""
 
 
 class Pruner(BackgroundService):
