@@ -10,6 +10,8 @@ from functools import partial
 from threading import Event, Thread
 
 import psycopg
+from interview_access.contracts import announcement_key, result_key
+from redis import Redis
 
 from benchmarks.baselines import plain_url
 from benchmarks.bench import Bench
@@ -37,10 +39,11 @@ _SIZE = """
     SELECT pg_total_relation_size('grant_access_job')
            + pg_total_relation_size('grant_access_tombstone')
 """
+_GRANTS_SIZE = "SELECT pg_total_relation_size('interview_userinterviewaccess')"
 
 
 def retention(bench: Bench) -> list[Figure]:
-    """A queue of jobs of 20 ids with and without pruning, and bytes per job before and after it."""
+    """A queue of jobs of 20 ids with and without pruning, and the bytes that a job takes."""
     jobs, old_jobs = bench.size(JOBS), bench.size(_OLD_JOBS)
     with ExitStack() as stack:
         database = stack.enter_context(bench.database(INTERVIEWS))
@@ -61,6 +64,8 @@ def retention(bench: Bench) -> list[Figure]:
 
         trials = [partial(rate, _ALONE, False), partial(rate, _BESIDE, True)]
         rates = Comparison(measure(trials, bench.runs), "jobs/s")
+        grants = _execute(database, _GRANTS_SIZE) / jobs
+        results = _redis_bytes(deployment.redis)
         before, after = _growth(database, old_jobs)
     return [
         rates.figure(_ALONE),
@@ -74,7 +79,20 @@ def retention(bench: Bench) -> list[Figure]:
             ("ledger, with indexes", (before,)),
             Bar(0.25),
         ),
+        Figure("results and announcements, for a day", "B/job", (results,)),
+        Figure("grants, with indexes", "B/job", (grants,)),
     ]
+
+
+def _redis_bytes(redis: Redis) -> float:
+    """Return the memory of a finished job's keys."""
+    results = list(redis.scan_iter(f"{result_key('')}*", count=1_000))
+    announced = list(redis.scan_iter(f"{announcement_key('')}*", count=1_000))
+    with redis.pipeline(transaction=False) as pipeline:
+        for key in (*results, *announced):
+            pipeline.memory_usage(key)
+        total: float = sum(pipeline.execute())
+    return total / len(results)
 
 
 def _growth(database: Database, jobs: int) -> tuple[float, float]:
