@@ -78,8 +78,10 @@ def redis_with_users(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def roles_of(database_url: str, *, user: str | None = None) -> Iterator[Callable[[], None]]:
+def roles_of(database_url: str, *, user: str | None = None) -> Iterator[Callable[..., None]]:
     """Apply roles.sql. Yields a function that applies it again; drops the roles at the end.
+
+    The function takes further arguments of psql.
 
     Args:
         database_url: The database, as its superuser.
@@ -91,8 +93,8 @@ def roles_of(database_url: str, *, user: str | None = None) -> Iterator[Callable
         *("-U", user or str(url.username), "-d", str(url.database), "-f", str(ROLES)),
     ]
 
-    def apply() -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    def apply(*arguments: str) -> None:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
 
     apply()

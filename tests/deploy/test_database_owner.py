@@ -15,7 +15,10 @@ from tests.support.database import connected, database, role
 
 
 def test_the_owner_of_the_database_applies_the_file(stack: LocalStack) -> None:
-    """CREATEROLE and the database suffice, also when the tables belong to the owner's role."""
+    """CREATEROLE and the database suffice, also when the tables belong to the owner's role.
+
+    With the variable ``retention`` the worker's role may prune.
+    """
     with database(stack.database_url) as url, role(url) as owner:
         name, database_name = make_url(owner).username, make_url(url).database
         with connected(url, autocommit=True) as connection:
@@ -34,6 +37,12 @@ def test_the_owner_of_the_database_applies_the_file(stack: LocalStack) -> None:
             assert migrated.returncode == 0, migrated.stderr
             apply()
             worker = make_url(url).set(username="interview_access_worker")
-            assert check_schema(worker.render_as_string(hide_password=False)) is None
+            worker_url = worker.render_as_string(hide_password=False)
+            assert check_schema(worker_url) is None
+            assert "lacks DELETE on public.grant_access_job" in str(
+                check_schema(worker_url, prunes=True)
+            )
+            apply("-v", "retention=on")
+            assert check_schema(worker_url, prunes=True) is None
         with connected(url, autocommit=True) as connection:
             connection.execute(text(f"ALTER DATABASE {database_name} OWNER TO CURRENT_USER"))

@@ -21,7 +21,7 @@ TABLES = (
     *("interview_interview", "interview_interviewconfig", "interview_interviewattempt"),
     *("interview_userinterviewaccess", "grant_access_job", "grant_access_request"),
     *("grant_access_cancellation", "grant_access_rejection", "grant_access_cohort"),
-    "grant_access_alembic_version",
+    *("grant_access_tombstone", "grant_access_alembic_version"),
 )
 
 

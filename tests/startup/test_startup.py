@@ -19,11 +19,16 @@ from sqlalchemy import create_engine, make_url, text
 from storage.schema import migrate
 from storage.schema.identity import database_identity
 from tests.startup.checks import PASSWORD, check, refusal
+from tests.storage.test_schema_check import WORKER
 from tests.support.commands import run_module
+from tests.support.database import role
 from tests.support.sentinels import redis_of
 from tests.support.workers import QUEUE, ROOT, Site
 from worker.broker.claims import PREFIX
 from worker.broker.lease import Lease
+from worker.settings import Settings
+from worker.startup import StartupError
+from worker.startup.servers import check_servers
 
 
 @contextmanager
@@ -102,6 +107,7 @@ class TestServers:
             ("~interview-access ~interview-access:* &* +@all", "interview-access\\x06\\x169"),
             ("~* &* +@all -zrange", "ZRANGE interview-access:leases"),
             ("~* &* +@all -getrange", "GETRANGE interview-access:job:x"),
+            ("~* &* +@all -memory", "MEMORY USAGE interview-access:dead"),
             ("~* &* +@all -client", "CLIENT SETNAME"),
             ("~* &* +@all -client|reply", "CLIENT REPLY SKIP"),
             ("~* &* +@all -info", "'info' command"),
@@ -116,6 +122,16 @@ class TestServers:
             redis.execute_command("ACL", "SETUSER", "limited", "on", f">{PASSWORD}", *rules.split())
             url = f"redis://limited:{PASSWORD}@127.0.0.1:{port}/3"
             assert message in refusal(here.store.database_url, url)
+
+    def test_a_role_that_may_not_prune_is_refused(self, here: Site) -> None:
+        """A worker with a retention needs DELETE on the ledger; the error names the GRANT."""
+        with role(here.store.database_url, *WORKER) as url:
+            check(url, here.broker)
+            settings = Settings(
+                database_url=url, celery_broker_url=here.broker, grant_retention_days=90
+            )
+            with pytest.raises(StartupError, match="run GRANT DELETE ON TABLE"):
+                check_servers(settings)
 
     def test_a_missing_database_number_is_refused(self, here: Site, tmp_path: Path) -> None:
         """The error for a database number beyond the server's quotes the server's error."""
