@@ -62,6 +62,7 @@ class PostgresErasure(Session, Erasure):
 
     def replace_details(self, jobs: Sequence[FinishedJobDTO]) -> None:
         """See the interface."""
+        jobs = sorted(jobs, key=lambda one: one.job.job_id)  # the order in which pruning locks rows
         changed = [
             {"job_id": one.job.job_id, "user_id": one.job.user_id, "error": one.outcome.error}
             for one in jobs
