@@ -56,7 +56,7 @@ def test_a_session_of_an_earlier_version_is_taken_over(redis: Redis, protocol: C
     assert observed == deadline
     assert protocol.take_over("old", observed) == 0
     assert [one.attempts for one in take(protocol, by="bob")] == [1]
-    assert contents(redis).keys() == {LEASES, TRIES, f"{PREFIX}held:bob"}
+    assert contents(redis).keys() == {LEASES, TRIES, f"{PREFIX}counted", f"{PREFIX}held:bob"}
 
 
 def test_a_large_session_is_taken_over_in_steps(redis: Redis, protocol: Claims) -> None:
