@@ -212,6 +212,21 @@ class JobPageDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class OutboxTotalsDTO:
+    """The outbox in numbers.
+
+    Attributes:
+        unsent: Number of requests that were never enqueued.
+        oldest_unsent_at: When the oldest of them was requested, timezone-aware; None without one.
+        sent: Number of requests that were enqueued and whose job may not have finished.
+    """
+
+    unsent: int
+    oldest_unsent_at: datetime | None
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
 class AccessRequestDTO:
     """An outbox request: a job that a service requested in a transaction of its own.
 

@@ -20,6 +20,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
+    OutboxTotalsDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
     PrunedJobDTO,
@@ -341,7 +342,20 @@ class JobReader(Protocol):
 
 
 class OutboxMonitor(Protocol):
-    """Waits for outbox requests. Each call is a transaction of its own."""
+    """Counts outbox requests and waits for them. Each call is a transaction of its own."""
+
+    @abstractmethod
+    def count_requests(self) -> OutboxTotalsDTO:
+        """Count the requests. Times must be clamped as those of :class:`AccessRequestDTO`."""
+
+    @abstractmethod
+    def list_unsent_requests(self, after: str, limit: int) -> Sequence[str]:
+        """Return the job IDs of requests that were never enqueued, in the order of their bytes.
+
+        Args:
+            after: Must be less than each job ID; empty at first.
+            limit: Largest number of job IDs.
+        """
 
     @abstractmethod
     def schedule_all_requests_now(self) -> None:

@@ -23,6 +23,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
+    OutboxTotalsDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
     PrunedJobDTO,
@@ -102,6 +103,18 @@ class MemoryStorage(Storage):
         with self._lock:
             now, due_at = datetime.now(UTC), self._tables.due_at
             self._tables.due_at = {job_id: min(at, now) for job_id, at in due_at.items()}
+
+    def count_requests(self) -> OutboxTotalsDTO:
+        """See the interface."""
+        requests = self._tables.requests.values()
+        unsent = [one.requested_at for one in requests if one.sent_at is None]
+        return OutboxTotalsDTO(len(unsent), min(unsent, default=None), len(requests) - len(unsent))
+
+    def list_unsent_requests(self, after: str, limit: int) -> Sequence[str]:
+        """See the interface."""
+        requests = self._tables.requests.values()
+        unsent = sorted(one.job_id for one in requests if one.sent_at is None)
+        return [job_id for job_id in unsent if job_id > after][:limit]
 
     def has_due_requests(self) -> bool:
         """See the interface."""

@@ -93,9 +93,10 @@ WORKER_ARROWS = {
     "broker": set(),
     "execution": {"broker"},
     "tracing": {"execution"},
-    "services": {"broker"},
+    "operations": {"broker", "execution"},
+    "services": {"broker", "operations"},
     "startup": {"broker"},
-    "cli": {"broker", "services"},
+    "cli": {"broker", "operations", "services"},
 }
 """The sub-packages of worker/, each with those that it may import."""
 MOST_FILES = 8

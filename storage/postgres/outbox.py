@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Row, func, update
 
 from storage import models
-from storage.dtos import AccessRequestDTO
+from storage.dtos import AccessRequestDTO, OutboxTotalsDTO
 from storage.interface import MAX_HEADERS_BYTES, MAX_REQUEST_BYTES, Outbox
 from storage.postgres.ledger import JOB_KEY
 from storage.postgres.session import Session
@@ -95,6 +95,12 @@ LOCK_DUE_REQUESTS = f"""
     FROM page AS request
     WHERE number = 1 OR NOT is_read OR total <= %(page_bytes)s ORDER BY number
 """  # noqa: S608 - a constant
+_COUNT = f"""
+    SELECT count(*) FILTER (WHERE sent_at IS NULL) AS unsent,
+        min({_REQUESTED_AT}) FILTER (WHERE sent_at IS NULL) AS oldest_unsent_at,
+        count(sent_at) AS sent
+    FROM grant_access_request
+"""  # noqa: S608 - a constant
 _RESCHEDULE = f"""
     UPDATE grant_access_request
     SET sent_at = CASE WHEN %(sent)s THEN clock_timestamp() ELSE sent_at END,
@@ -120,6 +126,22 @@ class PostgresOutbox(Session, Outbox):
         """Return the request of a job, or None if there is none."""
         rows = self.query(_FIND_REQUEST, {"job_id": job_id})
         return next(map(_request, rows), None)
+
+    def count_requests(self) -> OutboxTotalsDTO:
+        """Count the requests."""
+        ((unsent, oldest_unsent_at, sent),) = self.query(_COUNT, {})
+        return OutboxTotalsDTO(unsent, oldest_unsent_at, sent)
+
+    def list_unsent_requests(self, after: str, limit: int) -> Sequence[str]:
+        """Return the job IDs of requests that were never enqueued; see the interface."""
+        requests = models.requests.c
+        rows = self.query(
+            select(requests.job_id)
+            .where(requests.job_id > after, requests.sent_at.is_(None))
+            .order_by(requests.job_id)
+            .limit(limit)
+        )
+        return [job_id for (job_id,) in rows]
 
     def lock_due_requests(
         self, limit: int, *, page_bytes: int = MAX_REQUEST_BYTES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from sqlalchemy import PoolProxiedConnection, event
 
 from storage.connections import open_engine, parse_url
 from storage.driver_errors import driver_errors_translated
-from storage.dtos import AccessRequestDTO, FinishedJobDTO, PrunedJobDTO
+from storage.dtos import AccessRequestDTO, FinishedJobDTO, OutboxTotalsDTO, PrunedJobDTO
 from storage.errors import StorageError
 from storage.interface import HasFileno, Storage, Transaction
 from storage.postgres.erasure import PostgresErasure
@@ -116,6 +116,16 @@ class PostgresStorage(Storage):
         """See the interface."""
         with self.transaction() as transaction:
             return bool(transaction.find_cancelled_jobs([job_id]))
+
+    def count_requests(self) -> OutboxTotalsDTO:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.count_requests()
+
+    def list_unsent_requests(self, after: str, limit: int) -> Sequence[str]:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.list_unsent_requests(after, limit)
 
     def schedule_all_requests_now(self) -> None:
         """See the interface."""

@@ -17,8 +17,7 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError
 from devstack.servers import LocalStack
 from tests.support.sessions import DATABASE, TTL, ManualClock, SteppedLease, connect
 from worker.broker.claims import Action, Disposition
-from worker.broker.transport import QueueRefusedError, refusal_as_connection_error
-from worker.execution.consumer import _key
+from worker.broker.transport import QueueRefusedError, list_key, refusal_as_connection_error
 
 TRANSPORT_ALIASES["tolerant"] = "worker.broker.transport:Transport"
 
@@ -113,7 +112,7 @@ def test_all_priorities_of_several_queues_are_claimed(url: str, stack: LocalStac
                 queue = Queue(name, Exchange(""), routing_key=name)
                 producer.publish("-", routing_key=name, priority=priority, declare=[queue])
     lease = SteppedLease(ManualClock())
-    keys = [_key(name, priority) for priority in PRIORITY_STEPS for name in names]
+    keys = [list_key(name, priority) for priority in PRIORITY_STEPS for name in names]
     with connect(stack) as client:
         lease.open(client)
         came = [one for _ in range(6) for one in lease.claim(keys, 2, 1) or []]

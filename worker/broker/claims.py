@@ -20,6 +20,7 @@ Keys, beside the queues that producers write:
   steps by which the server's clock was set back
 - ``job:ID``: the announcement that a producer wrote with a job's message
 - ``database``: the database of the worker that started last
+- ``paused``: who paused the queue, when and why; while it exists nothing is claimed
 - ``replies`` and ``relay``: of the control service and the outbox relay
 
 ``held``, ``deferred``, ``tries`` and ``deferrals`` are names of earlier releases.
@@ -40,7 +41,7 @@ from typing import Any, NamedTuple
 
 from interview_access.contracts import KEY_PREFIX
 from redis import Redis
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import NoPermissionError, OutOfMemoryError
 
 from worker.broker.scripts import claims_script
 
@@ -52,10 +53,15 @@ DEAD = f"{PREFIX}dead"
 
 Fields: job_id, task, reason, in_ledger, time, attempts, size, queue, message."""
 
+PAUSED = f"{PREFIX}paused"
+"""Key of the pause of an operator (``worker/operations/pause.py``)."""
+
 ANY_SIZE = 2**53
 
 _ANNOUNCEMENT_SECONDS = 86_400
 """Seconds for which a job's announcement is kept after the job, as long as its result."""
+
+_PAUSE_BYTES = 1_024  # that are read of a pause
 
 
 class Claim(NamedTuple):
@@ -87,12 +93,14 @@ class Claimed(NamedTuple):
         isolated: Number of isolated messages.
         has_more: Whether the next claim may take more: the queues were not read to their ends, or
             messages were moved to a lane.
+        is_paused: Whether an operator has paused the queue; nothing was claimed then.
     """
 
     claims: list[Claim]
     large_wait: bool
     isolated: int
     has_more: bool = False
+    is_paused: bool = False
 
 
 class Heartbeat(NamedTuple):
@@ -100,15 +108,18 @@ class Heartbeat(NamedTuple):
 
     Attributes:
         alive: Whether the session has its lease; if not, its claims were requeued.
-        has_messages: Whether any are queued, delayed, isolated or claimed by the session.
+        has_messages: Whether any are queued, delayed, isolated or claimed by the session, or
+            might be, because the queue is paused.
         claimed: Number of messages that the session has claimed.
         sessions: Heartbeat counters of all sessions.
+        pause: The pause of an operator as it is stored; empty if there is none.
     """
 
     alive: bool
     has_messages: bool
     claimed: int
     sessions: dict[str, float]
+    pause: bytes = b""
 
 
 class Action(StrEnum):
@@ -167,6 +178,7 @@ class Claims:
         """
         self._client = client
         self._prefix = prefix
+        self._pause: tuple[str, ...] = (f"{prefix}paused",)
 
         def script(name: str) -> Any:
             return client.register_script(claims_script(name))
@@ -215,16 +227,25 @@ class Claims:
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.zadd(leases, {session: 1}, xx=True, incr=True)
             pipeline.zrange(leases, 0, -1, withscores=True)
-            pipeline.exists(held, *others, *queues)
+            pipeline.exists(held, *others, *queues, *self._pause)
             counter, sessions, found = pipeline.execute(raise_on_error=False)
+        if self._pause and isinstance(found, NoPermissionError):
+            self._pause = ()  # its user may not read this key
+            return self.heartbeat(session, queues)
         if isinstance(counter, OutOfMemoryError):  # a script may write on a full server
             counter = self._run(self._renew, session)
         for reply in counter, sessions, found:
             if isinstance(reply, Exception):
                 raise reply
         counters = {name.decode(): float(score) for name, score in sessions}
-        claimed: Any = self._client.hlen(held) if found else 0
-        return Heartbeat(counter is not None, bool(found), claimed, counters)
+        claimed, pause = 0, b""
+        if found:
+            with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.hlen(held)
+                for key in self._pause:
+                    pipeline.getrange(key, 0, _PAUSE_BYTES - 1)
+                claimed, pause = [*pipeline.execute(), b""][:2]
+        return Heartbeat(counter is not None, bool(found), claimed, counters, pause)
 
     def claimed_tags(self, session: str) -> set[str]:
         """Return the delivery tags of a session's claims, as stored in Redis."""
@@ -280,6 +301,8 @@ class Claims:
         )
         if reply is None:
             return None
+        if reply == b"paused":
+            return Claimed([], large_wait=False, isolated=0, is_paused=True)
         claims = []
         for at in range(3, len(reply), 6):
             tag, queue, message, size, attempts, retries = reply[at : at + 6]

@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from billiard.process import active_children
 from celery.utils.log import get_logger
+from interview_access.errors import shortened
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
@@ -96,6 +97,9 @@ class Lease:
         self.has_more = False
         """Whether another claim may find messages: the last one did not read the queues to their
         ends, or a heartbeat has found some since."""
+        self.is_paused = False
+        """Whether the last claim found the queue paused."""
+        self._seen_pause = b""  # as the last heartbeat has read it
         self.lock = threading.RLock()
         """Held while deliveries change their owner."""
         self._thread: threading.Thread | None = None
@@ -225,7 +229,7 @@ class Lease:
         )
         if claimed is None:
             return None
-        self.has_more = claimed.has_more
+        self.has_more, self.is_paused = claimed.has_more, claimed.is_paused
         deliveries = [Delivery(claim, self._clock()) for claim in claimed.claims]
         self.policy.record(claimed, deliveries, largest=largest, read_lanes=read_lanes)
         self._deliveries.update((one.claim.tag, one) for one in deliveries)
@@ -409,7 +413,17 @@ class Lease:
             if self.is_draining:
                 self._requeue_claimed()
             self._send_settled()
+        self._log_pause(heartbeat.pause)
         return heartbeat
+
+    def _log_pause(self, pause: bytes) -> None:
+        """Log the begin and the end of a pause, once each."""
+        if pause and not self._seen_pause:
+            text = shortened(pause.decode(errors="replace"), quoted=False, at_most=500)
+            logger.warning("queue paused, running jobs finish: pause=%s", text)
+        elif self._seen_pause and not pause:
+            logger.warning("queue resumed")
+        self._seen_pause = pause
 
     def _is_loop_stuck(self) -> bool:
         seconds = self._clock() - self._loop_turned

@@ -39,8 +39,14 @@ _REFUSED_SECONDS = 1.0  # before reconnecting to a server that refuses writes
 CLIENT_NAME = "interview-access-worker"
 """The name of a worker's connections in ``CLIENT LIST``."""
 
+_PRIORITY_SEPARATOR = "\x06\x16"
 _SENTINEL_SECONDS = 3.0  # for the replies of all Sentinels together
 _MASK = "***"
+
+
+def list_key(queue: str, priority: int) -> str:
+    """Name the list of a queue's messages of one priority, as kombu does."""
+    return f"{queue}{_PRIORITY_SEPARATOR}{priority}" if priority else queue
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:

@@ -30,7 +30,10 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),
     "migrate": _Subcommand("migrate:migrate", "Migrate the tables to the newest revision."),
+    "pause": _Subcommand("queue:pause", "Pause the queue: workers claim no more jobs."),
     "prune": _Subcommand("retention:prune", "Delete old finished jobs and dead letters."),
+    "queue": _Subcommand("queue:queue", "Show what waits in the queue, for how long, and why."),
+    "resume": _Subcommand("queue:resume", "Resume a paused queue."),
     "status": _Subcommand("jobs:status", "Report a job's state and result."),
     "up": _Subcommand("local:up", "Run servers, a worker and Flower here until Ctrl-C."),
 }

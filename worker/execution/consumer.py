@@ -5,7 +5,8 @@ kombu. A separate connection waits until the queue has a message and does not re
 then claims it. ``BRPOP`` would lose a message whose worker is killed before it reads the reply.
 
 An idle worker waits for the default priority of one queue. The heartbeat, once a second, checks its
-other queues, priorities and lanes.
+other queues, priorities and lanes. While an operator has paused the queue, a worker claims in vain
+twice a second: a wait would end at once if the queue has messages.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from redis.exceptions import ResponseError
 
 from worker.broker.lease import Lease
 from worker.broker.queue_wait import QueueWait, QueueWaitRefusedError
-from worker.broker.transport import Protocol
+from worker.broker.transport import Protocol, list_key
 from worker.execution.dispatch import Dispatcher
 
 logger = get_logger(__name__)
@@ -37,11 +38,11 @@ _WAIT_SECONDS = 10.0  # for a message, in one command
 _LOST_SECONDS = _WAIT_SECONDS + 5.0  # after which a wait that got no reply is a lost connection
 _NEXT_SECONDS = 0.001  # until the next claim, if there is more to claim
 _EMPTY_SECONDS = 0.005  # until the next wait, if another worker has claimed the message
+_PAUSED_SECONDS = 0.5  # until the next claim while the queue is paused
 _EVENTS_TOGETHER, _EVENTS_SECONDS = 1_000, 0.05
 """Events in one message, and seconds until it is sent. Celery's 24 take a third of the loop."""
 _RECONNECT = {"interval_start": 1, "interval_step": 1, "interval_max": 5}
 """Seconds between attempts to reconnect. kombu's back-off grows to 30 s without a claim."""
-_PRIORITY_SEPARATOR = "\x06\x16"
 
 
 class _Queues(kombu.Consumer):  # type: ignore[misc] # kombu ships no types
@@ -117,6 +118,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         self._wait: QueueWait | None = None
         self._is_refused = False
         self._refused_until = 0.0
+        self._polls_pause = False
         self._turn = itertools.count()
 
     def start(self, consumer: Any) -> None:
@@ -134,6 +136,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def register_with_event_loop(self, _: Any, hub: Any) -> None:
         """Begin to claim; called when the event loop starts, also after each reconnection."""
         self._hub = hub
+        self._polls_pause = False
         dispatcher = self._consumer.event_dispatcher
         if dispatcher:
             dispatcher.buffer_limit = _EVENTS_TOGETHER
@@ -162,7 +165,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             raise RedisConnectionError(f"no reply to a wait for {_LOST_SECONDS:.0f} s")
         if self.lease.is_lost:
             raise RedisConnectionError("the lease was not renewed for seconds")
-        if self._wait.seconds is None or self.lease.has_more:
+        if self._wait.seconds is None or self.lease.has_more or self.lease.is_paused:
             self._pump()
 
     def _pump(self) -> None:
@@ -174,14 +177,26 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         assert self._wait  # noqa: S101 - set by start()
         self.lease.loop_turned()
         is_waiting = self._wait.seconds is not None
-        may_have_messages = not is_waiting or self.lease.has_more or self._lane_waits
-        if may_have_messages and self._may_claim():
+        has_seen_some = self.lease.has_more or self.lease.is_paused or self._lane_waits
+        if (has_seen_some or not is_waiting) and self._may_claim():
             self._claim()
-            if self.lease.has_more:
+            if self.lease.is_paused:
+                self._poll_pause()
+            elif self.lease.has_more:
                 # call_soon runs after the next poll, which may take until the next timer.
                 self._hub.call_later(_NEXT_SECONDS, self._pump)
             elif self._wait.seconds is None:
                 self._start_wait(self._wait)
+
+    def _poll_pause(self) -> None:
+        """Schedule the next claim of a paused queue, which ends the pause or finds it again."""
+        if not self._polls_pause:
+            self._polls_pause = True
+            self._hub.call_later(_PAUSED_SECONDS, self._on_pause_polled)
+
+    def _on_pause_polled(self) -> None:
+        self._polls_pause = False
+        self._pump()
 
     def _may_claim(self) -> bool:
         return self._dispatcher.free_processes > 0 and self.lease.may_claim()
@@ -197,7 +212,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
     def _claim(self) -> int:
         """Claim and dispatch. Returns how many messages were claimed."""
         queues = self._queues
-        keys = [_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
+        keys = [list_key(queue, priority) for priority in PRIORITY_STEPS for queue in queues]
         with self.lease.lock:  # a heartbeat requeues what is claimed and not dispatched
             try:
                 deliveries = self.lease.claim(
@@ -242,17 +257,14 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         if not self._may_claim():
             return  # until a pool process is free, or the next tick
         claimed = self._claim() if has_message or self._is_refused else 0
-        if self.lease.has_more or self._lane_waits:
+        if self.lease.is_paused:
+            self._poll_pause()
+        elif self.lease.has_more or self._lane_waits:
             self._pump()
         elif has_message and not claimed:  # it was claimed meanwhile
             self._hub.call_later(_EMPTY_SECONDS, self._pump)
         else:
             self._start_wait(wait)
-
-
-def _key(queue: str, priority: int) -> str:
-    """Return the key of a queue's messages of one priority, as kombu names it."""
-    return f"{queue}{_PRIORITY_SEPARATOR}{priority}" if priority else queue
 
 
 class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types

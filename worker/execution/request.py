@@ -195,7 +195,8 @@ class JobRequest:
                 f"The message cannot be read: {reason}.", {"total": 1, "reason": reason}
             )
         if self.failure and not self.id:
-            self._read_identity()
+            job_id, name = find_identity(self._claim.message)
+            self.id, self.name = job_id, name or self.name
         self.failure = self.failure or self._predetermined(limits)
         delivery.label = f"job={shortened(self.id)} task={shortened(self.name)}"
 
@@ -244,17 +245,6 @@ class JobRequest:
         self.delay = _seconds_until(_datetime(headers, "eta"))
         self._expires = _datetime(headers, "expires")
         self.time_limit = min([self.time_limit, *_time_limits(headers)])
-
-    def _read_identity(self) -> None:
-        """Search for the job ID and the task's name in a message that cannot be decoded."""
-        headers = _HEADERS.search(self._claim.message)
-        if not headers:
-            return
-        for name, pattern in (("id", _JOB_ID), ("name", _TASK)):
-            found = pattern.search(headers[1])
-            text = found[1].decode(errors="replace") if found else ""
-            if is_job_id(text):
-                setattr(self, name, text)
 
     def _predetermined(self, limits: Limits) -> InterviewAccessError | None:
         claim = self._claim
@@ -354,6 +344,22 @@ class JobRequest:
         """End its pool process, as ``control revoke --terminate`` asks."""
         if self.batch and self.delivery.state is State.DISPATCHED:
             self.batch.revoke()
+
+
+def find_identity(message: bytes) -> tuple[str, str]:
+    """Search for the job ID and the task's name in a message without decoding it.
+
+    Args:
+        message: Any bytes, or the two ends of a message.
+
+    Returns:
+        Both, empty if they are not found or not printable.
+    """
+    headers = _HEADERS.search(message)
+    found = [pattern.search(headers[1]) if headers else None for pattern in (_JOB_ID, _TASK)]
+    texts = [one[1].decode(errors="replace") if one else "" for one in found]
+    job_id, name = (text if is_job_id(text) else "" for text in texts)
+    return job_id, name
 
 
 def _encoding(envelope: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str:

@@ -19,7 +19,6 @@ from interview_access.contracts import (
     JobFailure,
     JobProgress,
     JobStatus,
-    announcement_key,
 )
 from interview_access.errors import error_class
 from interview_access.stored_errors import from_record, record_of_result
@@ -29,9 +28,10 @@ from redis import Redis
 from storage.dtos import JobDTO
 from storage.interface import JobStorage
 from tasks import ledger
+from worker.operations.inspection import announcements
 from worker.services.outbox_relay import message_of
 
-_READ_BYTES = 65_536  # of an announcement or a result: producers may write both
+_READ_BYTES = 65_536  # of a result, which producers may write
 
 
 class JobStatusService:
@@ -57,7 +57,7 @@ class JobStatusService:
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
             return ledger.status_of(finished)
-        announced = _announced(redis, job_id) or self._requested(job_id)
+        announced = announcements(redis, [job_id]).get(job_id) or self._requested(job_id)
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
             return ledger.status_of(finished)  # finished between the two reads
@@ -74,7 +74,7 @@ class JobStatusService:
             redis: Client of the queue's Redis.
             job_id: Any valid job ID.
         """
-        announced = _announced(redis, job_id) or self._requested(job_id)
+        announced = announcements(redis, [job_id]).get(job_id) or self._requested(job_id)
         entry = (
             JobDTO(job_id, announced.task, None, announced.digest)
             if announced and announced.digest
@@ -112,14 +112,6 @@ class JobStatusService:
             if isinstance(stored, dict) and stored.get("queue") != CONTROL_QUEUE:
                 return stored
         return {}
-
-
-def _announced(redis: Redis, job_id: str) -> Announcement | None:
-    text: Any = redis.getrange(announcement_key(job_id), 0, _READ_BYTES - 1)
-    try:
-        return Announcement.model_validate_json(text) if text else None
-    except ValidationError:
-        return None  # written by a producer that does not follow the contract
 
 
 def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | None) -> JobStatus:

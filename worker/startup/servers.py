@@ -38,7 +38,7 @@ from redis.exceptions import (
 
 from storage.errors import StorageError
 from storage.schema import DatabaseUnavailableError, check_schema, read_identity
-from worker.broker.claims import DEAD, PREFIX
+from worker.broker.claims import DEAD, PAUSED, PREFIX
 from worker.broker.scripts import script
 from worker.broker.transport import CLIENT_NAME
 from worker.settings import Settings
@@ -99,6 +99,9 @@ _JOBS = {
 }
 """Commands that a worker sends, by their first arguments: keys and channels as they will be."""
 
+_PAUSE = {PAUSED: "EXISTS GETRANGE"}
+"""Commands without which a worker works, but does not heed `interview-access pause`."""
+
 
 def check_servers(settings: Settings) -> None:
     """Verify PostgreSQL's version and schema, and both servers of Redis.
@@ -110,10 +113,11 @@ def check_servers(settings: Settings) -> None:
     """
     database = _check_database(settings.database_url, prunes=settings.retention is not None)
     if settings.results == settings.broker:
-        tables = (_COMMON, _JOBS, _RESULTS)
+        tables = (_COMMON, _JOBS, _PAUSE, _RESULTS)
         _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
     else:
-        _check_redis(settings.broker, "CELERY_BROKER_URL", _COMMON, _JOBS, database=database)
+        tables = (_COMMON, _JOBS, _PAUSE)
+        _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
         _check_redis(settings.results, "CELERY_RESULT_BACKEND", _COMMON, _RESULTS)
 
 
@@ -166,9 +170,15 @@ def _check_redis(
         _raise_refusal(error, variable, f"Redis at {address}")
         logger.warning("Redis unreachable, the worker waits: variable=%s error=%s", variable, error)
         return
-    if denied:
-        names = ", ".join(sorted(command.decode() for command in denied))
-        listed = shortened(names, quoted=False, at_most=2_000)
+    names = sorted(command.decode() for command in denied)
+    if any(name.endswith(PAUSED) for name in names):
+        logger.warning(
+            "Redis does not permit to read %s, the worker does not heed `pause`: variable=%s",
+            PAUSED,
+            variable,
+        )
+    if required := [name for name in names if not name.endswith(PAUSED)]:
+        listed = shortened(", ".join(required), quoted=False, at_most=2_000)
         raise StartupError(
             f"{variable}: Redis at {address} does not permit its user these commands: {listed}. "
             "Permit them by ACL SETUSER."

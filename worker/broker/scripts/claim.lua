@@ -6,7 +6,8 @@
 -- small message, bytes of the largest message that is claimed, number of queues, 1 to claim from
 -- the lanes, poison candidates at most (0 or 1), the first delivery tag, bytes of a message above
 -- which only its two ends are returned, bytes of large messages that are claimed together
--- Result: false if the session has ended; otherwise whether large messages wait in the lanes,
+-- Result: false if the session has ended; 'paused' if an operator has paused the queue; otherwise
+-- whether large messages wait in the lanes,
 -- the number of isolated messages, whether a next claim may take more, and for each claim its tag,
 -- queue, message, size, attempts and retries
 -- Invariant: a message that does not fit stays on its list, moves to its queue's lane, or is
@@ -19,6 +20,8 @@ local isolated_room, tag, max_bytes = arguments[8] + 0, arguments[9], arguments[
 local large_bytes, has_large = arguments[11] + 0, false
 local bytes_before = bytes_left
 if not redis.call('ZSCORE', leases, session) then return false end
+-- A user without permission to read this key claims as before.
+if redis.pcall('EXISTS', paused) == 1 then return 'paused' end
 local claimed, done, first_lane = {0, 0, 0}, false, #KEYS - queues + 1
 
 local function next_of(list)

@@ -1,0 +1,1 @@
+"""What an operator does with the queue: inspect it, pause it, remove jobs from it."""
