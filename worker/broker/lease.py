@@ -418,7 +418,7 @@ class Lease:
 
     def _log_pause(self, pause: bytes) -> None:
         """Log the begin and the end of a pause, once each."""
-        if pause and not self._seen_pause:
+        if pause and pause != self._seen_pause:
             text = shortened(pause.decode(errors="replace"), quoted=False, at_most=500)
             logger.warning("queue paused, running jobs finish: pause=%s", text)
         elif self._seen_pause and not pause:
