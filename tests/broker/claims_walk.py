@@ -112,7 +112,7 @@ class Walk:
         if letters:
             name, letter = self._random.choice(letters)
             self._forget(letter[b"message"])
-            assert self._claims.requeue_dead_letter(name.decode(), JOBS) == 1
+            assert self._claims.requeue_dead_letters([(name.decode(), JOBS)]) == [True]
 
     def _forget(self, message: bytes) -> None:
         self._attempts.pop(message, None)
@@ -314,7 +314,7 @@ class Walk:
         while self._claims.wake():
             pass
         for name, _ in contents(self._redis).get(DEAD, []):
-            self._claims.requeue_dead_letter(name.decode(), JOBS)
+            self._claims.requeue_dead_letters([(name.decode(), JOBS)])
         tag = 0
         while got := self._claims.claim("the last", QUEUES, first_tag=tag + 1, room=4, size=1_000):
             if not got.claims and not got.isolated:

@@ -122,7 +122,7 @@ def test_a_full_server_drains(redis: Redis, protocol: Claims) -> None:
         assert protocol.take_over("gone", observed) == 0
         protocol.put(JOBS, b"h")
         ((name, _),) = letters(redis)
-        assert protocol.requeue_dead_letter(name, JOBS) == 1
+        assert protocol.requeue_dead_letters([(name, JOBS)]) == [True]
         protocol.close("carl")
     finally:
         redis.config_set("maxmemory", 0)

@@ -192,8 +192,8 @@ def test_a_dead_letter_is_complete_and_can_be_requeued(
         b"queue": URGENT.encode(),
         b"message": b"\xff\0'",
     }
-    assert protocol.requeue_dead_letter(name, JOBS) == 1
-    assert protocol.requeue_dead_letter(name, JOBS) == 0
+    assert protocol.requeue_dead_letters([(name, JOBS)]) == [True]
+    assert protocol.requeue_dead_letters([(name, JOBS)]) == [False]
     assert take(protocol, 4) == [Claim("4", URGENT, b"\xff\0'", 3, 0, 0)]
 
 
@@ -202,7 +202,7 @@ def test_a_dead_letter_without_queue_is_requeued_to_the_given_queue(
 ) -> None:
     """A dead letter that an earlier version wrote has no queue."""
     name: Any = redis.xadd(DEAD, {"message": "a"})
-    assert protocol.requeue_dead_letter(name.decode(), JOBS) == 1
+    assert protocol.requeue_dead_letters([(name.decode(), JOBS)]) == [True]
     assert redis.lrange(JOBS, 0, -1) == [b"a"]
 
 
@@ -248,6 +248,6 @@ def test_an_isolated_message_without_origin_is_requeued_to_the_given_queue(
     assert take(protocol) == []
     ((name, letter),) = letters(redis)
     assert (letter[b"reason"], letter[b"in_ledger"]) == (b"It names no origin queue.", b"")
-    assert protocol.requeue_dead_letter(name, JOBS) == 1
+    assert protocol.requeue_dead_letters([(name, JOBS)]) == [True]
     assert redis.lrange(JOBS, 0, -1) == [b"no origin"]
     assert redis.llen(ISOLATED) == 0

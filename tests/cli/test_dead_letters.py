@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,6 +285,117 @@ def test_drop_asks_for_confirmation(here: Site) -> None:
     assert here.dead_letters()
     assert command(here, "drop", letter_id, given="y\n").returncode == 0
     assert here.dead_letters() == []
+
+
+def selectable(here: Site) -> dict[str, str]:
+    """Add dead letters of two tasks, reasons and ages. Returns their IDs."""
+    now = str(time.time())
+    return {
+        "old": dead_letter(here, b"1", task="grant", reason="Poison: it crashed."),
+        "new": dead_letter(here, b"2", task="grant", reason="Poison: it crashed.", time=now),
+        "other": dead_letter(here, b"3", task="attempt", reason="Outage.", in_ledger="1"),
+    }
+
+
+def left(here: Site) -> set[str]:
+    """Return the messages of the dead letters that are left."""
+    return {one["message"] for one in here.dead_letters()}
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--all"], set()),
+        (["--reason", "crashed"], {"3"}),
+        (["--reason", "CRASHED"], {"1", "2", "3"}),
+        (["--task", "grant"], {"3"}),
+        (["--task", "gran"], {"1", "2", "3"}),
+        (["--older-than", "7d"], {"2"}),
+        (["--older-than", "0s"], set()),
+        (["--task", "grant", "--older-than", "90s", "--reason", "Poison"], {"2", "3"}),
+    ],
+)
+@pytest.mark.parametrize("act", ["requeue", "drop"])
+def test_options_select_letters(here: Site, act: str, words: list[str], kept: set[str]) -> None:
+    """Options select by reason, task and age; several of them narrow the selection."""
+    selectable(here)
+    ended = command(here, act, *words, "--yes")
+    assert (ended.returncode, left(here)) == (0, kept)
+    assert here.redis.llen(QUEUE) == (3 - len(kept) if act == "requeue" else 0)
+    assert len(ended.stdout.splitlines()) == 3 - len(kept)
+
+
+@pytest.mark.parametrize("act", ["requeue", "drop"])
+def test_a_dry_run_lists_the_selected_letters(here: Site, act: str) -> None:
+    """With --dry-run the selected letters are listed as by `list`, and stay."""
+    ids = selectable(here)
+    ended = command(here, act, "--task", "grant", "--dry-run")
+    lines = ended.stdout.decode().splitlines()
+    assert [line.split()[0] for line in lines] == [ids["old"], ids["new"]]
+    done = {"requeue": "requeued", "drop": "dropped"}[act]
+    assert ended.stderr.decode() == f"2 dead letters would be {done}.\n"
+    assert left(here) == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize(
+    ("act", "words", "question"),
+    [
+        ("requeue", ["--all"], b"Requeue 3 dead letters?"),
+        ("drop", ["--task", "attempt"], b"Drop 1 dead letter?"),
+    ],
+)
+def test_a_selection_is_confirmed(here: Site, act: str, words: list[str], question: bytes) -> None:
+    """The question names the number of letters; without consent nothing is changed."""
+    selectable(here)
+    ended = command(here, act, *words, given="n\n")
+    assert (ended.returncode, left(here)) == (1, {"1", "2", "3"})
+    assert ended.stderr.startswith(question)
+    assert command(here, act, *words, given="y\n").returncode == 0
+    assert left(here) < {"1", "2", "3"}
+
+
+def test_one_letter_is_requeued_without_a_question(here: Site) -> None:
+    """A selection of one letter is requeued at once, and a result in the ledger is noted."""
+    selectable(here)
+    ended = command(here, "requeue", "--task", "attempt")
+    assert (ended.returncode, here.redis.lrange(QUEUE, 0, -1)) == (0, [b"3"])
+    assert b"The ledger has a result of 1 of their jobs" in ended.stderr
+
+
+def test_an_empty_selection_is_reported(here: Site) -> None:
+    """Without a selected letter nothing is asked, and the command succeeds."""
+    ended = command(here, "drop", "--all")
+    assert (ended.returncode, ended.stderr) == (0, b"0 dead letters would be dropped.\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["1-1", "--all"],
+        ["--all", "--task", "grant"],
+        ["1-1", "--dry-run"],
+        ["--older-than", "a week"],
+        ["--older-than", "7"],
+    ],
+)
+@pytest.mark.parametrize("act", ["requeue", "drop"])
+def test_contradictory_options_are_usage_errors(here: Site, act: str, words: list[str]) -> None:
+    """IDs together with options, neither, or a malformed age is a usage error."""
+    assert command(here, act, *words).returncode == 2
+
+
+def test_a_hundred_thousand_letters_are_dropped(here: Site) -> None:
+    """100,000 letters are selected and deleted in pages, and a later one stays."""
+    fields: Any = {"message": "x", "reason": "r", "time": 1, "task": "many"}
+    pipeline = here.redis.pipeline(transaction=False)
+    for _ in range(100_000):
+        pipeline.xadd("interview-access:dead", fields)
+    pipeline.execute()
+    dead_letter(here, b"kept")
+    ended = command(here, "drop", "--task", "many", "--yes")
+    assert ended.stderr == b"100,000 dead letters dropped.\n"
+    assert left(here) == {"kept"}
 
 
 def test_an_outage_of_redis_is_one_line(here: Site, tmp_path: Path) -> None:

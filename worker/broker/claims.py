@@ -58,7 +58,7 @@ PAUSED = f"{PREFIX}paused"
 
 ANY_SIZE = 2**53
 
-_ANNOUNCEMENT_SECONDS = 86_400
+ANNOUNCEMENT_SECONDS = 86_400
 """Seconds for which a job's announcement is kept after the job, as long as its result."""
 
 _PAUSE_BYTES = 1_024  # that are read of a pause
@@ -334,7 +334,7 @@ class Claims:
             )
             for tag, one in dispositions.items()
         )
-        self._run(self._settle, session, _ANNOUNCEMENT_SECONDS, *chain.from_iterable(fields))
+        self._run(self._settle, session, ANNOUNCEMENT_SECONDS, *chain.from_iterable(fields))
 
     def wake(self) -> bool:
         """Requeue delayed messages that are due. Returns whether more are due."""
@@ -363,17 +363,19 @@ class Claims:
         """Put a message at the consuming end of a queue, also on a full Redis."""
         self._run(self._put, queue.encode() + b"\0" + message)
 
-    def requeue_dead_letter(self, letter_id: str, queue: str) -> int:
-        """Move a dead letter to its origin queue, with its attempts and retries reset.
+    def requeue_dead_letters(self, letters: Sequence[tuple[str, str]]) -> list[bool]:
+        """Move dead letters to their origin queues, with their attempts and retries reset.
 
         Args:
-            letter_id: ID of the dead letter in the stream.
-            queue: Queue of a letter that names none.
+            letters: Of each its ID in the stream, and the queue if it names none.
 
         Returns:
-            1, or 0 if it does not exist.
+            For each whether it existed.
         """
-        return int(self._run(self._requeue_dead_letter, letter_id, queue))
+        with self._client.pipeline(transaction=False) as pipeline:
+            for letter in letters:
+                self._requeue_dead_letter(keys=(self._prefix,), args=letter, client=pipeline)
+            return list(map(bool, pipeline.execute()))
 
     def prune(self, *, dead_letter_seconds: int | None, dead_letter_bytes: int) -> Sequence[int]:
         """Delete a page of old dead letters, of those over a limit, and of old counts.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, NamedTuple
 
 from interview_access.contracts import QUEUE
@@ -78,6 +79,29 @@ class Dropped(NamedTuple):
     excess: int
 
 
+@dataclass(frozen=True, slots=True)
+class LetterFilter:
+    """Selects dead letters; a field that is None selects all.
+
+    Attributes:
+        reason: Part of the reason, in this spelling.
+        task: Name of the task.
+        before: Time before which it was dead-lettered, timezone-aware.
+    """
+
+    reason: str | None = None
+    task: str | None = None
+    before: datetime | None = None
+
+    def selects(self, letter: DeadLetter) -> bool:
+        """Report whether a dead letter is selected."""
+        return (
+            (self.reason is None or self.reason in letter.reason)
+            and self.task in {None, letter.task}
+            and (self.before is None or letter.time < self.before)
+        )
+
+
 class DeadLetters:
     """The dead letters of one Redis. Every method raises redis-py's errors."""
 
@@ -88,10 +112,7 @@ class DeadLetters:
 
     def __iter__(self) -> Iterator[DeadLetter]:
         """Read all dead letters, oldest first, in pages and without their messages."""
-        start = "-"
-        while page := self._entries(start, "+", message_bytes=0):
-            yield from (_letter(*entry) for entry in page)
-            start = f"({page[-1][0]}"
+        yield from chain.from_iterable(self._pages("+"))
 
     def get(self, letter_id: str) -> DeadLetter | None:
         """Read one dead letter; None if it does not exist."""
@@ -112,13 +133,36 @@ class DeadLetters:
         entries = self._entries(letter_id, letter_id, message_bytes=limit)
         return entries[0][1].get(b"message", b"") if entries else None
 
-    def requeue(self, letter: DeadLetter) -> bool:
-        """Requeue a message with its attempts reset. Returns whether it existed."""
-        return bool(Claims(self._client).requeue_dead_letter(letter.id, letter.queue))
+    def pages(self, wanted: LetterFilter, last: str = "+") -> Iterator[list[DeadLetter]]:
+        """Read the dead letters that a filter selects, oldest first, in pages of at most 100.
 
-    def drop(self, letter: DeadLetter) -> bool:
-        """Delete a dead letter. Returns whether it existed."""
-        return bool(self._client.xdel(DEAD, letter.id))
+        Args:
+            wanted: The filter.
+            last: ID after which none is read: letters that are requeued may come back as new ones.
+        """
+        for page in self._pages(last):
+            if selected := [one for one in page if wanted.selects(one)]:
+                yield selected
+
+    def requeue(self, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        """Requeue messages with their attempts reset. Returns the letters that existed."""
+        claims = Claims(self._client)
+        requeued = claims.requeue_dead_letters([(one.id, one.queue) for one in letters])
+        return [one for one, existed in zip(letters, requeued, strict=True) if existed]
+
+    def drop(self, letters: Sequence[DeadLetter]) -> list[DeadLetter]:
+        """Delete dead letters. Returns those that existed."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            for one in letters:
+                pipeline.xdel(DEAD, one.id)
+            deleted = pipeline.execute()
+        return [one for one, existed in zip(letters, deleted, strict=True) if existed]
+
+    def _pages(self, last: str) -> Iterator[list[DeadLetter]]:
+        start = "-"
+        while page := self._entries(start, last, message_bytes=0):
+            yield [_letter(*entry) for entry in page]
+            start = f"({page[-1][0]}"
 
     def prune(self, limits: DeadLetterLimits) -> Dropped:
         """Drop a page of the oldest dead letters that exceed the limits, and old counts.

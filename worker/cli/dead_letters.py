@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 
 import click
 from interview_access.connections import CLIENT_NAME, connect
@@ -15,11 +17,19 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
-from worker.broker.dead_letters import DeadLetter, DeadLetters, readable
+from worker.broker.dead_letters import DeadLetter, DeadLetters, LetterFilter, readable
 from worker.cli.environment import read_settings
 from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line
 from worker.settings import DatabaseSettings, Settings
 
+F = TypeVar("F", bound=Callable[..., object])
+
+_UNITS = {
+    "s": timedelta(seconds=1),
+    "min": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+}
 _REASON_CHARACTERS = 100  # in the list
 _MESSAGE_CHARACTERS = 20_000
 _SHOWN_BYTES = 8 * 1024 * 1024  # of a message that is decoded to be shown
@@ -49,15 +59,19 @@ def list_letters(*, as_json: bool) -> None:
             if as_json:
                 click.echo(json.dumps(letter.model_dump(mode="json")))
                 continue
-            attempts = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
-            click.echo(
-                f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {attempts}  "
-                f"{letter.size:,} B  {one_line(letter.task, 255) or '-'}  "
-                f"{one_line(letter.job_id, 255) or '-'}  "
-                f"{one_line(' '.join(letter.reason.split()), _REASON_CHARACTERS)}"
-            )
+            click.echo(_line(letter))
         if letter is None:
             click.echo("There are no dead letters.", err=True)
+
+
+def _line(letter: DeadLetter) -> str:
+    attempts = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
+    return (
+        f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {attempts}  "
+        f"{letter.size:,} B  {one_line(letter.task, 255) or '-'}  "
+        f"{one_line(letter.job_id, 255) or '-'}  "
+        f"{one_line(' '.join(letter.reason.split()), _REASON_CHARACTERS)}"
+    )
 
 
 @dead_letters.command()
@@ -83,26 +97,147 @@ def show(letter_id: str, *, raw: bool) -> None:
         click.echo("The message is cut here: --raw writes all of it.", err=True)
 
 
-@dead_letters.command()
-@click.argument("letter_ids", metavar="ID...", nargs=-1, required=True, callback=_letter_id)
-def requeue(letter_ids: tuple[str, ...]) -> None:
-    """Requeue dead letters, with their attempts reset."""
-    _for_each(letter_ids, lambda letters, one: letters.requeue(one), "requeued", note=_outcome_of)
+class _Age(click.ParamType[timedelta]):
+    name = "age"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        if found := re.fullmatch(r"([0-9]{1,5})(s|min|h|d)", str(value)):
+            return int(found[1]) * _UNITS[found[2]]
+        raise click.BadParameter(
+            f"got {one_line(value)!r}, expected an age such as 90s, 30min, 12h or 7d.", ctx, param
+        )
+
+
+def _selecting(command: F) -> F:
+    """Add the IDs, and the options that select dead letters instead of IDs."""
+    options = (
+        click.argument("letter_ids", metavar="[ID]...", nargs=-1, callback=_letter_id),
+        click.option("--all", "all_letters", is_flag=True, help="Select all dead letters."),
+        click.option("--reason", metavar="TEXT", help="Select those whose reason has this text."),
+        click.option("--task", metavar="NAME", help="Select those of this task."),
+        click.option(
+            "--older-than",
+            type=_Age(),
+            metavar="AGE",
+            help="Select those that are older: 90s, 30min, 12h, 7d.",
+        ),
+        click.option("--dry-run", is_flag=True, help="List the selected ones, and change nothing."),
+        click.option("--yes", is_flag=True, help="Do not ask."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @dead_letters.command()
-@click.argument("letter_ids", metavar="ID...", nargs=-1, required=True, callback=_letter_id)
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def drop(letter_ids: tuple[str, ...], *, yes: bool) -> None:
-    """Delete dead letters permanently, after a confirmation."""
+@_selecting
+def requeue(letter_ids: tuple[str, ...], *, yes: bool, **options: Any) -> None:
+    """Requeue dead letters, with their attempts reset.
+
+    Give their IDs, or options that select them; several options narrow the selection. Dead letters
+    that are added meanwhile are not selected. More than one is requeued after a confirmation.
+    """
+    wanted = _wanted(letter_ids, **options)
+    if wanted:
+        _for_selected(
+            wanted, DeadLetters.requeue, "requeue", dry_run=options["dry_run"], asks_from=2, yes=yes
+        )
+    else:
+        _for_each(letter_ids, DeadLetters.requeue, "requeued", note=_outcome_of)
+
+
+@dead_letters.command()
+@_selecting
+def drop(letter_ids: tuple[str, ...], *, yes: bool, **options: Any) -> None:
+    """Delete dead letters permanently, after a confirmation.
+
+    Give their IDs, or options that select them; several options narrow the selection. Dead letters
+    that are added meanwhile are not selected.
+    """
+    wanted = _wanted(letter_ids, **options)
+    if wanted:
+        _for_selected(
+            wanted, DeadLetters.drop, "drop", dry_run=options["dry_run"], asks_from=1, yes=yes
+        )
+        return
     if not yes:
         click.confirm(f"Delete {len(letter_ids)} messages for good?", abort=True, err=True)
-    _for_each(letter_ids, lambda letters, one: letters.drop(one), "dropped")
+    _for_each(letter_ids, DeadLetters.drop, "dropped")
+
+
+def _wanted(
+    letter_ids: tuple[str, ...],
+    *,
+    all_letters: bool,
+    reason: str | None,
+    task: str | None,
+    older_than: timedelta | None,
+    dry_run: bool,
+) -> LetterFilter | None:
+    """Return the filter of the options; None if IDs are given."""
+    before = None if older_than is None else datetime.now(UTC) - older_than
+    has_filter = any(one is not None for one in (reason, task, older_than))
+    if [bool(letter_ids), all_letters, has_filter].count(True) != 1:
+        raise click.UsageError(
+            "Give IDs, or --all, or at least one of --reason, --task and --older-than."
+        )
+    if letter_ids and dry_run:
+        raise click.UsageError("--dry-run belongs to the options that select dead letters.")
+    return None if letter_ids else LetterFilter(reason, task, before)
+
+
+_Operation = Callable[[DeadLetters, Sequence[DeadLetter]], list[DeadLetter]]
+
+
+def _for_selected(
+    wanted: LetterFilter, apply: _Operation, verb: str, *, dry_run: bool, asks_from: int, yes: bool
+) -> None:
+    """Apply an operation to the dead letters that a filter selects, in pages.
+
+    Args:
+        wanted: The filter.
+        apply: The operation on a page.
+        verb: Its name.
+        dry_run: Whether to list the letters only.
+        asks_from: Number of letters from which a confirmation is required.
+        yes: Whether it is given.
+    """
+    done = {"requeue": "requeued", "drop": "dropped"}[verb]
+    with _letters() as letters:
+        number, last = 0, ""
+        for page in letters.pages(wanted):
+            number, last = number + len(page), page[-1].id
+            for letter in page if dry_run else ():
+                click.echo(_line(letter))
+        if dry_run or not number:
+            click.echo(f"{_counted(number)} would be {done}.", err=True)
+            return
+        if number >= asks_from and not yes:
+            click.confirm(f"{verb.capitalize()} {_counted(number)}?", abort=True, err=True)
+        number, in_ledger = 0, 0
+        for page in letters.pages(wanted, last):
+            for letter in apply(letters, page):
+                number += 1
+                in_ledger += bool(letter.in_ledger)
+                click.echo(f"{letter.id}: {done} (job {one_line(letter.job_id, 255) or 'unknown'})")
+    click.echo(f"{_counted(number)} {done}.", err=True)
+    if verb == "requeue" and in_ledger:
+        click.echo(
+            f"The ledger has a result of {in_ledger:,} of their jobs, which stays; to run such a "
+            "request, send it under a new job ID.",
+            err=True,
+        )
+
+
+def _counted(number: int) -> str:
+    return "1 dead letter" if number == 1 else f"{number:,} dead letters"
 
 
 def _for_each(
     letter_ids: tuple[str, ...],
-    operation: Callable[[DeadLetters, DeadLetter], bool],
+    apply: _Operation,
     done: str,
     *,
     note: Callable[[DeadLetter], str | None] = lambda _: None,
@@ -112,7 +247,7 @@ def _for_each(
     with _letters() as letters:
         for letter_id in letter_ids:
             letter = letters.get(letter_id)
-            if letter is None or not operation(letters, letter):
+            if letter is None or not apply(letters, [letter]):
                 missing = True
                 click.echo(_unknown(letter_id), err=True)
                 continue
