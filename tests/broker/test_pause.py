@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
 from tests.broker.leases import ACKNOWLEDGE, claim, dispatched, settle
+from tests.support.sentinels import redis_of
 from tests.support.sessions import QUEUE, SteppedLease
 from worker.broker.claims import PAUSED
+from worker.operations.inspection import inspect
 from worker.operations.pause import Pause, PauseSwitch
 
 
@@ -133,3 +136,13 @@ def test_a_pause_does_not_hold_a_takeover_up(
     assert claim(lease) == []
     switch.resume()
     assert [one.claim.message for one in claim(lease)] == [b"a"]
+
+
+def test_a_pause_survives_a_restart_of_redis(tmp_path: Path) -> None:
+    """With an append-only file Redis has the pause after a restart."""
+    with redis_of(tmp_path) as port, Redis(port=port) as redis:
+        assert PauseSwitch(redis).pause("ann", "upgrade of Redis") is None
+    with redis_of(tmp_path) as port, Redis(port=port) as redis:
+        pause = inspect(redis).pause
+    assert pause
+    assert (pause.by, pause.reason) == ("ann", "upgrade of Redis")

@@ -133,6 +133,25 @@ class TestServers:
             with pytest.raises(StartupError, match="run GRANT DELETE ON TABLE"):
                 check_servers(settings)
 
+    def test_a_user_who_may_not_read_the_pause_is_warned_of(
+        self, here: Site, tmp_path: Path
+    ) -> None:
+        """A worker whose Redis user may not read the pause starts, and logs a warning."""
+        keys = f"~{QUEUE} ~{QUEUE}\x06* ~{QUEUE}-control ~{QUEUE}: ~{QUEUE}:[^p]*"
+        rules = f"{keys} ~celery-task-meta-* ~_kombu* ~*.celery.pidbox* &* +@all"
+        log = tmp_path / "worker.log"
+        with redis_of(tmp_path) as port, Redis(port=port) as redis:
+            redis.execute_command(
+                "ACL", "SETUSER", "limited", "on", f">{PASSWORD}", *rules.split(" ")
+            )
+            url = f"redis://limited:{PASSWORD}@127.0.0.1:{port}/0"
+            with (
+                worker(here, log, CELERY_BROKER_URL=url),
+                closing(InterviewAccessClient(f"redis://127.0.0.1:{port}/0")) as client,
+            ):
+                assert client.wait(client.enqueue("acl", []), timeout=30)["success"]
+        assert "Redis does not permit to read interview-access:paused" in log.read_text("utf-8")
+
     def test_a_missing_database_number_is_refused(self, here: Site, tmp_path: Path) -> None:
         """The error for a database number beyond the server's quotes the server's error."""
         with redis_of(tmp_path, "--databases", "1") as port:

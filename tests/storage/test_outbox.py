@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
+from storage.dtos import OutboxTotalsDTO
 from storage.errors import StorageError
 from storage.interface import MAX_HEADERS_BYTES, Storage
 from storage.postgres import DatabaseLimits, PostgresStorage
@@ -38,6 +39,37 @@ class TestRequests:
             assert list(transaction.lock_due_requests(2)) == requests[:2]
         assert store.storage.get_request("c") == requests[2]
         assert store.storage.get_request("d") is None
+
+    def test_requests_are_counted(self, store: Store) -> None:
+        """Unsent requests are counted with the time of the oldest, and sent ones apart."""
+        assert store.storage.count_requests() == OutboxTotalsDTO(0, None, 0)
+        now = datetime.now(UTC)
+        times = {"a": now - timedelta(hours=1), "b": now - timedelta(hours=3), "c": now}
+        for job_id, moment in times.items():
+            store.add_request(replace(a_request(job_id), requested_at=moment))
+        with store.storage.transaction() as transaction:
+            transaction.lock_due_requests(9)
+            transaction.reschedule_requests(["b"], sent=True)
+        assert store.storage.count_requests() == OutboxTotalsDTO(2, times["a"], 1)
+
+    def test_an_old_request_is_clamped_when_it_is_counted(self, store: Store) -> None:
+        """The time of the oldest request is clamped to a hundred years before now."""
+        ancient = datetime(1, 1, 1, tzinfo=UTC)
+        store.add_request(replace(a_request("a"), requested_at=ancient))
+        oldest = store.storage.count_requests().oldest_unsent_at
+        assert oldest
+        assert datetime.now(UTC) - oldest < timedelta(days=36_600)
+
+    def test_unsent_requests_are_listed_in_pages(self, store: Store) -> None:
+        """Job IDs of unsent requests are listed in the order of their bytes after a given one."""
+        for job_id in "b", "a", "B", "~", " ", "sent":
+            store.add_request(a_request(job_id))
+        with store.storage.transaction() as transaction:
+            transaction.lock_due_requests(9)
+            transaction.reschedule_requests(["sent"], sent=True)
+        assert list(store.storage.list_unsent_requests("", 3)) == [" ", "B", "a"]
+        assert list(store.storage.list_unsent_requests("a", 3)) == ["b", "~"]
+        assert list(store.storage.list_unsent_requests("~", 3)) == []
 
     def test_requests_have_their_task_and_options(self, store: Store) -> None:
         """A request is returned with its task, users, ETA, expiry and headers."""

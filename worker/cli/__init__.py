@@ -20,7 +20,7 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
     "attempt": _Subcommand(
         "enqueueing:attempt", "Enqueue a job that creates an interview attempt."
     ),
-    "cancel": _Subcommand("jobs:cancel", "Cancel a job."),
+    "cancel": _Subcommand("jobs:cancel", "Cancel a job, or all that wait for a user or a task."),
     "dead-letters": _Subcommand(
         "dead_letters:dead_letters", "Inspect, requeue and delete dead letters."
     ),
@@ -32,6 +32,7 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
     "migrate": _Subcommand("migrate:migrate", "Migrate the tables to the newest revision."),
     "pause": _Subcommand("queue:pause", "Pause the queue: workers claim no more jobs."),
     "prune": _Subcommand("retention:prune", "Delete old finished jobs and dead letters."),
+    "purge": _Subcommand("jobs:purge", "Cancel all waiting jobs and remove their messages."),
     "queue": _Subcommand("queue:queue", "Show what waits in the queue, for how long, and why."),
     "resume": _Subcommand("queue:resume", "Resume a paused queue."),
     "status": _Subcommand("jobs:status", "Report a job's state and result."),

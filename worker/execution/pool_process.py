@@ -93,7 +93,7 @@ def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
     """
     app = current_app
     with _without_stop_signals():
-        runs = [_prepare(app, deliveries.pop(0), hostname) for _ in range(len(deliveries))]
+        runs = [prepare(app, deliveries.pop(0), hostname) for _ in range(len(deliveries))]
         try:
             return _execute(app, runs, hostname)
         except MemoryError:
@@ -142,8 +142,14 @@ def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
 # --- From message to job ------------------------------------------------------------------------
 
 
-def _prepare(app: Celery, delivery: Dispatched, hostname: str) -> JobRun:
-    """Decode a message and build its job; one that cannot be executed is a rejected job."""
+def prepare(app: Celery, delivery: Dispatched, hostname: str) -> JobRun:
+    """Decode a message and build its job; one that cannot be executed is a rejected job.
+
+    Args:
+        app: The app with the tasks.
+        delivery: What the main process dispatched.
+        hostname: The worker's name.
+    """
     task = app.tasks.get(delivery.task)
     task = task if isinstance(task, JobTask) else None
     failure, call = delivery.failure, NO_CALL
