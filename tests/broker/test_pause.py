@@ -80,6 +80,21 @@ def test_any_value_pauses(
     assert switch.resume() == Pause("", None, "")
 
 
+def test_a_key_of_another_type_pauses(
+    redis: Any, lease: SteppedLease, switch: PauseSwitch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key that is no string pauses the queue; the lease is renewed, and it can be resumed."""
+    redis.lpush(PAUSED, "x")
+    redis.lpush(QUEUE, "a")
+    lease.beat_for(3)
+    assert claim(lease) == []
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("queue paused")
+    assert inspect(redis).pause == switch.pause("ann", "") == Pause("", None, "")
+    assert switch.resume() == Pause("", None, "")
+    assert len(claim(lease)) == 1
+
+
 def test_a_full_server_can_be_paused(redis: Redis, switch: PauseSwitch) -> None:
     """A Redis that has reached its maxmemory stores a pause, and ends it."""
     redis.config_set("maxmemory", 1)

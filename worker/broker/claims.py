@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 from interview_access.contracts import KEY_PREFIX
 from redis import Redis
-from redis.exceptions import NoPermissionError, OutOfMemoryError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from worker.broker.scripts import claims_script
 
@@ -238,13 +238,18 @@ class Claims:
             if isinstance(reply, Exception):
                 raise reply
         counters = {name.decode(): float(score) for name, score in sessions}
-        claimed, pause = 0, b""
+        claimed: Any = 0
+        pause: Any = b""
         if found:
             with self._client.pipeline(transaction=False) as pipeline:
                 pipeline.hlen(held)
                 for key in self._pause:
                     pipeline.getrange(key, 0, _PAUSE_BYTES - 1)
-                claimed, pause = [*pipeline.execute(), b""][:2]
+                claimed, pause = [*pipeline.execute(raise_on_error=False), b""][:2]
+        if isinstance(claimed, Exception):
+            raise claimed
+        if isinstance(pause, ResponseError):  # a key of another type pauses, too
+            pause = str(pause).encode()
         return Heartbeat(counter is not None, bool(found), claimed, counters, pause)
 
     def claimed_tags(self, session: str) -> set[str]:

@@ -86,5 +86,9 @@ class PauseSwitch:
         with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.getrange(PAUSED, 0, READ_BYTES - 1)
             pipeline.delete(PAUSED)
-            stored, deleted = pipeline.execute()
+            stored, deleted = pipeline.execute(raise_on_error=False)
+        if isinstance(deleted, Exception):
+            raise deleted
+        if isinstance(stored, Exception):  # the key had another type
+            stored = b""
         return (Pause.read(stored) or Pause("", None, "")) if deleted else None

@@ -5,7 +5,8 @@
 -- Result: the pause that exists, or nil if this one was stored
 
 if redis.call('EXISTS', paused) == 1 then
-    return redis.call('GETRANGE', paused, 0, arguments[2] - 1)
+    local stored = redis.pcall('GETRANGE', paused, 0, arguments[2] - 1)
+    return type(stored) == 'string' and stored or ''
 end
 redis.call('SET', paused, arguments[1])
 return false
