@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, update
+from sqlalchemy import Row, func, select, update
 
 from storage import models
 from storage.dtos import AccessRequestDTO, OutboxTotalsDTO

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
 
 import pytest
+from interview_access.producer import InterviewAccessClient
 from redis import Redis
 from sqlalchemy import create_engine, make_url, text
 
@@ -23,7 +24,7 @@ from tests.storage.test_schema_check import WORKER
 from tests.support.commands import run_module
 from tests.support.database import role
 from tests.support.sentinels import redis_of
-from tests.support.workers import QUEUE, ROOT, Site
+from tests.support.workers import QUEUE, ROOT, Site, worker
 from worker.broker.claims import PREFIX
 from worker.broker.lease import Lease
 from worker.settings import Settings

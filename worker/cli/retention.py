@@ -130,8 +130,7 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
         requests = erase_requests(storage, user_id, dry_run=dry_run)
         letters = [*dead_letters_naming(redis, user_id)]
         if not dry_run:
-            for letter in letters:
-                DeadLetters(redis).drop(letter)
+            DeadLetters(redis).drop(letters)
     done = "would be erased" if dry_run else "erased"
     counts = {"jobs": jobs, "requests": requests, "dead letters": len(letters)}
     for name, count in (counts if dry_run else counts | {"results": results}).items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -258,7 +258,7 @@ class WaitingJobs:
 
 
 def _cancelled(request: JobRequest) -> Dispatched:
-    return request.dispatched._replace(failure=JobCancelledException.of(request.id))
+    return replace(request.dispatched, failure=JobCancelledException.of(request.id))
 
 
 def _ends(how: Disposition) -> bool:

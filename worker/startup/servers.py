@@ -112,12 +112,11 @@ def check_servers(settings: Settings) -> None:
         StartupError: if a server refuses the worker or does not meet the requirements.
     """
     database = _check_database(settings.database_url, prunes=settings.retention is not None)
+    tables = [_COMMON, _JOBS, _PAUSE]
     if settings.results == settings.broker:
-        tables = (_COMMON, _JOBS, _PAUSE, _RESULTS)
-        _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
-    else:
-        tables = (_COMMON, _JOBS, _PAUSE)
-        _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
+        tables.append(_RESULTS)
+    _check_redis(settings.broker, "CELERY_BROKER_URL", *tables, database=database)
+    if settings.results != settings.broker:
         _check_redis(settings.results, "CELERY_RESULT_BACKEND", _COMMON, _RESULTS)
 
 
