@@ -25,13 +25,13 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
         "dead_letters:dead_letters", "Inspect, requeue and delete dead letters."
     ),
     "demo": _Subcommand("local:demo", "Run the main job on local servers, and check it."),
-    "erase": _Subcommand("retention:erase", "Erase one person from jobs, results and messages."),
+    "erase": _Subcommand("database:erase", "Erase one person from jobs, results and messages."),
     "grant": _Subcommand(
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),
-    "migrate": _Subcommand("migrate:migrate", "Migrate the tables to the newest revision."),
+    "migrate": _Subcommand("database:migrate", "Migrate the tables to the newest revision."),
     "pause": _Subcommand("queue:pause", "Pause the queue: workers claim no more jobs."),
-    "prune": _Subcommand("retention:prune", "Delete old finished jobs and dead letters."),
+    "prune": _Subcommand("database:prune", "Delete old finished jobs and dead letters."),
     "purge": _Subcommand("jobs:purge", "Cancel all waiting jobs and remove their messages."),
     "queue": _Subcommand("queue:queue", "Show what waits in the queue, for how long, and why."),
     "resume": _Subcommand("queue:resume", "Resume a paused queue."),

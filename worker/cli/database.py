@@ -1,4 +1,4 @@
-"""interview-access prune and erase."""
+"""interview-access migrate, prune and erase."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from storage.dtos import PruneCountsDTO
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
+from storage.schema import migrate as migrate_schema
 from tasks.erasure import erase_jobs, erase_requests, find_unfinished_requests
 from tasks.retention import SHORTEST_RETENTION
 from tasks.retention import prune as prune_jobs
@@ -29,7 +30,7 @@ from worker.services.erasure import (
     delete_results,
     unfinished_jobs_naming,
 )
-from worker.settings import Settings
+from worker.settings import DatabaseSettings, Settings
 
 _ANY_BYTES = 2**53
 _BUSY_SECONDS = 1.0  # between two attempts while a worker prunes
@@ -60,6 +61,21 @@ class _Age(click.ParamType[timedelta]):
                 param,
             )
         return timedelta(days=days)
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Change nothing; report what would be done.")
+def migrate(*, dry_run: bool) -> None:
+    """Migrate the database's tables to the newest revision, also while they are in use.
+
+    Creates missing tables, and adopts those of the platform's Django service. Removes duplicate
+    grants, except the one with the lowest ID: run --dry-run first, which reports their number.
+    """
+    settings = read_settings(DatabaseSettings)
+    try:
+        migrate_schema(settings.database_url, dry_run=dry_run, report=click.echo)
+    except StorageError as error:
+        end(FAILED, str(error))
 
 
 @click.command()
