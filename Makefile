@@ -70,6 +70,9 @@ format: .venv/ready ## fix lint and format (seconds)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+metrics-table: .venv/ready ## write the tables of docs/metrics.md from the code (seconds)
+	@$(BIN)/python -m worker.monitoring.catalog
+
 contract: .venv/ready ## write the JSON Schemas of contract/ from the models (seconds)
 	@$(BIN)/python -m contract.generate
 

@@ -249,6 +249,11 @@ def _envelope() -> Schema:
                 **_TIME,
                 "description": "Time after which the job is not started; UTC if it has no zone.",
             },
+            "enqueued_at": {
+                **_TIME,
+                "description": "Time when the message was enqueued, for the worker's metrics; UTC "
+                "if it has no zone. Any other value is ignored.",
+            },
             "timelimit": {
                 "type": "array",
                 "items": {"type": ["number", "null"], "exclusiveMinimum": 0},

@@ -212,6 +212,21 @@ class JobPageDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerTotalsDTO:
+    """The ledger in numbers.
+
+    Attributes:
+        rows: Number of finished jobs, estimated: counting them would take seconds.
+        size: Bytes on disk, with the indexes.
+        oldest_at: When the oldest job finished, timezone-aware; None without one.
+    """
+
+    rows: int
+    size: int
+    oldest_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class OutboxTotalsDTO:
     """The outbox in numbers.
 

@@ -25,6 +25,11 @@ class StorageError(Exception):
         return f"{self.args[0]} ({self.sqlstate})" if self.sqlstate else str(self.args[0])
 
     @property
+    def code_class(self) -> str:
+        """The class of the error code, its first two characters; ``none`` without a reply."""
+        return self.sqlstate[:2] if self.sqlstate else "none"
+
+    @property
     def is_outage(self) -> bool:
         """Whether every other job would fail now as well.
 

@@ -20,6 +20,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
+    LedgerTotalsDTO,
     OutboxTotalsDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
@@ -339,6 +340,10 @@ class JobReader(Protocol):
     @abstractmethod
     def is_cancelled(self, job_id: str) -> bool:
         """Return whether cancellation of the job was requested, whatever came of it."""
+
+    @abstractmethod
+    def measure_ledger(self) -> LedgerTotalsDTO:
+        """Return the size of the ledger, without reading all of its rows."""
 
 
 class OutboxMonitor(Protocol):

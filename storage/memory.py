@@ -23,6 +23,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
+    LedgerTotalsDTO,
     OutboxTotalsDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
@@ -103,6 +104,11 @@ class MemoryStorage(Storage):
         with self._lock:
             now, due_at = datetime.now(UTC), self._tables.due_at
             self._tables.due_at = {job_id: min(at, now) for job_id, at in due_at.items()}
+
+    def measure_ledger(self) -> LedgerTotalsDTO:
+        """See the interface."""
+        finished = [one.finished_at for one in self._tables.jobs.values() if one.finished_at]
+        return LedgerTotalsDTO(len(self._tables.jobs), 0, min(finished, default=None))
 
     def count_requests(self) -> OutboxTotalsDTO:
         """See the interface."""

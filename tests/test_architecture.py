@@ -94,6 +94,7 @@ WORKER_ARROWS = {
     "execution": {"broker"},
     "tracing": {"execution"},
     "operations": {"broker", "execution"},
+    "monitoring": {"broker", "execution", "operations", "services"},
     "services": {"broker", "operations"},
     "startup": {"broker"},
     "cli": {"broker", "operations", "services"},

@@ -31,10 +31,13 @@ from tasks.celery_tasks import (
 from worker.broker.lease import Lease
 from worker.broker.transport import celery_settings, restrict_publishing
 from worker.execution.consumer import Drain, JobClaims
+from worker.execution.dispatch import Dispatcher
 from worker.execution.request import Limits
 from worker.execution.run import JobObserver
 from worker.logs import escape_task_lines, escape_worker_lines
+from worker.monitoring.bootstep import Monitoring
 from worker.services.bootstep import BackgroundServices
+from worker.services.outbox_relay import OutboxRelay
 from worker.services.remote_control import register_commands
 from worker.settings import Settings
 from worker.startup.bootstep import StartupChecks
@@ -64,12 +67,18 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         limits: Limits of a message and its job.
         task_dependencies: Dependencies of the tasks.
         lease: The worker session, once the consumer has made it; None in a pool process.
+        dispatcher: Likewise.
+        relay: The outbox relay, once its bootstep has made it.
+        monitoring: Metrics and health, if a setting asks for them.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__("interview_access_worker", amqp="worker.execution.consumer:JobProtocol")
         self.settings = settings
         self.lease: Lease | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.relay: OutboxRelay | None = None
+        self.monitoring: Monitoring | None = None
         self._storage: PostgresStorage | None = None
         self._observers: Mapping[str, str] = _OBSERVERS
         self.backend_cls = settings.results.celery_url  # the environment overrides the setting
@@ -78,7 +87,7 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         addresses["broker_transport_options"] |= self.conf.broker_transport_options
         self.conf.update(**addresses)
         self.loader.override_backends = _RESULT_BACKENDS
-        self.steps["worker"].update((StartupChecks, Drain, BackgroundServices))
+        self.steps["worker"].update((StartupChecks, Drain, BackgroundServices, Monitoring))
         self.steps["consumer"].add(JobClaims)
         self.limits = Limits(
             interview_ids=settings.grant_max_interview_ids,
@@ -122,10 +131,20 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
                 }
         return active
 
+    def end_session(self) -> None:
+        """End what lasts until the pool has stopped: the lease, metrics and health."""
+        if self.lease:
+            self.lease.close()
+        if self.monitoring:
+            self.monitoring.end()
+
     def reset_after_fork(self) -> None:
-        """Drop the connections and the lease that a fork inherits."""
+        """Drop the connections, the lease and the socket that a fork inherits."""
         self._storage = None
-        self.lease = None
+        self.lease = self.dispatcher = None
+        if self.monitoring:
+            self.monitoring.close_inherited()
+            self.monitoring = None
 
 
 def create_app(settings: Settings) -> WorkerApp:
@@ -165,8 +184,7 @@ def _connect_signals(app: WorkerApp) -> None:
 
     def end_session(**_: Any) -> None:
         # Bootsteps stop before the pool has; this signal follows it.
-        if app.lease:
-            app.lease.close()
+        app.end_session()
 
     for signal, hook in (
         (worker_process_init, prepare_pool_process),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from typing import Annotated, Any, Self
+import re
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
 
 from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
 from interview_access.redis_address import FORMS, RedisAddress, masked
@@ -34,6 +37,33 @@ def _names(listed: object) -> object:
     if not names:
         raise ValueError("at least one name, or an empty value")
     return names
+
+
+class ListenAddress(NamedTuple):
+    """An address to listen on.
+
+    Attributes:
+        host: An IPv4 or IPv6 address, or a host name.
+        port: The port.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: object) -> Self:
+        """Parse ``HOST:PORT`` or ``[IPV6]:PORT``.
+
+        Raises:
+            ValueError: if it has another form.
+        """
+        form = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", str(text))
+        if not form or not 0 < int(form[3]) < 2**16:
+            raise ValueError("HOST:PORT, such as 127.0.0.1:9808 or [::1]:9808")
+        return cls(form[1] or form[2], int(form[3]))
 
 
 class SettingsError(Exception):
@@ -89,6 +119,8 @@ class Settings(DatabaseSettings):
         grant_retention_days: Days after which a finished job is pruned; None: never.
         grant_dead_letter_days: Days after which a dead letter is dropped; None: never.
         grant_dead_letter_bytes: Memory of all dead letters, beyond which the oldest are dropped.
+        metrics_address: Where metrics and health are served over HTTP; None: nowhere.
+        health_file: The file that is written for probes of health; None: none.
     """
 
     celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
@@ -105,6 +137,8 @@ class Settings(DatabaseSettings):
     grant_attempt_limit: int = Field(default=5, ge=1, le=100)
     grant_stop_grace: float = Field(default=25.0, ge=0, le=3_600)
     grant_callback_queues: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
+    metrics_address: Annotated[ListenAddress | None, BeforeValidator(ListenAddress.parse)] = None
+    health_file: Path | None = None
 
     grant_retention_days: int | None = Field(default=None, ge=1, le=36_500)
     grant_dead_letter_days: int | None = Field(default=None, ge=1, le=36_500)

@@ -16,6 +16,7 @@ from storage.dtos import (
     FinishedJobDTO,
     FoundJobsDTO,
     JobDTO,
+    LedgerTotalsDTO,
     OutcomeDTO,
     PrunedJobDTO,
     RejectedIdsDTO,
@@ -54,6 +55,14 @@ _FIND_JOBS = f"""
 _FIND_CANCELLED_JOBS = (
     "SELECT job_id FROM grant_access_cancellation WHERE job_id = ANY (CAST(%(job_ids)s AS text[]))"
 )
+# The estimate of the last VACUUM or ANALYZE, which a crash leaves, and the current count of the
+# statistics, which it resets.
+_MEASURE = """
+    SELECT greatest(reltuples, pg_stat_get_live_tuples(oid), 0)::bigint AS rows,
+        pg_total_relation_size(oid) AS size,
+        (SELECT min(finished_at) FROM grant_access_job) AS oldest_at
+    FROM pg_class WHERE oid = 'grant_access_job'::regclass
+"""
 # Rows are passed as one JSON document: psycopg would inspect and adapt eleven arrays.
 _RECORD_JOBS = f"""
     INSERT INTO grant_access_job ({COLUMNS}, finished_at)
@@ -68,6 +77,11 @@ _RECORD_JOBS = f"""
 
 class PostgresLedger(Session, Ledger):
     """The tables of jobs, cancellation requests, rejected IDs and cohort counts."""
+
+    def measure_ledger(self) -> LedgerTotalsDTO:
+        """Return the size of the ledger; see the interface of its reader."""
+        ((rows, size, oldest_at),) = self.query(_MEASURE, {})
+        return LedgerTotalsDTO(rows, size, oldest_at)
 
     def find_jobs(self, job_ids: Collection[str]) -> FoundJobsDTO:
         """See the interface."""

@@ -11,7 +11,13 @@ from sqlalchemy import PoolProxiedConnection, event
 
 from storage.connections import open_engine, parse_url
 from storage.driver_errors import driver_errors_translated
-from storage.dtos import AccessRequestDTO, FinishedJobDTO, OutboxTotalsDTO, PrunedJobDTO
+from storage.dtos import (
+    AccessRequestDTO,
+    FinishedJobDTO,
+    LedgerTotalsDTO,
+    OutboxTotalsDTO,
+    PrunedJobDTO,
+)
 from storage.errors import StorageError
 from storage.interface import HasFileno, Storage, Transaction
 from storage.postgres.erasure import PostgresErasure
@@ -116,6 +122,11 @@ class PostgresStorage(Storage):
         """See the interface."""
         with self.transaction() as transaction:
             return bool(transaction.find_cancelled_jobs([job_id]))
+
+    def measure_ledger(self) -> LedgerTotalsDTO:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.measure_ledger()
 
     def count_requests(self) -> OutboxTotalsDTO:
         """See the interface."""

@@ -71,6 +71,8 @@ def test_a_message_equals_celerys(redis: Redis, celery_app: Celery, client: Clie
     assert our_body == their_body
     assert ours.keys() == theirs.keys()
     of_the_sender = {"eta", "origin", "kwargsrepr", "delivery_tag"}
+    enqueued_at = datetime.fromisoformat(ours["headers"].pop("enqueued_at"))  # an addition
+    assert abs(datetime.now(UTC) - enqueued_at) < timedelta(seconds=20)
     for part in ("headers", "properties"):
         assert ours[part].keys() <= theirs[part].keys()
         for name in ours[part].keys() - of_the_sender:

@@ -18,6 +18,7 @@ from interview_access.contracts import (
 from worker.broker.claims import Action, Disposition
 from worker.execution.pool_process import BatchReport, Settlement, execute
 from worker.execution.request import Dispatched
+from worker.execution.run import measurements
 
 
 def tasks_app() -> Celery:
@@ -86,7 +87,7 @@ class Work:
 
     def complete(self, *settlements: Settlement, **report: Any) -> None:
         """Report that the batch is complete; without settlements all jobs are acknowledged."""
-        report = {"outage": None, "has_success": True} | report
+        report = {"outage": None, "has_success": True, "measurements": measurements(())} | report
         self._report("callback", BatchReport(settlements or self._acknowledged, **report))
 
     @property

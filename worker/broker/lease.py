@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 from uuid import uuid4
@@ -113,6 +114,12 @@ class Lease:
         self._failures: dict[str, tuple[Exception, float]] = {}
         """By event phrase: the first of the consecutive errors of a heartbeat's step, and when."""
         self._was_loop_stuck = False
+        self._renewed_at = -inf
+        self._reconnecting_at = -inf
+        self.losses = 0
+        """Sessions of this worker that expired: others requeued their claims."""
+        self.takeovers = 0
+        """Expired sessions of others whose messages this worker has requeued."""
 
     @property
     def _session(self) -> str:
@@ -157,6 +164,7 @@ class Lease:
             logger.warning("claims lost, their jobs are redelivered: deliveries=%d", len(lost))
         self._sessions = [session]
         self._server = server
+        self._renewed_at = self._clock()
         self._requeue_claimed()
 
     def _put_back(self, delivery: Delivery) -> None:
@@ -262,6 +270,34 @@ class Lease:
     def loop_turned(self) -> None:
         """Record an iteration of the event loop."""
         self._loop_turned = self._clock()
+
+    def reconnecting(self) -> None:
+        """Record that the main thread waits for Redis, without an event loop."""
+        self._reconnecting_at = self._clock()
+
+    # --- Monitoring -----------------------------------------------------------------------------
+
+    @property
+    def is_held(self) -> bool:
+        """Whether Redis has confirmed the lease within its TTL, and not refused it since."""
+        is_recent = self._clock() < self._renewed_at + self._ttl
+        return is_recent and not self._closed and _NOT_RENEWED not in self._failures
+
+    @property
+    def loop_seconds(self) -> float:
+        """Seconds since the last iteration of the event loop."""
+        return self._clock() - self._loop_turned
+
+    @property
+    def main_thread_seconds(self) -> float:
+        """Seconds since the main thread was seen: in its event loop, or waiting for Redis."""
+        return self._clock() - max(self._loop_turned, self._reconnecting_at)
+
+    @property
+    def claims(self) -> tuple[int, float]:
+        """Number of this worker's claimed messages, and seconds since the oldest was claimed."""
+        claimed = [one.claimed_at for one in self._all()]
+        return len(claimed), self._clock() - min(claimed) if claimed else 0.0
 
     # --- Settling -------------------------------------------------------------------------------
 
@@ -407,8 +443,10 @@ class Lease:
                 return None
             heartbeat = [self._claims.heartbeat(name, self._queues) for name in self._sessions][-1]
             if heartbeat.alive and len(self._sessions) == 1:
+                self._renewed_at = self._clock()
                 self._reconcile(heartbeat)
             else:
+                self.losses += not heartbeat.alive
                 self._open()
             if self.is_draining:
                 self._requeue_claimed()
@@ -495,4 +533,5 @@ class Lease:
             while (more := self._claims.take_over(name, counter)) > 0 and self._clock() < by:
                 pass
             if more == 0:
+                self.takeovers += 1
                 logger.warning("lease expired, its jobs are requeued: session=%s", name)

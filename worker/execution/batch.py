@@ -18,6 +18,9 @@ logger = get_logger(__name__)
 _ACCEPT_SECONDS = 30.0
 """Seconds in which a pool process must accept a batch; a new one takes less to start."""
 
+_STUCK_SECONDS = 60.0
+"""Seconds after a time limit in which the pool must have ended the batch."""
+
 
 class Batch:
     """Requests that one pool process executes together, until it reports."""
@@ -33,6 +36,7 @@ class Batch:
         self._time_limit = requests[0].time_limit
         self._deadline = now + _ACCEPT_SECONDS
         self._is_terminated = False
+        self._overdue_since: float | None = None
         self._result: Callable[[], Any] = lambda: None
         for request in requests:
             request.batch = self
@@ -69,6 +73,7 @@ class Batch:
             return
         reason = "time limit exceeded" if self._pid else "not accepted by a pool process"
         seconds = self._time_limit if self._pid else _ACCEPT_SECONDS
+        self._overdue_since = self._overdue_since or now
         self.terminate()
         ids = ", ".join(shortened(one.id) for one in self.requests[:5])
         logger.error(
@@ -76,6 +81,19 @@ class Batch:
             *(reason, seconds, self._pid, len(self.requests), ids),
         )
         self._deadline = now + _ACCEPT_SECONDS
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether a time limit has ended the pool process, or was to end it."""
+        return self._overdue_since is not None
+
+    def is_stuck(self, now: float) -> bool:
+        """Report whether the batch is still here long after a time limit should have ended it.
+
+        Args:
+            now: Seconds of the dispatcher's clock.
+        """
+        return now > (self._overdue_since or self._deadline) + _STUCK_SECONDS
 
     def revoke(self) -> None:
         """End the pool process for an operator, without counting an attempt."""

@@ -79,7 +79,17 @@ class JobConsumer(Consumer):  # type: ignore[misc] # Celery ships no types
     def ensure_connected(self, conn: Any) -> Any:
         """Connect, with a shorter back-off than Celery's."""
         connect = conn.ensure_connection
-        conn.ensure_connection = lambda *args, **kwargs: connect(*args, **kwargs, **_RECONNECT)
+
+        def ensure_connection(*args: Any, callback: Any = None, **kwargs: Any) -> Any:
+            def after_failure() -> None:  # and in each second until the next attempt
+                self.app.lease.reconnecting()
+                if callback:
+                    callback()
+
+            self.app.lease.reconnecting()
+            return connect(*args, callback=after_failure, **kwargs, **_RECONNECT)
+
+        conn.ensure_connection = ensure_connection
         return super().ensure_connected(conn)
 
     def cancel_active_requests(self) -> None:
@@ -109,7 +119,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             batch_size=settings.grant_batch_size,
             max_bytes=consumer.app.limits.message_bytes,
         )
-        self._dispatcher = Dispatcher(
+        self._dispatcher = consumer.app.dispatcher = Dispatcher(
             consumer.app, consumer.pool, consumer.hostname, self.lease, consumer.app.limits
         )
         self.lease.on_heartbeat = self._dispatcher.on_heartbeat

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from celery import Celery, signals
 from celery.app import trace
@@ -31,6 +31,26 @@ logger = get_logger(__name__)
 
 _POOL_SECONDS = 2.0
 """Seconds until the redelivery of jobs whose pool process ended, or that the pool refused."""
+
+
+class JobMonitor(Protocol):
+    """Measures what the dispatcher does."""
+
+    def started(self, requests: Sequence[JobRequest]) -> None:
+        """Measure a batch that is passed to a pool process."""
+
+    def settled(self, report: BatchReport) -> None:
+        """Measure a batch that a pool process has reported."""
+
+    def failed(self, requests: Sequence[JobRequest]) -> None:
+        """Measure messages that became dead letters without a pool process."""
+
+    def lost(self, reason: str) -> None:
+        """Measure a pool process that ended during a batch.
+
+        Args:
+            reason: ``crash``, ``time_limit``, ``revoked`` or ``shutdown``.
+        """
 
 
 class Dispatcher:
@@ -58,6 +78,7 @@ class Dispatcher:
         """
         self.send_event: Callable[..., object] = lambda *_, **__: None
         self.on_free: Callable[[], object] = lambda: None
+        self.monitor: JobMonitor | None = None
         self._app = app
         self._pool = pool
         self._hostname = hostname
@@ -77,6 +98,12 @@ class Dispatcher:
         """Pool processes without a batch."""
         return self.processes - len(self._batches)
 
+    @property
+    def has_stuck_batch(self) -> bool:
+        """Whether a batch is still here long after a time limit should have ended it."""
+        now = self._clock()
+        return any(batch.is_stuck(now) for batch in list(self._batches))
+
     def dispatch(self, deliveries: Sequence[Delivery]) -> None:
         """Partition deliveries among the free pool processes; settle what is not executed.
 
@@ -84,16 +111,21 @@ class Dispatcher:
             deliveries: Claimed and not yet dispatched.
         """
         settled: dict[str, Disposition] = {}
+        failed: list[JobRequest] = []
         ready: list[JobRequest] = []
         for delivery in deliveries:
             request = JobRequest(delivery, self._app, self._limits)
             disposition = self._disposition(request)
             if disposition:
                 settled[delivery.claim.tag] = disposition
+                if disposition.action is Action.DEAD_LETTER:
+                    failed.append(request)
             else:
                 ready.append(request)
         if settled:
             self._lease.settle(settled)
+        if failed and self.monitor:
+            self.monitor.failed(failed)
         free = max(self.free_processes, 1)
         are_large = any(one.delivery.claim.size > SMALL_BYTES for one in ready)
         batches = partition(ready, 1 if are_large else free)
@@ -170,6 +202,8 @@ class Dispatcher:
             self._settle_unexecuted(batch, error, Disposition(Action.DELAY, delay=_POOL_SECONDS))
         else:
             self._batches[batch] = None
+            if self.monitor:
+                self.monitor.started(batch.requests)
 
     def _settle(self, batch: Batch, report: BatchReport) -> None:
         """Settle a batch that a pool process has executed."""
@@ -182,12 +216,16 @@ class Dispatcher:
             self._lease.policy.breaker.record_failure(report.outage)
         elif report.has_success:
             self._lease.policy.breaker.record_success()
+        if self.monitor:
+            self.monitor.settled(report)
         for request, settlement in zip(batch.requests, report.settlements, strict=True):
             for kind, fields in settlement.events:
                 self.send_event(kind, uuid=request.id, **fields)
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         """Settle a batch whose pool process has ended: the ledger knows which jobs committed."""
+        if self.monitor:
+            self.monitor.lost(self._loss_reason(batch))
         # No attempt is counted if an operator ended the process or stops the worker.
         if self._lease.is_draining or batch.is_revoked:
             disposition = Disposition(Action.REQUEUE)
@@ -196,6 +234,13 @@ class Dispatcher:
             for request in batch.requests:
                 logger.error("pool process lost: %s error=%r", request, error)
         self._settle_unexecuted(batch, error, disposition)
+
+    def _loss_reason(self, batch: Batch) -> str:
+        if batch.is_revoked:
+            return "revoked"
+        if batch.is_overdue:
+            return "time_limit"
+        return "shutdown" if self._lease.is_draining else "crash"
 
     def _settle_unexecuted(
         self, batch: Batch, error: BaseException, disposition: Disposition

@@ -47,7 +47,7 @@ from worker.execution.celery_hooks import (
     send_prerun,
 )
 from worker.execution.request import Dispatched
-from worker.execution.run import JobRun, in_transaction, observed
+from worker.execution.run import JobRun, Measurements, in_transaction, measurements, observed
 
 logger = get_logger(__name__)
 
@@ -70,11 +70,13 @@ class BatchReport(NamedTuple):
         settlements: One for each delivery, in the order of the deliveries.
         outage: The reason why no job can succeed now, or None.
         has_success: Whether the ledger has recorded a job.
+        measurements: What it adds to the metrics.
     """
 
     settlements: Sequence[Settlement]
     outage: str | None
     has_success: bool
+    measurements: Measurements
 
 
 def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
@@ -104,7 +106,9 @@ def execute(deliveries: list[Dispatched], hostname: str) -> BatchReport:
                 run.settled, run.result = JobResult(error=error), None
             send_final(runs, 0.0)  # receivers pair it with task_prerun
             settlements = [_settlement_of_defect(app, run, error) for run in runs]
-            return BatchReport(settlements, None, has_success=False)
+            return BatchReport(
+                settlements, None, has_success=False, measurements=measurements(runs)
+            )
 
 
 def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
@@ -116,7 +120,9 @@ def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
             lambda: app.backend.store_started(polled, pid=os.getpid(), hostname=hostname)
         ):
             send_prerun(runs)
+            began = time.monotonic()
             results = in_transaction(runs, observers, lambda: _settle_jobs(app, runs))
+            transaction_seconds = time.monotonic() - began
         for run, settled in zip(runs, results, strict=True):
             run.settled = settled
             run.result = _result(run, app.task_dependencies)
@@ -136,6 +142,7 @@ def _execute(app: Celery, runs: Sequence[JobRun], hostname: str) -> BatchReport:
         settlements,
         outages[0] if outages else None,
         any(run.settled.outcome for run in runs),
+        measurements(runs, seconds, transaction_seconds),
     )
 
 

@@ -288,6 +288,21 @@ class JobRequest:
         return stamps if isinstance(stamps, dict) else {}
 
     @property
+    def queue_seconds(self) -> float | None:
+        """Seconds since it was enqueued or due, before its first execution; None if unknown."""
+        if self._claim.attempts or self._claim.retries:
+            return None
+        try:
+            begun = _datetime(self.headers, "enqueued_at")
+            due = _datetime(self.headers, "eta")
+        except UnreadableMessageError:
+            return None
+        if begun is None:
+            return None
+        # A producer's clock may be ahead.
+        return max((datetime.now(UTC) - max(begun, due or begun)).total_seconds(), 0.0)
+
+    @property
     def dispatched(self) -> Dispatched:
         """The part that a pool process receives."""
         return Dispatched(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from celery.app.task import Context
 from celery.utils.log import get_logger
 from interview_access.errors import InterviewAccessError
 
-from storage.errors import JobBusyError
+from storage.errors import JobBusyError, StorageError
 from tasks.celery_tasks import JobTask
 from tasks.ledger import JobResult
 from worker.execution.body import Call
@@ -26,7 +27,9 @@ _HEADERS = (
     *("root_id", "parent_id", "correlation_id", "group", "group_index", "ignore_result", "origin"),
     *("stamps", "stamped_headers", "replaced_task_nesting", "eta", "expires", "timelimit"),
 )
-_NOT_CUSTOM = {*dir(Context), "task", "lang", "argsrepr", "kwargsrepr", "compression"}
+_NOT_CUSTOM = {
+    *(*dir(Context), "task", "lang", "argsrepr", "kwargsrepr", "compression", "enqueued_at")
+}
 """Headers of Celery's protocol, and names that would replace an attribute or a method."""
 
 _TEXT_HEADER = 8_192
@@ -132,6 +135,68 @@ class JobRun:
             for name, value in {**(inner if isinstance(inner, dict) else {}), **headers}.items()
             if isinstance(value, str) and len(value) <= _TEXT_HEADER
         }
+
+
+class Measurements(NamedTuple):
+    """What a batch adds to the metrics.
+
+    Attributes:
+        seconds: Duration of the batch.
+        transaction_seconds: The part of it in which the ledger settled its jobs.
+        jobs: Number of jobs that ended, by task, outcome and class of the error.
+        grants: Grants of these jobs by task: requested, repeated, already granted and created.
+        requested: Grants that each of these jobs requested.
+        repeated: Number of deliveries by task whose job had ended before.
+        retries: Number of retries by task and class of the database's error.
+    """
+
+    seconds: float
+    transaction_seconds: float
+    jobs: Mapping[tuple[str, str, str], int]
+    grants: Mapping[str, Sequence[int]]
+    requested: Sequence[int]
+    repeated: Mapping[str, int]
+    retries: Mapping[tuple[str, str], int]
+
+
+def measurements(
+    runs: Sequence[JobRun], seconds: float = 0.0, transaction_seconds: float = 0.0
+) -> Measurements:
+    """Sum up a batch for the metrics.
+
+    A job counts at the first delivery that reports its outcome. If the pool process ended after
+    the commit, that is the next one.
+
+    Args:
+        runs: The jobs of the batch, with their results.
+        seconds: See :class:`Measurements`.
+        transaction_seconds: Likewise.
+    """
+    jobs: Counter[tuple[str, str, str]] = Counter()
+    repeated: Counter[str] = Counter()
+    retries: Counter[tuple[str, str]] = Counter()
+    grants: dict[str, list[int]] = {}
+    requested: list[int] = []
+    for run in runs:
+        task, settled, failure = run.task.name if run.task else "", run.settled, run.failure
+        if run.result is None:
+            error = settled.error
+            code = error.code_class if isinstance(error, StorageError) else "other"
+            retries[task, code] += 1
+        elif failure is settled.refusal and failure:
+            jobs[task, "refused", type(failure).__name__] += 1
+        elif settled.repeated and not run.delivery.attempts:
+            repeated[task] += 1
+        elif failure:
+            jobs[task, failure.state, type(failure).__name__] += 1
+        else:
+            jobs[task, "succeeded", ""] += 1
+            if settled.outcome and (figures := settled.outcome.figures):
+                sums = grants.setdefault(task, [0, 0, 0, 0])
+                for at, value in enumerate(astuple(figures)):
+                    sums[at] += value
+                requested.append(figures.requested)
+    return Measurements(seconds, transaction_seconds, jobs, grants, requested, repeated, retries)
 
 
 class JobObserver(Protocol):

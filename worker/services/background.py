@@ -6,8 +6,10 @@ import random
 import select
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from math import inf
 
 from celery import Celery
 from celery.utils.log import get_logger
@@ -38,6 +40,9 @@ class BackgroundService(ABC):
         self._connection: Connection | None = None
         self._client: Redis | None = None
         self._stopping = False
+        self._succeeded_at = -inf
+        self.error: Exception | None = None
+        """The error of the last call, or None if it succeeded."""
         self._alarm: socket.socket | None = None  # Event.set() in nested signal handlers deadlocks
         self._wakeup: socket.socket | None = None  # readable after stop()
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
@@ -69,6 +74,11 @@ class BackgroundService(ABC):
         return self._stopping
 
     @property
+    def seconds_since_success(self) -> float:
+        """Seconds since a call succeeded; infinite before the first one."""
+        return time.monotonic() - self._succeeded_at
+
+    @property
     def wakeup(self) -> socket.socket | None:
         """A socket that is readable after :meth:`stop`; None before :meth:`start`."""
         return self._wakeup
@@ -95,6 +105,7 @@ class BackgroundService(ABC):
             try:
                 self.run_once(self._redis())
             except Exception as error:  # a defect must not end the service
+                self.error = error
                 failures += 1
                 if failures == 1:
                     logger.warning(
@@ -113,6 +124,7 @@ class BackgroundService(ABC):
                         "background service recovered: service=%s failures=%d", name, failures
                     )
                 failures = 0
+                self.error, self._succeeded_at = None, time.monotonic()
         self.disconnect()
         for one in filter(None, (self._alarm, self._wakeup)):
             one.close()

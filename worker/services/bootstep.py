@@ -28,9 +28,10 @@ class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celer
         dead_letters = DeadLetterLimits(
             settings.grant_dead_letter_bytes, settings.grant_dead_letter_days
         )
+        app.relay = OutboxRelay(app, app.new_storage)
         self._services = (
             ControlService(app, app.storage, limits),
-            OutboxRelay(app, app.new_storage),
+            app.relay,
             Pruner(app, app.new_storage, settings.retention, dead_letters),
         )
 

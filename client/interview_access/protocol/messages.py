@@ -49,6 +49,7 @@ _HEADERS: dict[str, object] = {
     "timelimit": [None, None],
     "eta": "%(eta)s",
     "expires": "%(expires)s",
+    "enqueued_at": "%(enqueued_at)s",
     "argsrepr": "()",
     "kwargsrepr": "%(kwargsrepr)s",
     "origin": "%(origin)s",  # the last one: added headers follow it
@@ -129,6 +130,7 @@ class JobMessage:
             QUEUE,
             encoded,
             ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items()),
+            sent_at=now,
             eta=eta,
             expires_at=expires_at,
             headers=headers,
@@ -242,6 +244,7 @@ def control_message(task: str, request_id: str, job_id: str, expires_at: datetim
         CONTROL_QUEUE,
         json.dumps({"job_id": job_id}),
         f"job_id={shortened(job_id)}",
+        sent_at=datetime.now(UTC),
         eta=None,
         expires_at=expires_at,
         reply_to=reply_key(request_id),
@@ -290,6 +293,7 @@ def _envelope(
     arguments: str,
     kwargsrepr: str,
     *,
+    sent_at: datetime,
     eta: datetime | None,
     expires_at: datetime | None,
     reply_to: str | None = None,
@@ -304,6 +308,7 @@ def _envelope(
         arguments: The task's named arguments, in JSON.
         kwargsrepr: The arguments for events and log lines. Celery's own text would have the first
             thousand characters of the IDs.
+        sent_at: Time from which its time in the queue counts.
         eta: Time before which it is not started.
         expires_at: Time after which it is not started.
         reply_to: The key of the reply to a control request.
@@ -315,6 +320,7 @@ def _envelope(
         "id": job_id,
         "eta": eta.isoformat() if eta else None,
         "expires": expires_at.isoformat() if expires_at else None,
+        "enqueued_at": sent_at.isoformat(),
         "kwargsrepr": kwargsrepr,
         "queue": queue,
         "delivery_tag": token_hex(16),  # unique, and cheaper than a UUID
