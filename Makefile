@@ -14,7 +14,7 @@ BENCH ?=
 CHAOS ?=
 #: FUZZ_SEED=2                seed of the messages of `make fuzz` (1)
 
-.PHONY: help demo up test bench bench-full chaos fuzz soak check docs format contract lock clean
+.PHONY: help demo up test bench bench-full chaos fuzz soak check docs format contract metrics-table lock clean
 
 help: ## list the targets and variables
 	@echo 'Usage: make TARGET [VARIABLE=value]. The first target also creates .venv (1 min).'

@@ -61,6 +61,7 @@ PARTS: Mapping[str, Part] = {
         statements.statements,
         tracing.tracing,
         retention.retention,
+        tracing.metrics,
         ablations.ablations,
         curves.sizes,
         curves.load,

@@ -1,8 +1,8 @@
-"""The part `tracing`: what OpenTelemetry and Sentry cost a worker."""
+"""The parts `tracing` and `metrics`: what OpenTelemetry, Sentry and metrics cost a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -23,8 +23,20 @@ _ON = (
 )
 
 
+_METRICS = (Contender("metrics", "benchmarks.traced.metrics", QUEUE, GRANT_ACCESS),)
+
+
 def tracing(bench: Bench) -> list[Figure]:
     """A queue of jobs of 20 ids: the rate and the worker's CPU time with each library."""
+    return _compared(bench, _ON)
+
+
+def metrics(bench: Bench) -> list[Figure]:
+    """A queue of jobs of 20 ids: the rate and the worker's CPU time with metrics."""
+    return _compared(bench, _METRICS)
+
+
+def _compared(bench: Bench, contenders: Sequence[Contender]) -> list[Figure]:
     jobs = bench.size(JOBS)
     with ExitStack() as stack:
         database = stack.enter_context(bench.database(INTERVIEWS))
@@ -37,14 +49,16 @@ def tracing(bench: Bench) -> list[Figure]:
             cpu = cpu_seconds(processes) - before
             return {name: rate, _cpu(name): 1_000 * cpu / jobs}
 
-        deployments = [stack.enter_context(bench.deploy(one, database)) for one in (_OFF, *_ON)]
+        deployments = [
+            stack.enter_context(bench.deploy(one, database)) for one in (_OFF, *contenders)
+        ]
         samples = measure([partial(sample, one) for one in deployments], bench.runs)
     rates, times = Comparison(samples, "jobs/s"), Comparison(samples, "ms/job")
     return [
         rates.figure(_OFF.name),
-        *(rates.figure(one.name, _OFF.name) for one in _ON),
+        *(rates.figure(one.name, _OFF.name) for one in contenders),
         times.figure(_cpu(_OFF.name)),
-        *(times.figure(_cpu(one.name), _cpu(_OFF.name)) for one in _ON),
+        *(times.figure(_cpu(one.name), _cpu(_OFF.name)) for one in contenders),
     ]
 
 

@@ -64,7 +64,10 @@ def words_of(test: list[str]) -> list[str]:
 
 def environment_of(name: str, here: Site) -> dict[str, str]:
     """A service's own variables, with the addresses of the servers that stand for its own."""
-    own = {key: str(value) for key, value in SERVICES[name]["environment"].items()}
+    own = {
+        key: str(value).replace("/tmp/health", f"/tmp/health-{PORT}")  # noqa: S108 - the container's own folder
+        for key, value in SERVICES[name]["environment"].items()
+    }
     return {**own, **here.environment(), "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 

@@ -151,6 +151,11 @@ BREAKER = Metric(
 )
 LIVE = Metric("interview_access_worker_live", "gauge", "1 if /healthz replies by 200.")
 READY = Metric("interview_access_worker_ready", "gauge", "1 if /readyz replies by 200.")
+MAIN_THREAD_AGE = Metric(
+    "interview_access_worker_main_thread_age_seconds",
+    "gauge",
+    "Time since the main thread was in its event loop or tried to reconnect to Redis.",
+)
 SOURCE_UP = Metric(
     "interview_access_source_up",
     "gauge",
@@ -233,7 +238,7 @@ OF_JOBS = (
 )
 OF_WORKER = (
     *(POOL_LOSSES, POOL_PROCESSES, WORKER_CLAIMED, WORKER_CLAIMED_AGE, LEASE_LOSSES),
-    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, SOURCE_UP),
+    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, MAIN_THREAD_AGE, SOURCE_UP),
 )
 OF_REDIS = (
     *(LANE_JOBS, LANE_AGE, DELAYED, DELAYED_OVERDUE, CLAIMED, SESSIONS, DEAD, DEAD_BYTES),

@@ -156,6 +156,7 @@ class State(Collector):
         yield _gauge(catalog.BREAKER, states)
         yield _gauge(catalog.LIVE, health.is_live)
         yield _gauge(catalog.READY, health.is_ready)
+        yield _gauge(catalog.MAIN_THREAD_AGE, max(lease.main_thread_seconds, 0.0))
 
 
 def _of_queue(queue: QueueSnapshot) -> Iterator[Family]:
