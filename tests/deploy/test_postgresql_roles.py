@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 
 import pytest
 from interview_access.outbox import enqueue_in_sqlalchemy
@@ -35,6 +36,13 @@ def test_the_file_has_no_password() -> None:
 def test_the_worker_has_the_privileges_that_it_needs(servers: Servers) -> None:
     """The worker's check at its start finds no missing privilege."""
     assert check_schema(servers.database("worker")) is None
+
+
+def test_the_worker_reads_its_metrics(servers: Servers) -> None:
+    """The worker's role may read all that a scrape reads."""
+    with closing(PostgresStorage(servers.database("worker"))) as storage:
+        assert storage.measure_ledger().size > 0
+        assert storage.count_requests().unsent == 0
 
 
 def test_a_job_is_requested_in_a_transaction(servers: Servers) -> None:

@@ -30,6 +30,7 @@ from tests.support.commands import run_module
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT
 from worker.cli import main
+from worker.operations.inspection import inspect
 
 FAILED_RESULT = '{"status": "FAILURE", "result": {"exc_type": "StorageUnavailableException"}}'
 
@@ -66,6 +67,13 @@ def test_worker_and_producer_run_a_job(servers: Servers) -> None:
         jobs = [GrantJob(f"acl-{number}", NAMED_SAMPLES) for number in range(3)]
         for job_id in client.enqueue_many(jobs):
             assert client.wait(job_id, timeout=30)["success"]
+
+
+@pytest.mark.usefixtures("all_permitted")
+def test_the_worker_reads_its_metrics(servers: Servers) -> None:
+    """The worker's user may read all that a scrape reads."""
+    with Redis.from_url(servers.redis("worker")) as redis:
+        assert inspect(redis).workers >= 1
 
 
 @pytest.mark.usefixtures("all_permitted")

@@ -203,3 +203,28 @@ class TestCancellation:
             transaction.request_cancellation("a")
             raise StorageError("the block raises")
         assert not store.storage.is_cancelled("a")
+
+
+class TestMeasureLedger:
+    """``measure_ledger``."""
+
+    def test_an_empty_ledger(self, store: Store) -> None:
+        """It has no oldest row."""
+        store.clear()
+        assert store.storage.measure_ledger().oldest_at is None
+
+    def test_the_oldest_row(self, store: Store) -> None:
+        """It is the first job that finished."""
+        finish(store.storage, finished("a", 1))
+        finish(store.storage, finished("b", 2))
+        first = store.storage.get_finished_job("a")
+        assert first is not None
+        assert store.storage.measure_ledger().oldest_at == first.finished_at
+
+    def test_the_estimate_after_an_analysis(self, postgres: PostgresStore) -> None:
+        """PostgreSQL's estimate is the number of rows, and the size is that on disk."""
+        finish(postgres.storage, *(finished(f"job-{number}", 1) for number in range(20)))
+        postgres.execute("ANALYZE grant_access_job")
+        totals = postgres.storage.measure_ledger()
+        assert totals.rows == 20
+        assert totals.size > 8_192
