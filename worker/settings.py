@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
-from typing import Annotated, Any, Self
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
