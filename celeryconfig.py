@@ -47,8 +47,6 @@ broker_connection_max_retries = None
 # Seconds; worker/execution/batch.py enforces it for each batch. The timeouts of the database
 # session are lower, so that PostgreSQL ends a statement first and the job is retried.
 task_time_limit = 600
-# Seconds; Celery's default, which the contract promises to pollers.
-result_expires = 86_400
 
 # --- Monitoring and results ------------------------------------------------------------------
 # Without it Flower shows no tasks.

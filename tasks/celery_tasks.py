@@ -10,7 +10,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 from celery import Task
@@ -266,19 +266,47 @@ def shown(args: object, kwargs: object) -> tuple[str, str]:
     return f"({_joined(positional)})", _joined(named)
 
 
-def log_outcome(job_id: str, args: Args, kwargs: Kwargs, result: JobResult, seconds: float) -> None:
-    """Log the line of a settled job.
+def log_outcome(
+    task: str,
+    job_id: str,
+    arguments: tuple[Args, Kwargs],
+    result: JobResult,
+    failure: InterviewAccessError | None,
+    *,
+    attempt: int,
+    seconds: float,
+) -> None:
+    """Log the line of a settled job: in text with its arguments, in JSON with its figures.
+
+    JSON has no ID of a person: the job's ID leads to the job's row of the ledger.
 
     Args:
+        task: The job's task.
         job_id: The job's ID.
-        args: Positional arguments.
-        kwargs: Named arguments.
+        arguments: Positional and named arguments.
         result: The job's result.
+        failure: Why the job failed, if it did.
+        attempt: Number of this execution, from 1.
         seconds: Duration of its batch.
     """
-    line = _line(args, kwargs)
+    outcome = result.outcome
+    state = outcome.state if outcome else "failed"
+    fields: dict[str, object] = {
+        "job_id": job_id,
+        "task": task,
+        "attempt": attempt,
+        "seconds": seconds,
+        "outcome": "refused" if failure and failure is result.refusal else state,
+        "already_finished": result.repeated,
+    }
+    if failure:
+        fields |= {"error_type": type(failure).__name__, "error": failure.sentence}
+    elif outcome and outcome.figures:
+        fields |= asdict(outcome.figures)
     logger.info(
-        "job settled: job=%s seconds=%.2f outcome=%s %s", job_id, seconds, _summary(result), line
+        "job settled: job=%s seconds=%.2f attempt=%d outcome=%s %s",
+        *(job_id, seconds, attempt, _summary(result), _line(*arguments)),
+        extra={"fields": fields},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -34,7 +35,7 @@ from worker.execution.consumer import Drain, JobClaims
 from worker.execution.dispatch import Dispatcher
 from worker.execution.request import Limits
 from worker.execution.run import JobObserver
-from worker.logs import escape_task_lines, escape_worker_lines
+from worker.logs import format_task_lines, format_worker_lines, is_json
 from worker.monitoring.bootstep import Monitoring
 from worker.services.bootstep import BackgroundServices
 from worker.services.outbox_relay import OutboxRelay
@@ -102,6 +103,12 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         )
         for task_class in (GrantAccessTask, GrantCohortAccessTask, CreateInterviewAttemptTask):
             self.register_task(task_class(self.task_dependencies))
+
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802 - Celery's name
+        """The class of the worker."""
+        name = "worker.console:LoggingWorker" if is_json() else "celery.apps.worker:Worker"
+        return self.subclass_with_self(name)
 
     def new_storage(self) -> PostgresStorage:
         """Make a storage; it connects at its first use."""
@@ -192,7 +199,7 @@ def _connect_signals(app: WorkerApp) -> None:
         (celeryd_after_setup, prepare_fork),
         (worker_shutting_down, drain),
         (worker_shutdown, end_session),
-        (after_setup_logger, escape_worker_lines),
-        (after_setup_task_logger, escape_task_lines),
+        (after_setup_logger, format_worker_lines),
+        (after_setup_task_logger, format_task_lines),
     ):
         signal.connect(hook, weak=False)

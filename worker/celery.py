@@ -8,13 +8,16 @@ import gc
 gc.disable()  # imports leave no garbage; benchmarks/starting.py measures the start
 
 from worker.app import create_app
+from worker.logs import is_json, log_json_from_the_start, refused_start
 from worker.settings import Settings, SettingsError
 
+if is_json():
+    log_json_from_the_start()
 try:
     app = create_app(Settings.from_environment())
 except SettingsError as error:
     # Celery's command prints a traceback for an ordinary exception.
-    raise SystemExit(f"The worker cannot start: {error}") from None
+    raise refused_start(error) from None
 
 gc.freeze()  # exempts the imported modules from collections
 gc.enable()

@@ -6,7 +6,7 @@ import os
 import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
 from interview_access.redis_address import FORMS, RedisAddress, masked
@@ -120,6 +120,8 @@ class Settings(DatabaseSettings):
         grant_dead_letter_bytes: Memory of all dead letters, beyond which the oldest are dropped.
         metrics_address: Where metrics and health are served over HTTP; None: nowhere.
         health_file: The file that is written for probes of health; None: none.
+        log_format: Format of the log lines.
+        result_retention: Seconds for which a job's result is kept in Redis.
     """
 
     celery_broker_url: Annotated[str, AfterValidator(_redis)] = Field(repr=False)
@@ -142,6 +144,8 @@ class Settings(DatabaseSettings):
     grant_retention_days: int | None = Field(default=None, ge=1, le=36_500)
     grant_dead_letter_days: int | None = Field(default=None, ge=1, le=36_500)
     grant_dead_letter_bytes: int = Field(default=256_000_000, ge=1_000_000, le=1_000_000_000_000)
+    log_format: Literal["text", "json"] = "text"
+    result_retention: int = Field(default=86_400, ge=60, le=31_536_000)
 
     @model_validator(mode="after")
     def _results_beside_the_queue(self) -> Self:

@@ -50,7 +50,7 @@ def list_key(queue: str, priority: int) -> str:
 
 
 def celery_settings(settings: Settings) -> dict[str, Any]:
-    """Celery's settings that follow from the addresses of both servers.
+    """Celery's settings that follow from the environment.
 
     Celery reads CELERY_BROKER_URL by itself, but for the two settings of reading and writing.
     """
@@ -64,6 +64,7 @@ def celery_settings(settings: Settings) -> dict[str, Any]:
             **({} if broker.path else KEEPALIVE),
         },
         "redis_client_name": CLIENT_NAME,
+        "result_expires": settings.result_retention,
         "result_backend_transport_options": {
             **_sentinels(results),
             "connection": {

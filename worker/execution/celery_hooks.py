@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -145,6 +146,8 @@ def log_end(run: JobRun, seconds: float) -> None:
         run: The job.
         seconds: Time that its batch took.
     """
+    if not trace.logger.isEnabledFor(logging.INFO):
+        return
     args, kwargs = shown(run.call.args, run.call.kwargs)
     fields = {"id": run.delivery.job_id, "name": run.delivery.task, "args": args, "kwargs": kwargs}
     if isinstance(run.result, dict):

@@ -161,7 +161,7 @@ class Dispatcher:
         else:
             self._send_rejected(request)
         signals.task_received.send(sender=self, request=request)
-        logger.info(trace.LOG_RECEIVED, {"name": request.name, "id": request.id})
+        trace.info(trace.LOG_RECEIVED, {"name": request.name, "id": request.id})
         names = ("root_id", "parent_id", "eta", "expires")
         headers = {name: request.headers.get(name) for name in names}
         self.send_event(

@@ -266,7 +266,15 @@ def _settlement_of_end(
         return Settlement(Disposition(Action.DELAY, delay=_NOT_STORED_SECONDS), ())
     if logger.isEnabledFor(logging.INFO):
         with as_current(run):
-            log_outcome(job_id, run.call.args, run.call.kwargs, settled, seconds)
+            log_outcome(
+                run.delivery.task,
+                job_id,
+                (run.call.args, run.call.kwargs),
+                settled,
+                run.failure,
+                attempt=run.delivery.attempts + run.delivery.retries + 1,
+                seconds=seconds,
+            )
             log_end(run, seconds)
     if settled.refusal and run.delivery.body is not None:
         return Settlement(

@@ -7,6 +7,7 @@ from typing import Any
 
 from celery import bootsteps
 
+from worker.logs import refused_start
 from worker.startup import StartupError
 from worker.startup.options import check_options
 from worker.startup.seams import check_seams
@@ -36,4 +37,4 @@ class StartupChecks(bootsteps.Step):  # type: ignore[misc] # Celery ships no typ
             check_options(worker)
             check_servers(worker.app.settings)
         except StartupError as error:
-            raise SystemExit(f"The worker cannot start: {error}") from None
+            raise refused_start(error) from None

@@ -50,6 +50,12 @@ SEAMS: Sequence[Seam] = (
     ),
     Seam(
         "celery",
+        "celery.apps.worker",
+        "safe_say",
+        "The signal handlers print through it; with LOG_FORMAT=json every line must be JSON.",
+    ),
+    Seam(
+        "celery",
         "celery.backends.redis:RedisBackend",
         "_get_pool",
         "No setting passes TCP keepalive and TLS options to the result backend's connections.",
