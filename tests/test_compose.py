@@ -153,7 +153,7 @@ def test_flower_asks_for_its_password(here: Site, tmp_path: Path) -> None:
 
 
 def test_redis_takes_its_command(tmp_path: Path) -> None:
-    """The server takes redis's own flags: append-only, no eviction, and a password to get in.
+    """The server takes redis's own flags: append-only, bounded, no eviction, and a password.
 
     The health check's redis-cli is not in the wheel; what it sends, PING with the password of
     REDISCLI_AUTH, is sent by the Python client.
@@ -172,6 +172,7 @@ def test_redis_takes_its_command(tmp_path: Path) -> None:
             assert operator.ping()
             assert operator.config_get("appendonly") == {"appendonly": "yes"}
             assert operator.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+            assert operator.config_get("maxmemory") == {"maxmemory": str(512 * 1024**2)}
     finally:
         server.stop()
 
@@ -237,3 +238,23 @@ def test_the_image_has_all_of_our_code() -> None:
     allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert {f"!{name}" for name in copied} <= set(allowed)
     assert re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE) == [SERVICES["worker"]["user"]]
+
+
+def test_the_images_are_pinned_and_apart() -> None:
+    """Python has a version, and only Flower's image has Flower."""
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG PYTHON=3\.\d+\.\d+-slim-\w+$", dockerfile, re.MULTILINE)
+    assert set(re.findall(r"^FROM python:(\S+)", dockerfile, re.MULTILINE)) == {"${PYTHON}"}
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", dockerfile, re.MULTILINE)
+    assert stages[-1] == SERVICES["worker"]["build"]["target"] == "worker"
+    assert SERVICES["flower"]["build"]["target"] in stages
+    locks = [
+        (ROOT / f"requirements{of}.lock").read_text(encoding="utf-8") for of in ("", "-flower")
+    ]
+    assert ["\nflower==" in lock for lock in locks] == [False, True]
+    assert set(pins(locks[0])) <= set(pins(locks[1]))
+
+
+def pins(lock: str) -> list[str]:
+    """The packages of a lock file, with their versions."""
+    return re.findall(r"^\S+==\S+", lock, re.MULTILINE)
