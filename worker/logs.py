@@ -82,7 +82,7 @@ class JsonFormatter(logging.Formatter):
         task = get_current_task()
         if task and task.request:
             line |= {"job_id": task.request.id, "task": task.name}
-        line = {name: _plain(value) for name, value in ({**fields, **line}).items()}
+        line = {name: _plain(value) for name, value in {**line, **fields, **line}.items()}
         if record.exc_info and record.exc_info[0]:
             line["error_type"] = record.exc_info[0].__name__
             line["exception"] = _last_lines(self.formatException(record.exc_info))
@@ -97,13 +97,15 @@ def _event_and_fields(record: logging.LogRecord) -> tuple[str, Mapping[str, obje
     Values without names are one field, ``detail``. A message that begins with a value, as Celery's
     do, is the event as a whole.
     """
-    event, values, names = _parsed(record.msg) if isinstance(record.msg, str) else ("", "", ())
-    fields: object = getattr(record, "fields", None)
-    if event and isinstance(fields, Mapping):
-        return event, fields
-    args = record.args
-    if not (event and args and isinstance(args, tuple)):
+    args, fields = record.args, getattr(record, "fields", None)
+    # Without values a message is a library's, of any length: it is not kept in the cache.
+    if not (args and isinstance(args, tuple) and isinstance(record.msg, str)):
         return record.getMessage(), {}
+    event, values, names = _parsed(record.msg)
+    if not event:
+        return record.getMessage(), {}
+    if isinstance(fields, Mapping):
+        return event, fields
     if len(names) != len(args):
         return event, {"detail": values % args}
     return event, {

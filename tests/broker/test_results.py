@@ -26,6 +26,8 @@ from tasks.celery_tasks import GrantAccessTask, TaskDependencies
 from tests.faults.gates import Relay
 from tests.support.stores import CHUNK_SIZE, Background, PostgresStore, a_job, created
 from worker.broker.results import JobResults
+from worker.broker.transport import celery_settings
+from worker.settings import Settings
 
 SUCCESS = {"success": True, "created_access_count": 3}
 UNAVAILABLE = StorageUnavailableException.of(17, "away")
@@ -261,3 +263,14 @@ def test_results_that_cannot_be_stored_are_not_reported(tmp_path: Path) -> None:
     away = results_at(f"redis+socket://{tmp_path}/none")
     assert away.store_results({str(uuid4()): SUCCESS}) == frozenset()
     away.store_started([str(uuid4())])
+
+
+def test_a_result_is_kept_for_its_retention(stack: LocalStack, redis: Redis) -> None:
+    """RESULT_RETENTION is the expiry of a stored result, in seconds."""
+    settings = Settings(
+        database_url="postgresql://me@h/x", celery_broker_url=stack.broker_url, result_retention=600
+    )
+    expires = celery_settings(settings)["result_expires"]
+    results = results_at(stack.broker_url, result_expires=expires)
+    assert results.store_results({"kept": SUCCESS}) == {"kept"}
+    assert 590 < int(str(redis.ttl("celery-task-meta-kept"))) <= 600

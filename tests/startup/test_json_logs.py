@@ -158,3 +158,11 @@ def test_a_refused_start_is_a_record(here: Site) -> None:
         lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
         (line,) = [one for one in lines if one["event"] == refused]
         assert (line["level"], reason in line["detail"]) == ("CRITICAL", True)
+
+
+def test_an_unknown_format_is_refused(here: Site) -> None:
+    """A worker with another value of LOG_FORMAT does not start, and says so as text."""
+    done = run_module(here.environment(LOG_FORMAT="xml"), "celery", "-A", "worker", "worker")
+    assert done.returncode == 1
+    refusal = "The worker cannot start: LOG_FORMAT: got 'xml', expected 'text' or 'json'"
+    assert refusal in done.stderr.splitlines()
