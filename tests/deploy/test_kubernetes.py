@@ -137,7 +137,7 @@ def names(tree: object, key: str) -> list[object]:
 
 def test_variables_are_ones_that_are_read() -> None:
     """Each variable is one of the worker's settings, or Flower's password."""
-    known = {*map(str.upper, Settings.model_fields), "METRICS_ADDRESS", "FLOWER_BASIC_AUTH"}
+    known = {*map(str.upper, Settings.model_fields), "FLOWER_BASIC_AUTH"}
     set_here = {one["name"] for pod in PODS.values() for one in pod["spec"]["containers"][0]["env"]}
     base = yaml.safe_load((FOLDER / "base" / KUSTOMIZE).read_text("utf-8"))
     literals = dict(one.split("=") for one in base["configMapGenerator"][0]["literals"])

@@ -11,6 +11,7 @@ from celery import bootsteps
 from storage.dtos import LedgerTotalsDTO, OutboxTotalsDTO
 from storage.postgres import DatabaseLimits, PostgresStorage
 from worker.broker.transport import CLIENT_NAME
+from worker.logs import refused_start
 from worker.monitoring.health import HealthCheck, HealthFile
 
 _SECONDS = 2.0  # to connect to a server, and for each reply
@@ -44,18 +45,18 @@ class Monitoring(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships 
             try:
                 self._server = server.MonitoringServer(address.host, address.port)
             except OSError as error:
-                raise SystemExit(
-                    f"The worker cannot start: METRICS_ADDRESS: got {address}, expected an address "
-                    f"of this host with a free port: {error.strerror or error}."
+                raise refused_start(
+                    f"METRICS_ADDRESS: got {address}, expected an address of this host with a "
+                    f"free port: {error.strerror or error}."
                 ) from None
         if path := settings.health_file:
             try:
                 path.write_text("")
                 path.unlink()
             except OSError as error:
-                raise SystemExit(
-                    f"The worker cannot start: HEALTH_FILE: got {str(path)!r}, expected a file in "
-                    f"a folder that the worker can write to: {error.strerror}."
+                raise refused_start(
+                    f"HEALTH_FILE: got {str(path)!r}, expected a file in a folder that the worker "
+                    f"can write to: {error.strerror}."
                 ) from None
         worker.app.monitoring = self
 
