@@ -424,7 +424,8 @@ def test_each_job_has_one_end_while_a_worker_claims(
     """Beside a worker that executes jobs, each job is executed or cancelled, and none is left."""
     jobs = [GrantJob("ann", (), f"job-{number}") for number in range(2 * MANY)]
     client.enqueue_many(jobs)
-    with worker(here, tmp_path / "worker.log"):
+    # Small batches, so that some jobs are left for the command.
+    with worker(here, tmp_path / "worker.log", GRANT_BATCH_SIZE=10):
         until(lambda: here.redis.llen(QUEUE) < 2 * MANY)
         assert command(here, *words, "--yes").exit_code == 0
         until(lambda: here.redis.llen(QUEUE) == 0 and inspect(here.redis).claimed == 0)

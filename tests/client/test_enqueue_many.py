@@ -131,6 +131,8 @@ def test_a_message_equals_that_of_enqueue(redis: Redis, client: Client) -> None:
     client.enqueue_many([GrantJob("ann", ids, "one", expires=at)])
     alone, among = messages(redis)
     assert alone["properties"].pop("delivery_tag") != among["properties"].pop("delivery_tag")
+    times = [one["headers"].pop("enqueued_at") for one in (alone, among)]
+    assert times == sorted(times)
     assert alone == among
 
 
