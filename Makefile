@@ -43,7 +43,7 @@ docs: .venv/ready ## build the documentation site in build/docs, without network
 	@$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
 	@echo "Open build/docs/index.html"
 
-test: .venv/ready .venv/node/ready ## run the tests on real servers (5 min)
+test: .venv/ready .venv/node/ready ## run the tests on real servers (8 min)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/ready ## run the slow fault tests, then inject 1,000 random faults (30 min)

@@ -110,7 +110,7 @@ def eventually(condition: Callable[[], bool], seconds: float = END_SECONDS) -> b
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(0.02)  # the polling interval
     return True
 
 

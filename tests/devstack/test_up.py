@@ -41,7 +41,7 @@ def eventually(condition: Callable[[], bool], seconds: float) -> bool:
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(0.05)  # the polling interval
     return True
 
 

@@ -142,7 +142,7 @@ def test_a_graceful_shutdown(
     os.kill(worker.pid, signal.SIGTERM)
     until(lambda: not endpoint.is_ready, within=3)
     until(lambda: not passes(READY, file), within=3)
-    time.sleep(3)  # into the grace period
+    time.sleep(3)  # a part of the grace period: no event marks that the worker stays live in it
     assert endpoint.is_live
     assert passes(LIVE, file)
     workload.release()

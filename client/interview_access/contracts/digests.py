@@ -27,8 +27,8 @@ from interview_access.contracts.identifiers import (
 from interview_access.contracts.names import GRANT_COHORT_ACCESS
 from interview_access.contracts.requests import GrantAccessRequest, GrantCohortAccessRequest
 
-_GRANT_PARAMETERS = tuple(GrantAccessRequest.model_fields)
-_COHORT_PARAMETERS = tuple(GrantCohortAccessRequest.model_fields)
+_GRANT_PARAMETERS = GrantAccessRequest.parameters()
+_COHORT_PARAMETERS = GrantCohortAccessRequest.parameters()
 
 # Types that JSON lacks, such as dates, reach a worker through Celery's own JSON.
 _json = json.JSONEncoder(default=repr, sort_keys=True, separators=(",", ":")).encode

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Annotated, ClassVar, LiteralString, Self
 from uuid import UUID, uuid4
 
@@ -143,6 +144,12 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
+    @cache
+    def parameters(cls) -> tuple[str, ...]:
+        """Names of the arguments, in order."""
+        return tuple(cls.model_fields)
+
+    @classmethod
     def read(
         cls,
         args: Sequence[object],
@@ -164,7 +171,7 @@ class _Request(BaseModel):
             InvalidGrantRequestException: if an argument is missing, unknown, given twice or
                 invalid; it names each such argument.
         """
-        names = list(cls.model_fields)
+        names = cls.parameters()
         if len(args) > len(names):
             expected = f"at most {len(names)} in order ({', '.join(names)})"
             raise InvalidGrantRequestException.of([("arguments", expected, f"{len(args)}")])
@@ -279,7 +286,7 @@ class Job:
     @property
     def arguments(self) -> dict[str, object]:
         """Named arguments of the task, with UUIDs as strings and any iterable as a list."""
-        return {name: as_text(getattr(self, name)) for name in self.request.model_fields}
+        return {name: as_text(getattr(self, name)) for name in self.request.parameters()}
 
     @property
     def requested(self) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
 from interview_access.contracts import LIMITS_KEY, Job, WorkerLimits
+from interview_access.errors import InvalidGrantRequestException
 from interview_access.protocol.commands import Commands, Exchange
 from interview_access.protocol.messages import at_position
 from interview_access.protocol.retrying import replies_to
@@ -46,8 +46,10 @@ class LimitsReader:
         if self._known is None or largest <= self._known.max_interview_ids:
             return
         for position, job in enumerate(jobs):
-            with at_position(position) if is_many else nullcontext():
+            try:
                 job.check(max_interview_ids=self._known.max_interview_ids)
+            except InvalidGrantRequestException as error:
+                raise (at_position(position, error) if is_many else error) from None
 
     def _read(self, by: float) -> Exchange[None]:
         try:

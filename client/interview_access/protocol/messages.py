@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from json.encoder import encode_basestring_ascii as _quoted
@@ -36,7 +36,7 @@ from interview_access.errors import InvalidGrantRequestException
 from interview_access.protocol.commands import Command
 from interview_access.text import describe, shortened
 
-_ORIGIN = "interview-access-client"
+_ORIGIN = '"interview-access-client"'  # in JSON
 
 _HEADERS: dict[str, object] = {
     "lang": "py",
@@ -202,7 +202,7 @@ def checked_messages(
         raise InvalidGrantRequestException.of([("jobs", "a list of jobs", describe(jobs))])
     first_of: dict[str, JobMessage] = {}
     for position, job in enumerate(jobs):
-        with at_position(position):
+        try:
             if not isinstance(job, Job):
                 expected = "a GrantJob, GrantCohortJob or InterviewAttemptJob"
                 raise InvalidGrantRequestException.of([("the job", expected, describe(job))])
@@ -213,20 +213,18 @@ def checked_messages(
                 raise InvalidGrantRequestException.of(
                     [("job_id", "an ID that no other request in the call has", taken)]
                 )
+        except InvalidGrantRequestException as error:
+            raise at_position(position, error) from None
+        except ValueError as error:
+            raise ValueError(f"jobs[{position}]: {error}") from None
         yield first
 
 
-@contextmanager
-def at_position(position: int) -> Iterator[None]:
-    """Add a job's position in its call to the errors of the block."""
-    try:
-        yield
-    except InvalidGrantRequestException as error:
-        raise InvalidGrantRequestException(
-            f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"jobs[{position}]: {error}") from None
+def at_position(position: int, error: InvalidGrantRequestException) -> InvalidGrantRequestException:
+    """Add the position of a job in its call to its error."""
+    return InvalidGrantRequestException(
+        f"jobs[{position}]: {error.sentence}", {**error.details, "position": position}
+    )
 
 
 def control_message(task: str, request_id: str, job_id: str, expires_at: datetime) -> bytes:
@@ -325,9 +323,9 @@ def _envelope(
         "queue": queue,
         "delivery_tag": token_hex(16),  # unique, and cheaper than a UUID
         "reply_to": reply_to,
-        "origin": _ORIGIN,
     }
     encoded = {name: "null" if one is None else _quoted(one) for name, one in values.items()}
+    encoded["origin"] = _ORIGIN
     added = {name: value for name, value in (headers or {}).items() if name not in _HEADERS}
     if added:
         encoded["origin"] += f", {json.dumps(added)[1:-1]}"
