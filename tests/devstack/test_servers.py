@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import redis
 
 from devstack.servers import LocalStack
 from devstack.service import LocalStackError, Service
+from tests.support.stores import eventually
 
 ROOT = Path(__file__).parents[2]
 END_SECONDS = 10.0  # within which all processes end after their owner
@@ -102,16 +102,6 @@ def assert_data(database_url: str, broker_url: str) -> None:
         assert connection.execute("SELECT n FROM kept").fetchall() == [(42,)]
     with closing(queue(broker_url)) as valkey:
         assert valkey.lrange("kept", 0, -1) == [b"a job"]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = END_SECONDS) -> bool:
-    """Poll a condition, and return whether it became true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)  # the polling interval
-    return True
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -197,7 +187,7 @@ def test_nothing_outlives_a_killed_owner(data: Path, end: signal.Signals) -> Non
         process.send_signal(end)
         process.wait()
         assert not psutil.wait_procs(left, END_SECONDS)[1]
-    assert eventually(lambda: not sockets_of(servers["broker_url"]).exists())
+    assert eventually(lambda: not sockets_of(servers["broker_url"]).exists(), END_SECONDS)
     with LocalStack(data, durable=False) as stack:
         assert_data(stack.database_url, stack.broker_url)
 
@@ -373,7 +363,7 @@ def test_all_descendants_end_with_a_service(tmp_path: Path) -> None:
     log = tmp_path / "stubborn.log"
     service = Service("stubborn", [sys.executable, "-c", program], log=log, grace=0.2)
     service.start()
-    assert eventually(lambda: log.read_text(encoding="ascii").endswith("\n"))
+    assert eventually(lambda: log.read_text(encoding="ascii").endswith("\n"), END_SECONDS)
     left = [psutil.Process(service.pid), psutil.Process(int(log.read_text(encoding="ascii")))]
     service.stop()
     assert not any(process.is_running() for process in left)

@@ -8,15 +8,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 from celery import Celery
+
+from tests.support.stores import eventually
 
 ROOT = Path(__file__).parents[2]
 END_SECONDS = 10.0  # within which everything ends
@@ -33,16 +34,6 @@ if os.getsid(0) == os.getpid():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 sys.exit(run_up(Path(sys.argv[1]), with_parent="with-parent" in sys.argv[2:]))
 """
-
-
-def eventually(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll a condition, and return whether it became true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)  # the polling interval
-    return True
 
 
 class Terminal:

@@ -301,14 +301,6 @@ class TestRelay:
         assert [line.startswith("outbox headers ignored: job=") for line in logged] == [True] * 3
         assert "headers='n, compression'" in logged[0]
 
-    def test_the_trace_of_the_caller_is_continued(self, idle: Site) -> None:
-        """The message has the context of the span in which a helper was called."""
-        done = run_module(idle.environment(), "tests.services.traced_request")
-        assert done.returncode == 0, done.stderr
-        run_relay(idle)
-        (message,) = messages(idle)
-        assert message["headers"]["traceparent"] == done.stdout.strip()
-
     @pytest.mark.parametrize("task", ["grant_cohort_access", "create_interview_attempt"])
     def test_an_unsent_request_of_any_task_can_be_cancelled(self, idle: Site, task: str) -> None:
         """An unsent cohort or attempt is reported with its task, and is cancelled in the ledger."""

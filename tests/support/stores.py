@@ -363,10 +363,17 @@ def postgres_store(
 
 def until(condition: Callable[[], bool], *, within: float = PATIENCE_SECONDS) -> None:
     """Return when the condition is true. Fails after ``within`` seconds."""
-    deadline = time.monotonic() + within
+    assert eventually(condition, within), "the condition did not become true"
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    """Poll a condition, and return whether it became true in time."""
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true"
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.002)  # between two polls
+    return True
 
 
 @contextmanager
