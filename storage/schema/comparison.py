@@ -30,7 +30,7 @@ from storage import models
 from storage.errors import StorageError
 from storage.migrations import grant_key, request_tasks
 from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
-from storage.schema.revisions import KNOWN_REVISIONS, expected_revision
+from storage.schema.revisions import expected_revision
 
 _INSERTED_INTO = frozenset(
     table.name for table in (models.grants, models.interview_attempts, models.jobs)
@@ -49,7 +49,7 @@ class SchemaMismatchError(StorageError):
     """The database differs from what the worker needs, in a way that no migration changes.
 
     Attributes:
-        differences: All differences; empty if the revision or the server is unknown.
+        differences: All differences; empty if the revision or the server is unsuitable.
     """
 
     def __init__(self, reason: str, differences: Sequence[Difference] = ()) -> None:
@@ -78,21 +78,16 @@ class Difference:
 
 
 def refuse_differences(connection: Connection, revision: str | None) -> None:
-    """Compare the tables with the models. At the newest revision, every table must exist.
+    """Compare the tables with the models. From the newest revision on, every table must exist.
 
     Args:
         connection: A connection to the database.
-        revision: The database's revision.
+        revision: The database's revision; one of a later release must be compatible.
 
     Raises:
-        SchemaMismatchError: if a table does not fit, or the revision is unknown.
+        SchemaMismatchError: if a table does not fit.
     """
-    if revision is not None and revision not in KNOWN_REVISIONS:
-        raise SchemaMismatchError(
-            f"the database is at revision {revision}, which this release does not know (its "
-            f"newest is {expected_revision()}): use the release that created it, or a newer one"
-        )
-    is_complete = revision == expected_revision()
+    is_complete = revision is not None and revision >= expected_revision()
     differences: list[Difference] = []
     tables = find_tables(connection, models.METADATA.tables)
     for expected in models.METADATA.sorted_tables:

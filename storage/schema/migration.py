@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, NullPool, event, text
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError
 
 from storage.connections import open_engine, parse_url, without_secrets
 from storage.driver_errors import is_refused, is_tls_failure, sqlstate_of
@@ -21,25 +19,24 @@ from storage.schema.identity import database_identity
 from storage.schema.privileges import (
     NEEDED,
     TO_PRUNE,
+    TO_READ_VERSION,
     Needed,
     missing_for_migration,
     missing_privileges,
     missing_usage,
     missing_usage_of_path,
 )
-from storage.schema.revisions import VERSION_TABLE, current_revision, expected_revision
-
-if TYPE_CHECKING:
-    from alembic.config import Config
-
-Report = Callable[[str], None]
-"""Called with a sentence about each step."""
+from storage.schema.revisions import (
+    KNOWN_REVISIONS,
+    VERSION_TABLE,
+    current_revision,
+    expected_revision,
+    oldest_compatible_revision,
+)
+from storage.schema.upgrade import Report, exclusive_run, run_revisions
 
 _OLDEST_POSTGRESQL = (14,)  # the first with client_connection_check_interval
 _ENCODING = "UTF8"
-_RUN_SECONDS = 3600  # building an index on a very large table takes long
-_RUN_POLL_SECONDS = 0.2
-_MIGRATION_LOCK = 5_704_311_926_800_214_177  # key of the advisory lock: an arbitrary number
 _CHECK_REPLY_SECONDS = 30.0  # the statements of a check are short
 _REFUSALS = ("28", "3D", "42")  # classes: authentication; no such database; privileges and names
 _DENIALS = "42"  # class: privileges, and names of tables that the role cannot see
@@ -53,7 +50,7 @@ class DatabaseUnavailableError(StorageError):
 
 
 def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None:
-    """Bring the database to the newest revision. If it has that already, change nothing.
+    """Bring the database to the newest revision. If it has that or a later one, change nothing.
 
     The tables stay in use: no lock that blocks writers is waited for longer than 0.1 s. The next
     run continues an interrupted one. A run waits for the end of another. Through a pooler it
@@ -66,7 +63,8 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         report: Called with a sentence about each step.
 
     Raises:
-        SchemaMismatchError: if an existing table does not fit; nothing was changed.
+        SchemaMismatchError: if an existing table does not fit, or the schema is that of a later
+            release and not compatible with this one; nothing was changed.
         DuplicateGrantsError: if duplicate grants could not be removed.
         DatabaseUnavailableError: if PostgreSQL cannot be reached, or failed.
         StorageError: if the role lacks a privilege, PostgreSQL refused a statement, or another run
@@ -74,7 +72,7 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
     """
     with (
         _engine(database_url) as engine,
-        nullcontext() if dry_run else _exclusive_run(engine, report),
+        nullcontext() if dry_run else exclusive_run(engine, report),
         _connected(engine, read_only=dry_run) as connection,
     ):
         if problem := _server_problem(connection) or _search_path_problem(connection):
@@ -84,28 +82,35 @@ def migrate(database_url: str, *, dry_run: bool = False, report: Report) -> None
         for warning in changed_collations(connection):
             report(f"warning: {warning}")
         revision = current_revision(connection)
+        if problem := _compatibility_problem(connection, revision):
+            raise SchemaMismatchError(problem)
         refuse_differences(connection, revision)
-        if revision == expected_revision():
-            report(f"nothing to do: the schema is at revision {revision}")
+        if revision is not None and revision >= expected_revision():
+            report(f"nothing to do: {_version_in_words(connection, revision)}")
         elif problem := missing_for_migration(connection):
             raise StorageError(problem)
-        elif dry_run:
-            _report_plan(connection, revision, report)
         else:
-            _upgrade(connection, report)
+            run_revisions(connection, revision, dry_run=dry_run, report=report)
         for sentence in grant_key.find_redundant_keys(connection):
             report(sentence)
 
 
 def check_schema(
-    database_url: str, *, prunes: bool = False, warn: Report = lambda _: None
+    database_url: str,
+    *,
+    prunes: bool = False,
+    warn: Report = lambda _: None,
+    inform: Report = lambda _: None,
 ) -> str | None:
     """Verify the server, the schema's revision and the role's privileges.
+
+    A schema of a later release is accepted if it is compatible with this release.
 
     Args:
         database_url: ``postgresql://…``, with or without ``+psycopg``, of the worker's role.
         prunes: Whether the role prunes.
         warn: Called with a sentence about each risk that does not prevent a start.
+        inform: Called with a sentence if the schema is that of a later release.
 
     Returns:
         What is wrong and what to do about it, or None if nothing is.
@@ -128,17 +133,21 @@ def check_schema(
         for warning in changed_collations(connection):
             warn(warning)
         found, expected = current_revision(connection), expected_revision()
+        if problem := _compatibility_problem(connection, found):
+            return problem
         try:
             refuse_differences(connection, found)
         except SchemaMismatchError as error:
             return str(error)
         if found is None:
             return f"the database does not have the worker's schema: {_RUN_MIGRATE}"
-        if found != expected:
+        if found < expected:
             return f"the database is at revision {found}, expected {expected}: {_RUN_MIGRATE}"
-        missing = missing_privileges(connection, NEEDED)
+        missing = missing_privileges(connection, {**NEEDED, **TO_READ_VERSION})
         if missing is None and prunes:
             missing = missing_privileges(connection, TO_PRUNE)
+        if missing is None and found > expected:
+            inform(_version_in_words(connection, found))
         return missing
 
 
@@ -211,32 +220,30 @@ def _search_path_problem(connection: Connection) -> str | None:
     return None
 
 
-def _upgrade(connection: Connection, report: Report) -> None:
-    from alembic import command  # noqa: PLC0415 - a worker that checks the schema needs no Alembic
-
-    config = _alembic_config()
-    config.attributes.update(connection=connection, report=report, version_table=VERSION_TABLE)
-    connection.commit()  # Alembic begins its own transactions
-    try:
-        command.upgrade(config, "head")
-    except PendingRollbackError as error:
-        raise _original(error) from None
-
-
-def _alembic_config() -> Config:
-    from alembic.config import Config  # noqa: PLC0415 - as in _upgrade
-
-    config = Config()
-    config.set_main_option("script_location", "storage:migrations")
-    return config
+def _compatibility_problem(connection: Connection, revision: str | None) -> str | None:
+    """Return why this release cannot use the revision of a later release."""
+    if revision is None or revision in KNOWN_REVISIONS:
+        return None
+    if problem := missing_privileges(connection, TO_READ_VERSION):
+        return problem
+    oldest = oldest_compatible_revision(connection) or revision
+    if oldest <= expected_revision():
+        return None
+    return (
+        f"the database is at revision {revision}, which this release does not know (its newest is "
+        f"{expected_revision()}) and cannot use: expected a release with revision {oldest} or a "
+        "newer one; install the release that created it"
+    )
 
 
-def _original(error: PendingRollbackError) -> BaseException:
-    """Return the error that ended a connection, if clean-up on the connection then failed."""
-    original: BaseException = error
-    while isinstance(original, PendingRollbackError) and original.__context__ is not None:
-        original = original.__context__
-    return original
+def _version_in_words(connection: Connection, revision: str) -> str:
+    expected = expected_revision()
+    if revision == expected:
+        return f"the schema is at revision {revision}"
+    return (
+        f"the schema is at revision {revision}, newer than {expected} of this release and "
+        f"compatible with revisions from {oldest_compatible_revision(connection)} on"
+    )
 
 
 @contextmanager
@@ -282,42 +289,3 @@ def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterato
 def _connected(engine: Engine, *, read_only: bool) -> Iterator[Connection]:
     with engine.connect() as connection:
         yield connection.execution_options(postgresql_readonly=read_only)
-
-
-@contextmanager
-def _exclusive_run(engine: Engine, report: Report) -> Iterator[None]:
-    """Exclude other runs by an advisory lock, in the open transaction of a second connection.
-
-    The lock is polled: a statement that blocked on it would hold an old snapshot, for which a
-    concurrent index build waits, and the two runs would wait for each other. For the same reason
-    the transaction holds no snapshot while it is open.
-    """
-    deadline = time.monotonic() + _RUN_SECONDS
-    has_waited = False
-    with engine.connect() as connection:
-        while not connection.scalar(
-            text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK}
-        ):
-            connection.rollback()
-            if not has_waited:
-                report("waiting: another migrate is running on this database")
-                has_waited = True
-            if time.monotonic() >= deadline:
-                raise StorageError(
-                    f"another migrate has been running for {_RUN_SECONDS} s; find the "
-                    "application 'interview-access migrate' in pg_stat_activity"
-                )
-            time.sleep(_RUN_POLL_SECONDS)
-        # Without parameters: an executed portal keeps its snapshot until the next statement.
-        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-        yield
-
-
-def _report_plan(connection: Connection, revision: str | None, report: Report) -> None:
-    """Report what the revisions after this one would do."""
-    from alembic.script import ScriptDirectory  # noqa: PLC0415 - as in _upgrade
-
-    scripts = ScriptDirectory.from_config(_alembic_config())
-    for script in reversed([*scripts.iterate_revisions("head", revision or "base")]):
-        for step in script.module.plan(connection):
-            report(step)

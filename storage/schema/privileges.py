@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 
 from storage import models
-from storage.migrations import grant_key
+from storage.migrations import compatibility, grant_key
 from storage.migrations.catalog import find_tables
 from storage.schema.revisions import VERSION_TABLE
 
@@ -78,6 +78,9 @@ TO_CANCEL_JOBS: Needed = {
     **{table: NEEDED[table] for table in ("grant_access_job", "grant_access_cancellation")},
 }
 """What cancelling a job needs."""
+
+TO_READ_VERSION: Needed = {VERSION_TABLE: {"SELECT": ("version_num", compatibility.COLUMN)}}
+"""What reading the version of a schema at revision 0009 or newer needs."""
 
 TO_PRUNE: Needed = {
     "grant_access_job": {"DELETE": ()},

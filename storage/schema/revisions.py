@@ -7,6 +7,7 @@ from pathlib import Path
 from sqlalchemy import Connection, text
 
 from storage import migrations
+from storage.migrations import compatibility
 
 VERSION_TABLE = "grant_access_alembic_version"
 """Alembic's version table. Its default name may be in use by the platform."""
@@ -24,6 +25,20 @@ def current_revision(connection: Connection) -> str | None:
     if connection.scalar(text("SELECT to_regclass(:table)"), {"table": VERSION_TABLE}) is None:
         return None
     revision: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
+    return revision
+
+
+def oldest_compatible_revision(connection: Connection) -> str | None:
+    """Return the oldest revision whose workers can use a database at revision 0009 or newer.
+
+    Args:
+        connection: A connection of a role that may read both columns of the version table.
+
+    Returns:
+        The revision, or None if none is stored.
+    """
+    query = text(f"SELECT {compatibility.COLUMN} FROM {VERSION_TABLE}")  # noqa: S608 - constants
+    revision: str | None = connection.scalar(query)
     return revision
 
 

@@ -55,13 +55,21 @@ def task_steps(verb: str) -> list[str]:
 REQUESTED_AT = "grant_access_cancellation_requested_at_idx"
 
 
-def later_steps(tasks: str, tables: str, indexes: str) -> list[str]:
-    """Return the steps of the migrations 0007 and 0008, by the verb of each kind of step."""
+def later_steps(tasks: str, tables: str, indexes: str, version: str = "adopted") -> list[str]:
+    """Return the steps of the migrations 0007 to 0009, by the verb of each kind of step."""
     return [
         *task_steps(tasks),
         f"{tables} table grant_access_tombstone",
         f"{indexes} the index {REQUESTED_AT}",
+        f"{version} the column oldest_compatible of grant_access_alembic_version",
     ]
+
+
+STOP_OLDER = (
+    "stop the workers of revisions before 0008 first: they execute a late copy of a pruned job "
+    "again, since they read no tombstones"
+)
+"""What a migration from a revision before 0008 reports first."""
 
 
 def test_empty_database_gets_all_tables(database: Database) -> None:
@@ -180,7 +188,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0008"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0009"]
     assert database.catalog() == before
 
 
@@ -250,6 +258,7 @@ def test_unfinished_index_is_rebuilt(database: Database, is_valid: bool) -> None
     )
     step = "adopted" if is_valid else "added"
     assert migrated(database.url) == [
+        STOP_OLDER,
         f"{step} the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
         *later_steps("adopted", "adopted", "adopted"),
@@ -272,9 +281,10 @@ def test_trigger_is_added_without_blocking_writers(database: Database) -> None:
             " AND query LIKE '%CREATE OR REPLACE TRIGGER%' AND datname = current_database())"
         )
         database.execute(insert)
-        assert not reported
+        assert reported == [STOP_OLDER]
         service.execute("COMMIT")
     assert reported == [
+        STOP_OLDER,
         f"added the trigger {NOTIFIER}",
         *later_steps("adopted", "adopted", "adopted"),
     ]
@@ -305,9 +315,9 @@ def test_columns_are_added_while_requests_are_written(database: Database) -> Non
             " AND query LIKE '%ADD COLUMN%' AND datname = current_database())"
         )
         database.execute(insert)
-        assert not reported
+        assert reported == [STOP_OLDER]
         service.execute("COMMIT")
-    assert reported == later_steps("added", "adopted", "adopted")
+    assert reported == [STOP_OLDER, *later_steps("added", "adopted", "adopted")]
     assert set(database.catalog()["grant_access_request"]) == complete
     database.execute(insert)
     rows = database.execute("SELECT task, user_ids FROM grant_access_request")
@@ -320,7 +330,7 @@ def test_interrupted_constraint_is_validated(database: Database) -> None:
     before = database.catalog()
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0006'")
     database.execute("UPDATE pg_constraint SET convalidated = false WHERE conname = %s", TASK_CHECK)
-    assert migrated(database.url) == later_steps("adopted", "adopted", "adopted")
+    assert migrated(database.url) == [STOP_OLDER, *later_steps("adopted", "adopted", "adopted")]
     assert database.catalog() == before
 
 
@@ -335,7 +345,7 @@ def test_columns_of_the_service_are_adopted(database: Database) -> None:
 
     announced = dry_run(database)
 
-    assert announced[-5:-2] == [
+    assert announced[-6:-3] == [
         "would add the columns expires_at, digest, headers of grant_access_request",
         "would adopt the columns task, user_ids, eta of grant_access_request",
         f"would add the constraint {TASK_CHECK}",
@@ -367,6 +377,7 @@ def test_older_revision_is_upgraded(database: Database) -> None:
     before = database.catalog()
 
     assert migrated(database.url) == [
+        STOP_OLDER,
         *(f"created table {table}" for table in WORKER_TABLES[1:-1]),
         f"added the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
@@ -375,7 +386,7 @@ def test_older_revision_is_upgraded(database: Database) -> None:
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0008"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0009"]
 
 
 @pytest.mark.usefixtures("service")
@@ -399,7 +410,7 @@ def test_dry_run_changes_nothing(database: Database) -> None:
         *(f"would create table {table}" for table in WORKER_TABLES[1:-1]),
         f"would add the index {UNSENT}",
         f"would add the trigger {NOTIFIER}",
-        *later_steps("would add", "would create", "would add"),
+        *later_steps("would add", "would create", "would add", "would add"),
     ]
     assert database.catalog() == before
     assert len(grants(database)) == 3
@@ -412,8 +423,8 @@ def test_dry_run_lists_every_step_of_an_empty_database(database: Database) -> No
 
     assert announced == [in_conditional(step) for step in done]
     assert f"would add the index {UNSENT}" in announced
-    later = later_steps("would add", "would create", "would add")
-    assert announced[-5:] == [f"would add the trigger {NOTIFIER}", *later]
+    later = later_steps("would add", "would create", "would add", "would add")
+    assert announced[-6:] == [f"would add the trigger {NOTIFIER}", *later]
 
 
 @pytest.mark.parametrize("has_index", [True, False])
@@ -428,9 +439,10 @@ def test_dry_run_lists_only_later_revisions(database: Database, has_index: bool)
     announced = dry_run(database)
 
     assert announced == [
+        STOP_OLDER,
         f"would {'adopt' if has_index else 'add'} the index {UNSENT}",
         f"would add the trigger {NOTIFIER}",
-        *later_steps("would adopt", "would adopt", "would adopt"),
+        *later_steps("would adopt", "would adopt", "would adopt", "would adopt"),
     ]
     assert database.catalog() == before
     assert announced == [in_conditional(step) for step in migrated(database.url)]
@@ -445,6 +457,8 @@ def dry_run(database: Database) -> list[str]:
 
 def in_conditional(step: str) -> str:
     """Return a reported step as a dry run announces it."""
+    if step == STOP_OLDER:
+        return step
     verb, _, rest = step.partition(" ")
     infinitives = {"created": "create", "added": "add", "adopted": "adopt"}
     return f"would {infinitives[verb]} {rest}"

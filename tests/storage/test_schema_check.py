@@ -41,7 +41,9 @@ def test_check_reports_the_problem_and_the_remedy(database: Database) -> None:
     assert f"{GRANTS}(user_id, interview_id): found no unique key" in str(
         check_schema(database.url)
     )
-    database.execute("UPDATE grant_access_alembic_version SET version_num = 'later'")
+    database.execute(
+        "UPDATE grant_access_alembic_version SET version_num = 'later', oldest_compatible = 'later'"
+    )
     assert "revision later, which this release does not know" in str(check_schema(database.url))
 
 
@@ -139,7 +141,7 @@ COLUMNS_OF_WORKER = [
     else f"{privilege} ({', '.join(columns or ('id',))}) ON {table}"
     for table, privileges in NEEDED.items()
     for privilege, columns in privileges.items()
-] + ["SELECT (version_num) ON grant_access_alembic_version"]
+] + ["SELECT (version_num, oldest_compatible) ON grant_access_alembic_version"]
 """The same privileges by column, as far as PostgreSQL has such privileges."""
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from tests.support.workers import ROOT
 
 
 def run_module(
-    environment: Mapping[str, str], module: str, *words: str, stdin: str = ""
+    environment: Mapping[str, str],
+    module: str,
+    *words: str,
+    stdin: str = "",
+    folder: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m MODULE WORDS`` without a terminal, and wait for at most a minute.
 
@@ -19,6 +24,7 @@ def run_module(
         module: The module.
         *words: The arguments.
         stdin: The standard input.
+        folder: The folder of the release that has the module.
 
     Returns:
         The exit status, and both outputs.
@@ -26,7 +32,7 @@ def run_module(
     return subprocess.run(
         [sys.executable, "-m", module, *words],
         env=environment,
-        cwd=ROOT,
+        cwd=folder,
         input=stdin,
         capture_output=True,
         text=True,

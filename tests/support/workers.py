@@ -176,6 +176,7 @@ def worker_service(
     name: str = "",
     prefix: Sequence[str] = (),
     options: Sequence[str] = (),
+    folder: Path = ROOT,
 ) -> Service:
     """Return the service of a worker, which is not started yet.
 
@@ -187,6 +188,7 @@ def worker_service(
         name: Its node name; chosen by Celery, unless given.
         prefix: A command that runs the worker's command.
         options: More options of Celery's command.
+        folder: The folder of the release that the worker runs.
     """
     return Service(
         name or "worker",
@@ -198,7 +200,7 @@ def worker_service(
         ],
         log=log,
         environment=environment,
-        folder=ROOT,
+        folder=folder,
     )
 
 

@@ -127,6 +127,7 @@ def _check_database(database_url: str, *, prunes: bool) -> str:
             database_url,
             prunes=prunes,
             warn=lambda risk: logger.warning("PostgreSQL may be inconsistent: %s", risk),
+            inform=lambda version: logger.info("PostgreSQL schema is newer: %s", version),
         )
     except DatabaseUnavailableError as error:
         logger.warning("PostgreSQL unavailable, jobs wait for it: %s", error)
