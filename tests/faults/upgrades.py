@@ -20,7 +20,7 @@ from tests.support.stores import Background, until
 from tests.support.workers import ROOT, Site, is_ready, worker_service
 
 BATCH = 6
-INTERVAL_SECONDS = 0.05
+INTERVAL_SECONDS = 0.15
 """Between two batches of the load."""
 
 
@@ -74,7 +74,11 @@ class Fleet:
     def worker(self, name: str, folder: Path = ROOT) -> Service:
         """Return a worker of a release, which is not started yet."""
         service = worker_service(
-            self._logs / f"{name}.log", self._environment, name=f"{name}@test", folder=folder
+            self._logs / f"{name}.log",
+            self._environment,
+            processes=1,
+            name=f"{name}@test",
+            folder=folder,
         )
         self._services.callback(service.stop)
         return service
@@ -107,7 +111,7 @@ def drain(*workers: Service) -> None:
     stop_all(workers)
 
 
-def until_working(*workers: Service, jobs: int = 30) -> None:
+def until_working(*workers: Service, jobs: int = 12) -> None:
     """Wait until each worker has executed so many more jobs."""
     for one in workers:
         expected = count_succeeded(one) + jobs
@@ -124,13 +128,11 @@ def upgrade(fleet: Fleet, old: tuple[Service, Service], new: tuple[Service, ...]
 
     One of the old workers is killed and started again on the new schema.
     """
-    assert "running workers may stay" in fleet.migrate("--dry-run", folder=fleet.later)
-    fleet.migrate(folder=fleet.later)
+    assert "running workers may stay" in fleet.migrate(folder=fleet.later)
     until_working(*old)
-    start(*new)
     kill_process_tree(old[1])
     old[1].wait()
-    start(old[1])
+    start(*new, old[1])
     until_working(*old, *new)
     drain(*old)
 
@@ -141,6 +143,7 @@ def roll_back(fleet: Fleet, old: tuple[Service, ...], new: tuple[Service, ...]) 
     start(*old)
     until_working(*old, *new)
     drain(*new)
+    until_working(*old)
 
 
 def verify(here: Site, logs: Path, sent: list[str]) -> None:
