@@ -11,11 +11,13 @@ from typing import Any
 
 from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
+from sqlalchemy import text
 
 from devstack.service import Service, stop_all
-from tests.faults.invariants import PREFIX, verified_results
+from tests.faults.invariants import PREFIX, unfinished, verified_results
 from tests.faults.workers import SHORT_LEASE, kill_process_tree, success
 from tests.support.commands import run_module
+from tests.support.database import connected
 from tests.support.stores import Background, until
 from tests.support.workers import ROOT, Site, is_ready, worker_service
 
@@ -23,25 +25,36 @@ BATCH = 6
 INTERVAL_SECONDS = 0.15
 """Between two batches of the load."""
 
+_REQUEST = text("""
+    INSERT INTO grant_access_request (user_id, interview_ids)
+    VALUES (:user, CAST(:ids AS text[])) RETURNING job_id
+""")
+
 
 @contextmanager
 def load(here: Site, ids: list[str]) -> Iterator[list[str]]:
     """Send jobs until the end of the block. Yields the job IDs.
 
-    Three jobs of each user request overlapping parts of the interviews.
+    Three jobs of each user request overlapping parts of the interviews. One job of each batch is
+    requested in the outbox.
     """
     sent: list[str] = []
     stop = threading.Event()
     third = len(ids) // 3
 
     def send() -> None:
-        with closing(InterviewAccessClient(here.broker)) as client:
+        with (
+            closing(InterviewAccessClient(here.broker)) as client,
+            connected(here.store.database_url, autocommit=True) as database,
+        ):
             while not stop.wait(INTERVAL_SECONDS):
                 jobs = [
                     GrantJob(f"user-{number // 3}", ids[number % 3 * third :])
                     for number in range(len(sent), len(sent) + BATCH)
                 ]
                 sent.extend(client.enqueue_many(jobs))
+                requested = {"user": f"outbox-{len(sent)}", "ids": ids}
+                sent.append(str(database.execute(_REQUEST, requested).scalar_one()))
 
     sender = Background(send)
     try:
@@ -146,8 +159,25 @@ def roll_back(fleet: Fleet, old: tuple[Service, ...], new: tuple[Service, ...]) 
     until_working(*old)
 
 
+def replace(leaving: tuple[Service, ...], coming: tuple[Service, ...]) -> None:
+    """Replace running workers by as many others, one after the other; every second one is killed.
+
+    The migration of the later release must have run.
+    """
+    for number, (one, other) in enumerate(zip(leaving, coming, strict=True)):
+        start(other)
+        until_working(one, other)
+        if number % 2:
+            kill_process_tree(one)
+            one.wait()
+        else:
+            drain(one)
+    until_working(*coming)
+
+
 def verify(here: Site, logs: Path, sent: list[str]) -> None:
     """Verify that every job has succeeded, with exact counts, and that none was retried."""
+    until(lambda: not unfinished(here, sent))  # requests in the outbox are not in Redis yet
     results: dict[str, Any] = verified_results(here, sent)
     assert all(result.get("success") for result in results.values())
     assert not here.dead_letters()

@@ -15,9 +15,7 @@ from storage.migrations.locks import retry_statement
 
 revision = "0009"
 down_revision = "0008"
-compatibility = Compatibility(
-    "0008", "they execute a late copy of a pruned job again, since they read no tombstones"
-)
+compatibility = Compatibility("0005", "they are older than release 0.1.0")
 
 _TABLE = "grant_access_alembic_version"
 _SECONDS = 60
