@@ -61,8 +61,6 @@ def test_excluded_worker_refuses_to_start(fleet: Fleet, idle: Site) -> None:
     assert f"stop the workers of revisions before {LATER} first" in announced
     fleet.migrate(folder=fleet.later)
 
-    job_id = idle.send("ann", [interview])
-    until(lambda: "42703" in running.log.read_text("utf-8"))
     later.start()
     assert later.wait(30) == 1
     assert (
@@ -70,6 +68,8 @@ def test_excluded_worker_refuses_to_start(fleet: Fleet, idle: Site) -> None:
         f"{expected_revision()}) and cannot use: expected a release with revision {LATER}"
     ) in later.log.read_text("utf-8")
 
+    job_id = idle.send("ann", [interview])
+    until(lambda: "42703" in running.log.read_text("utf-8"))
     idle.store.execute("ALTER TABLE grant_access_job RENAME COLUMN renamed TO repeated")
     assert idle.answer(job_id)["status"] == "SUCCESS"
     assert not idle.dead_letters()

@@ -19,7 +19,7 @@ from tests.faults.workers import SHORT_LEASE, kill_process_tree, success
 from tests.support.commands import run_module
 from tests.support.database import connected
 from tests.support.stores import Background, until
-from tests.support.workers import ROOT, Site, is_ready, worker_service
+from tests.support.workers import ROOT, Site, worker_service
 
 BATCH = 6
 INTERVAL_SECONDS = 0.15
@@ -112,10 +112,11 @@ class Fleet:
 
 def start(*workers: Service) -> None:
     """Start workers, and wait until they are ready."""
+    starts = {one: _count(one, b" ready.") for one in workers}
     for one in workers:
         one.start()
-    for one in workers:
-        until(lambda one=one: is_ready(one) or not one.alive)  # type: ignore[misc] # mypy infers no default
+    for one, before in starts.items():
+        until(lambda one=one, before=before: _count(one, b" ready.") > before or not one.alive)  # type: ignore[misc] # mypy infers no default
         assert one.alive, one.log_tail()
 
 
@@ -133,7 +134,11 @@ def until_working(*workers: Service, jobs: int = 12) -> None:
 
 def count_succeeded(worker: Service) -> int:
     """Count the jobs that a worker has executed with success."""
-    return worker.log.read_bytes().count(b" succeeded in ")
+    return _count(worker, b" succeeded in ")
+
+
+def _count(worker: Service, phrase: bytes) -> int:
+    return worker.log.read_bytes().count(phrase) if worker.log.exists() else 0
 
 
 def upgrade(fleet: Fleet, old: tuple[Service, Service], new: tuple[Service, ...]) -> None:
