@@ -102,7 +102,7 @@ def _effect_on_workers(
         return f"stop the workers of revisions before {last.oldest} first: {reason}"
     if before is None:
         return "running workers may stay, but start on the new schema only after their upgrade"
-    return "running workers may stay: each revision is additive"
+    return "running workers may stay: they can use the new schema"
 
 
 def _upgrade(connection: Connection, report: Report) -> None:

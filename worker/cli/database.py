@@ -70,6 +70,9 @@ def migrate(*, dry_run: bool) -> None:
 
     Creates missing tables, and adopts those of the platform's Django service. Removes duplicate
     grants, except the one with the lowest ID: run --dry-run first, which reports their number.
+
+    The first line says whether running workers may stay. On the newer schema of a later release,
+    nothing is done.
     """
     settings = read_settings(DatabaseSettings)
     try:
