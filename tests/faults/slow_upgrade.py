@@ -21,7 +21,7 @@ def test_repeated_upgrades_and_rollbacks(fleet: Fleet, idle: Site, tmp_path: Pat
     with load(idle, ids) as sent:
         start(*old)
         until_working(*old)
-        fleet.migrate(folder=fleet.later)
+        fleet.migrate(fleet.later)
         for _ in range(CYCLES):
             replace(old, new)
             replace(new, old)

@@ -57,9 +57,8 @@ def test_excluded_worker_refuses_to_start(fleet: Fleet, idle: Site) -> None:
     (interview,) = idle.store.add_interviews(1)
     running, later = fleet.worker("running"), fleet.worker("later")
     start(running)
-    announced = fleet.migrate("--dry-run", folder=fleet.later)
-    assert f"stop the workers of revisions before {LATER} first" in announced
-    fleet.migrate(folder=fleet.later)
+    reported = fleet.migrate(fleet.later)
+    assert f"stop the workers of revisions before {LATER} first" in reported
 
     later.start()
     assert later.wait(30) == 1

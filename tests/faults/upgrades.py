@@ -96,9 +96,9 @@ class Fleet:
         self._services.callback(service.stop)
         return service
 
-    def migrate(self, *options: str, folder: Path) -> str:
+    def migrate(self, folder: Path) -> str:
         """Run a release's migration, which must succeed. Returns what it reports."""
-        done = run_module(self._environment, "worker.cli", "migrate", *options, folder=folder)
+        done = run_module(self._environment, "worker.cli", "migrate", folder=folder)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -146,7 +146,7 @@ def upgrade(fleet: Fleet, old: tuple[Service, Service], new: tuple[Service, ...]
 
     One of the old workers is killed and started again on the new schema.
     """
-    assert "running workers may stay" in fleet.migrate(folder=fleet.later)
+    assert "running workers may stay" in fleet.migrate(fleet.later)
     until_working(*old)
     kill_process_tree(old[1])
     old[1].wait()
@@ -157,7 +157,7 @@ def upgrade(fleet: Fleet, old: tuple[Service, Service], new: tuple[Service, ...]
 
 def roll_back(fleet: Fleet, old: tuple[Service, ...], new: tuple[Service, ...]) -> None:
     """Replace running workers of the later release by those of this one, on the new schema."""
-    assert "nothing to do" in fleet.migrate(folder=ROOT)
+    assert "nothing to do" in fleet.migrate(ROOT)
     start(*old)
     until_working(*old, *new)
     drain(*new)
