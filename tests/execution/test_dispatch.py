@@ -141,6 +141,18 @@ def test_events_of_a_job(stepped: SteppedWorker) -> None:
     ]
 
 
+def test_the_event_of_a_dead_letter(stepped: SteppedWorker) -> None:
+    """A dead-lettered job is rejected, with the reason, after the events of its end."""
+    failure = ("task-failed", {"exception": "E()", "traceback": ""})
+    stepped.send("a")
+    stepped.pump()
+    stepped.pool.works[0].complete(settled(Action.DEAD_LETTER, failure, reason="because"))
+    assert stepped.events[1:] == [
+        ("task-failed", {"uuid": "a", "exception": "E()", "traceback": ""}),
+        ("task-rejected", {"uuid": "a", "requeue": False, "exception": "because"}),
+    ]
+
+
 @pytest.mark.parametrize("value", [{"x": 1}, "x" * 10_000, "\x1b[2J", 5])
 def test_events_contain_no_arbitrary_values(stepped: SteppedWorker, value: object) -> None:
     """Events contain a message's headers only if they are short printable text."""
@@ -193,11 +205,13 @@ def test_an_outage_opens_the_circuit(stepped: SteppedWorker) -> None:
 
 
 def test_an_eta_delays_in_redis(stepped: SteppedWorker) -> None:
-    """A job with a future ETA is delayed in Redis without a pool process or a retry."""
-    stepped.send("a", eta=(datetime.now(UTC) + HOUR).isoformat())
+    """A job with a future ETA is received and delayed in Redis, without a pool process or retry."""
+    eta = (datetime.now(UTC) + HOUR).isoformat()
+    stepped.send("a", eta=eta)
     stepped.pump()
     assert stepped.pool.works == []
-    assert stepped.events == []
+    ((kind, fields),) = stepped.events
+    assert (kind, fields["uuid"], fields["eta"]) == ("task-received", "a", eta)
     assert stepped.redis.hlen(DEFERRED) == 1
     assert is_idle(stepped)
     end_delays(stepped.redis)

@@ -120,6 +120,7 @@ class Dispatcher:
                 settled[delivery.claim.tag] = disposition
                 if disposition.action is Action.DEAD_LETTER:
                     failed.append(request)
+                    self._send_dead_lettered(request, disposition)
             else:
                 ready.append(request)
         if settled:
@@ -140,6 +141,7 @@ class Dispatcher:
     def _disposition(self, request: JobRequest) -> Disposition | None:
         """Decide how a request is settled for which no pool process is needed."""
         if request.delay > 0 and not request.failure:
+            self._send_received(request)  # with its ETA; again when it is due
             return Disposition(Action.DELAY, delay=request.delay)
         if request.failure and (not request.id or request.is_hopeless(self._limits)):
             reason, claim = request.failure.sentence, request.delivery.claim
@@ -162,6 +164,9 @@ class Dispatcher:
             self._send_rejected(request)
         signals.task_received.send(sender=self, request=request)
         trace.info(trace.LOG_RECEIVED, {"name": request.name, "id": request.id})
+        self._send_received(request)
+
+    def _send_received(self, request: JobRequest) -> None:
         names = ("root_id", "parent_id", "eta", "expires")
         headers = {name: request.headers.get(name) for name in names}
         self.send_event(
@@ -221,6 +226,14 @@ class Dispatcher:
         for request, settlement in zip(batch.requests, report.settlements, strict=True):
             for kind, fields in settlement.events:
                 self.send_event(kind, uuid=request.id, **fields)
+            self._send_dead_lettered(request, settlement.disposition)
+
+    def _send_dead_lettered(self, request: JobRequest, disposition: Disposition) -> None:
+        """Send Celery's event of a message that is rejected without being requeued."""
+        if request.id and disposition.action is Action.DEAD_LETTER:
+            self.send_event(
+                "task-rejected", uuid=request.id, requeue=False, exception=disposition.reason
+            )
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         """Settle a batch whose pool process has ended: the ledger knows which jobs committed."""

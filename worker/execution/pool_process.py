@@ -24,6 +24,8 @@ from celery.utils.time import get_exponential_backoff_interval
 from interview_access.contracts import unreadable_request_digest
 from interview_access.errors import (
     InterviewAccessError,
+    JobCancelledException,
+    JobExpiredException,
     JobFailedError,
     StorageUnavailableException,
     shortened,
@@ -252,7 +254,7 @@ def _settlement(app: Celery, run: JobRun, stored: Collection[str], seconds: floa
 def _settlement_of_defect(app: Celery, run: JobRun, error: Exception) -> Settlement:
     if run.delivery.retries < app.task_dependencies.retry_limit:
         delay = _back_off(run.delivery, app.task_dependencies)
-        return Settlement(Disposition(Action.RETRY, delay=delay), ())
+        return Settlement(Disposition(Action.RETRY, delay=delay), [_retried_event(error)])
     return Settlement(_dead_letter(run, f"Unexpected error: {type(error).__name__}"), ())
 
 
@@ -279,7 +281,7 @@ def _settlement_of_end(
     if settled.refusal and run.delivery.body is not None:
         return Settlement(
             _dead_letter(run, f"{type(settled.refusal).__name__}: {settled.refusal}"),
-            [("job-refused", {"reason": settled.refusal.sentence}), ("task-rejected", {})],
+            [("job-refused", {"reason": settled.refusal.sentence})],
         )
     disposition = _send_followers(app, run)
     is_kept = isinstance(result, StorageUnavailableException | JobFailedError)
@@ -327,8 +329,7 @@ def _retry(run: JobRun, dependencies: TaskDependencies) -> Settlement:
         *(run.delivery.job_id, retries + 1, delay, error),
         exc_info=None if isinstance(error, StorageError) else error,
     )
-    events = [("task-retried", {"exception": safe_repr(_as_shown(error)), "traceback": ""})]
-    return Settlement(Disposition(Action.RETRY, delay=delay), events)
+    return Settlement(Disposition(Action.RETRY, delay=delay), [_retried_event(error)])
 
 
 def _back_off(delivery: Dispatched, dependencies: TaskDependencies) -> float:
@@ -343,12 +344,22 @@ def _back_off(delivery: Dispatched, dependencies: TaskDependencies) -> float:
     )
 
 
+def _retried_event(error: Exception | None) -> tuple[str, Mapping[str, object]]:
+    return "task-retried", {"exception": safe_repr(_as_shown(error)), "traceback": ""}
+
+
 def _final_event(
     result: dict[str, Any] | InterviewAccessError | None, seconds: float
 ) -> tuple[str, Mapping[str, object]]:
+    """Return the event of a job's end; a cancelled or expired one is revoked, as in Celery."""
     if isinstance(result, dict):
         return "task-succeeded", {"result": safe_repr(result), "runtime": seconds}
-    return "task-failed", {"exception": safe_repr(result), "traceback": ""}
+    exception = safe_repr(result)
+    if isinstance(result, JobCancelledException | JobExpiredException):
+        is_expired = isinstance(result, JobExpiredException)
+        fields = {"terminated": False, "signum": None, "expired": is_expired}
+        return "task-revoked", {**fields, "exception": exception}
+    return "task-failed", {"exception": exception, "traceback": ""}
 
 
 # --- This process -------------------------------------------------------------------------------
