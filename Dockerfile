@@ -44,6 +44,8 @@ WORKDIR /tmp
 
 FROM base AS flower
 COPY --from=build-flower /venv /venv
+COPY flowerconfig.py /etc/flower/
+ENV FLOWER_CONF=/etc/flower/flowerconfig.py
 CMD ["celery", "-A", "worker", "flower", "--address=0.0.0.0", "--port=5555"]
 
 # The last stage is the one that `docker build` builds by default.

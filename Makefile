@@ -12,9 +12,10 @@ PYTEST_WORKERS ?= 6
 BENCH ?=
 #: CHAOS="--seed 7"           options of the fault injection in `make chaos` (seed 1)
 CHAOS ?=
+#: SCREENSHOTS=docs           where `make browser-test` writes its screenshots (build/screenshots)
 #: FUZZ_SEED=2                seed of the messages of `make fuzz` (1)
 
-.PHONY: help demo up test bench bench-full chaos fuzz soak check docs format contract metrics-table sbom lock clean
+.PHONY: help demo up test browser-test bench bench-full chaos fuzz soak check docs format contract metrics-table sbom lock clean
 
 help: ## list the targets and variables
 	@echo 'Usage: make TARGET [VARIABLE=value]. The first target also creates .venv (1 min).'
@@ -45,6 +46,9 @@ docs: .venv/ready ## build the documentation site in build/docs, without network
 
 test: .venv/ready .venv/node/ready ## run the tests on real servers (8 min)
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+browser-test: .venv/ready ## look at the pages of Flower with an installed Chromium (1 min)
+	@SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q tests/flower/slow_browser.py
 
 chaos: .venv/ready ## run the slow fault tests, then inject 1,000 random faults (30 min)
 	@$(BIN)/python -m pytest -q $(filter-out %/slow_fuzz.py,$(wildcard tests/faults/slow_*.py))

@@ -201,7 +201,7 @@ def test_flower_shows_tasks_and_workers_and_no_password(
         client.wait(job_id, timeout=30)
     workers = flower("/api/workers?refresh=1")
     assert '"stats"' in workers
-    assert f'"{QUEUE}"' in flower("/api/queues/length")
+    assert f'"{QUEUE}: dead letters"' in flower("/api/queues/length")
     assert '"state": "SUCCESS"' in flower(f"/api/task/result/{job_id}")
     paths = ("/workers", f"/worker/{WORKER}", "/broker", "/tasks", f"/task/{job_id}")
     pages = [workers, *map(flower, paths)]

@@ -143,10 +143,15 @@ def test_events_of_a_job(stepped: SteppedWorker) -> None:
 
 def test_the_event_of_a_dead_letter(stepped: SteppedWorker) -> None:
     """A dead-lettered job is rejected, with the reason, after the events of its end."""
-    failure = ("task-failed", {"exception": "E()", "traceback": ""})
     stepped.send("a")
     stepped.pump()
-    stepped.pool.works[0].complete(settled(Action.DEAD_LETTER, failure, reason="because"))
+    stepped.pool.works[0].complete(
+        settled(
+            Action.DEAD_LETTER,
+            ("task-failed", {"exception": "E()", "traceback": ""}),
+            reason="because",
+        )
+    )
     assert stepped.events[1:] == [
         ("task-failed", {"uuid": "a", "exception": "E()", "traceback": ""}),
         ("task-rejected", {"uuid": "a", "requeue": False, "exception": "because"}),

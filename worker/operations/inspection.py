@@ -17,7 +17,7 @@ from kombu.transport.redis import PRIORITY_STEPS
 from pydantic import ValidationError
 from redis import Redis
 
-from worker.broker.claims import PREFIX
+from worker.broker.claims import DEAD, PAUSED, PREFIX
 from worker.broker.scripts import script
 from worker.broker.transport import list_key
 from worker.execution.request import find_identity
@@ -139,6 +139,25 @@ class QueueSnapshot:
         return min(known, default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class MessageCounts:
+    """The numbers of messages, and whether workers claim them.
+
+    Attributes:
+        lanes: Number of waiting messages by lane, in the order in which workers claim from them.
+        delayed: Number of messages that wait for an ETA or a retry.
+        dead_letters: Number of dead letters.
+        workers: Number of worker sessions. That of a dead worker counts until its lease expires.
+        pause: Who paused the queue; None if it is not paused.
+    """
+
+    lanes: Mapping[str, int]
+    delayed: int
+    dead_letters: int
+    workers: int
+    pause: Pause | None
+
+
 def lane_keys(queue: str = QUEUE) -> dict[str, str]:
     """Return the keys of a queue's lanes by name, in the order in which workers claim from them."""
     by_priority = {f"priority-{step}": list_key(queue, step) for step in PRIORITY_STEPS}
@@ -179,6 +198,28 @@ def inspect(redis: Redis) -> QueueSnapshot:
             dead, dead_size, _time(float(oldest.partition(b"-")[0])) if oldest else None
         ),
     )
+
+
+def count_messages(redis: Redis) -> MessageCounts:
+    """Count messages with commands that read none, for users that may read none.
+
+    Args:
+        redis: Client of the queue's Redis.
+
+    Raises:
+        redis.RedisError: if Redis is unavailable or refuses.
+    """
+    keys = lane_keys()
+    with redis.pipeline(transaction=False) as pipeline:
+        for key in keys.values():
+            pipeline.llen(key)
+        pipeline.zcard(f"{PREFIX}due")
+        pipeline.xlen(DEAD)
+        pipeline.zcard(f"{PREFIX}leases")
+        pipeline.get(PAUSED)
+        *waiting, delayed, dead_letters, workers, pause = pipeline.execute()
+    lanes = dict(zip(keys, waiting, strict=True))
+    return MessageCounts(lanes, delayed, dead_letters, workers, Pause.read(pause or b""))
 
 
 def announcements(redis: Redis, job_ids: Sequence[str]) -> dict[str, Announcement]:

@@ -1,0 +1,1 @@
+"""Flower on jobs of each state."""

@@ -1,0 +1,106 @@
+"""What Flower's pages and API report of jobs of each state; slow_browser.py sees them rendered."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from urllib.parse import urlencode
+
+import pytest
+
+from devstack.servers import LocalStack
+from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene, scene
+
+
+@pytest.fixture(scope="module")
+def shown(
+    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
+    """Flower and a job of each state."""
+    with scene(stack, _migrated, 5, tmp_path_factory.mktemp("flower")) as shown:
+        yield shown
+
+
+def text_of(page: str) -> str:
+    """Return the text of a page's content."""
+    main = page.partition("<main")[2].partition("</main>")[0]
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", main)).split())
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_tasks_page(shown: Scene, name: str) -> None:
+    """The page of a job has its state, what that means, and the commands that know more."""
+    state, result = SHOWN[name]
+    text = text_of(shown.page(f"/task/{shown.jobs[name]}"))
+    assert f" Status {state} Arguments " in text
+    assert f" Result {result} " in text
+    assert f"interview-access status {shown.jobs[name]}" in text
+
+
+def test_the_list_of_tasks(shown: Scene) -> None:
+    """The list has all jobs that workers have received, with the same states and results."""
+    query = {"draw": 1, "start": 0, "length": 50, "order[0][column]": 0}
+    listed = json.loads(shown.page(f"/tasks/datatable?{urlencode(query)}"))["data"]
+    found = {task["uuid"]: (task["state"], task["result"]) for task in listed}
+    assert found == {shown.jobs[name]: of_job for name, of_job in SHOWN.items()}
+    assert "is not listed before a worker claims it" in text_of(shown.page("/tasks"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("failed", "InvalidInterviewIdException("),
+        ("expired", "JobExpiredException("),
+        ("cancelled", "JobCancelledException("),
+        ("retries exhausted", "StorageUnavailableException: The database was unavailable in all 2"),
+        ("unknown task", "JobFailedError: "),
+        ("reused job ID", "JobIdReusedException: Send this request under a job ID of its own"),
+    ],
+)
+def test_the_reason_of_a_failure(shown: Scene, name: str, reason: str) -> None:
+    """The page of a job that has no effect, or of which a message is a dead letter, says why."""
+    assert f" Exception {reason}" in text_of(shown.page(f"/task/{shown.jobs[name]}"))
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_waiting_job(shown: Scene, name: str) -> None:
+    """Flower does not know a waiting job, and its page says who does."""
+    text = text_of(shown.page(f"/task/{shown.jobs[name]}"))
+    assert f"Unknown task '{shown.jobs[name]}'" in text
+    assert f"The recorded outcome: interview-access status {shown.jobs[name]}" in text
+
+
+def test_a_page_escapes_its_job_id(shown: Scene) -> None:
+    """The note on a page has a job ID as text and as one word of a shell."""
+    page = shown.page("/task/%3Cb%3E%20x")
+    quoted = html.escape("'<b> x'")
+    assert f"interview-access status {quoted}" in page
+    assert "<b> x" not in page
+
+
+def test_the_brokers_page(shown: Scene) -> None:
+    """The page counts lanes, running, delayed and dead messages, and says what it does not show."""
+    text = text_of(shown.page("/broker"))
+    for name, numbers in COUNTS.items():
+        assert f" {name} {numbers['messages']} " in text
+    assert "interview-access 4 1 3 1 " in text
+    assert "UTC by an operator: maintenance of the database" in text
+    assert "Not shown are the requests in the outbox" in text
+
+
+def test_the_api_has_the_same_counts(shown: Scene) -> None:
+    """The lengths of queues in the API are those of the page."""
+    queues = json.loads(shown.page("/api/queues/length"))["active_queues"]
+    found = {one["name"]: one for one in queues}
+    assert found.keys() == COUNTS.keys()
+    for name, numbers in COUNTS.items():
+        assert found[name].items() >= numbers.items()
+
+
+def test_the_workers_pages(shown: Scene) -> None:
+    """The pages of workers say what they count, and which controls have no effect."""
+    for path in ("/", "/workers"):
+        assert "cancelled and expired jobs count neither as failed" in text_of(shown.page(path))
+    assert "The worker refuses Restart Pool, Autoscale" in text_of(shown.page(f"/worker/{WORKER}"))
