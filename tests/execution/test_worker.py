@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from interview_access.producer import InterviewAccessClient
 
 from tests.execution.jobs import (
     CHUNK,
@@ -36,6 +37,7 @@ from tests.support.workers import (
     worker,
 )
 from worker.broker.claims import DEAD
+from worker.operations.pause import PauseSwitch
 
 
 def test_the_platforms_request(here: Site) -> None:
@@ -228,6 +230,38 @@ def test_a_reused_job_id_is_refused(here: Site, log: Path) -> None:
     )
     assert here.meta(job_id)["result"] == first["result"]
     assert here.store.granted(other) == []
+
+
+def test_the_event_of_an_expired_job(here: Site) -> None:
+    """An expired job sends Celery's event of a revoked task that has expired, and its error."""
+    with events(here) as received:
+        job_id = str(uuid4())
+        here.producer.send_task(
+            GRANT_ACCESS, args=[USER, [ONE]], task_id=job_id, queue=QUEUE, expires=-1
+        )
+        assert here.answer(job_id)["status"] == "FAILURE"
+        until(lambda: "task-revoked" in [event["type"] for event in received])
+    (event,) = [one for one in received if one["type"] == "task-revoked"]
+    assert (event["uuid"], event["expired"]) == (job_id, True)
+    assert (event["terminated"], event["signum"]) == (False, None)
+    assert event["exception"].startswith("JobExpiredException(")
+    assert not [one for one in received if one["type"] in {"task-failed", "task-rejected"}]
+
+
+def test_the_event_of_a_cancelled_job(here: Site) -> None:
+    """A cancelled job sends Celery's event of a revoked task that has not expired."""
+    switch = PauseSwitch(here.redis)
+    with events(here) as received, InterviewAccessClient(here.broker) as client:
+        switch.pause("a test", "")
+        try:
+            job_id = client.enqueue(a_user(), [ONE])
+            assert client.cancel(job_id).state == "cancelled"
+        finally:
+            switch.resume()
+        until(lambda: "task-revoked" in [event["type"] for event in received])
+    (event,) = [one for one in received if one["type"] == "task-revoked"]
+    assert (event["uuid"], event["expired"]) == (job_id, False)
+    assert event["exception"].startswith("JobCancelledException(")
 
 
 def ids_in(text: str) -> set[str]:

@@ -7,6 +7,8 @@ not show and where to look instead.
 
 from __future__ import annotations
 
+import asyncio
+import html
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,8 +24,6 @@ from flower.views.workers import WorkersView, WorkerView
 from interview_access.connections import connect
 from interview_access.contracts import QUEUE
 from redis.exceptions import RedisError
-from tornado.escape import xhtml_escape
-from tornado.ioloop import IOLoop
 
 from worker.operations.inspection import MessageCounts, count_messages
 from worker.operations.pause import Pause
@@ -189,7 +189,7 @@ class _Queue(BaseHandler):  # type: ignore[misc] # Flower ships no types
             RedisError: if Redis is unavailable or refuses.
         """
         try:
-            self.counts = await IOLoop.current().run_in_executor(None, self._count)
+            self.counts = await asyncio.to_thread(self._count)
         except (RedisError, OSError) as error:
             self.problem = str(error)
             raise
@@ -224,9 +224,9 @@ class BrokerPage(_Annotated, _Queue, BrokerView):  # type: ignore[misc] # Flower
     def notes(self) -> Iterator[str]:
         """Say whether the queue is paused, and what is not shown."""
         if self.problem:
-            yield f"The queue could not be read: {xhtml_escape(self.problem)}"
+            yield f"The queue could not be read: {html.escape(self.problem)}"
         if self.counts and self.counts.pause:
-            yield f"<strong>{xhtml_escape(_paused(self.counts.pause))}</strong>"
+            yield f"<strong>{html.escape(_paused(self.counts.pause))}</strong>"
         yield (
             "Ready messages wait in lanes, of which workers claim from the first that has one. "
             "Unacked messages are running jobs by the last heartbeats of the workers, without "
@@ -250,7 +250,7 @@ def _paused(pause: Pause) -> str:
 
 
 def _command(words: str) -> str:
-    return f"<code>interview-access {xhtml_escape(words)}</code>"
+    return f"<code>interview-access {html.escape(words)}</code>"
 
 
 PAGES = [
