@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from urllib.parse import urlencode
 
 import pytest
+from celery.events.state import State, Task
 
 from devstack.servers import LocalStack
 from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene, scene
+from worker.monitoring.flower_pages import describe_task
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,50 @@ def shown(
     """Flower and a job of each state."""
     with scene(stack, _migrated, 5, tmp_path_factory.mktemp("flower")) as shown:
         yield shown
+
+
+STARTED = [("task-received", {"name": "t"}), ("task-started", {})]
+RETRIED = ("task-retried", {"exception": "WorkerLostError()", "traceback": ""})
+FAILED = ("task-failed", {"exception": "E('e', {})", "traceback": ""})
+REJECTED = ("task-rejected", {"requeue": False, "exception": "E: e"})
+SUCCEEDED = ("task-succeeded", {"result": "{}", "runtime": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("sent", "state", "result"),
+    [
+        (STARTED[:1], "RECEIVED", "claimed"),
+        ([*STARTED, REJECTED], "REJECTED", "dead letter"),
+        ([*STARTED, RETRIED, REJECTED], "REJECTED", "dead letter"),
+        ([*STARTED, FAILED, REJECTED, *STARTED], "FAILURE", "failed: E"),
+        ([*STARTED, FAILED, REJECTED, *STARTED, SUCCEEDED], "SUCCESS", "{}"),
+    ],
+    ids=["claimed", "refused", "without result", "requeued", "requeued and succeeded"],
+)
+def test_a_sequence_of_events(
+    sent: list[tuple[str, dict[str, object]]], state: str, result: str
+) -> None:
+    """The words follow the last events, where Celery's state is that of an earlier delivery."""
+    known = State()
+    for clock, (kind, fields) in enumerate(sent, start=1):
+        origin = {"hostname": WORKER, "clock": clock, "pid": 1}
+        times = {"timestamp": float(clock), "local_received": float(clock)}
+        known.event({"type": kind, "uuid": "a", **origin, **times, **fields})
+    shown = describe_task(copy.copy(known.tasks["a"]))
+    assert (shown.state, shown.result) == (state, result)
+
+
+@pytest.mark.parametrize(
+    ("eta", "result"),
+    [
+        ("2099-01-01T10:00:00+01:00", "delayed until 2099-01-01 09:00:00 UTC"),
+        ("2099-01-01T09:00:00", "delayed until 2099-01-01 09:00:00 UTC"),
+        ("soon", "delayed until soon"),
+    ],
+)
+def test_an_eta(eta: str, result: str) -> None:
+    """An ETA is shown in UTC, and without a time zone means UTC; any other text as it is."""
+    assert describe_task(Task(uuid="a", state="RECEIVED", received=1.0, eta=eta)).result == result
 
 
 def text_of(page: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
@@ -55,7 +56,7 @@ def describe_task(task: Any) -> Any:
 
 
 def _in_words(task: Any, *, is_dead: bool) -> str:
-    error = str(task.exception or "").partition("(")[0]
+    error = re.split("[(:]", str(task.exception or ""), maxsplit=1)[0]
     words = str(task.result or "")
     match task.state:
         case "SUCCESS" if is_dead:
