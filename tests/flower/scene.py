@@ -130,8 +130,8 @@ def scene(stack: LocalStack, template: str, number: int, folder: Path) -> Iterat
                 *("--address=127.0.0.1", f"--port={port}"),
             ],
             log=folder / "flower.log",
-            environment=environment,
-            folder=ROOT,
+            environment={**environment, "FLOWER_CONF": str(ROOT / "flowerconfig.py")},
+            folder=folder,
         )
         flower.start()
         try:

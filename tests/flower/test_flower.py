@@ -14,6 +14,7 @@ from celery.events.state import State, Task
 
 from devstack.servers import LocalStack
 from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene, scene
+from worker.broker.claims import PAUSED
 from worker.monitoring.flower_pages import describe_task
 
 
@@ -135,6 +136,20 @@ def test_the_brokers_page(shown: Scene) -> None:
     assert "interview-access 4 1 3 1 " in text
     assert "UTC by an operator: maintenance of the database" in text
     assert "Not shown are the requests in the outbox" in text
+
+
+def test_an_unreadable_queue(shown: Scene) -> None:
+    """The broker's page names the error of Redis if it refuses a count."""
+    redis = shown.here.redis
+    redis.rename(PAUSED, "kept")
+    redis.hset(PAUSED, "a", "hash")  # which pauses the queue, too
+    try:
+        text = text_of(shown.page("/broker"))
+    finally:
+        redis.rename("kept", PAUSED)
+    assert "No queue data is available." in text
+    assert "The queue could not be read: " in text
+    assert "WRONGTYPE" in text
 
 
 def test_the_api_has_the_same_counts(shown: Scene) -> None:
