@@ -181,9 +181,8 @@ def _each_state(shown: Scene, client: InterviewAccessClient) -> Iterator[None]:
         jobs["lost its process"] = here.send("user-9", samples[:1])
         until(lambda: _state(shown, "lost its process") == "STARTED")
         lost = here.until_state(jobs["lost its process"], "STARTED")
-        os.kill(lost["result"]["pid"], signal.SIGKILL)
-        until(lambda: _state(shown, "lost its process") == "RETRY")
         pause.pause("an operator", "maintenance of the database")
+        os.kill(lost["result"]["pid"], signal.SIGKILL)
         for name, priority in WAITING.items():
             jobs[name] = _send(here, priority=priority)
         until(lambda: all(_state(shown, name) == state for name, (state, _) in SHOWN.items()))

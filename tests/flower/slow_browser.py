@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Locator, Page, ViewportSize, expect, sync_playwright
 
-from devstack.servers import LocalStack
-from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene, scene
+from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene
 from tests.support.workers import ROOT
 
 SCREENSHOTS = ROOT / (os.environ.get("SCREENSHOTS") or "build/screenshots")
@@ -27,18 +26,9 @@ OPTIONS = (
 SIZE: ViewportSize = {"width": 1600, "height": 800}
 
 
-@pytest.fixture(scope="module")
-def shown(
-    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scene]:
-    """Flower and a job of each state."""
-    with scene(stack, _migrated, 5, tmp_path_factory.mktemp("flower")) as shown:
-        yield shown
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def browser() -> Iterator[Browser]:
-    """The installed browser."""
+    """The installed browser; the tests start no worker without one."""
     program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
     if not program:
         pytest.fail(

@@ -6,26 +6,14 @@ import copy
 import html
 import json
 import re
-from collections.abc import Iterator
 from urllib.parse import urlencode
 
 import pytest
 from celery.events.state import State, Task
 
-from devstack.servers import LocalStack
-from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene, scene
+from tests.flower.scene import COUNTS, SHOWN, WAITING, WORKER, Scene
 from worker.broker.claims import PAUSED
 from worker.monitoring.flower_pages import describe_task
-
-
-@pytest.fixture(scope="module")
-def shown(
-    stack: LocalStack, _migrated: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scene]:
-    """Flower and a job of each state."""
-    with scene(stack, _migrated, 5, tmp_path_factory.mktemp("flower")) as shown:
-        yield shown
-
 
 STARTED = [("task-received", {"name": "t"}), ("task-started", {})]
 RETRIED = ("task-retried", {"exception": "WorkerLostError()", "traceback": ""})
