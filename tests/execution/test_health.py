@@ -9,6 +9,7 @@ from celery import Celery
 
 from tests.execution.stepped_worker import SteppedWorker
 from tests.support.sessions import TTL
+from worker.broker.claims import Claims
 from worker.monitoring.health import MAIN_THREAD_SECONDS, HealthCheck
 from worker.services.outbox_relay import OutboxRelay
 
@@ -79,10 +80,19 @@ def test_a_lease_that_is_not_renewed(stepped: SteppedWorker, health: HealthCheck
     assert "the lease is not held" not in health().reasons
 
 
-def test_lost_and_expired_leases_are_counted(stepped: SteppedWorker, redis: Any) -> None:
+def test_lost_leases_are_counted(stepped: SteppedWorker, redis: Any) -> None:
     """A lease that others have taken over is a loss."""
     assert stepped.lease.losses == 0
     redis.flushdb()
     stepped.lease.beat(1)
     assert stepped.lease.losses == 1
     assert stepped.lease.is_held
+
+
+def test_takeovers_are_counted(stepped: SteppedWorker, redis: Any) -> None:
+    """A lease of a dead worker counts once, at the worker that requeues its jobs."""
+    Claims(redis).open("dead")
+    stepped.lease.beat_for(TTL)
+    assert stepped.lease.takeovers == 0
+    stepped.lease.beat_for(3 * TTL)
+    assert stepped.lease.takeovers == 1

@@ -55,7 +55,9 @@ def worker(
     here: Site, endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     """A worker with metrics, which all tests of this file share."""
-    environment = here.environment(METRICS_ADDRESS=endpoint.address, GRANT_RETRY_MAX_DELAY=1)
+    environment = here.environment(
+        METRICS_ADDRESS=endpoint.address, GRANT_RETRY_MAX_DELAY=1, GRANT_RETENTION_DAYS=30
+    )
     log = tmp_path_factory.mktemp("metrics") / "worker.log"
     with started(worker_service(log, environment)) as service:
         yield service
@@ -132,6 +134,15 @@ def test_a_job_that_expires(here: Site, growth: Growth, samples: list[str], user
         GRANT_ACCESS, (user, samples), task_id=job_id, queue="interview-access", expires=past
     )
     growth.until("jobs_total", 1, outcome="expired", error="JobExpiredException")
+
+
+def test_a_job_that_is_cancelled(here: Site, growth: Growth, samples: list[str], user: str) -> None:
+    """It counts as cancelled."""
+    job_id = str(uuid4())
+    with InterviewAccessClient(here.broker) as client:
+        client.cancel(job_id)
+    here.send(user, samples, job_id=job_id)
+    growth.until("jobs_total", 1, outcome="cancelled", error="JobCancelledException")
 
 
 def test_a_job_that_is_repeated(here: Site, growth: Growth, samples: list[str], user: str) -> None:
@@ -235,6 +246,15 @@ def test_the_time_in_the_queue_of_an_invalid_header(
     assert growth.of("job_queue_seconds_count") == 0
 
 
+@pytest.mark.parametrize("task", [GRANT_ACCESS, "other"])
+def test_a_series_begins_at_zero(endpoint: Endpoint, worker: Service, task: str) -> None:
+    """A failure that has not happened yet has a series, so that a rate counts the first one."""
+    assert worker.alive
+    series = endpoint.scrape()["interview_access_jobs_total"]
+    for error in ("StorageUnavailableException", "JobFailedError", "InvalidInterviewIdException"):
+        assert (("error", error), ("outcome", "failed"), ("task", task)) in series
+
+
 def test_the_ledger_and_the_outbox(here: Site, growth: Growth, endpoint: Endpoint) -> None:
     """Their sizes and the ages of their oldest rows are served."""
     here.answer(here.send("anyone", []))
@@ -242,6 +262,7 @@ def test_the_ledger_and_the_outbox(here: Site, growth: Growth, endpoint: Endpoin
     until(lambda: endpoint.value("ledger_rows") > 0)  # PostgreSQL's statistics are late
     assert endpoint.value("ledger_bytes") > 0
     assert endpoint.value("ledger_oldest_age_seconds") > 0
+    assert endpoint.value("retention_seconds") == 30 * 86_400
     assert endpoint.value("outbox_requests", state="unsent") == 0
     assert endpoint.value("source_up") == 2
 

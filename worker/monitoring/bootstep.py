@@ -110,5 +110,7 @@ def _registry(app: Any, check: HealthCheck) -> Any:
         registry, [name for name in app.tasks if not name.startswith("celery.")]
     )
     queue, tables = Source("redis", lambda: inspect(redis)), Source("postgresql", read_tables)
-    registry.register(State(app.lease, app.dispatcher, check, queue, tables))
+    registry.register(
+        State(app.lease, app.dispatcher, check, queue, tables, retention=settings.retention)
+    )
     return registry

@@ -162,6 +162,11 @@ SOURCE_UP = Metric(
     "1 if the metrics below could be read from redis, postgresql; without them they are missing.",
     ("source",),
 )
+RETENTION = Metric(
+    "interview_access_retention_seconds",
+    "gauge",
+    "GRANT_RETENTION_DAYS of this worker; missing if it is not set.",
+)
 LANE_JOBS = Metric(
     "interview_access_queue_jobs", "gauge", "Messages that wait in a lane of the queue.", ("lane",)
 )
@@ -238,7 +243,7 @@ OF_JOBS = (
 )
 OF_WORKER = (
     *(POOL_LOSSES, POOL_PROCESSES, WORKER_CLAIMED, WORKER_CLAIMED_AGE, LEASE_LOSSES),
-    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, MAIN_THREAD_AGE, SOURCE_UP),
+    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, MAIN_THREAD_AGE, RETENTION, SOURCE_UP),
 )
 OF_REDIS = (
     *(LANE_JOBS, LANE_AGE, DELAYED, DELAYED_OVERDUE, CLAIMED, SESSIONS, DEAD, DEAD_BYTES),

@@ -23,6 +23,15 @@ _ERRORS = frozenset(
     for name, one in vars(errors).items()
     if isinstance(one, type) and issubclass(one, errors.InterviewAccessError)
 )
+_FAILURES = (
+    *(errors.InvalidGrantRequestException, errors.InvalidInterviewIdException),
+    *(errors.StorageUnavailableException, errors.JobFailedError),
+)
+_ENDINGS = (
+    ("succeeded", ""),
+    *(("failed", one.__name__) for one in _FAILURES),
+    ("refused", errors.JobIdReusedException.__name__),
+)
 _REASONS = ("crash", "time_limit", "revoked", "shutdown")
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # one more series for each counter and histogram
@@ -68,8 +77,12 @@ class JobMetrics:
         self._job_grants = histogram(catalog.JOB_GRANTS)
         self._losses = counter(catalog.POOL_LOSSES)
         self._queue_seconds = lru_cache(maxsize=None)(histogram(catalog.QUEUE_SECONDS).labels)
-        for task in tasks:  # a rate over a series that begins above 0 misses its first jobs
-            self._jobs.labels(task, "succeeded", "")
+        for task in (
+            *tasks,
+            _OTHER,
+        ):  # a rate over a series that begins above 0 misses its first jobs
+            for outcome, error in _ENDINGS:
+                self._jobs.labels(task, outcome, error)
             self._dead_lettered.labels(task)
             for one in (*self._grants, self._repeated):
                 one.labels(task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
 from celery.utils.log import get_logger
@@ -101,6 +101,8 @@ class State(Collector):
         health: Callable[[], Health],
         queue: Source[QueueSnapshot],
         tables: Source[tuple[OutboxTotalsDTO, LedgerTotalsDTO]],
+        *,
+        retention: timedelta | None,
     ) -> None:
         """Collect nothing yet.
 
@@ -110,12 +112,14 @@ class State(Collector):
             health: Returns the worker's health.
             queue: The queue in Redis.
             tables: The outbox and the ledger in PostgreSQL.
+            retention: Time after which this worker prunes a job; None: never.
         """
         self._lease = lease
         self._dispatcher = dispatcher
         self._health = health
         self._queue = queue
         self._tables = tables
+        self._retention = retention
 
     def describe(self) -> list[Family]:
         """Describe nothing: the registry would collect to learn the names."""
@@ -157,6 +161,8 @@ class State(Collector):
         yield _gauge(catalog.LIVE, health.is_live)
         yield _gauge(catalog.READY, health.is_ready)
         yield _gauge(catalog.MAIN_THREAD_AGE, max(lease.main_thread_seconds, 0.0))
+        if self._retention:
+            yield _gauge(catalog.RETENTION, self._retention.total_seconds())
 
 
 def _of_queue(queue: QueueSnapshot) -> Iterator[Family]:
