@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 LOCKS := requirements.lock requirements-dev.lock
+RULE := deploy/kubernetes/components/monitoring/prometheus-rule.yaml
 
 #: PYTHON=python3.13          interpreter that creates the environments (python3)
 PYTHON ?= python3
@@ -15,7 +16,7 @@ CHAOS ?=
 #: SCREENSHOTS=docs           where `make browser-test` writes its screenshots (build/screenshots)
 #: FUZZ_SEED=2                seed of the messages of `make fuzz` (1)
 
-.PHONY: help demo up test browser-test bench bench-full chaos fuzz soak check docs format contract metrics-table sbom lock clean
+.PHONY: help demo up test browser-test bench bench-full chaos fuzz soak metrics-test check docs format contract metrics-table alerts-manifest sbom lock clean
 
 help: ## list the targets and variables
 	@echo 'Usage: make TARGET [VARIABLE=value]. The first target also creates .venv (1 min).'
@@ -60,6 +61,9 @@ fuzz: .venv/ready ## send 200,000 messages of every kind (30 min)
 soak: .venv/ready ## send 100,000 jobs from one process; run the quick benchmarks (10 min)
 	@$(BIN)/python -m pytest -q -s tests/client/slow_client.py tests/slow_benchmarks.py
 
+metrics-test: .venv/ready .venv/prometheus/ready ## have a real Prometheus scrape workers; cause the condition of each alert (6 min)
+	@PATH="$$PATH:$(CURDIR)/.venv/prometheus/usr/bin" $(BIN)/python -m pytest -q tests/monitoring/slow_prometheus.py
+
 bench: .venv/ready ## measure the main figures, and compare with COPY and a bare Celery task (5 min)
 	@$(BIN)/python -m benchmarks $(or $(BENCH),--quick)
 
@@ -76,6 +80,10 @@ format: .venv/ready ## fix lint and format (seconds)
 
 metrics-table: .venv/ready ## write the tables of docs/metrics.md from the code (seconds)
 	@$(BIN)/python -m worker.monitoring.catalog
+
+alerts-manifest: ## write the alerts into the PrometheusRule of deploy/kubernetes (seconds)
+	@{ sed '/^spec:/q' $(RULE); sed -n '/^groups:/,$$s/^\(.\)/  \1/p;/^$$/p' deploy/prometheus/alerts.yml; } > $(RULE).new
+	@mv $(RULE).new $(RULE)
 
 contract: .venv/ready ## write the JSON Schemas of contract/ from the models (seconds)
 	@$(BIN)/python -m contract.generate
@@ -107,6 +115,15 @@ sbom: .venv/sbom/ready ## write the software bills of materials (CycloneDX) of b
 	@cp tests/node/package*.json .venv/node/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --prefix .venv/node --ignore-scripts \
 		--no-audit --no-fund --update-notifier=false --loglevel error
+	@touch $@
+
+# Prometheus of the PATH, otherwise Debian's package, which apt verifies and which is not installed.
+.venv/prometheus/ready: .venv/ready
+	@rm -rf .venv/prometheus
+	@mkdir -p .venv/prometheus
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null \
+		|| { cd .venv/prometheus && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb .; } \
+		|| { echo "make: expected prometheus and promtool on PATH, or apt-get with Debian's package: run apt-get update, or install them from prometheus.io" >&2; exit 1; }
 	@touch $@
 
 # The chart library and the other queues: only `make bench-full` needs them.

@@ -11,13 +11,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.monitoring.queries import DASHBOARD, RULES
 from tests.support.workers import ROOT
 from tests.test_compose import SERVICES
 from worker.settings import Settings
 
 FOLDER = ROOT / "deploy/kubernetes"
 KUSTOMIZE = "kustomization.yaml"
-OPERATORS = {"ScaledObject", "ServiceMonitor"}
+OPERATORS = {"PrometheusRule", "ScaledObject", "ServiceMonitor"}
 """Kinds of operators, which the schemas of Kubernetes do not have."""
 VERSIONS = ("1.31", "1.37")
 Resource = dict[str, Any]
@@ -59,12 +60,23 @@ def test_every_file_is_used() -> None:
         for name in (
             [*listed["resources"], *listed.get("components", [])] if "resources" in listed else []
         ):
-            path = folder / name
+            path = (folder / name).resolve()
             if path.is_dir():
                 pending.append(path)
             else:
                 used.add(path)
-    assert used == set(FOLDER.rglob("*.yaml"))
+    assert used == {*FOLDER.rglob("*.yaml"), DASHBOARD.parent / KUSTOMIZE}
+
+
+def test_the_dashboard_and_the_alerts_are_deployed() -> None:
+    """The ConfigMap is generated of the dashboard, and the PrometheusRule has the alert rules.
+
+    Kustomize cannot read rules from another file: `make alerts-manifest` writes them.
+    """
+    component = yaml.safe_load((DASHBOARD.parent / KUSTOMIZE).read_text("utf-8"))
+    assert component["configMapGenerator"][0]["files"] == [DASHBOARD.name]
+    (rule,) = [one for one in resources() if one["kind"] == "PrometheusRule"]
+    assert rule["spec"] == yaml.safe_load(RULES.read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", PODS)
