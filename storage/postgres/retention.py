@@ -9,7 +9,9 @@ from storage.interface import Retention
 from storage.postgres.job_locks import PostgresJobLocks
 from storage.postgres.ledger import JOB_KEY
 
-_LOCK = 3_118_604_507_220_935_871  # key of the advisory lock: an arbitrary number
+LOCK = 3_118_604_507_220_935_871
+"""Key of the advisory lock of pruners: an arbitrary number."""
+
 _TRY_LOCK = "SELECT pg_try_advisory_xact_lock(%(key)s)"
 
 # statement_timestamp() is stable, as an index condition must be. The lower bound skips what earlier
@@ -79,7 +81,7 @@ class PostgresRetention(PostgresJobLocks, Retention):
 
     def lock_pruning(self) -> bool:
         """See the interface."""
-        return bool(self.value(_TRY_LOCK, {"key": _LOCK}))
+        return bool(self.value(_TRY_LOCK, {"key": LOCK}))
 
     def prune_jobs(
         self, older_than: timedelta, limit: int, *, since: datetime | None = None
