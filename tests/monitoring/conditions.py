@@ -23,6 +23,7 @@ from storage.postgres.retention import LOCK
 from tests.faults.workers import kill_process_tree
 from tests.monitoring.endpoint import Endpoint
 from tests.monitoring.prometheus import Prometheus
+from tests.support.commands import run_module
 from tests.support.database import connected
 from tests.support.stores import until
 from tests.support.workers import (
@@ -67,6 +68,7 @@ def environment(here: Site, endpoint: Endpoint) -> dict[str, str]:
         GRANT_LEASE_SECONDS=2,
         GRANT_RETENTION_DAYS=1,
         GRANT_RETRY_MAX_DELAY=1,
+        GRANT_DEAD_LETTER_BYTES=1_000_000,
     )
 
 
@@ -186,6 +188,16 @@ def pause_forgotten(place: Place) -> Iterator[None]:
 
 
 @contextmanager
+def dead_letters_full(place: Place) -> Iterator[None]:
+    """Dead letters take most of the memory that they may. An operator drops them."""
+    for one in [place.here.send("x" * 150_000, task="made.up") for _ in range(4)]:
+        place.here.answer(one)
+    yield
+    drop = ("worker.cli", "dead-letters", "drop", "--all", "--yes")
+    assert run_module(place.here.environment(), *drop).returncode == 0
+
+
+@contextmanager
 def outbox_stuck(place: Place) -> Iterator[None]:
     """The relay has delayed a request of ten minutes ago, as it does while Redis refuses it."""
     store, job_id = place.here.store, str(uuid4())
@@ -249,6 +261,7 @@ CONDITIONS: dict[str, Callable[[Place], AbstractContextManager[None]]] = {
     "InterviewAccessNoProgress": lambda place: pool_frozen(place, None),
     "InterviewAccessQueuePaused": pause_forgotten,
     "InterviewAccessDeadLettersGrowing": jobs_failing,
+    "InterviewAccessDeadLettersFull": dead_letters_full,
     "InterviewAccessOutboxStuck": outbox_stuck,
     "InterviewAccessLedgerUnpruned": ledger_unpruned,
     "InterviewAccessPoolProcessesLost": pool_processes_killed,

@@ -263,6 +263,7 @@ def test_the_ledger_and_the_outbox(here: Site, growth: Growth, endpoint: Endpoin
     assert endpoint.value("ledger_bytes") > 0
     assert endpoint.value("ledger_oldest_age_seconds") > 0
     assert endpoint.value("retention_seconds") == 30 * 86_400
+    assert endpoint.value("dead_letters_limit_bytes") == 256_000_000
     assert endpoint.value("outbox_requests", state="unsent") == 0
     assert endpoint.value("source_up") == 2
 

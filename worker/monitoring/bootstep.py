@@ -111,6 +111,10 @@ def _registry(app: Any, check: HealthCheck) -> Any:
     )
     queue, tables = Source("redis", lambda: inspect(redis)), Source("postgresql", read_tables)
     registry.register(
-        State(app.lease, app.dispatcher, check, queue, tables, retention=settings.retention)
+        State(
+            *(app.lease, app.dispatcher, check, queue, tables),
+            retention=settings.retention,
+            dead_letter_bytes=settings.grant_dead_letter_bytes,
+        )
     )
     return registry

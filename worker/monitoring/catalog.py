@@ -167,6 +167,11 @@ RETENTION = Metric(
     "gauge",
     "GRANT_RETENTION_DAYS of this worker; missing if it is not set.",
 )
+DEAD_LIMIT = Metric(
+    "interview_access_dead_letters_limit_bytes",
+    "gauge",
+    "GRANT_DEAD_LETTER_BYTES of this worker.",
+)
 LANE_JOBS = Metric(
     "interview_access_queue_jobs", "gauge", "Messages that wait in a lane of the queue.", ("lane",)
 )
@@ -243,7 +248,7 @@ OF_JOBS = (
 )
 OF_WORKER = (
     *(POOL_LOSSES, POOL_PROCESSES, WORKER_CLAIMED, WORKER_CLAIMED_AGE, LEASE_LOSSES),
-    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, MAIN_THREAD_AGE, RETENTION, SOURCE_UP),
+    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, MAIN_THREAD_AGE, RETENTION, DEAD_LIMIT, SOURCE_UP),
 )
 OF_REDIS = (
     *(LANE_JOBS, LANE_AGE, DELAYED, DELAYED_OVERDUE, CLAIMED, SESSIONS, DEAD, DEAD_BYTES),

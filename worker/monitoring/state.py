@@ -103,6 +103,7 @@ class State(Collector):
         tables: Source[tuple[OutboxTotalsDTO, LedgerTotalsDTO]],
         *,
         retention: timedelta | None,
+        dead_letter_bytes: int,
     ) -> None:
         """Collect nothing yet.
 
@@ -113,6 +114,7 @@ class State(Collector):
             queue: The queue in Redis.
             tables: The outbox and the ledger in PostgreSQL.
             retention: Time after which this worker prunes a job; None: never.
+            dead_letter_bytes: Memory of the dead letters beyond which it drops the oldest.
         """
         self._lease = lease
         self._dispatcher = dispatcher
@@ -120,6 +122,7 @@ class State(Collector):
         self._queue = queue
         self._tables = tables
         self._retention = retention
+        self._dead_letter_bytes = dead_letter_bytes
 
     def describe(self) -> list[Family]:
         """Describe nothing: the registry would collect to learn the names."""
@@ -163,6 +166,7 @@ class State(Collector):
         yield _gauge(catalog.MAIN_THREAD_AGE, max(lease.main_thread_seconds, 0.0))
         if self._retention:
             yield _gauge(catalog.RETENTION, self._retention.total_seconds())
+        yield _gauge(catalog.DEAD_LIMIT, self._dead_letter_bytes)
 
 
 def _of_queue(queue: QueueSnapshot) -> Iterator[Family]:
