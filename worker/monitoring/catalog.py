@@ -200,7 +200,9 @@ SESSIONS = Metric(
 )
 DEAD = Metric("interview_access_dead_letters", "gauge", "Dead letters.")
 DEAD_BYTES = Metric(
-    "interview_access_dead_letters_bytes", "gauge", "Memory of the dead letters; 0 if unknown."
+    "interview_access_dead_letters_bytes",
+    "gauge",
+    "Memory of the dead letters, as Redis estimates it from the oldest ones; 0 if unknown.",
 )
 DEAD_AGE = Metric(
     "interview_access_dead_letters_oldest_age_seconds",
