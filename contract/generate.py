@@ -22,6 +22,7 @@ from interview_access.contracts import (
     JOB_ID_RULE,
     JOB_STATUS,
     MAX_JOB_ID_LENGTH,
+    ORIGIN_LENGTHS,
     PROGRESS,
     Announcement,
     CreateInterviewAttemptRequest,
@@ -53,6 +54,10 @@ _JOB_ID: Schema = {
     "maxLength": MAX_JOB_ID_LENGTH,
     "description": f"{JOB_ID_RULE[0].upper()}{JOB_ID_RULE[1:]}.",
 }
+_KEPT = (
+    "The job is executed whatever the value: a longer text is cut, characters that do not print "
+    "are escaped, and other types are ignored."
+)
 _TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
 
 
@@ -251,8 +256,26 @@ def _envelope() -> Schema:
             },
             "enqueued_at": {
                 **_TIME,
-                "description": "Time when the message was enqueued, for the worker's metrics; UTC "
+                "description": "Time when the message was enqueued, for metrics and the audit; UTC "
                 "if it has no zone. Any other value is ignored.",
+            },
+            "requested_at": {
+                **_TIME,
+                "description": "Time when the job was requested, if it was enqueued later, as from "
+                "the outbox; likewise.",
+            },
+            "actor": {
+                "type": ["string", "null"],
+                "minLength": 1,
+                "maxLength": ORIGIN_LENGTHS["actor"],
+                "description": "Who requested the job: printable characters. It is kept with the "
+                f"job's outcome. {_KEPT}",
+            },
+            "reason": {
+                "type": ["string", "null"],
+                "minLength": 1,
+                "maxLength": ORIGIN_LENGTHS["reason"],
+                "description": f"Why, likewise. {_KEPT}",
             },
             "timelimit": {
                 "type": "array",

@@ -15,6 +15,9 @@ from typing import Any
 DEFAULT_REQUEST_TASK = "interview_access.grant_access"
 """Task of an outbox request that names none."""
 
+WORKER_LENGTH, ACTOR_LENGTH, REASON_LENGTH = 255, 255, 1_000
+"""Largest numbers of characters in :class:`AuditDTO`."""
+
 
 @dataclass(frozen=True, slots=True)
 class InterviewDTO:
@@ -61,18 +64,46 @@ class RequestedGrantsDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditDTO:
+    """Who requested a job, when, and which attempt recorded its outcome. Times are timezone-aware.
+
+    Attributes:
+        requested_at: When the job was requested in the outbox.
+        enqueued_at: When its message was enqueued, by the producer's clock.
+        started_at: When the attempt began. None if the outcome was recorded without one.
+        attempts: Number of attempts, this one included. None likewise.
+        worker: Node name of the attempt's worker. None likewise.
+        actor: Who requested the job, by its producer. Printable.
+        reason: Why, likewise.
+    """
+
+    requested_at: datetime | None = None
+    enqueued_at: datetime | None = None
+    started_at: datetime | None = None
+    attempts: int | None = None
+    worker: str | None = None
+    actor: str | None = field(default=None, repr=False)
+    reason: str | None = field(default=None, repr=False)
+
+
+NO_AUDIT = AuditDTO()
+
+
+@dataclass(frozen=True, slots=True)
 class JobDTO:
     """A job as the ledger identifies it.
 
     Attributes:
         user_id: None for a cohort, and if the request has no valid user ID.
         request_digest: 64 hex digits that identify the request.
+        audit: Who requested and executed it, which does not identify it.
     """
 
     job_id: str
     task: str
     user_id: str | None = field(repr=False)
     request_digest: str
+    audit: AuditDTO = field(default=NO_AUDIT, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +157,25 @@ class FinishedJobDTO:
     job: JobDTO
     outcome: OutcomeDTO
     finished_at: datetime | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilterDTO:
+    """Selects finished jobs; a field that is None selects all.
+
+    Attributes:
+        user_id: Jobs for this user alone.
+        actor: Jobs that this actor requested.
+        state: ``succeeded``, ``failed``, ``cancelled`` or ``expired``.
+        since: Jobs that finished at this time or later, timezone-aware.
+        until: Jobs that finished before, timezone-aware.
+    """
+
+    user_id: str | None = None
+    actor: str | None = None
+    state: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

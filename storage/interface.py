@@ -19,6 +19,7 @@ from storage.dtos import (
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    JobFilterDTO,
     JobPageDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
@@ -163,8 +164,8 @@ class Erasure(Protocol):
     def find_jobs_naming(self, user_id: str, limit: int, *, after: str = "") -> JobPageDTO:
         """Find jobs that name a user, within one page of the ledger.
 
-        Must find each job of the user, and each whose error, rejected IDs or counts by user contain
-        the user ID as or within a string. May find others that contain it.
+        Must find each job of the user, and each whose actor, reason, error, rejected IDs or counts
+        by user contain the user ID as or within a string. May find others that contain it.
 
         Args:
             user_id: The user.
@@ -174,14 +175,17 @@ class Erasure(Protocol):
 
     @abstractmethod
     def replace_details(self, jobs: Sequence[FinishedJobDTO]) -> None:
-        """Replace the user, the error, the rejected IDs and the counts by user of finished jobs.
+        """Replace the user, the actor, the reason, the error and the details of finished jobs.
 
         Must change nothing else, and ignore jobs that are not in the ledger any more.
         """
 
     @abstractmethod
     def find_requests_naming(self, user_id: str) -> Sequence[str]:
-        """Return the job IDs of the outbox requests for a user, alone or in a cohort."""
+        """Return the job IDs of the outbox requests for a user or by it, in their order.
+
+        A request is for a user alone or in a cohort, and by the actor of its headers.
+        """
 
 
 class GrantStore(Protocol):
@@ -323,7 +327,7 @@ class Transactions(Protocol[T_co]):
 
 
 class JobReader(Protocol):
-    """What is stored about one job. Each call is a transaction of its own."""
+    """What is stored about jobs. Each call is a transaction of its own."""
 
     @abstractmethod
     def get_finished_job(self, job_id: str) -> FinishedJobDTO | None:
@@ -340,6 +344,18 @@ class JobReader(Protocol):
     @abstractmethod
     def is_cancelled(self, job_id: str) -> bool:
         """Return whether cancellation of the job was requested, whatever came of it."""
+
+    @abstractmethod
+    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+        """Return the finished jobs that a filter selects, newest first.
+
+        Must be answered from an index, unless the filter selects all jobs of a period. The rejected
+        IDs and the counts by user may be missing.
+
+        Args:
+            wanted: The filter; its fields combine.
+            limit: Largest number of jobs.
+        """
 
     @abstractmethod
     def measure_ledger(self) -> LedgerTotalsDTO:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 
 from storage import sqlstate
 from storage.dtos import (
@@ -22,6 +23,7 @@ from storage.dtos import (
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
+    JobFilterDTO,
     JobPageDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
@@ -104,6 +106,12 @@ class MemoryStorage(Storage):
         with self._lock:
             now, due_at = datetime.now(UTC), self._tables.due_at
             self._tables.due_at = {job_id: min(at, now) for job_id, at in due_at.items()}
+
+    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+        """See the interface."""
+        times = ((one.finished_at, one) for one in self._tables.jobs.values())
+        found = [(at, one) for at, one in times if at and _is_selected(one, at, wanted)]
+        return [one for _, one in sorted(found, key=itemgetter(0), reverse=True)[:limit]]
 
     def measure_ledger(self) -> LedgerTotalsDTO:
         """See the interface."""
@@ -258,7 +266,9 @@ class MemoryTransaction(Transaction):
                     rejected=changed.outcome.rejected,
                     created_by_user=changed.outcome.created_by_user,
                 )
-                job = replace(before.job, user_id=changed.job.user_id)
+                new = changed.job.audit
+                audit = replace(before.job.audit, actor=new.actor, reason=new.reason)
+                job = replace(before.job, user_id=changed.job.user_id, audit=audit)
                 self._tables.jobs[job.job_id] = replace(before, job=job, outcome=outcome)
 
     def find_requests_naming(self, user_id: str) -> Sequence[str]:
@@ -266,7 +276,7 @@ class MemoryTransaction(Transaction):
         return sorted(
             job_id
             for job_id, request in self._tables.requests.items()
-            if user_id in (request.user_id, *(request.user_ids or ()))
+            if user_id in (request.user_id, *(request.user_ids or ()), _actor(request))
         )
 
     def _old_jobs(self, older_than: timedelta) -> list[tuple[datetime, str]]:
@@ -396,10 +406,26 @@ def _tombstone(job: FinishedJobDTO) -> PrunedJobDTO:
     )
 
 
+def _is_selected(job: FinishedJobDTO, finished_at: datetime, wanted: JobFilterDTO) -> bool:
+    pairs = (
+        (wanted.user_id, job.job.user_id),
+        (wanted.actor, job.job.audit.actor),
+        (wanted.state, job.outcome.state),
+    )
+    is_in_period = (wanted.since is None or finished_at >= wanted.since) and (
+        wanted.until is None or finished_at < wanted.until
+    )
+    return is_in_period and all(value in {None, found} for value, found in pairs)
+
+
+def _actor(request: AccessRequestDTO) -> object:
+    return json.loads(request.headers or "{}").get("actor")
+
+
 def _names(job: FinishedJobDTO, user_id: str) -> bool:
-    outcome = job.outcome
+    outcome, audit = job.outcome, job.job.audit
     rejected = outcome.rejected and astuple(outcome.rejected)
-    texts = (outcome.error, rejected, outcome.created_by_user)
+    texts = (audit.actor, audit.reason, outcome.error, rejected, outcome.created_by_user)
     return json.dumps(user_id)[1:-1] in json.dumps(texts)
 
 

@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.dtos import DEFAULT_REQUEST_TASK
+from storage.dtos import ACTOR_LENGTH, DEFAULT_REQUEST_TASK, REASON_LENGTH, WORKER_LENGTH
 
 USER_ID_LENGTH = 36
 """Largest number of characters of a user ID, as in the platform's tables."""
@@ -132,7 +132,32 @@ jobs = Table(
     Column("result", JSONB),
     Column("error", JSONB),
     _time("finished_at"),
+    _time("requested_at"),
+    _time("enqueued_at"),
+    _time("started_at"),
+    Column("attempts", Integer),
+    Column("worker", String(WORKER_LENGTH)),
+    Column("actor", String(ACTOR_LENGTH)),
+    Column("reason", String(REASON_LENGTH)),
     Index("grant_access_job_finished_at_idx", "finished_at"),
+    Index(
+        "grant_access_job_user_idx",
+        "user_id",
+        postgresql_using="hash",
+        postgresql_where=text("user_id IS NOT NULL"),
+    ),
+    Index(
+        "grant_access_job_actor_idx",
+        "actor",
+        "finished_at",
+        postgresql_where=text("actor IS NOT NULL"),
+    ),
+    Index(
+        "grant_access_job_state_idx",
+        "state",
+        "finished_at",
+        postgresql_where=text("state <> 'succeeded'"),
+    ),
 )
 """The ledger: finished jobs and their outcomes, each inserted by the job's own transaction."""
 

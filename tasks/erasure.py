@@ -127,7 +127,8 @@ def redacted(value: Any, user_id: str) -> Any:
 
 
 def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:
-    entry, outcome = job.job, job.outcome
+    entry, outcome, audit = job.job, job.outcome, job.job.audit
+    is_users = entry.user_id == user_id
     rejected, by_user = outcome.rejected, outcome.created_by_user
     if rejected:
         ids = rejected.unknown, rejected.malformed
@@ -137,9 +138,15 @@ def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:
         for name, count in by_user.items():
             counts[ERASED if name == user_id else name] += count
         by_user = dict(counts)
+    audit = replace(
+        audit,
+        actor=redacted(audit.actor, user_id),
+        # It is free text about the user.
+        reason=ERASED if is_users and audit.reason else redacted(audit.reason, user_id),
+    )
     return replace(
         job,
-        job=replace(entry, user_id=None if entry.user_id == user_id else entry.user_id),
+        job=replace(entry, user_id=None if is_users else entry.user_id, audit=audit),
         outcome=replace(
             outcome,
             error=redacted(outcome.error, user_id),
@@ -151,4 +158,4 @@ def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:
 
 def _details(job: FinishedJobDTO) -> tuple[object, ...]:
     outcome = job.outcome
-    return job.job.user_id, outcome.error, outcome.rejected, outcome.created_by_user
+    return job.job, job.job.audit, outcome.error, outcome.rejected, outcome.created_by_user

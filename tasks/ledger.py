@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from interview_access.contracts import GrantAccessResult, JobStatus
@@ -361,6 +361,7 @@ def status_of(finished: FinishedJobDTO) -> JobStatus:
             "unknown_interview_ids": rejected and rejected.unknown,
             "malformed_interview_ids": rejected and rejected.malformed,
             "finished_at": finished.finished_at,
+            **asdict(job.audit),
         }
     )
 

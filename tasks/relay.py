@@ -11,6 +11,7 @@ from interview_access.errors import InvalidGrantRequestException
 
 from storage.dtos import AccessRequestDTO, JobDTO
 from storage.interface import MAX_REQUEST_BYTES, JobTransaction, Outbox, Transactions
+from tasks.audit import audit_of_request
 from tasks.ledger import RejectedJob, settle_rejected
 
 RESEND_AFTER = timedelta(minutes=10)
@@ -87,7 +88,7 @@ def relay(
 def _rejected(request: AccessRequestDTO) -> RejectedJob:
     problem = ("the request", f"at most {MAX_REQUEST_BYTES:,} bytes in the outbox", "more")
     digest = unreadable_request_digest(request.task, (), {"outbox": request.job_id})
-    entry = JobDTO(request.job_id, request.task, None, digest)
+    entry = JobDTO(request.job_id, request.task, None, digest, audit_of_request(request))
     return RejectedJob(entry, InvalidGrantRequestException.of([problem]))
 
 

@@ -95,9 +95,11 @@ class AsyncInterviewAccessClient:
         job_id: str | None = None,
         countdown: float | None = None,
         expires: float | datetime | None = None,
+        actor: str | UUID | None = None,
+        reason: str | None = None,
     ) -> str:
         """Enqueue a job; see :meth:`~.producer.InterviewAccessClient.enqueue`."""
-        job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires)
+        job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires, actor, reason)
         return await self._enqueue(job, is_new_id=job_id is None)
 
     async def enqueue_cohort(
@@ -108,9 +110,13 @@ class AsyncInterviewAccessClient:
         job_id: str | None = None,
         countdown: float | None = None,
         expires: float | datetime | None = None,
+        actor: str | UUID | None = None,
+        reason: str | None = None,
     ) -> str:
         """Enqueue a cohort job; see :meth:`~.producer.InterviewAccessClient.enqueue_cohort`."""
-        job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
+        job = GrantCohortJob(
+            user_ids, interview_ids, or_new(job_id), countdown, expires, actor, reason
+        )
         return await self._enqueue(job, is_new_id=job_id is None)
 
     async def enqueue_attempt(
@@ -121,9 +127,13 @@ class AsyncInterviewAccessClient:
         job_id: str | None = None,
         countdown: float | None = None,
         expires: float | datetime | None = None,
+        actor: str | UUID | None = None,
+        reason: str | None = None,
     ) -> str:
         """Enqueue an attempt; see :meth:`~.producer.InterviewAccessClient.enqueue_attempt`."""
-        job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
+        job = InterviewAttemptJob(
+            interview_id, user_id, or_new(job_id), countdown, expires, actor, reason
+        )
         return await self._enqueue(job, is_new_id=job_id is None)
 
     async def enqueue_many(self, jobs: Iterable[Job]) -> list[str]:

@@ -26,6 +26,7 @@ from interview_access.contracts import (
     GrantJob,
     InterviewAttemptJob,
     Job,
+    origin_headers,
 )
 from interview_access.contracts.requests import or_new
 from interview_access.errors import InvalidGrantRequestException, JobIdReusedException
@@ -61,6 +62,8 @@ def enqueue_in_django(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
     using: str | None = None,
 ) -> str:
     """Request a job in a transaction of Django: one user's access to interviews.
@@ -72,6 +75,8 @@ def enqueue_in_django(
             Repeating a request under its ID is safe: it takes effect once.
         countdown: Seconds from now before which no worker starts the job.
         expires: Seconds from now, or a datetime (UTC if naive), after which no worker starts it.
+        actor: Who requests the job, 1 to 255 printable characters. It is kept in the ledger.
+        reason: Why, 1 to 1,000 printable characters. Likewise.
         using: The name of the database; by default that to which the database routers direct the
             app ``interview_access.django``, and without the app Django's default.
 
@@ -79,13 +84,13 @@ def enqueue_in_django(
         The job's ID, with which it can be polled after the commit.
 
     Raises:
-        ValueError: if `job_id`, `countdown` or `expires` is invalid.
+        ValueError: if `job_id`, `countdown`, `expires`, `actor` or `reason` is invalid.
         InvalidGrantRequestException: if another argument is invalid.
         JobIdReusedException: if the outbox has another request with the job ID, or one that was
             inserted without a digest. The transaction can continue.
         django.db.Error: if the database failed.
     """
-    job = GrantJob(user_id, interview_ids, _checked(job_id), countdown, expires)
+    job = GrantJob(user_id, interview_ids, _checked(job_id), countdown, expires, actor, reason)
     return _insert_in_django(job, using, is_new=job_id is None)
 
 
@@ -96,6 +101,8 @@ def enqueue_cohort_in_django(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
     using: str | None = None,
 ) -> str:
     """Request one job in a transaction of Django: each user's access to each interview.
@@ -106,6 +113,8 @@ def enqueue_cohort_in_django(
         job_id: See :func:`enqueue_in_django`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
         using: Likewise.
 
     Returns:
@@ -116,7 +125,9 @@ def enqueue_cohort_in_django(
             :func:`enqueue_in_django`.
         django.db.Error: if the database failed.
     """
-    job = GrantCohortJob(user_ids, interview_ids, _checked(job_id), countdown, expires)
+    job = GrantCohortJob(
+        user_ids, interview_ids, _checked(job_id), countdown, expires, actor, reason
+    )
     return _insert_in_django(job, using, is_new=job_id is None)
 
 
@@ -127,6 +138,8 @@ def enqueue_attempt_in_django(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
     using: str | None = None,
 ) -> str:
     """Request a job in a transaction of Django: an interview attempt of a user.
@@ -137,6 +150,8 @@ def enqueue_attempt_in_django(
         job_id: See :func:`enqueue_in_django`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
         using: Likewise.
 
     Returns:
@@ -147,7 +162,9 @@ def enqueue_attempt_in_django(
             :func:`enqueue_in_django`.
         django.db.Error: if the database failed.
     """
-    job = InterviewAttemptJob(interview_id, user_id, _checked(job_id), countdown, expires)
+    job = InterviewAttemptJob(
+        interview_id, user_id, _checked(job_id), countdown, expires, actor, reason
+    )
     return _insert_in_django(job, using, is_new=job_id is None)
 
 
@@ -159,6 +176,8 @@ def enqueue_in_sqlalchemy(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
 ) -> str:
     """Request a job in a transaction of SQLAlchemy: one user's access to interviews.
 
@@ -170,6 +189,8 @@ def enqueue_in_sqlalchemy(
         job_id: See :func:`enqueue_in_django`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
 
     Returns:
         The job's ID, with which it can be polled after the commit.
@@ -179,7 +200,7 @@ def enqueue_in_sqlalchemy(
             :func:`enqueue_in_django`.
         sqlalchemy.exc.DBAPIError: if the database failed.
     """
-    job = GrantJob(user_id, interview_ids, _checked(job_id), countdown, expires)
+    job = GrantJob(user_id, interview_ids, _checked(job_id), countdown, expires, actor, reason)
     return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
 
 
@@ -191,6 +212,8 @@ def enqueue_cohort_in_sqlalchemy(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
 ) -> str:
     """Request one job in a transaction of SQLAlchemy: each user's access to each interview.
 
@@ -202,6 +225,8 @@ def enqueue_cohort_in_sqlalchemy(
         job_id: See :func:`enqueue_in_django`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
 
     Returns:
         The job's ID, with which it can be polled after the commit.
@@ -211,7 +236,9 @@ def enqueue_cohort_in_sqlalchemy(
             :func:`enqueue_in_django`.
         sqlalchemy.exc.DBAPIError: if the database failed.
     """
-    job = GrantCohortJob(user_ids, interview_ids, _checked(job_id), countdown, expires)
+    job = GrantCohortJob(
+        user_ids, interview_ids, _checked(job_id), countdown, expires, actor, reason
+    )
     return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
 
 
@@ -223,6 +250,8 @@ def enqueue_attempt_in_sqlalchemy(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
 ) -> str:
     """Request a job in a transaction of SQLAlchemy: an interview attempt of a user.
 
@@ -234,6 +263,8 @@ def enqueue_attempt_in_sqlalchemy(
         job_id: See :func:`enqueue_in_django`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
 
     Returns:
         The job's ID, with which it can be polled after the commit.
@@ -243,7 +274,9 @@ def enqueue_attempt_in_sqlalchemy(
             :func:`enqueue_in_django`.
         sqlalchemy.exc.DBAPIError: if the database failed.
     """
-    job = InterviewAttemptJob(interview_id, user_id, _checked(job_id), countdown, expires)
+    job = InterviewAttemptJob(
+        interview_id, user_id, _checked(job_id), countdown, expires, actor, reason
+    )
     return _insert(connection.exec_driver_sql, job, is_new=job_id is None)
 
 
@@ -322,7 +355,8 @@ def _row(job: Job) -> dict[str, Any]:
     if wrong:
         raise InvalidGrantRequestException.of(wrong)
     known = JobMessage.of(job).announcement
-    headers = inject_context()  # of the service's request, whose trace leads to the job
+    # The context of the service's request, whose trace leads to the job.
+    headers = {**inject_context(), **origin_headers(job.actor, job.reason)}
     return {
         "job_id": job.job_id,
         "task": job.task,

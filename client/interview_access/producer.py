@@ -74,6 +74,8 @@ class InterviewAccessClient:
         job_id: str | None = None,
         countdown: float | None = None,
         expires: float | datetime | None = None,
+        actor: str | UUID | None = None,
+        reason: str | None = None,
     ) -> str:
         """Enqueue a job that grants one user access to interviews.
 
@@ -84,19 +86,21 @@ class InterviewAccessClient:
                 Sending one request twice under one ID is safe: it takes effect once.
             countdown: Seconds before which no worker starts the job.
             expires: Seconds, or a datetime (UTC if naive), after which no worker starts the job.
+            actor: Who requests the job, 1 to 255 printable characters. It is kept in the ledger.
+            reason: Why, 1 to 1,000 printable characters. Likewise.
 
         Returns:
             The job's ID, to poll it by.
 
         Raises:
-            ValueError: if `job_id`, `countdown` or `expires` is invalid.
+            ValueError: if `job_id`, `countdown`, `expires`, `actor` or `reason` is invalid.
             InvalidGrantRequestException: if an argument has an invalid type or length, or the job
                 has more IDs than the workers' GRANT_MAX_INTERVIEW_IDS; nothing was sent. Malformed
                 and unknown interview IDs fail the job instead.
             JobIdReusedException: if another request has the ID; nothing was sent.
             QueueUnavailableError: if Redis did not accept the job in time.
         """
-        job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires)
+        job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires, actor, reason)
         return self._run(self._enqueue(job, is_new_id=job_id is None))
 
     def enqueue_cohort(
@@ -107,6 +111,8 @@ class InterviewAccessClient:
         job_id: str | None = None,
         countdown: float | None = None,
         expires: float | datetime | None = None,
+        actor: str | UUID | None = None,
+        reason: str | None = None,
     ) -> str:
         """Enqueue one job that grants each of the users access to each of the interviews.
 
@@ -118,6 +124,8 @@ class InterviewAccessClient:
             job_id: See :meth:`enqueue`.
             countdown: Likewise.
             expires: Likewise.
+            actor: Likewise.
+            reason: Likewise.
 
         Returns:
             The job's ID, to poll it by.
@@ -126,7 +134,9 @@ class InterviewAccessClient:
             ValueError, InvalidGrantRequestException, JobIdReusedException, QueueUnavailableError:
                 see :meth:`enqueue`.
         """
-        job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
+        job = GrantCohortJob(
+            user_ids, interview_ids, or_new(job_id), countdown, expires, actor, reason
+        )
         return self._run(self._enqueue(job, is_new_id=job_id is None))
 
     def enqueue_attempt(
@@ -137,6 +147,8 @@ class InterviewAccessClient:
         job_id: str | None = None,
         countdown: float | None = None,
         expires: float | datetime | None = None,
+        actor: str | UUID | None = None,
+        reason: str | None = None,
     ) -> str:
         """Enqueue a job that creates an interview attempt, which starts when the job is executed.
 
@@ -148,6 +160,8 @@ class InterviewAccessClient:
             job_id: See :meth:`enqueue`.
             countdown: Likewise.
             expires: Likewise.
+            actor: Likewise.
+            reason: Likewise.
 
         Returns:
             The job's ID, to poll it by.
@@ -156,7 +170,9 @@ class InterviewAccessClient:
             ValueError, InvalidGrantRequestException, JobIdReusedException, QueueUnavailableError:
                 see :meth:`enqueue`.
         """
-        job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
+        job = InterviewAttemptJob(
+            interview_id, user_id, or_new(job_id), countdown, expires, actor, reason
+        )
         return self._run(self._enqueue(job, is_new_id=job_id is None))
 
     def enqueue_many(self, jobs: Iterable[Job]) -> list[str]:

@@ -24,18 +24,22 @@ _FIND_JOBS = f"""
     FROM {_PAGE} AS page
     LEFT JOIN grant_access_rejection USING (job_id) LEFT JOIN grant_access_cohort USING (job_id)
     WHERE user_id = %(user_id)s
+       OR strpos(actor, %(user_id)s) > 0 OR strpos(reason, %(user_id)s) > 0
        OR {_NAMES.format("error")} OR {_NAMES.format("created_by_user")}
        OR {_NAMES.format("unknown_interview_ids")} OR {_NAMES.format("malformed_interview_ids")}
 """  # noqa: S608 - constants
 _REPLACE = """
-    UPDATE grant_access_job AS job SET user_id = changed.user_id, error = changed.error
+    UPDATE grant_access_job AS job
+    SET user_id = changed.user_id, actor = changed.actor, reason = changed.reason,
+        error = changed.error
     FROM json_to_recordset(CAST(%(jobs)s AS json))
-         AS changed (job_id text, user_id text, error jsonb)
+         AS changed (job_id text, user_id text, actor text, reason text, error jsonb)
     WHERE job.job_id = changed.job_id
 """
 _FIND_REQUESTS = """
     SELECT job_id FROM grant_access_request
-    WHERE user_id = %(user_id)s OR %(user_id)s = ANY (user_ids) ORDER BY job_id
+    WHERE user_id = %(user_id)s OR %(user_id)s = ANY (user_ids)
+       OR headers ->> 'actor' = %(user_id)s ORDER BY job_id
 """
 
 
@@ -64,7 +68,13 @@ class PostgresErasure(Session, Erasure):
         """See the interface."""
         jobs = sorted(jobs, key=lambda one: one.job.job_id)  # the order in which pruning locks rows
         changed = [
-            {"job_id": one.job.job_id, "user_id": one.job.user_id, "error": one.outcome.error}
+            {
+                "job_id": one.job.job_id,
+                "user_id": one.job.user_id,
+                "actor": one.job.audit.actor,
+                "reason": one.job.audit.reason,
+                "error": one.outcome.error,
+            }
             for one in jobs
         ]
         self.execute(_REPLACE, {"jobs": json.dumps(changed)})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row, select
@@ -12,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from storage import models, sqlstate
 from storage.dtos import (
+    AuditDTO,
     FiguresDTO,
     FinishedJobDTO,
     FoundJobsDTO,
@@ -27,7 +29,8 @@ from storage.postgres.session import Session
 
 COLUMNS = (
     "job_id, task, state, user_id, request_digest,"
-    " requested, repeated, already_granted, created, result, error"
+    " requested, repeated, already_granted, created, result, error,"
+    " requested_at, enqueued_at, started_at, attempts, worker, actor, reason"
 )
 """Columns of the ledger that a job sets."""
 
@@ -63,16 +66,20 @@ _MEASURE = """
         (SELECT min(finished_at) FROM grant_access_job) AS oldest_at
     FROM pg_class WHERE oid = 'grant_access_job'::regclass
 """
-# Rows are passed as one JSON document: psycopg would inspect and adapt eleven arrays.
+# Rows are passed as one JSON document: psycopg would inspect and adapt eighteen arrays.
 _RECORD_JOBS = f"""
     INSERT INTO grant_access_job ({COLUMNS}, finished_at)
     SELECT jobs.*, clock_timestamp()
     FROM json_to_recordset(CAST(%(jobs)s AS json))
          AS jobs (job_id text, task text, state text, user_id text, request_digest text,
                   requested int, repeated int, already_granted int, created int,
-                  result jsonb, error jsonb)
+                  result jsonb, error jsonb, requested_at timestamptz, enqueued_at timestamptz,
+                  started_at timestamptz, attempts int, worker text, actor text, reason text)
     ORDER BY job_id COLLATE "C"
 """  # noqa: S608 - a constant
+
+
+_AUDIT = tuple(field.name for field in fields(AuditDTO))
 
 
 class PostgresLedger(Session, Ledger):
@@ -125,7 +132,8 @@ class PostgresLedger(Session, Ledger):
         if not jobs:
             return
         try:
-            recorded = self.execute(_RECORD_JOBS, {"jobs": json.dumps(list(map(_row, jobs)))})
+            rows = json.dumps([_row(job) for job in jobs], default=datetime.isoformat)
+            recorded = self.execute(_RECORD_JOBS, {"jobs": rows})
         except StorageError as error:
             if error.sqlstate != sqlstate.UNIQUE_VIOLATION:
                 raise
@@ -136,16 +144,16 @@ class PostgresLedger(Session, Ledger):
             (models.rejections, {job.job.job_id: rejected_columns(job.outcome) for job in jobs}),
             (models.cohorts, {job.job.job_id: by_user_columns(job.outcome) for job in jobs}),
         ):
-            rows = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
-            if rows:
+            added = [{"job_id": job_id, **found} for job_id, found in details.items() if found]
+            if added:
                 put = upsert(table)
-                columns = {name: put.excluded[name] for name in rows[0] if name != "job_id"}
+                columns = {name: put.excluded[name] for name in added[0] if name != "job_id"}
                 put = put.on_conflict_do_update(index_elements=["job_id"], set_=columns)
-                self.execute(put, rows)
+                self.execute(put, added)
 
 
 def _row(job: FinishedJobDTO) -> dict[str, Any]:
-    outcome = job.outcome
+    outcome, audit = job.outcome, job.job.audit
     return {
         "job_id": job.job.job_id,
         "task": job.job.task,
@@ -155,6 +163,7 @@ def _row(job: FinishedJobDTO) -> dict[str, Any]:
         "result": outcome.result,
         "error": outcome.error,
         **(asdict(outcome.figures) if outcome.figures else {}),
+        **{name: getattr(audit, name) for name in _AUDIT},
     }
 
 
@@ -189,8 +198,9 @@ def finished_job(row: Row[Any]) -> FinishedJobDTO:
         if row.requested is not None
         else None
     )
+    audit = AuditDTO(*(getattr(row, name) for name in _AUDIT))
     return FinishedJobDTO(
-        JobDTO(row.job_id, row.task, row.user_id, row.request_digest),
+        JobDTO(row.job_id, row.task, row.user_id, row.request_digest, audit),
         OutcomeDTO(row.state, row.result, row.error, figures),
         row.finished_at,
     )

@@ -14,12 +14,14 @@ from storage.driver_errors import driver_errors_translated
 from storage.dtos import (
     AccessRequestDTO,
     FinishedJobDTO,
+    JobFilterDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
     PrunedJobDTO,
 )
 from storage.errors import StorageError
 from storage.interface import HasFileno, Storage, Transaction
+from storage.postgres.audit import PostgresAudit
 from storage.postgres.erasure import PostgresErasure
 from storage.postgres.grant_chunks import register_uuid_arrays
 from storage.postgres.grants import PostgresGrants
@@ -35,6 +37,7 @@ _REPLY_GRACE_SECONDS = 30  # added to the statement timeout before a reply count
 
 class PostgresTransaction(
     PostgresLedger,
+    PostgresAudit,
     PostgresRetention,
     PostgresErasure,
     PostgresGrants,
@@ -122,6 +125,11 @@ class PostgresStorage(Storage):
         """See the interface."""
         with self.transaction() as transaction:
             return bool(transaction.find_cancelled_jobs([job_id]))
+
+    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.list_finished_jobs(wanted, limit)
 
     def measure_ledger(self) -> LedgerTotalsDTO:
         """See the interface."""

@@ -28,7 +28,7 @@ from sqlalchemy.schema import UniqueConstraint
 
 from storage import models
 from storage.errors import StorageError
-from storage.migrations import grant_key, request_tasks
+from storage.migrations import grant_key, job_audit, request_tasks
 from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
 from storage.schema.revisions import expected_revision
 
@@ -114,8 +114,11 @@ def _differences(
         yield Difference(found.name, None, kind, "an ordinary table")
         return
     for column in expected.columns:
-        if not is_complete and request_tasks.is_to_change(found, column.name):
-            continue  # migration 0007 adds or alters it
+        if not is_complete and (
+            request_tasks.is_to_change(found, column.name)
+            or job_audit.is_to_add(found, column.name)
+        ):
+            continue  # a later migration adds or alters it
         yield from _column_differences(found, column)
     yield from _key_differences(found, expected, is_complete=is_complete)
     yield from _foreign_key_differences(tables, expected)

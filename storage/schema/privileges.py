@@ -21,6 +21,7 @@ _OWN = "grant_access_"  # begins the names of the worker's own tables
 _LEDGER_COLUMNS = (
     *("job_id", "task", "state", "user_id", "request_digest", "requested", "repeated"),
     *("already_granted", "created", "result", "error", "finished_at"),
+    *("requested_at", "enqueued_at", "started_at", "attempts", "worker", "actor", "reason"),
 )
 
 NEEDED: Needed = {

@@ -106,7 +106,8 @@ def answers(client: InterviewAccessClient, call: Call) -> list[Any]:
 
 def comparable(status: dict[str, Any]) -> dict[str, Any]:
     """Remove from a status what differs between two executions of a request."""
-    assert status.pop("finished_at")
+    for name in "enqueued_at", "started_at", "finished_at", "worker":
+        assert status.pop(name), name
     return without_attempt(status)
 
 
@@ -156,7 +157,7 @@ def answers_about_jobs_without_a_result(client: InterviewAccessClient) -> list[A
     statuses += [client.cancel(job_id), client.cancel(job_id)]
     with pytest.raises(JobCancelledException) as cancelled:
         client.wait(job_id, timeout=30)
-    times = {"sent_at", "eta", "finished_at"}
+    times = {"sent_at", "eta", "enqueued_at", "finished_at"}
     return [
         *(one.model_dump(exclude=times) for one in statuses),
         *(one.model_fields_set & times for one in statuses),

@@ -63,7 +63,7 @@ def test_key_of_the_service_is_adopted_beside_the_index_of_the_worker(keyless: D
     assert "adopted the unique key yours" in reported
     assert reported[-1].endswith(f"run DROP INDEX CONCURRENTLY public.{KEY}")
     keyless.execute(reported[-1].partition("run ")[2])
-    assert migrated(keyless.url) == ["nothing to do: the schema is at revision 0009"]
+    assert migrated(keyless.url) == ["nothing to do: the schema is at revision 0010"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_redundant_key_is_reported(migrated_url: str, dry_run: bool) -> None:
     migrate(database.url, dry_run=dry_run, report=reported.append)
     statement = f"ALTER TABLE public.{GRANTS} DROP CONSTRAINT {KEY}"
     assert reported == [
-        "nothing to do: the schema is at revision 0009",
+        "nothing to do: the schema is at revision 0010",
         (
             f"the unique key {KEY} is redundant: Mine is equal, and every insert maintains both; "
             f"unless a migration of the service names it, run {statement}"
@@ -268,7 +268,7 @@ def test_concurrent_runs_take_turns(database: Database) -> None:
     other.join(PATIENCE_SECONDS)
     assert second == [
         "waiting: another migrate is running on this database",
-        "nothing to do: the schema is at revision 0009",
+        "nothing to do: the schema is at revision 0010",
     ]
 
 

@@ -55,13 +55,30 @@ def task_steps(verb: str) -> list[str]:
 REQUESTED_AT = "grant_access_cancellation_requested_at_idx"
 
 
-def later_steps(tasks: str, tables: str, indexes: str, version: str = "adopted") -> list[str]:
-    """Return the steps of the migrations 0007 to 0009, by the verb of each kind of step."""
+AUDIT_COLUMNS = [
+    *("requested_at", "enqueued_at", "started_at", "attempts", "worker", "actor", "reason"),
+]
+
+
+AUDIT_INDEXES = [f"grant_access_job_{name}_idx" for name in ("user", "actor", "state")]
+
+
+def audit_steps(verb: str) -> list[str]:
+    """Return the steps of migration 0010, which all add or all adopt."""
+    return [
+        f"{verb} the columns {', '.join(AUDIT_COLUMNS)} of grant_access_job",
+        *(f"{verb} the index {name}" for name in AUDIT_INDEXES),
+    ]
+
+
+def later_steps(tasks: str, tables: str, indexes: str, columns: str) -> list[str]:
+    """Return the steps of the migrations from 0007 on, by the verb of each kind of step."""
     return [
         *task_steps(tasks),
         f"{tables} table grant_access_tombstone",
         f"{indexes} the index {REQUESTED_AT}",
-        f"{version} the column oldest_compatible of grant_access_alembic_version",
+        f"{columns} the column oldest_compatible of grant_access_alembic_version",
+        *audit_steps(columns),
     ]
 
 
@@ -186,7 +203,7 @@ def test_second_run_changes_nothing(database: Database) -> None:
     migrated(database.url)
     before = database.catalog()
 
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0009"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0010"]
     assert database.catalog() == before
 
 
@@ -259,7 +276,7 @@ def test_unfinished_index_is_rebuilt(database: Database, is_valid: bool) -> None
         STOP_OLDER,
         f"{step} the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
-        *later_steps("adopted", "adopted", "adopted"),
+        *later_steps("adopted", "adopted", "adopted", "adopted"),
     ]
     assert database.catalog() == before
 
@@ -284,7 +301,7 @@ def test_trigger_is_added_without_blocking_writers(database: Database) -> None:
     assert reported == [
         MAY_STAY,
         f"added the trigger {NOTIFIER}",
-        *later_steps("adopted", "adopted", "adopted"),
+        *later_steps("adopted", "adopted", "adopted", "adopted"),
     ]
     assert database.catalog() == before
 
@@ -315,7 +332,7 @@ def test_columns_are_added_while_requests_are_written(database: Database) -> Non
         database.execute(insert)
         assert reported == [MAY_STAY]
         service.execute("COMMIT")
-    assert reported == [MAY_STAY, *later_steps("added", "adopted", "adopted")]
+    assert reported == [MAY_STAY, *later_steps("added", "adopted", "adopted", "adopted")]
     assert set(database.catalog()["grant_access_request"]) == complete
     database.execute(insert)
     rows = database.execute("SELECT task, user_ids FROM grant_access_request")
@@ -328,7 +345,7 @@ def test_interrupted_constraint_is_validated(database: Database) -> None:
     before = database.catalog()
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0006'")
     database.execute("UPDATE pg_constraint SET convalidated = false WHERE conname = %s", TASK_CHECK)
-    assert migrated(database.url) == [MAY_STAY, *later_steps("adopted", "adopted", "adopted")]
+    assert migrated(database.url) == [MAY_STAY, *later_steps("adopted", "adopted", "adopted", "adopted")]
     assert database.catalog() == before
 
 
@@ -343,7 +360,7 @@ def test_columns_of_the_service_are_adopted(database: Database) -> None:
 
     announced = dry_run(database)
 
-    assert announced[-6:-3] == [
+    assert announced[-10:-7] == [
         "would add the columns expires_at, digest, headers of grant_access_request",
         "would adopt the columns task, user_ids, eta of grant_access_request",
         f"would add the constraint {TASK_CHECK}",
@@ -366,6 +383,38 @@ def test_unsuitable_columns_stop_the_migration(database: Database) -> None:
     assert database.catalog() == before
 
 
+def test_audit_columns_are_added_while_jobs_are_recorded(database: Database) -> None:
+    """The columns and indexes of the ledger are added beside writers, and older rows stay."""
+    migrated(database.url)
+    complete = set(database.catalog()["grant_access_job"])
+    drops = ", ".join(f"DROP COLUMN {name}" for name in AUDIT_COLUMNS)
+    database.execute(f"ALTER TABLE grant_access_job {drops}")
+    for index in "grant_access_job_user_idx", "grant_access_job_state_idx":
+        database.execute(f"DROP INDEX {index}")
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0008'")
+    insert = (
+        "INSERT INTO grant_access_job (job_id, task, state, request_digest)"
+        " VALUES (gen_random_uuid()::text, 'task', 'succeeded', '')"
+    )
+    filenode = "SELECT pg_relation_filenode('grant_access_job') AS node"
+    before = database.execute(filenode)
+    with database.connect() as worker, migrating(database.url) as reported:
+        worker.execute("BEGIN")
+        worker.execute(insert.encode())
+        database.wait_for(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND query LIKE '%ADD COLUMN%' AND datname = current_database())"
+        )
+        database.execute(insert)
+        assert not reported
+        worker.execute("COMMIT")
+    assert reported == audit_steps("added")
+    assert set(database.catalog()["grant_access_job"]) == complete
+    assert database.execute(filenode) == before, "the table was rewritten"
+    rows = database.execute("SELECT attempts, actor FROM grant_access_job")
+    assert rows == [{"attempts": None, "actor": None}] * 2
+
+
 def test_older_revision_is_upgraded(database: Database) -> None:
     """A database at an older revision gets what is missing; existing tables stay unchanged."""
     migrated(database.url)
@@ -379,12 +428,12 @@ def test_older_revision_is_upgraded(database: Database) -> None:
         *(f"created table {table}" for table in WORKER_TABLES[1:-1]),
         f"added the index {UNSENT}",
         f"added the trigger {NOTIFIER}",
-        *later_steps("added", "created", "added"),
+        *later_steps("added", "created", "added", "adopted"),
     ]
 
     after = database.catalog()
     assert {table: after[table] for table in before} == before
-    assert migrated(database.url) == ["nothing to do: the schema is at revision 0009"]
+    assert migrated(database.url) == ["nothing to do: the schema is at revision 0010"]
 
 
 @pytest.mark.usefixtures("service")
@@ -422,7 +471,7 @@ def test_dry_run_lists_every_step_of_an_empty_database(database: Database) -> No
     assert announced == [in_conditional(step) for step in done]
     assert f"would add the index {UNSENT}" in announced
     later = later_steps("would add", "would create", "would add", "would add")
-    assert announced[-6:] == [f"would add the trigger {NOTIFIER}", *later]
+    assert announced[-10:] == [f"would add the trigger {NOTIFIER}", *later]
 
 
 @pytest.mark.parametrize("has_index", [True, False])

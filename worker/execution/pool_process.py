@@ -36,6 +36,7 @@ from redis.exceptions import RedisError
 
 from storage.dtos import JobDTO
 from storage.errors import StorageError, is_outage
+from tasks.audit import audit_of_attempt
 from tasks.celery_tasks import JobTask, TaskDependencies, log_outcome
 from tasks.ledger import JobResult, RejectedJob, result_of, settle_rejected
 from tasks.started_reporter import StartedReporter
@@ -162,12 +163,16 @@ def prepare(app: Celery, delivery: Dispatched, hostname: str) -> JobRun:
     task = app.tasks.get(delivery.task)
     task = task if isinstance(task, JobTask) else None
     failure, call = delivery.failure, NO_CALL
+    audit = audit_of_attempt(
+        delivery.job_id, delivery.headers, attempts=delivery.attempt, worker=hostname
+    )
     if task and delivery.body is not None:
         try:
             call = decode(delivery.body, delivery.encoding, app.limits)
             # A large body takes as much memory as its IDs; a digest may need its beginning.
             delivery = replace(delivery, body=delivery.body[:_UNREADABLE_DIGEST_BYTES])
             job = task.read(delivery.job_id, call.args, call.kwargs, delivery.failure)
+            job = replace(job, entry=replace(job.entry, audit=audit))
             return JobRun(delivery, hostname, task, call, job)
         except (UndecodableBodyError, RecursionError) as error:
             failure = failure or _undecodable(error)
@@ -178,7 +183,7 @@ def prepare(app: Celery, delivery: Dispatched, hostname: str) -> JobRun:
     failure = failure or JobFailedError("The job cannot be read.")
     body = {"body": (delivery.body or "")[:_UNREADABLE_DIGEST_BYTES]}
     digest = unreadable_request_digest(delivery.task, (), body)
-    entry = JobDTO(delivery.job_id, delivery.task, None, digest)
+    entry = JobDTO(delivery.job_id, delivery.task, None, digest, audit)
     return JobRun(delivery, hostname, task, call, RejectedJob(entry, failure))
 
 
@@ -274,7 +279,7 @@ def _settlement_of_end(
                 (run.call.args, run.call.kwargs),
                 settled,
                 run.failure,
-                attempt=run.delivery.attempts + run.delivery.retries + 1,
+                attempt=run.delivery.attempt,
                 seconds=seconds,
             )
             log_end(run, seconds)

@@ -26,6 +26,7 @@ from interview_access.errors import (
     shortened,
 )
 
+from tasks.audit import read_time
 from worker.broker.delivery import Delivery, State
 
 _ENVELOPE_BYTES, _BYTES_PER_ID = 1024 * 1024, 64
@@ -130,6 +131,11 @@ class Dispatched:
     retries: int
     failure: InterviewAccessError | None = field(repr=False)
     queue: str
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, from 1."""
+        return self.attempts + self.retries + 1
 
 
 class PoolBatch(Protocol):
@@ -415,12 +421,8 @@ def _datetime(headers: dict[str, Any], name: str) -> datetime | None:
     value = headers.get(name)
     if value is None:
         return None
-    if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-            return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-        except (ValueError, OverflowError):
-            pass
+    if moment := read_time(value):
+        return moment
     raise UnreadableMessageError(f"{name}: expected a time in ISO 8601, got {describe(value)}")
 
 

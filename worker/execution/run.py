@@ -28,7 +28,8 @@ _HEADERS = (
     *("stamps", "stamped_headers", "replaced_task_nesting", "eta", "expires", "timelimit"),
 )
 _NOT_CUSTOM = {
-    *(*dir(Context), "task", "lang", "argsrepr", "kwargsrepr", "compression", "enqueued_at")
+    *(*dir(Context), "task", "lang", "argsrepr", "kwargsrepr", "compression"),
+    *("enqueued_at", "requested_at"),
 }
 """Headers of Celery's protocol, and names that would replace an attribute or a method."""
 

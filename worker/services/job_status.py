@@ -25,9 +25,10 @@ from interview_access.stored_errors import from_record, record_of_result
 from pydantic import ValidationError
 from redis import Redis
 
-from storage.dtos import JobDTO
+from storage.dtos import AccessRequestDTO
 from storage.interface import JobStorage
 from tasks import ledger
+from tasks.audit import announced_job
 from worker.operations.inspection import announcements
 from worker.services.outbox_relay import message_of
 
@@ -57,7 +58,9 @@ class JobStatusService:
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
             return ledger.status_of(finished)
-        announced = announcements(redis, [job_id]).get(job_id) or self._requested(job_id)
+        announced = announcements(redis, [job_id]).get(job_id) or _announcement(
+            storage.get_request(job_id)
+        )
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
             return ledger.status_of(finished)  # finished between the two reads
@@ -74,12 +77,9 @@ class JobStatusService:
             redis: Client of the queue's Redis.
             job_id: Any valid job ID.
         """
-        announced = announcements(redis, [job_id]).get(job_id) or self._requested(job_id)
-        entry = (
-            JobDTO(job_id, announced.task, None, announced.digest)
-            if announced and announced.digest
-            else None
-        )
+        request = self._storage().get_request(job_id)
+        announced = announcements(redis, [job_id]).get(job_id) or _announcement(request)
+        entry = announced_job(job_id, announced, request.requested_at if request else None)
         is_running = ledger.cancel(self._storage(), job_id, entry)
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
@@ -94,14 +94,6 @@ class JobStatusService:
         """Report whether a job with this ID is known."""
         return self.status(redis, job_id) != JobStatus(job_id=job_id, state="unknown")
 
-    def _requested(self, job_id: str) -> Announcement | None:
-        """Build the announcement of a job that waits in the outbox."""
-        request = self._storage().get_request(job_id)
-        if request is None:
-            return None
-        announcement = message_of(request).announcement
-        return announcement.model_copy(update={"sent_at": request.requested_at})
-
     def _stored(self, job_id: str) -> dict[str, Any]:
         """Read the stored result; empty if there is none or it cannot be read."""
         key = self._results.get_key_for_task(job_id)
@@ -114,6 +106,14 @@ class JobStatusService:
         return {}
 
 
+def _announcement(request: AccessRequestDTO | None) -> Announcement | None:
+    """Build the announcement of a job that waits in the outbox."""
+    if request is None:
+        return None
+    announcement = message_of(request).announcement
+    return announcement.model_copy(update={"sent_at": request.requested_at})
+
+
 def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | None) -> JobStatus:
     """Report a job that is not in the ledger: it has no final result, or its row was pruned."""
     status = JobStatus(job_id=job_id, state="unknown")
@@ -121,6 +121,7 @@ def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | N
         status.state, status.task = "queued", announced.task
         status.sent_at, status.eta = announced.sent_at, announced.eta
         status.expires_at = announced.expires_at
+        status.actor, status.reason = announced.actor, announced.reason
     result = stored.get("result")
     match stored.get("status"):
         case states.STARTED:

@@ -85,14 +85,13 @@ class OutboxRelay(BackgroundService):
             self._query_at = 0.0
 
 
-def message_of(
-    request: AccessRequestDTO, *, headers: Mapping[str, str] | None = None
-) -> JobMessage:
+def message_of(request: AccessRequestDTO) -> JobMessage:
     """Build the message of a request's job, whose arguments the worker validates.
+
+    It has the headers of the request that are no headers of Celery, and the time of the request.
 
     Args:
         request: The request.
-        headers: Headers to add to the message's own.
 
     Raises:
         ValueError: if no such job exists: its task is unknown, say.
@@ -113,23 +112,26 @@ def message_of(
             job = InterviewAttemptJob(interview_id, users, *options)
         case _:
             raise ValueError(f"task: expected one of the contract, got {describe(request.task)}")
-    return JobMessage.of(job, headers=headers)
+    given, ignored = _headers(request)
+    usable = {name: one for name, one in given.items() if one is not None and name not in ignored}
+    return JobMessage.of(job, headers=usable | {"requested_at": request.requested_at.isoformat()})
 
 
-def _headers(request: AccessRequestDTO) -> dict[str, str]:
-    """Return the headers of a request that can be added to its message; log the others."""
-    if request.headers is None:
-        return {}
+def _headers(request: AccessRequestDTO) -> tuple[Mapping[str, str | None], Collection[str]]:
+    """Return the headers of a request, and the names of those that its message does not get."""
     given: dict[str, str | None] = json.loads(request.headers or "{}")
-    usable = {name: one for name, one in given.items() if one is not None and name not in _RESERVED}
-    if not request.headers or len(usable) < len(given):
+    return given, [name for name, one in given.items() if one is None or name in _RESERVED]
+
+
+def _log_ignored_headers(request: AccessRequestDTO) -> None:
+    _, ignored = _headers(request)
+    if ignored or request.headers == "":
         logger.warning(
             "outbox headers ignored: job=%s headers=%s expected=%s",
             shortened(request.job_id),
-            shortened(", ".join(name for name in given if name not in usable) or "all"),
+            shortened(", ".join(ignored) or "all"),
             f"an object of strings in {MAX_HEADERS_BYTES:,} bytes without headers of Celery",
         )
-    return usable
 
 
 def _announced(redis: Redis, job_ids: Sequence[str]) -> Collection[str]:
@@ -148,7 +150,8 @@ def _send(redis: Redis, request: AccessRequestDTO) -> bool:
         RedisError: if no request could be enqueued now.
     """
     try:
-        commands = enqueue_commands([message_of(request, headers=_headers(request))])
+        _log_ignored_headers(request)
+        commands = enqueue_commands([message_of(request)])
         with redis.pipeline(transaction=True) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's

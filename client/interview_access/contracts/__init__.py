@@ -35,6 +35,7 @@ from interview_access.contracts.names import (
     reply_key,
     result_key,
 )
+from interview_access.contracts.origin import ORIGIN_LENGTHS, origin_headers, readable_origin
 from interview_access.contracts.requests import (
     CreateInterviewAttemptRequest,
     GrantAccessRequest,
@@ -71,6 +72,7 @@ __all__ = [
     "KEY_PREFIX",
     "LIMITS_KEY",
     "MAX_JOB_ID_LENGTH",
+    "ORIGIN_LENGTHS",
     "PROGRESS",
     "QUEUE",
     "REPLY_BYTES",
@@ -95,6 +97,8 @@ __all__ = [
     "canonical_interview_id",
     "describe",
     "is_job_id",
+    "origin_headers",
+    "readable_origin",
     "reply_key",
     "request_digest",
     "result_key",

@@ -273,6 +273,8 @@ class Job:
             it the job can be polled, and sent again.
         countdown: Seconds before which no worker starts the job.
         expires: Seconds, or a datetime (UTC if naive), after which no worker starts the job.
+        actor: Who requests the job, 1 to 255 printable characters. It is kept in the ledger.
+        reason: Why, 1 to 1,000 printable characters. Likewise.
     """
 
     __slots__ = ()
@@ -282,6 +284,8 @@ class Job:
     job_id: str
     countdown: float | None
     expires: float | datetime | None
+    actor: str | UUID | None
+    reason: str | None
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -328,6 +332,8 @@ class GrantJob(Job):
         job_id: See :class:`Job`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
     """
 
     task: ClassVar[str] = GRANT_ACCESS
@@ -338,6 +344,8 @@ class GrantJob(Job):
     job_id: str = field(default_factory=_random_id)
     countdown: float | None = None
     expires: float | datetime | None = None
+    actor: str | UUID | None = None
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         # A generator would be empty when the job is sent again.
@@ -359,6 +367,8 @@ class GrantCohortJob(Job):
         job_id: See :class:`Job`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
     """
 
     task: ClassVar[str] = GRANT_COHORT_ACCESS
@@ -369,6 +379,8 @@ class GrantCohortJob(Job):
     job_id: str = field(default_factory=_random_id)
     countdown: float | None = None
     expires: float | datetime | None = None
+    actor: str | UUID | None = None
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "user_ids", as_texts(self.user_ids))
@@ -390,6 +402,8 @@ class InterviewAttemptJob(Job):
         job_id: See :class:`Job`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
     """
 
     task: ClassVar[str] = CREATE_INTERVIEW_ATTEMPT
@@ -400,3 +414,5 @@ class InterviewAttemptJob(Job):
     job_id: str = field(default_factory=_random_id)
     countdown: float | None = None
     expires: float | datetime | None = None
+    actor: str | UUID | None = None
+    reason: str | None = None

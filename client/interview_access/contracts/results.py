@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
 )
 
 from interview_access.contracts.names import DIGEST_LENGTH
+from interview_access.contracts.origin import ORIGIN_LENGTHS, readable_origin
 
 _ON_FIRST_USE = ConfigDict(defer_build=True)  # most processes use few of these models
 _NO_NUL = r"^[^\x00]*$"  # which PostgreSQL cannot store
@@ -81,6 +83,17 @@ _AsGiven = Annotated[
     list[str], PlainValidator(list), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
 
+
+def _origin_schema(name: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": ORIGIN_LENGTHS[name]})
+
+
+# Any value is accepted, as in a message's header: it makes no announcement invalid.
+_Actor = Annotated[str, PlainValidator(partial(readable_origin, "actor")), _origin_schema("actor")]
+_Reason = Annotated[
+    str, PlainValidator(partial(readable_origin, "reason")), _origin_schema("reason")
+]
+
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired", "unknown"]
 
 FINAL_STATES: frozenset[JobState] = frozenset({"succeeded", "failed", "cancelled", "expired"})
@@ -118,6 +131,14 @@ class JobStatus(BaseModel):
         omitted: Number of omitted entries of each field named here: a reply is limited to about
             256 KB. `interview-access status JOB_ID --json` prints all entries.
         finished_at: When a job in the ledger ended.
+        requested_at: When the job was requested in the outbox, if it was.
+        enqueued_at: When the message of a job in the ledger was enqueued, by its producer's clock.
+        started_at: When the attempt began that recorded the outcome of a job in the ledger. Not set
+            if the job ended without an attempt, such as one that was cancelled while it waited.
+        attempts: Number of attempts, that one included.
+        worker: Node name of the worker of that attempt.
+        actor: Who requested the job, by its producer.
+        reason: Why, by its producer.
     """
 
     model_config = _ON_FIRST_USE
@@ -142,6 +163,13 @@ class JobStatus(BaseModel):
     malformed_interview_ids: _AsGiven | None = None
     omitted: dict[str, int] | None = None
     finished_at: datetime | None = None
+    requested_at: datetime | None = None
+    enqueued_at: datetime | None = None
+    started_at: datetime | None = None
+    attempts: int | None = None
+    worker: str | None = None
+    actor: str | None = None
+    reason: str | None = None
 
     @property
     def final(self) -> bool:
@@ -161,6 +189,8 @@ class Announcement(BaseModel):
         sent_at: When the job was sent.
         eta: Time before which the job is not started.
         expires_at: Time after which the job is not started.
+        actor: Who requested the job, as in the message's header.
+        reason: Why, likewise.
     """
 
     model_config = _ON_FIRST_USE
@@ -170,6 +200,8 @@ class Announcement(BaseModel):
     sent_at: datetime
     eta: datetime | None = None
     expires_at: datetime | None = None
+    actor: _Actor | None = None
+    reason: _Reason | None = None
 
 
 class WorkerLimits(BaseModel):

@@ -23,6 +23,8 @@ class _Options(TypedDict):
     job_id: str
     countdown: float | None
     expires: float | datetime | None
+    actor: str | UUID | None
+    reason: str | None
 
 
 def enqueue_on_commit(
@@ -33,6 +35,8 @@ def enqueue_on_commit(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
     using: str | None = None,
 ) -> str:
     """Enqueue a job after the commit of the current transaction: one user's access to interviews.
@@ -48,6 +52,8 @@ def enqueue_on_commit(
         countdown: Seconds from the commit before which no worker starts the job.
         expires: Seconds from the commit, or a datetime (UTC if naive), after which no worker starts
             the job.
+        actor: Who requests the job, 1 to 255 printable characters. It is kept in the ledger.
+        reason: Why, 1 to 1,000 printable characters. Likewise.
         using: The name of the database; by default Django's default.
 
     Returns:
@@ -55,13 +61,13 @@ def enqueue_on_commit(
 
     Raises:
         TypeError: if `client` is another object, such as an asyncio client.
-        ValueError: if `job_id`, `countdown` or `expires` is invalid.
+        ValueError: if `job_id`, `countdown`, `expires`, `actor` or `reason` is invalid.
         InvalidGrantRequestException: if an argument has an invalid type or length.
         QueueUnavailableError: from the end of the transaction, which is committed then: Redis did
             not accept the job in time. Send it again under its ID.
         JobIdReusedException: likewise, if another request has the ID; nothing was sent.
     """
-    job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires)
+    job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires, actor, reason)
 
     def send() -> None:
         client.enqueue(job.user_id, job.interview_ids, **_options(job))
@@ -77,6 +83,8 @@ def enqueue_cohort_on_commit(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
     using: str | None = None,
 ) -> str:
     """Enqueue one job after the commit: each user's access to each interview.
@@ -88,6 +96,8 @@ def enqueue_cohort_on_commit(
         job_id: See :func:`enqueue_on_commit`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
         using: Likewise.
 
     Returns:
@@ -97,7 +107,7 @@ def enqueue_cohort_on_commit(
         TypeError, ValueError, InvalidGrantRequestException, QueueUnavailableError,
             JobIdReusedException: see :func:`enqueue_on_commit`.
     """
-    job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires)
+    job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires, actor, reason)
 
     def send() -> None:
         client.enqueue_cohort(job.user_ids, job.interview_ids, **_options(job))
@@ -113,6 +123,8 @@ def enqueue_attempt_on_commit(
     job_id: str | None = None,
     countdown: float | None = None,
     expires: float | datetime | None = None,
+    actor: str | UUID | None = None,
+    reason: str | None = None,
     using: str | None = None,
 ) -> str:
     """Enqueue a job after the commit that creates an interview attempt of a user.
@@ -124,6 +136,8 @@ def enqueue_attempt_on_commit(
         job_id: See :func:`enqueue_on_commit`.
         countdown: Likewise.
         expires: Likewise.
+        actor: Likewise.
+        reason: Likewise.
         using: Likewise.
 
     Returns:
@@ -133,7 +147,9 @@ def enqueue_attempt_on_commit(
         TypeError, ValueError, InvalidGrantRequestException, QueueUnavailableError,
             JobIdReusedException: see :func:`enqueue_on_commit`.
     """
-    job = InterviewAttemptJob(interview_id, user_id, or_new(job_id), countdown, expires)
+    job = InterviewAttemptJob(
+        interview_id, user_id, or_new(job_id), countdown, expires, actor, reason
+    )
 
     def send() -> None:
         client.enqueue_attempt(job.interview_id, job.user_id, **_options(job))
@@ -142,7 +158,13 @@ def enqueue_attempt_on_commit(
 
 
 def _options(job: Job) -> _Options:
-    return {"job_id": job.job_id, "countdown": job.countdown, "expires": job.expires}
+    return {
+        "job_id": job.job_id,
+        "countdown": job.countdown,
+        "expires": job.expires,
+        "actor": job.actor,
+        "reason": job.reason,
+    }
 
 
 def _after_commit(client: object, job: Job, send: Callable[[], None], using: str | None) -> str:

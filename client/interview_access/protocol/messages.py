@@ -27,6 +27,7 @@ from interview_access.contracts import (
     RequestedInterviews,
     announcement_key,
     is_job_id,
+    origin_headers,
     reply_key,
     request_digest,
     unreadable_request_digest,
@@ -107,10 +108,12 @@ class JobMessage:
             headers: Headers to add to the message's own, such as a trace context.
 
         Raises:
-            ValueError: if the job's `job_id`, `countdown` or `expires` is invalid.
+            ValueError: if the job's `job_id`, `countdown`, `expires`, `actor` or `reason` is
+                invalid.
             InvalidGrantRequestException: if an argument cannot be encoded as JSON.
         """
         check_job_id(job.job_id)
+        added = {**(headers or {}), **origin_headers(job.actor, job.reason)}
         now = datetime.now(UTC)
         eta = (
             None
@@ -133,10 +136,16 @@ class JobMessage:
             sent_at=now,
             eta=eta,
             expires_at=expires_at,
-            headers=headers,
+            headers=added,
         )
         announcement = Announcement(
-            task=job.task, digest=digest, sent_at=now, eta=eta, expires_at=expires_at
+            task=job.task,
+            digest=digest,
+            sent_at=now,
+            eta=eta,
+            expires_at=expires_at,
+            actor=added.get("actor"),
+            reason=added.get("reason"),
         )
         return cls(job, envelope, announcement)
 

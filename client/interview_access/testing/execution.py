@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -25,17 +25,20 @@ from interview_access.contracts import (
 )
 from interview_access.errors import InterviewAccessError, StorageUnavailableException
 from interview_access.stored_errors import to_record
-from storage.dtos import InterviewDTO, JobDTO
+from interview_access.testing.jobs import EnqueuedJob
+from storage.dtos import AuditDTO, InterviewDTO
 from storage.errors import StorageError
 from storage.interface import Storage
 from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage
 from storage.schema import check_schema
 from tasks import ledger
+from tasks.audit import announced_job
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job, interview_attempt_job
 from tasks.grant_access import GrantAccessInteractor
 from tasks.interview_attempts import InterviewAttemptInteractor
 
+_WORKER = "InlineClient"  # the node name in the status of a job
 _UNFIT = "42"  # class: a table, a column or a privilege is missing
 
 
@@ -58,47 +61,55 @@ class Execution:
 
     def execute(
         self,
-        job_id: str,
-        task: str,
+        job: EnqueuedJob,
         arguments: Mapping[str, Any],
         failure: InterviewAccessError | None,
     ) -> None:
         """Execute a job.
 
         Args:
-            job_id: The job's ID.
-            task: Name of its task.
+            job: The job.
             arguments: Its named arguments.
             failure: A predetermined failure, if the job is not to be executed.
 
         Raises:
             ValueError: if the database does not fit, such as one without the worker's tables.
         """
-        result = self._settle(job_id, task, arguments, failure)
+        result = self._settle(job, arguments, failure)
         if isinstance(result.error, StorageError):
             self._refuse_unfit_database(result.error)
             error = StorageUnavailableException.of(1, str(result.error))
-            self._unavailable[job_id] = task, error
+            self._unavailable[job.job_id] = job.task, error
         elif result.error:
             raise result.error
 
     def _settle(
         self,
-        job_id: str,
-        task: str,
+        enqueued: EnqueuedJob,
         arguments: Mapping[str, Any],
         failure: InterviewAccessError | None,
     ) -> ledger.JobResult:
+        job_id, task = enqueued.job_id, enqueued.task
+        audit = AuditDTO(
+            enqueued_at=enqueued.sent_at,
+            started_at=datetime.now(UTC),
+            attempts=1,
+            worker=_WORKER,
+            actor=enqueued.actor,
+            reason=enqueued.reason,
+        )
         if task == CREATE_INTERVIEW_ATTEMPT:
             attempt = interview_attempt_job(job_id, (), arguments)
-            attempt = replace(attempt, failure=attempt.failure or failure)
+            entry = replace(attempt.entry, audit=audit)
+            attempt = replace(attempt, entry=entry, failure=attempt.failure or failure)
             (result,) = InterviewAttemptInteractor(self._storage).create_interview_attempt(
                 [attempt]
             )
             return result
         read = grant_cohort_access_job if task == GRANT_COHORT_ACCESS else grant_access_job
         job = read(job_id, (), arguments, max_interview_ids=DEFAULT_MAX_INTERVIEW_IDS)
-        job = replace(job, failure=job.failure or failure)
+        entry = replace(job.entry, audit=audit)
+        job = replace(job, entry=entry, failure=job.failure or failure)
         (result,) = GrantAccessInteractor(self._storage).grant_access([job])
         return result
 
@@ -145,11 +156,7 @@ class Execution:
             StorageUnavailableException: if the ledger cannot be reached.
             ValueError: if the database does not fit.
         """
-        entry = (
-            JobDTO(job_id, announcement.task, None, announcement.digest)
-            if announcement and announcement.digest
-            else None
-        )
+        entry = announced_job(job_id, announcement)
         with self._ledger_errors():
             ledger.cancel(self._storage, job_id, entry)
 

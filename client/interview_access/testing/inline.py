@@ -69,7 +69,7 @@ class InlineResults(InMemoryQueue):
         starts_at = max(job.sent_at, job.eta or job.sent_at)
         if job.expires_at and job.expires_at < starts_at:
             failure = JobExpiredException.of(job.job_id, job.expires_at.isoformat())
-        self._execution.execute(job.job_id, job.task, arguments, failure)
+        self._execution.execute(job, arguments, failure)
 
     def _status(self, job_id: str) -> JobStatus:
         return self._execution.find_status(job_id) or self._unfinished(

@@ -34,6 +34,8 @@ class EnqueuedJob:
         sent_at: When the job was enqueued or requested.
         eta: Time before which no worker starts the job.
         expires_at: Time after which no worker starts the job.
+        actor: Who requested the job.
+        reason: Why.
     """
 
     job_id: str
@@ -43,6 +45,8 @@ class EnqueuedJob:
     sent_at: datetime
     eta: datetime | None = None
     expires_at: datetime | None = None
+    actor: str | None = None
+    reason: str | None = None
 
     @classmethod
     def of_arguments(
@@ -54,13 +58,15 @@ class EnqueuedJob:
         sent_at: datetime,
         eta: datetime | None,
         expires_at: datetime | None,
+        actor: str | None,
+        reason: str | None,
     ) -> Self:
         """Build a job from its task's named arguments."""
         users, interviews = (
             tuple(arguments[several]) if several in arguments else (arguments[one],)
             for one, several in (("user_id", "user_ids"), ("interview_id", "interview_ids"))
         )
-        return cls(job_id, task, users, interviews, sent_at, eta, expires_at)
+        return cls(job_id, task, users, interviews, sent_at, eta, expires_at, actor, reason)
 
     @property
     def user_id(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,8 @@ def _job(row: dict[str, Any]) -> EnqueuedJob:
         for name in ("user_id", "user_ids", "interview_ids")
         if row.get(name) is not None
     }
+    headers = row.get("headers") or {}  # text in Django, whose psycopg does not decode it
+    headers = json.loads(headers) if isinstance(headers, str) else headers
     return EnqueuedJob.of_arguments(
         row["job_id"],
         row.get("task", GRANT_ACCESS),
@@ -98,4 +101,6 @@ def _job(row: dict[str, Any]) -> EnqueuedJob:
         sent_at=row["requested_at"],
         eta=row.get("eta"),
         expires_at=row.get("expires_at"),
+        actor=headers.get("actor"),
+        reason=headers.get("reason"),
     )

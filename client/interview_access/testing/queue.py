@@ -177,6 +177,8 @@ class InMemoryQueue(ABC):
             sent_at=announced.sent_at,
             eta=announced.eta,
             expires_at=announced.expires_at,
+            actor=announced.actor,
+            reason=announced.reason,
         )
         self._jobs.setdefault(job.job_id, job)
         self._deliver(job, arguments)
@@ -354,6 +356,9 @@ def _finished(job_id: str, job: EnqueuedJob | None, outcome: _Outcome) -> JobSta
         task=job.task if job else None,
         user_id=job.user_id if job and has_started else None,
         finished_at=max(outcome.at, job.sent_at) if job else outcome.at,
+        enqueued_at=job.sent_at if job else None,
+        actor=job.actor if job else None,
+        reason=job.reason if job else None,
     )
     if outcome.error:
         rejected: dict[str, list[str]] = {"unknown": [], "malformed": []}

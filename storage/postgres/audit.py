@@ -1,0 +1,49 @@
+"""Lists of finished jobs, newest first: who requested them, when, and with which outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import ColumnElement, Select, TextClause, select, text
+
+from storage import models
+from storage.dtos import FinishedJobDTO, JobFilterDTO
+from storage.postgres.ledger import finished_job
+from storage.postgres.session import Session
+
+_FAILED = text("state <> 'succeeded'")  # the condition of the index, word for word
+
+
+class PostgresAudit(Session):
+    """Finished jobs by user, actor, state and time; each filter has an index."""
+
+    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+        """Return the finished jobs that a filter selects; see the interface of its reader."""
+        return [finished_job(row) for row in self.query(selected_jobs(wanted, limit))]
+
+
+def selected_jobs(wanted: JobFilterDTO, limit: int) -> Select[*tuple[object, ...]]:
+    """Build the query of the finished jobs that a filter selects, newest first.
+
+    Args:
+        wanted: The filter.
+        limit: Largest number of jobs.
+    """
+    newest = models.jobs.c.finished_at.desc()
+    return select(models.jobs).where(*_conditions(wanted)).order_by(newest).limit(limit)
+
+
+def _conditions(wanted: JobFilterDTO) -> Iterator[ColumnElement[bool] | TextClause]:
+    jobs = models.jobs.c
+    if wanted.user_id is not None:
+        yield jobs.user_id == wanted.user_id
+    if wanted.actor is not None:
+        yield jobs.actor == wanted.actor
+    if wanted.state is not None:
+        yield jobs.state == wanted.state
+        if wanted.state != "succeeded":
+            yield _FAILED
+    if wanted.since is not None:
+        yield jobs.finished_at >= wanted.since
+    if wanted.until is not None:
+        yield jobs.finished_at < wanted.until
