@@ -19,17 +19,11 @@ from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from worker.broker.dead_letters import DeadLetter, DeadLetters, LetterFilter, readable
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line
+from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line, read_age
 from worker.settings import DatabaseSettings, Settings
 
 F = TypeVar("F", bound=Callable[..., object])
 
-_UNITS = {
-    "s": timedelta(seconds=1),
-    "min": timedelta(minutes=1),
-    "h": timedelta(hours=1),
-    "d": timedelta(days=1),
-}
 _REASON_CHARACTERS = 100  # in the list
 _MESSAGE_CHARACTERS = 20_000
 _SHOWN_BYTES = 8 * 1024 * 1024  # of a message that is decoded to be shown
@@ -103,8 +97,9 @@ class _Age(click.ParamType[timedelta]):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> timedelta:
-        if found := re.fullmatch(r"([0-9]{1,5})(s|min|h|d)", str(value)):
-            return int(found[1]) * _UNITS[found[2]]
+        age = read_age(str(value))
+        if age is not None:
+            return age
         raise click.BadParameter(
             f"got {one_line(value)!r}, expected an age such as 90s, 30min, 12h or 7d.", ctx, param
         )

@@ -35,6 +35,8 @@ class _Options(TypedDict):
     job_id: str | None
     countdown: float | None
     expires: float | datetime | None
+    actor: str | None
+    reason: str | None
 
 
 def _number(_: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -86,6 +88,16 @@ _OPTIONS = (
         metavar="SECONDS|TIME",
         help="Seconds, or a time in ISO 8601 (UTC if it has no offset), after which no worker "
         "starts the job.",
+    ),
+    click.option(
+        "--actor",
+        metavar="NAME",
+        help="Who requests the job, for the audit: 1 to 255 printable characters.",
+    ),
+    click.option(
+        "--reason",
+        metavar="TEXT",
+        help="Why, for the audit: 1 to 1,000 printable characters.",
     ),
     click.option("--wait", is_flag=True, help="Wait for the result and print it."),
     click.option(

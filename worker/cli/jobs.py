@@ -1,31 +1,44 @@
-"""interview-access status, cancel and purge."""
+"""interview-access status, jobs, cancel and purge."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
 from typing import NoReturn
 
 import click
 from celery.exceptions import CeleryError
-from interview_access.contracts import JOB_ID_RULE, JobStatus, describe, is_job_id
+from interview_access.contracts import (
+    FINAL_STATES,
+    JOB_ID_RULE,
+    JobStatus,
+    describe,
+    is_job_id,
+)
 from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
+from storage.dtos import FinishedJobDTO, JobFilterDTO
 from storage.errors import StorageError
+from storage.postgres import PostgresStorage
 from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_READ_JOBS, Needed, explain_denial
+from tasks import ledger
+from tasks.audit import read_time
 from worker.app import WorkerApp, create_app
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line
+from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line, read_age
 from worker.operations.inspection import inspect
 from worker.operations.waiting import JobFilter, SelectedJob, WaitingJobs
 from worker.services.job_status import JobStatusService
 from worker.services.outbox_relay import message_of
-from worker.settings import Settings
+from worker.settings import DatabaseSettings, Settings
 
+_MOST_JOBS = 10_000
+_CANNOT_LIST = "The finished jobs cannot be read"
 _CANNOT_READ = "The job's state cannot be read"
 _CANNOT_CANCEL = "Not all jobs are cancelled"
 _CHECK_SERVERS = "check that Redis and PostgreSQL can be reached, and run the command again"
@@ -48,6 +61,101 @@ def status(job_id: str, *, as_json: bool) -> None:
     with _connected(_CANNOT_READ, TO_READ_JOBS) as (app, redis):
         known = JobStatusService(app.storage, app.backend).status(redis, job_id)
     _print_status(known, as_json=as_json)
+
+
+class _Moment(click.ParamType[datetime]):
+    name = "moment"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        text = str(value)
+        age = read_age(text)
+        moment = read_time(text) if age is None else datetime.now(UTC) - age
+        if moment is None:
+            raise click.BadParameter(
+                f"got {one_line(text)!r}, expected an age such as 30min, 12h or 7d, or a time in "
+                "ISO 8601 such as 2030-01-31T12:00:00Z.",
+                ctx,
+                param,
+            )
+        return moment
+
+
+def _storable(_: object, __: object, given: str | None) -> str | None:
+    with suppress(UnicodeEncodeError):
+        (given or "").encode()
+        return given
+    raise click.BadParameter(f"got {describe(given)}, expected text in UTF-8.")
+
+
+@click.command()
+@click.option("--user", metavar="ID", callback=_storable, help="Jobs for this user alone.")
+@click.option("--actor", metavar="NAME", callback=_storable, help="Jobs requested by this actor.")
+@click.option("--state", type=click.Choice(sorted(FINAL_STATES)), help="Jobs in this state.")
+@click.option(
+    "--since",
+    type=_Moment(),
+    metavar="AGE|TIME",
+    help="Jobs that finished within an age such as 12h or 7d, or since a time in ISO 8601 (UTC if "
+    "it has no offset).",
+)
+@click.option("--until", type=_Moment(), metavar="AGE|TIME", help="Jobs that finished before.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, _MOST_JOBS),
+    default=100,
+    show_default=True,
+    help="Number of jobs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each job.")
+def jobs(
+    *,
+    user: str | None,
+    actor: str | None,
+    state: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List finished jobs, newest first: who requested them, when, and which worker executed them.
+
+    Options combine. Only jobs in the ledger are listed: neither unfinished ones, which `queue`
+    counts, nor pruned ones. A cohort's job is for no user alone.
+
+    Only PostgreSQL is used. The exit status is 3 if it is unavailable.
+    """
+    wanted = JobFilterDTO(user, actor, state, since, until)
+    settings = read_settings(DatabaseSettings)
+    with (
+        _storage_errors(_CANNOT_LIST, TO_READ_JOBS, settings),
+        closing(PostgresStorage(settings.database_url)) as storage,
+    ):
+        found = storage.list_finished_jobs(wanted, limit)
+    for one in found:
+        known = ledger.status_of(one).model_dump(mode="json", exclude_none=True)
+        click.echo(json.dumps(known) if as_json else _line(one))
+    if not found:
+        click.echo("No finished job is selected.", err=True)
+    elif len(found) == limit:
+        click.echo(f"The newest {limit:,} are listed; --limit and --until list others.", err=True)
+
+
+def _line(finished: FinishedJobDTO) -> str:
+    job, outcome, audit = finished.job, finished.outcome, finished.job.audit
+    known = {
+        "user": job.user_id,
+        "created": outcome.figures and outcome.figures.created,
+        "error": outcome.error and outcome.error["type"],
+        "attempts": audit.attempts,
+        "worker": audit.worker,
+        "actor": audit.actor,
+        "reason": audit.reason,
+    }
+    at = f"{finished.finished_at:%F %T}Z" if finished.finished_at else "-"
+    fields = (f"{name}={value}" for name, value in known.items() if value is not None)
+    return one_line("  ".join((at, f"{outcome.state:<9}", job.job_id, job.task, *fields)))
 
 
 @click.command()
@@ -192,15 +300,25 @@ def _connected(failure: str, needed: Needed) -> Iterator[tuple[WorkerApp, Redis]
     settings = read_settings(Settings)
     app = create_app(settings)
     try:
-        with app.connection_for_write() as connection:
+        with (
+            _storage_errors(failure, needed, settings),
+            app.connection_for_write() as connection,
+        ):
             yield app, connection.default_channel.client
-    except StorageError as error:
-        denial = explain_denial(error, settings.database_url, needed)
-        _end_unavailable(failure, denial or error, "" if denial else _CHECK_SERVERS)
     except (CeleryError, OperationalError, RedisError, OSError) as error:
         cause = error.__cause__ or error
         is_denied = isinstance(cause, NoPermissionError)
         _end_unavailable(failure, cause, PERMIT if is_denied else _CHECK_SERVERS)
+
+
+@contextmanager
+def _storage_errors(failure: str, needed: Needed, settings: DatabaseSettings) -> Iterator[None]:
+    """Exit with one sentence if PostgreSQL is unavailable or denies access; see _connected."""
+    try:
+        yield
+    except StorageError as error:
+        denial = explain_denial(error, settings.database_url, needed)
+        _end_unavailable(failure, denial or error, "" if denial else _CHECK_SERVERS)
 
 
 def _end_unavailable(failure: str, reason: object, remedy: str) -> NoReturn:

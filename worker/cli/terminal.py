@@ -1,8 +1,10 @@
-"""Exit statuses, and values that are safe to print."""
+"""Exit statuses, values that are safe to print, and ages."""
 
 from __future__ import annotations
 
+import re
 import sys
+from datetime import timedelta
 from typing import NoReturn
 
 import click
@@ -16,6 +18,14 @@ PERMIT = "permit it by ACL SETUSER; deploy/redis/users.acl has a user for operat
 
 VALUE_CHARACTERS = 2_000
 """Characters of a value that are printed."""
+
+
+_UNITS = {
+    "s": timedelta(seconds=1),
+    "min": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+}
 
 
 def end(status: int, sentence: str) -> NoReturn:
@@ -37,3 +47,9 @@ def one_line(value: object, at_most: int = VALUE_CHARACTERS) -> str:
         at_most: Characters after which it is cut.
     """
     return shortened(str(value), quoted=False, at_most=at_most)
+
+
+def read_age(text: str) -> timedelta | None:
+    """Read an age such as 90s, 30min, 12h or 7d; None if the text is not one."""
+    found = re.fullmatch(r"([0-9]{1,5})(s|min|h|d)", text)
+    return int(found[1]) * _UNITS[found[2]] if found else None
