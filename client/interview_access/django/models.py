@@ -128,7 +128,8 @@ class OutboxRequest(_ReadOnlyModel):
 class FinishedJob(_ReadOnlyModel):
     """A job's row of the ledger: its final state, its counts, and its result or error.
 
-    The counts are None if the job did not succeed, `user_id` is None for a cohort.
+    The counts are None if the job did not succeed, `user_id` is None for a cohort. docs/audit.md
+    describes the times, the attempts, and who requested the job.
     """
 
     remedy = (
@@ -150,6 +151,13 @@ class FinishedJob(_ReadOnlyModel):
     result = models.JSONField(null=True)
     error = models.JSONField(null=True)
     finished_at = models.DateTimeField(null=True)
+    requested_at = models.DateTimeField(null=True)
+    enqueued_at = models.DateTimeField(null=True)
+    started_at = models.DateTimeField(null=True)
+    attempts = models.IntegerField(null=True)
+    worker = models.CharField(max_length=255, null=True)
+    actor = models.CharField(max_length=255, null=True)
+    reason = models.CharField(max_length=1000, null=True)
 
     class Meta:
         db_table = "grant_access_job"
