@@ -32,7 +32,8 @@ _FILL = """
     SELECT gen_random_uuid()::text, 'interview_access.grant_access', 'succeeded',
            gen_random_uuid()::text, encode(sha256(number::text::bytea), 'hex'), 20, 0, 0, 20,
            '{"success": true, "created_access_count": 20}', NULL,
-           clock_timestamp() - interval '90 days'
+           clock_timestamp() - interval '90 days',
+           NULL, clock_timestamp(), clock_timestamp(), 1, 'celery@worker-7d4b9c6f5-x2x8q'
     FROM generate_series(1, %s) AS number
 """
 _SIZE = """

@@ -20,6 +20,7 @@ from redis import Redis
 from redis.exceptions import NoPermissionError
 
 from devstack.servers import LocalStack
+from storage.dtos import JobFilterDTO
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.stores import until
 from tests.support.workers import QUEUE, ROOT, Site, site_with_worker
@@ -135,6 +136,27 @@ def test_node(here: Site, url: str) -> None:
     assert failed == "InvalidInterviewIdException ["
     assert "reason: 'unknown'" in "".join(more)
     assert here.store.granted("dan") == [NAMED_SAMPLES[0]]
+
+
+def test_who_requests_a_job(here: Site, url: str) -> None:
+    """Each way of the page to name an actor and a reason leads to the ledger."""
+    section = "Who requests a job"
+    (program,) = blocks(section, "js")
+    client, celery = blocks(section, "python")
+    assert run(PYTHON, client, url) == ["hr@example.org Second round 1"]
+    assert run(PYTHON, celery, url) == ["{'success': True, 'created_access_count': 0}"]
+    node = [str(Path(sys.executable).with_name("node")), "-"]
+    printed = run(node, program, url, NODE_PATH=str(NODE / "node_modules"))
+    assert printed == ["{ success: true, created_access_count: 0 }"]
+    (push,) = blocks(section, "redis")
+    with redis_cli(url) as redis:
+        replies_to(redis, push)
+    (statement,) = blocks(section, "sql")
+    here.store.execute(statement.replace(":", r"\:"))
+    wanted = JobFilterDTO(actor="hr@example.org", user_id="ivy")
+    until(lambda: len(here.store.storage.list_finished_jobs(wanted, 9)) == 5)
+    found = here.store.storage.list_finished_jobs(wanted, 9)
+    assert {one.job.audit.reason for one in found} == {"Second round"}
 
 
 @contextmanager

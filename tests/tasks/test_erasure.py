@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 
+from storage.dtos import AuditDTO
 from storage.interface import Storage
 from tasks.erasure import (
     ERASED,
@@ -16,6 +17,7 @@ from tasks.erasure import (
     names,
     redacted,
 )
+from tasks.grant_access import GrantAccessJob
 from tests.storage.transactions import a_cohort_request, a_request
 from tests.support.stores import Store, a_cohort, a_job, created
 
@@ -118,3 +120,44 @@ def test_answered_requests_are_deleted(store: Store) -> None:
     assert erase_requests(store.storage, "ann") == 1
     assert store.storage.get_request("a") is None
     assert store.storage.get_request("c")
+
+
+def with_origin(job_id: str, user_id: str, actor: str, reason: str) -> GrantAccessJob:
+    """Return a job that an actor requested."""
+    job = a_job(job_id, user_id, [])
+    audit = AuditDTO(attempts=1, worker="w", actor=actor, reason=reason)
+    return replace(job, entry=replace(job.entry, audit=audit))
+
+
+def test_actors_and_reasons_are_erased(store: Store) -> None:
+    """The user leaves the actors; the reasons of the user's jobs, and quoted IDs, are erased."""
+    store.grant(
+        with_origin("a", "ann", "hr", "she is ill"),
+        with_origin("b", "bob", "ann", "as 'ann' asked"),
+        with_origin("c", "bob", "annette", "ann-marie asked"),
+    )
+    assert erase(store.storage, "ann", dry_run=True) == {"a", "b"}
+    assert erase(store.storage, "ann") == {"a", "b"}
+    origins = []
+    for job_id in "abc":
+        finished = store.storage.get_finished_job(job_id)
+        assert finished
+        audit = finished.job.audit
+        assert (audit.attempts, audit.worker) == (1, "w")
+        origins.append((audit.actor, audit.reason))
+    assert origins == [
+        ("hr", ERASED),
+        (ERASED, f"as '{ERASED}' asked"),
+        ("annette", "ann-marie asked"),
+    ]
+    assert erase(store.storage, "ann") == set()
+
+
+def test_requests_by_the_user_are_deleted(store: Store) -> None:
+    """A request whose actor is the user names the user."""
+    for job_id, headers in ("a", '{"actor": "zoe"}'), ("b", '{"actor": "Zoe"}'), ("c", "[]"):
+        store.add_request(replace(a_request(job_id), headers=headers))
+    assert find_unfinished_requests(store.storage, "zoe") == ["a"]
+    store.grant(a_job("a", "ann", []))
+    assert erase_requests(store.storage, "zoe") == 1
+    assert store.storage.get_request("a") is None
