@@ -518,8 +518,8 @@ with InterviewAccessClient() as client:
     with transaction.atomic():
         ids = (id for id in [UUID(int=0)])
         print(enqueue_on_commit(client, 'ann', ids, job_id='one', countdown=60))
-        enqueue_cohort_on_commit(client, ['ann'], [], job_id='two', expires=60)
-        enqueue_attempt_on_commit(client, UUID(int=0), 'ann', job_id='three')
+        enqueue_cohort_on_commit(client, ['ann'], [], job_id='two', expires=60, actor='hr')
+        enqueue_attempt_on_commit(client, UUID(int=0), 'ann', job_id='three', reason='late')
         print(client._queue.llen('interview-access'))
     try:
         with transaction.atomic():
@@ -536,7 +536,7 @@ from interview_access.producer import InterviewAccessClient
 client = InterviewAccessClient('redis://nowhere.invalid/0')
 for arguments, options in (
     ((7, []), {}), (('ann', 'one'), {}), (('ann', []), {'job_id': ''}),
-    (('ann', []), {'countdown': 'soon'}),
+    (('ann', []), {'countdown': 'soon'}), (('ann', []), {'actor': 'a\\nb'}),
 ):
     try:
         enqueue_on_commit(client, *arguments, **options)
@@ -637,6 +637,8 @@ class TestOnCommit:
         ]
         assert headers[0]["eta"]
         assert headers[1]["expires"]
+        assert (headers[1]["actor"], headers[2]["reason"]) == ("hr", "late")
+        assert not {"actor", "reason"} & headers[0].keys()
 
     def test_invalid_argument_is_an_error_at_the_call(
         self, project: DjangoProject, database: Database
@@ -644,7 +646,7 @@ class TestOnCommit:
         """Invalid arguments and options raise at the call, before anything is connected to."""
         printed = project.run_python(ENQUEUE_INVALID, database)
         refused = "InvalidGrantRequestException"
-        assert printed == [refused, refused, "ValueError", "ValueError"]
+        assert printed == [refused, refused, "ValueError", "ValueError", "ValueError"]
 
     def test_another_client_is_an_error_at_the_call(
         self, project: DjangoProject, database: Database

@@ -275,6 +275,20 @@ def test_clear_forgets_job_ids_and_results(client: FakeClient) -> None:
     assert client.status("one").state == client.status("two").state == "queued"
 
 
+def test_the_origin_of_a_job_is_kept(client: FakeClient) -> None:
+    """Actor and reason are kept for assertions, and the job's status has them."""
+    client.enqueue("ann", [], job_id="one", actor=UUID(FIRST), reason="late")
+    client.enqueue_many([GrantJob("bob", [], "two", actor="hr")])
+    assert [(job.actor, job.reason) for job in client.jobs] == [(FIRST, "late"), ("hr", None)]
+    assert (client.status("one").actor, client.status("two").actor) == (FIRST, "hr")
+    client.set_result("one")
+    ended = client.status("one")
+    assert (ended.actor, ended.reason, ended.enqueued_at) == (
+        *(FIRST, "late"),
+        client.jobs[0].sent_at,
+    )
+
+
 # --- Results --------------------------------------------------------------------------------------
 
 

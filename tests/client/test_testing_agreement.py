@@ -175,9 +175,14 @@ def test_requests_in_the_outbox_are_read_in_their_transaction(here: Site) -> Non
     """Assertions see what the transaction requested, and list it when they fail."""
     with connected(here.store.database_url) as connection:
         enqueue_in_sqlalchemy(connection, "ann", [FIRST], job_id="outbox-1")
-        enqueue_in_sqlalchemy(connection, "bob", [FIRST, SECOND], job_id="outbox-2")
+        enqueue_in_sqlalchemy(
+            connection, "bob", [FIRST, SECOND], job_id="outbox-2", actor="hr", reason="late"
+        )
         (job,) = assert_requested(connection, user_id="bob", interview_ids=[SECOND, FIRST], count=1)
         assert (job.job_id, job.task, job.countdown) == ("outbox-2", GRANT_ACCESS, None)
+        assert (job.actor, job.reason) == ("hr", "late")
+        (other,) = assert_requested(connection, user_id="ann")
+        assert (other.actor, other.reason) == (None, None)
         with pytest.raises(AssertionError, match=r"got 0\. Requested: 2:\n  1\. .* 'outbox-1': "):
             assert_requested(connection, user_id="cem")
     with connected(here.store.database_url) as connection:
