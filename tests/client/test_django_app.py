@@ -288,7 +288,7 @@ class TestTables:
         before = database.catalog()
         project.run_python(
             "from django.core.management import call_command\n"
-            "for target in '0001', 'zero', '0001':\n"
+            "for target in '0002', '0001', 'zero', '0002':\n"
             "    call_command('migrate', 'interview_access', target, verbosity=0)",
             database,
         )

@@ -58,6 +58,10 @@ OPTIONS: list[Callable[[Envelopes, Envelope], None]] = [
     _in_headers("argsrepr", lambda envelopes: envelopes.rng.choice(["a" * 5_000, FORGED])),
     _in_headers("kwargsrepr", lambda envelopes: envelopes.rng.choice(["a" * 5_000, FORGED])),
     _in_headers("origin", lambda envelopes: envelopes.rng.choice(["a" * 5_000, FORGED])),
+    *(
+        _in_headers(name, lambda envelopes: envelopes.rng.choice(["a" * 5_000, FORGED, "", 5, {}]))
+        for name in ("actor", "reason", "enqueued_at", "requested_at")
+    ),
     _in_headers("lang", lambda _: "go"),
     _in_headers("x-trace", lambda _: {"a": [1, {"b": None}]}),
     *(_in_plain_text, _stamped, _linked, _without_delivery_info),
