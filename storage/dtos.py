@@ -160,7 +160,7 @@ class FinishedJobDTO:
 
 
 @dataclass(frozen=True, slots=True)
-class JobFilterDTO:
+class FinishedJobFilterDTO:
     """Selects finished jobs; a field that is None selects all.
 
     Attributes:

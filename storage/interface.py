@@ -16,10 +16,10 @@ from typing import Protocol, TypeVar
 from storage.dtos import (
     AccessRequestDTO,
     FinishedJobDTO,
+    FinishedJobFilterDTO,
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
-    JobFilterDTO,
     JobPageDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
@@ -346,7 +346,9 @@ class JobReader(Protocol):
         """Return whether cancellation of the job was requested, whatever came of it."""
 
     @abstractmethod
-    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+    def list_finished_jobs(
+        self, wanted: FinishedJobFilterDTO, limit: int
+    ) -> Sequence[FinishedJobDTO]:
         """Return the finished jobs that a filter selects, newest first.
 
         Must be answered from an index, unless the filter selects all jobs of a period. The rejected

@@ -20,10 +20,10 @@ from storage import sqlstate
 from storage.dtos import (
     AccessRequestDTO,
     FinishedJobDTO,
+    FinishedJobFilterDTO,
     FoundJobsDTO,
     InterviewAttemptDTO,
     InterviewDTO,
-    JobFilterDTO,
     JobPageDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
@@ -107,7 +107,9 @@ class MemoryStorage(Storage):
             now, due_at = datetime.now(UTC), self._tables.due_at
             self._tables.due_at = {job_id: min(at, now) for job_id, at in due_at.items()}
 
-    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+    def list_finished_jobs(
+        self, wanted: FinishedJobFilterDTO, limit: int
+    ) -> Sequence[FinishedJobDTO]:
         """See the interface."""
         times = ((one.finished_at, one) for one in self._tables.jobs.values())
         found = [(at, one) for at, one in times if at and _is_selected(one, at, wanted)]
@@ -406,7 +408,7 @@ def _tombstone(job: FinishedJobDTO) -> PrunedJobDTO:
     )
 
 
-def _is_selected(job: FinishedJobDTO, finished_at: datetime, wanted: JobFilterDTO) -> bool:
+def _is_selected(job: FinishedJobDTO, finished_at: datetime, wanted: FinishedJobFilterDTO) -> bool:
     pairs = (
         (wanted.user_id, job.job.user_id),
         (wanted.actor, job.job.audit.actor),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from sqlalchemy import ColumnElement, Select, TextClause, select, text
 
 from storage import models
-from storage.dtos import FinishedJobDTO, JobFilterDTO
+from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
 from storage.postgres.ledger import finished_job
 from storage.postgres.session import Session
 
@@ -17,12 +17,14 @@ _FAILED = text("state <> 'succeeded'")  # the condition of the index, word for w
 class PostgresAudit(Session):
     """Finished jobs by user, actor, state and time; each filter has an index."""
 
-    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+    def list_finished_jobs(
+        self, wanted: FinishedJobFilterDTO, limit: int
+    ) -> Sequence[FinishedJobDTO]:
         """Return the finished jobs that a filter selects; see the interface of its reader."""
         return [finished_job(row) for row in self.query(selected_jobs(wanted, limit))]
 
 
-def selected_jobs(wanted: JobFilterDTO, limit: int) -> Select[*tuple[object, ...]]:
+def selected_jobs(wanted: FinishedJobFilterDTO, limit: int) -> Select[*tuple[object, ...]]:
     """Build the query of the finished jobs that a filter selects, newest first.
 
     Args:
@@ -33,7 +35,7 @@ def selected_jobs(wanted: JobFilterDTO, limit: int) -> Select[*tuple[object, ...
     return select(models.jobs).where(*_conditions(wanted)).order_by(newest).limit(limit)
 
 
-def _conditions(wanted: JobFilterDTO) -> Iterator[ColumnElement[bool] | TextClause]:
+def _conditions(wanted: FinishedJobFilterDTO) -> Iterator[ColumnElement[bool] | TextClause]:
     jobs = models.jobs.c
     if wanted.user_id is not None:
         yield jobs.user_id == wanted.user_id

@@ -14,7 +14,7 @@ from storage.driver_errors import driver_errors_translated
 from storage.dtos import (
     AccessRequestDTO,
     FinishedJobDTO,
-    JobFilterDTO,
+    FinishedJobFilterDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
     PrunedJobDTO,
@@ -126,7 +126,9 @@ class PostgresStorage(Storage):
         with self.transaction() as transaction:
             return bool(transaction.find_cancelled_jobs([job_id]))
 
-    def list_finished_jobs(self, wanted: JobFilterDTO, limit: int) -> Sequence[FinishedJobDTO]:
+    def list_finished_jobs(
+        self, wanted: FinishedJobFilterDTO, limit: int
+    ) -> Sequence[FinishedJobDTO]:
         """See the interface."""
         with self.transaction() as transaction:
             return transaction.list_finished_jobs(wanted, limit)

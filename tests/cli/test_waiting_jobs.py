@@ -130,6 +130,9 @@ class TestPurge:
         assert is_empty(here)
         assert here.meta("purged")["result"]["exc_type"] == "JobCancelledException"
         assert state(here, "purged") == "cancelled"
+        finished = here.store.storage.get_finished_job("purged")
+        assert finished
+        assert finished.job.audit.worker == "interview-access"
         assert here.dead_letters() == []
 
     def test_a_purged_job_is_no_longer_queued(

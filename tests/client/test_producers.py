@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import NoPermissionError
 
 from devstack.servers import LocalStack
-from storage.dtos import JobFilterDTO
+from storage.dtos import FinishedJobFilterDTO
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.stores import until
 from tests.support.workers import QUEUE, ROOT, Site, site_with_worker
@@ -153,7 +153,7 @@ def test_who_requests_a_job(here: Site, url: str) -> None:
         replies_to(redis, push)
     (statement,) = blocks(section, "sql")
     here.store.execute(statement.replace(":", r"\:"))
-    wanted = JobFilterDTO(actor="hr@example.org", user_id="ivy")
+    wanted = FinishedJobFilterDTO(actor="hr@example.org", user_id="ivy")
     until(lambda: len(here.store.storage.list_finished_jobs(wanted, 9)) == 5)
     found = here.store.storage.list_finished_jobs(wanted, 9)
     assert {one.job.audit.reason for one in found} == {"Second round"}

@@ -19,7 +19,7 @@ from storage.dtos import (
     WORKER_LENGTH,
     AuditDTO,
     FinishedJobDTO,
-    JobFilterDTO,
+    FinishedJobFilterDTO,
     OutcomeDTO,
 )
 from storage.interface import Storage
@@ -43,7 +43,7 @@ def a_finished(
 
 def listed(storage: Storage, limit: int = ALL, **wanted: Any) -> list[str]:
     """Return the IDs of the jobs that a filter selects."""
-    jobs = storage.list_finished_jobs(JobFilterDTO(**wanted), limit)
+    jobs = storage.list_finished_jobs(FinishedJobFilterDTO(**wanted), limit)
     return [one.job.job_id for one in jobs]
 
 
@@ -98,7 +98,7 @@ class TestListFinishedJobs:
         for number in range(4):
             finish(store.storage, finished(f"{number}", number))
         assert listed(store.storage) == ["3", "2", "1", "0"]
-        assert store.storage.list_finished_jobs(JobFilterDTO(), 2) == [
+        assert store.storage.list_finished_jobs(FinishedJobFilterDTO(), 2) == [
             finished("3", 3),
             finished("2", 2),
         ]
@@ -192,7 +192,7 @@ def test_lists_are_read_from_an_index(
         name: NOW - value if isinstance(value, timedelta) else value
         for name, value in wanted.items()
     }
-    statement = selected_jobs(JobFilterDTO(**given), 100).compile(
+    statement = selected_jobs(FinishedJobFilterDTO(**given), 100).compile(
         dialect=postgresql.dialect(),  # type: ignore[no-untyped-call] # SQLAlchemy's
         compile_kwargs={"literal_binds": True},
     )

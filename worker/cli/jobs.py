@@ -22,7 +22,7 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
-from storage.dtos import FinishedJobDTO, JobFilterDTO
+from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_READ_JOBS, Needed, explain_denial
@@ -126,7 +126,7 @@ def jobs(
 
     Only PostgreSQL is used. The exit status is 3 if it is unavailable.
     """
-    wanted = JobFilterDTO(user, actor, state, since, until)
+    wanted = FinishedJobFilterDTO(user, actor, state, since, until)
     settings = read_settings(DatabaseSettings)
     with (
         _storage_errors(_CANNOT_LIST, TO_READ_JOBS, settings),
