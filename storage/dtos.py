@@ -52,15 +52,32 @@ class UserInterviewAccessDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class GrantOriginDTO:
+    """What the storage holds about one user's access to one interview.
+
+    Attributes:
+        is_interview: Whether the interview exists.
+        is_granted: Whether the user has access to it.
+        job_id: The job that created the grant; None if the grant names none, or does not exist.
+    """
+
+    is_interview: bool
+    is_granted: bool
+    job_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestedGrantsDTO:
     """The grants requested for one user.
 
     Attributes:
         interview_ids: Distinct IDs in any order.
+        job_id: The job that requests them; None if no job does.
     """
 
     user_id: str
     interview_ids: tuple[str, ...]
+    job_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

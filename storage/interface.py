@@ -18,6 +18,7 @@ from storage.dtos import (
     FinishedJobDTO,
     FinishedJobFilterDTO,
     FoundJobsDTO,
+    GrantOriginDTO,
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
@@ -219,11 +220,11 @@ class GrantStore(Protocol):
     def bulk_create_user_access(
         self, requested: Sequence[RequestedGrantsDTO], on_chunk: ChunkDone | None = None
     ) -> Sequence[int]:
-        """Create the missing grants.
+        """Create the missing grants, each of which names the job that requested it.
 
         Must neither change nor count an existing grant, also one that another transaction created
         after this one began. A grant that is requested more than once must be counted for the first
-        of its requests only.
+        of its requests only, and must name that request's job.
 
         Args:
             requested: Grants by user; a user may appear more than once.
@@ -362,6 +363,36 @@ class JobReader(Protocol):
     @abstractmethod
     def measure_ledger(self) -> LedgerTotalsDTO:
         """Return the size of the ledger, without reading all of its rows."""
+
+
+class GrantReader(Protocol):
+    """Which jobs created grants. Each call is a transaction of its own."""
+
+    @abstractmethod
+    def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
+        """Find a grant and the job that created it.
+
+        Must name exactly the job whose number of created grants includes the grant. Must keep the
+        job when its ledger row is pruned or a person is erased from it. A grant that was deleted
+        and created again names the later job.
+
+        Args:
+            user_id: The user.
+            interview_id: A canonical interview ID.
+        """
+
+    @abstractmethod
+    def list_granting_jobs(
+        self, interview_id: str, limit: int, *, after: str = ""
+    ) -> Sequence[str]:
+        """Return the IDs of the jobs that created existing grants of an interview.
+
+        Args:
+            interview_id: A canonical interview ID.
+            limit: Largest number of job IDs.
+            after: The job IDs must be greater, in the order of their bytes, in which they are
+                returned.
+        """
 
 
 class OutboxMonitor(Protocol):

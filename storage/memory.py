@@ -22,6 +22,7 @@ from storage.dtos import (
     FinishedJobDTO,
     FinishedJobFilterDTO,
     FoundJobsDTO,
+    GrantOriginDTO,
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
@@ -50,7 +51,7 @@ _POLL_SECONDS = 0.01
 @dataclass(slots=True)
 class _Tables:
     interviews: dict[str, InterviewDTO] = field(default_factory=dict)
-    grants: dict[UserInterviewAccessDTO, None] = field(default_factory=dict)
+    grants: dict[UserInterviewAccessDTO, str | None] = field(default_factory=dict)
     attempts: dict[str, InterviewAttemptDTO] = field(default_factory=dict)
     jobs: dict[str, FinishedJobDTO] = field(default_factory=dict)
     cancellations: dict[str, datetime] = field(default_factory=dict)
@@ -114,6 +115,20 @@ class MemoryStorage(Storage):
         times = ((one.finished_at, one) for one in self._tables.jobs.values())
         found = [(at, one) for at, one in times if at and _is_selected(one, at, wanted)]
         return [one for _, one in sorted(found, key=itemgetter(0), reverse=True)[:limit]]
+    def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
+        """See the interface."""
+        grant, tables = UserInterviewAccessDTO(user_id, interview_id), self._tables
+        return GrantOriginDTO(
+            interview_id in tables.interviews, grant in tables.grants, tables.grants.get(grant)
+        )
+
+    def list_granting_jobs(
+        self, interview_id: str, limit: int, *, after: str = ""
+    ) -> Sequence[str]:
+        """See the interface."""
+        grants = self._tables.grants.items()
+        jobs = {job_id for grant, job_id in grants if job_id and grant.interview_id == interview_id}
+        return sorted(job_id for job_id in jobs if job_id > after)[:limit]
 
     def measure_ledger(self) -> LedgerTotalsDTO:
         """See the interface."""
@@ -328,7 +343,7 @@ class MemoryTransaction(Transaction):
                 first.setdefault(UserInterviewAccessDTO(grants.user_id, interview_id), index)
         for done, (grant, index) in enumerate(first.items(), start=1):
             if grant not in self._tables.grants:
-                self._tables.grants[grant] = None
+                self._tables.grants[grant] = requested[index].job_id
                 counts[index] += 1
             if on_chunk and (done % self._chunk_size == 0 or done == len(first)):
                 on_chunk(done, len(first))

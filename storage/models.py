@@ -111,11 +111,13 @@ grants = Table(
     Column("id", BigInteger, Identity(), primary_key=True),
     _interview_key("interview_userinterv_interview_id_473ac53f_fk_interview"),
     _user_id(),
+    Column("created_by_job", String(255, collation="C")),
     UniqueConstraint("user_id", "interview_id"),
     Index("interview_userinterviewaccess_interview_id_473ac53f", "interview_id"),
     *_user_indexes("interview_userinterviewaccess_user_id_0f6e2105"),
 )
-"""Grants: each row is one user's access to one interview. The worker adds the unique key."""
+"""Grants: each row is one user's access to one interview. The worker adds the unique key, and the
+column that holds the ID of the job that created the row."""
 
 jobs = Table(
     "grant_access_job",

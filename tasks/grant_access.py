@@ -42,7 +42,10 @@ class GrantAccessJob:
     def requested_grants(self) -> list[RequestedGrantsDTO]:
         """The requested grants of each distinct user."""
         users = dict.fromkeys(self.user_ids)
-        return [RequestedGrantsDTO(user_id, self.interviews.wanted) for user_id in users]
+        return [
+            RequestedGrantsDTO(user_id, self.interviews.wanted, self.entry.job_id)
+            for user_id in users
+        ]
 
 
 class GrantAccessInteractor:

@@ -24,10 +24,12 @@ class CrossProduct:
 
     Attributes:
         indexes: Index of each user's request, by user ID, in order.
+        job_ids: The job of each request, by request index.
         interview_ids: Sorted IDs.
     """
 
     indexes: Mapping[str, int]
+    job_ids: Sequence[str | None]
     interview_ids: Sequence[str]
 
     @property
@@ -45,6 +47,7 @@ class CrossProduct:
         """Values of the statement's parameters."""
         return {
             "user_ids": list(self.indexes),
+            "job_ids": [self.job_ids[index] for index in self.indexes.values()],
             "interview_ids": UuidArray.of(self.interview_ids),
             "first": self.interview_ids[0],
             "last": self.interview_ids[-1],
@@ -57,11 +60,13 @@ class ExplicitPairs:
 
     Attributes:
         user_ids: The user of each request, by request index.
+        job_ids: The job of each request, likewise.
         indexes: Index of the request that each grant counts for.
         interview_ids: The interview of each grant.
     """
 
     user_ids: Sequence[str]
+    job_ids: Sequence[str | None]
     indexes: Sequence[int]
     interview_ids: Sequence[str]
 
@@ -80,6 +85,7 @@ class ExplicitPairs:
         """Values of the statement's parameters."""
         return {
             "user_ids": self.user_ids,
+            "job_ids": self.job_ids,
             # An array literal: psycopg would inspect each element of a list.
             "indexes": "{" + ",".join(map(str, self.indexes)) + "}",
             "interview_ids": UuidArray.of(self.interview_ids),
@@ -100,19 +106,24 @@ def partition(requested: Sequence[RequestedGrantsDTO], size: int) -> Sequence[Ch
         requested: Grants by user.
         size: Largest number of grants of a chunk.
     """
+    job_ids = [one.job_id for one in requested]
     indexes = {one.user_id: index for index, one in enumerate(requested)}
     wanted = requested[0].interview_ids if requested else ()
     if len(indexes) < len(requested) or any(one.interview_ids != wanted for one in requested):
         user_ids = [one.user_id for one in requested]
         owners, pair_ids = _distinct_pairs(requested)
         return [
-            ExplicitPairs(user_ids, owners[start : start + size], pair_ids[start : start + size])
+            ExplicitPairs(
+                user_ids, job_ids, owners[start : start + size], pair_ids[start : start + size]
+            )
             for start in range(0, len(owners), size)
         ]
     interview_ids, users = sorted(wanted), sorted(indexes)
     users_at_once = max(size // len(interview_ids), 1) if interview_ids else 1
     return [
-        CrossProduct({user: indexes[user] for user in users[first : first + users_at_once]}, some)
+        CrossProduct(
+            {user: indexes[user] for user in users[first : first + users_at_once]}, job_ids, some
+        )
         for first in range(0, len(users), users_at_once)
         for start in range(0, len(interview_ids), size)
         if (some := interview_ids[start : start + size])

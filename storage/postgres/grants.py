@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import select
 
 from storage import models, sqlstate
-from storage.dtos import RequestedGrantsDTO, UserInterviewAccessDTO
+from storage.dtos import GrantOriginDTO, RequestedGrantsDTO, UserInterviewAccessDTO
 from storage.errors import StorageError
 from storage.interface import ChunkDone, GrantStore
 from storage.postgres.grant_chunks import Chunk, ExplicitPairs, UuidArray, partition
@@ -53,39 +53,55 @@ _HAVE_GRANTS = """
     )
 """
 
+_FIND_ORIGIN = """
+    WITH existing AS (
+        SELECT created_by_job FROM interview_userinterviewaccess
+        WHERE user_id = %(user_id)s AND interview_id = CAST(%(interview_id)s AS uuid)
+    )
+    SELECT EXISTS (SELECT FROM interview_interview WHERE id = CAST(%(interview_id)s AS uuid)),
+           EXISTS (SELECT FROM existing), (SELECT created_by_job FROM existing)
+"""
+_LIST_GRANTING_JOBS = """
+    SELECT DISTINCT created_by_job FROM interview_userinterviewaccess
+    WHERE interview_id = CAST(%(interview_id)s AS uuid) AND created_by_job > %(after)s
+    ORDER BY created_by_job LIMIT %(limit)s
+"""
+
 # --- New grants ----------------------------------------------------------------------------------
 
 _INSERT_GRANTS = """
-    INSERT INTO interview_userinterviewaccess (user_id, interview_id)
-    SELECT user_id, interview_id FROM {source} ORDER BY user_id COLLATE "C", interview_id {conflict}
+    INSERT INTO interview_userinterviewaccess (user_id, interview_id, created_by_job)
+    SELECT user_id, interview_id, job_id FROM {source}
+    ORDER BY user_id COLLATE "C", interview_id {conflict}
 """
-_CROSS_PRODUCT = """
+_USERS = "unnest(CAST(%(user_ids)s AS text[]), CAST(%(job_ids)s AS text[]))"
+_CROSS_PRODUCT = f"""
     WITH wanted AS (
-        SELECT user_id, interview_id
-        FROM unnest(CAST(%(user_ids)s AS text[])) AS users (user_id)
+        SELECT user_id, job_id, interview_id
+        FROM {_USERS} AS users (user_id, job_id)
         CROSS JOIN unnest(CAST(%(interview_ids)s AS uuid[])) AS interviews (interview_id)
     )
-"""
+"""  # noqa: S608 - constants
 # EXCEPT instead of a join, whose plan would depend on the statistics of a growing table. For each
 # user it reads one range of the unique key, in order.
-_MISSING_OF_CROSS_PRODUCT = """
-    unnest(CAST(%(user_ids)s AS text[])) AS users (user_id)
+_MISSING_OF_CROSS_PRODUCT = f"""
+    {_USERS} AS users (user_id, job_id)
     CROSS JOIN LATERAL (
         SELECT interview_id FROM unnest(CAST(%(interview_ids)s AS uuid[])) AS wanted (interview_id)
         EXCEPT
         SELECT interview_id FROM interview_userinterviewaccess AS existing
         WHERE existing.user_id = users.user_id
           AND interview_id BETWEEN CAST(%(first)s AS uuid) AND CAST(%(last)s AS uuid)
-    ) AS missing"""
-_EXPLICIT_PAIRS = """
+    ) AS missing"""  # noqa: S608 - constants
+_EXPLICIT_PAIRS = f"""
     WITH wanted AS (
-        SELECT users.user_id, grants.interview_id, grants.index
+        SELECT users.user_id, users.job_id, grants.interview_id, grants.index
         FROM unnest(CAST(%(indexes)s AS int[]), CAST(%(interview_ids)s AS uuid[]))
              AS grants (index, interview_id)
-        JOIN unnest(CAST(%(user_ids)s AS text[])) WITH ORDINALITY AS users (user_id, number)
+        JOIN {_USERS} WITH ORDINALITY AS users (user_id, job_id, number)
           ON users.number = grants.index + 1
     )
-"""
+"""  # noqa: S608 - constants
 _MISSING_OF_EXPLICIT_PAIRS = """wanted WHERE NOT EXISTS (
         SELECT FROM interview_userinterviewaccess AS existing
         WHERE existing.user_id = wanted.user_id AND existing.interview_id = wanted.interview_id
@@ -194,6 +210,16 @@ class PostgresGrants(Session, GrantStore):
             select(grants.user_id, grants.interview_id).where(grants.user_id.in_(user_ids))
         )
         return [UserInterviewAccessDTO(row.user_id, str(row.interview_id)) for row in rows]
+
+    def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
+        """Find a grant and the job that created it; see the interface of its reader."""
+        ((*origin,),) = self.query(_FIND_ORIGIN, {"user_id": user_id, "interview_id": interview_id})
+        return GrantOriginDTO(*origin)
+
+    def list_granting_jobs(self, interview_id: str, limit: int, *, after: str) -> Sequence[str]:
+        """Return the jobs of an interview's grants; see the interface of its reader."""
+        bounds = {"interview_id": interview_id, "limit": limit, "after": after}
+        return [job_id for (job_id,) in self.query(_LIST_GRANTING_JOBS, bounds)]
 
     def bulk_create_user_access(
         self, requested: Sequence[RequestedGrantsDTO], on_chunk: ChunkDone | None = None

@@ -15,6 +15,7 @@ from storage.dtos import (
     AccessRequestDTO,
     FinishedJobDTO,
     FinishedJobFilterDTO,
+    GrantOriginDTO,
     LedgerTotalsDTO,
     OutboxTotalsDTO,
     PrunedJobDTO,
@@ -132,6 +133,17 @@ class PostgresStorage(Storage):
         """See the interface."""
         with self.transaction() as transaction:
             return transaction.list_finished_jobs(wanted, limit)
+    def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.find_grant_origin(user_id, interview_id)
+
+    def list_granting_jobs(
+        self, interview_id: str, limit: int, *, after: str = ""
+    ) -> Sequence[str]:
+        """See the interface."""
+        with self.transaction() as transaction:
+            return transaction.list_granting_jobs(interview_id, limit, after=after)
 
     def measure_ledger(self) -> LedgerTotalsDTO:
         """See the interface."""

@@ -9,12 +9,19 @@ from storage.schema.migration import (
     migrate,
     read_identity,
 )
-from storage.schema.privileges import NEEDED, TO_CANCEL_JOBS, TO_READ_JOBS, Needed
+from storage.schema.privileges import (
+    NEEDED,
+    TO_CANCEL_JOBS,
+    TO_EXPLAIN_GRANTS,
+    TO_READ_JOBS,
+    Needed,
+)
 from storage.schema.revisions import current_revision, expected_revision
 
 __all__ = [
     "NEEDED",
     "TO_CANCEL_JOBS",
+    "TO_EXPLAIN_GRANTS",
     "TO_READ_JOBS",
     "DatabaseUnavailableError",
     "Difference",

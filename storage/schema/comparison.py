@@ -28,7 +28,7 @@ from sqlalchemy.schema import UniqueConstraint
 
 from storage import models
 from storage.errors import StorageError
-from storage.migrations import grant_key, job_audit, request_tasks
+from storage.migrations import attribution, grant_key, job_audit, request_tasks
 from storage.migrations.catalog import ORDINARY_TABLE, FoundColumn, FoundTable, find_tables
 from storage.schema.revisions import expected_revision
 
@@ -117,6 +117,7 @@ def _differences(
         if not is_complete and (
             request_tasks.is_to_change(found, column.name)
             or job_audit.is_to_add(found, column.name)
+            or attribution.is_to_add(found, column.name)
         ):
             continue  # a later migration adds or alters it
         yield from _column_differences(found, column)

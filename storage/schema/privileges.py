@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, text
 
 from storage import models
-from storage.migrations import compatibility, grant_key
+from storage.migrations import attribution, compatibility, grant_key
 from storage.migrations.catalog import find_tables
 from storage.schema.revisions import VERSION_TABLE
 
@@ -44,7 +44,7 @@ NEEDED: Needed = {
     },
     "interview_userinterviewaccess": {
         "SELECT": ("user_id", "interview_id"),
-        "INSERT": ("user_id", "interview_id"),
+        "INSERT": ("user_id", "interview_id", "created_by_job"),
     },
     "grant_access_job": {"SELECT": _LEDGER_COLUMNS, "INSERT": _LEDGER_COLUMNS},
     "grant_access_request": {
@@ -73,6 +73,13 @@ TO_READ_JOBS: Needed = {
     table: {"SELECT": NEEDED[table]["SELECT"]} for table in NEEDED if table.startswith(_OWN)
 }
 """What reading a job's status needs."""
+
+TO_EXPLAIN_GRANTS: Needed = {
+    **TO_READ_JOBS,
+    _INTERVIEWS: {"SELECT": ("id",)},
+    "interview_userinterviewaccess": {"SELECT": ("user_id", "interview_id", "created_by_job")},
+}
+"""What finding the job that created a grant needs."""
 
 TO_CANCEL_JOBS: Needed = {
     **TO_READ_JOBS,
@@ -213,7 +220,8 @@ def missing_for_migration(connection: Connection) -> str | None:
     """Find what the role lacks for a migration from any earlier revision.
 
     It creates tables and functions in the first schema of the search path, and alters the worker's
-    own tables and, until its unique key exists, the table of grants, which only an owner can.
+    own tables and, until it has the unique key and the column of its jobs, the table of grants,
+    which only an owner can.
 
     Args:
         connection: A connection of the migrating role.
@@ -233,7 +241,7 @@ def missing_for_migration(connection: Connection) -> str | None:
         missing += [_grant("TABLE", *row) for row in connection.execute(_MISSING, of_table)]
     altered = [VERSION_TABLE, *(name for name in models.METADATA.tables if name.startswith(_OWN))]
     grants = tables.get(grant_key.TABLE)
-    if grants and not grant_key.has_adopted_key(grants):
+    if grants and not (grant_key.has_adopted_key(grants) and attribution.COLUMN in grants.columns):
         altered.append(grant_key.TABLE)
     for row in connection.execute(_OWNED_BY_OTHERS, {"tables": altered}):
         remedy = f"migrate as the role {row.owner} or as a member of it"

@@ -63,7 +63,7 @@ def test_key_of_the_service_is_adopted_beside_the_index_of_the_worker(keyless: D
     assert "adopted the unique key yours" in reported
     assert reported[-1].endswith(f"run DROP INDEX CONCURRENTLY public.{KEY}")
     keyless.execute(reported[-1].partition("run ")[2])
-    assert migrated(keyless.url) == ["nothing to do: the schema is at revision 0010"]
+    assert migrated(keyless.url) == ["nothing to do: the schema is at revision 0011"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_redundant_key_is_reported(migrated_url: str, dry_run: bool) -> None:
     migrate(database.url, dry_run=dry_run, report=reported.append)
     statement = f"ALTER TABLE public.{GRANTS} DROP CONSTRAINT {KEY}"
     assert reported == [
-        "nothing to do: the schema is at revision 0010",
+        "nothing to do: the schema is at revision 0011",
         (
             f"the unique key {KEY} is redundant: Mine is equal, and every insert maintains both; "
             f"unless a migration of the service names it, run {statement}"
@@ -165,6 +165,7 @@ def test_frequent_duplicates_fail_one_round_only(database: Database) -> None:
     assert refusals == [KEY]
     assert grants(database) == [(1, "ann", interview)]
     assert set(database.catalog()[GRANTS]) - set(before[GRANTS]) == {
+        'column created_by_job character varying(255) f  "C"',
         f"constraint {KEY} UNIQUE (user_id, interview_id)",
         f"index CREATE UNIQUE INDEX {KEY} ON {GRANTS} USING btree (user_id, interview_id) t",
     }
@@ -268,7 +269,7 @@ def test_concurrent_runs_take_turns(database: Database) -> None:
     other.join(PATIENCE_SECONDS)
     assert second == [
         "waiting: another migrate is running on this database",
-        "nothing to do: the schema is at revision 0010",
+        "nothing to do: the schema is at revision 0011",
     ]
 
 

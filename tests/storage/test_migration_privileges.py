@@ -142,6 +142,7 @@ def test_a_privilege_on_a_column_does_not_suffice_for_the_lock(
     database, _, other = adopted
     name = make_url(other).username
     database.execute(f"CREATE UNIQUE INDEX service_key ON {GRANTS} (user_id, interview_id)")
+    database.execute(f'ALTER TABLE {GRANTS} ADD created_by_job varchar(255) COLLATE "C"')
     database.execute(f"GRANT UPDATE (id) ON interview_interview TO {name}")
     grant = f"GRANT UPDATE ON TABLE public.interview_interview TO {name}"
     assert refusal(database, other, dry_run=dry_run).endswith(f": run {grant}")
