@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks import (
     ablations,
+    attribution,
     curves,
     idle,
     large_jobs,
@@ -63,6 +64,7 @@ PARTS: Mapping[str, Part] = {
         statements.statements,
         tracing.tracing,
         retention.retention,
+        attribution.attribution,
         tracing.metrics,
         ablations.ablations,
         curves.sizes,

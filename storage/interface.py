@@ -446,5 +446,5 @@ class JobStorage(Transactions[JobTransaction], JobReader, Protocol):
     """The storage as the control service needs it."""
 
 
-class Storage(Transactions[Transaction], JobReader, OutboxMonitor, Protocol):
+class Storage(Transactions[Transaction], JobReader, GrantReader, OutboxMonitor, Protocol):
     """A storage of interviews, grants, attempts, the ledger and the outbox. Safe in threads."""

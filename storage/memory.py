@@ -115,6 +115,7 @@ class MemoryStorage(Storage):
         times = ((one.finished_at, one) for one in self._tables.jobs.values())
         found = [(at, one) for at, one in times if at and _is_selected(one, at, wanted)]
         return [one for _, one in sorted(found, key=itemgetter(0), reverse=True)[:limit]]
+
     def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
         """See the interface."""
         grant, tables = UserInterviewAccessDTO(user_id, interview_id), self._tables

@@ -133,6 +133,7 @@ class PostgresStorage(Storage):
         """See the interface."""
         with self.transaction() as transaction:
             return transaction.list_finished_jobs(wanted, limit)
+
     def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
         """See the interface."""
         with self.transaction() as transaction:

@@ -346,7 +346,10 @@ def test_interrupted_constraint_is_validated(database: Database) -> None:
     before = database.catalog()
     database.execute("UPDATE grant_access_alembic_version SET version_num = '0006'")
     database.execute("UPDATE pg_constraint SET convalidated = false WHERE conname = %s", TASK_CHECK)
-    assert migrated(database.url) == [MAY_STAY, *later_steps("adopted", "adopted", "adopted", "adopted")]
+    assert migrated(database.url) == [
+        MAY_STAY,
+        *later_steps("adopted", "adopted", "adopted", "adopted"),
+    ]
     assert database.catalog() == before
 
 

@@ -30,7 +30,15 @@ from tasks import ledger
 from tasks.audit import read_time
 from worker.app import WorkerApp, create_app
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line, read_age
+from worker.cli.terminal import (
+    FAILED,
+    PERMIT,
+    UNAVAILABLE,
+    end,
+    one_line,
+    print_fields,
+    read_age,
+)
 from worker.operations.inspection import inspect
 from worker.operations.waiting import JobFilter, SelectedJob, WaitingJobs
 from worker.services.job_status import JobStatusService
@@ -338,19 +346,4 @@ def _print_status(known: JobStatus, *, as_json: bool) -> None:
         fields["progress"] = f"{known.progress.done:,} of {known.progress.total:,}"
     if known.created_by_user:
         fields["created_by_user"] = list(known.created_by_user)
-    for name, value in fields.items():
-        click.echo(f"{name:<24} {one_line(_in_words(value))}")
-
-
-def _in_words(value: object) -> str:
-    match value:
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case list():
-            return f"{len(value):,} (--json names them)"
-        case dict():
-            return ", ".join(f"{name}: {_in_words(one)}" for name, one in value.items())
-        case _:
-            return str(value)
+    print_fields(fields)

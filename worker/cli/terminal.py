@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import NoReturn
 
@@ -53,3 +54,27 @@ def read_age(text: str) -> timedelta | None:
     """Read an age such as 90s, 30min, 12h or 7d; None if the text is not one."""
     found = re.fullmatch(r"([0-9]{1,5})(s|min|h|d)", text)
     return int(found[1]) * _UNITS[found[2]] if found else None
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Print a line for each field, with its value in words.
+
+    Args:
+        fields: Values of JSON by name. Of a list only the length is printed.
+    """
+    for name, value in fields.items():
+        click.echo(f"{name:<24} {one_line(_in_words(value))}")
+
+
+def _in_words(value: object) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case list():
+            return f"{len(value):,} (--json names them)"
+        case dict():
+            return ", ".join(f"{name}: {_in_words(one)}" for name, one in value.items())
+        case _:
+            return str(value)
