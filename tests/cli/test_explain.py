@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,10 @@ from sqlalchemy import make_url
 from tests.storage.transactions import create_grants
 from tests.support.database import role
 from tests.support.stores import PostgresStore, a_cohort, a_job, postgres_store
+from tests.support.workers import ROOT
 from worker.cli import main
+
+AUDIT = ROOT / "docs" / "audit.md"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +51,13 @@ def explained(here: PostgresStore, user_id: str, interview_id: str) -> dict[str,
 
 
 def test_the_job_is_named_with_what_the_ledger_knows(here: PostgresStore) -> None:
-    """The job's ID, task, state, figures and time are printed, and nothing of other users."""
+    """The job's ID, task, state, figures and time are printed, as docs/audit.md shows."""
     ids = here.add_interviews(2)
     here.grant(a_cohort("cohort", ["bob", "ann"], ids))
     found = explained(here, "ann", ids[0])
+    (example,) = re.findall(r"```json\n(.*?)```", AUDIT.read_text(encoding="utf-8"), re.DOTALL)
+    shown = json.loads(example)
+    assert (shown.keys(), shown["job"].keys()) == (found.keys(), found["job"].keys())
     assert found["job"].pop("finished_at")
     assert found == {
         "user_id": "ann",

@@ -186,4 +186,8 @@ def test_grants_that_others_write_meanwhile_are_not_counted(postgres: PostgresSt
     def grant_all() -> int:
         return sum(map(created, grant(postgres, [a_job("a", "ann", ids)])))
 
-    assert sum(all_at_once([write, grant_all])) == postgres.rows() == 60
+    written, counted = all_at_once([write, grant_all])
+    assert written + counted == postgres.rows() == 60
+    grants = postgres.storage.list_granting_jobs
+    assert all(grants(one, 2) in ([], ["a"]) for one in ids)
+    assert sum(grants(one, 2) == ["a"] for one in ids) == counted
