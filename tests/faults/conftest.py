@@ -10,6 +10,7 @@ import pytest
 
 from devstack.servers import LocalStack
 from storage.schema import migrate
+from tests.faults.backups import Backup
 from tests.faults.gates import Relays
 from tests.faults.workers import relayed_worker
 from tests.faults.workload import Workload
@@ -48,6 +49,12 @@ def workload(servers: LocalStack) -> Iterator[Workload]:
     """Jobs for workers on these servers."""
     with site(servers, servers.database_url, 0) as here:
         yield Workload(here)
+
+
+@pytest.fixture
+def backup(servers: LocalStack, tmp_path: Path) -> Backup:
+    """A backup of the servers, which is not taken yet."""
+    return Backup(servers, tmp_path)
 
 
 @pytest.fixture(scope="module")

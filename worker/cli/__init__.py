@@ -33,6 +33,9 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),
     "jobs": _Subcommand("jobs:jobs", "List finished jobs by user, actor, state and time."),
+    "lost-jobs": _Subcommand(
+        "database:lost_jobs", "List finished jobs that a restored PostgreSQL does not have."
+    ),
     "migrate": _Subcommand("database:migrate", "Migrate the tables to the newest revision."),
     "pause": _Subcommand("queue:pause", "Pause the queue: workers claim no more jobs."),
     "prune": _Subcommand("database:prune", "Delete old finished jobs and dead letters."),

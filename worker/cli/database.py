@@ -1,4 +1,4 @@
-"""interview-access migrate, prune, erase and explain."""
+"""interview-access migrate, prune, erase, explain and lost-jobs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from worker.app import create_app
 from worker.broker.dead_letters import DeadLetterLimits, DeadLetters
 from worker.cli.environment import read_settings
 from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line, print_fields
+from worker.operations.lost_jobs import LostJob, LostJobs
 from worker.services.erasure import (
     dead_letters_naming,
     delete_results,
@@ -43,6 +44,7 @@ _ANY_BYTES = 2**53
 _BUSY_SECONDS = 1.0  # between two attempts while a worker prunes
 _MESSAGES = 100_000  # unfinished ones that are read
 _LISTED = 10
+_FORGOTTEN = 500  # jobs in one command of Redis
 _TABLES = {
     "jobs": "ledger rows",
     "rejections": "lists of rejected IDs",
@@ -239,6 +241,41 @@ def _note(found: GrantExplanation) -> str | None:
     if found.job.state == "unknown":
         return "The job created the grant, but the ledger has neither its row nor a tombstone."
     return None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each job.")
+@click.option("--forget", is_flag=True, help="Delete their results and announcements in Redis.")
+@click.option("--yes", is_flag=True, help="Do not ask before they are deleted.")
+def lost_jobs(*, as_json: bool, forget: bool, yes: bool) -> None:
+    """List jobs that succeeded, but that the ledger does not have.
+
+    PostgreSQL loses jobs and their grants when it is restored from an older backup. Until their
+    results expire, Redis has these. Producers read the former results, until --forget deletes them:
+    then the outbox sends its jobs again, and producers send theirs again under the same job IDs.
+    """
+    with _servers() as (storage, redis):
+        jobs = LostJobs(storage, create_app(read_settings(Settings)).backend, redis)
+        found = []
+        for job in jobs:
+            found.append(job.job_id)
+            click.echo(_as_json(job) if as_json else _line(job))
+        if forget and found:
+            if not yes:
+                click.confirm(f"Forget {len(found):,} lost jobs?", abort=True, err=True)
+            for start in range(0, len(found), _FORGOTTEN):
+                jobs.forget(found[start : start + _FORGOTTEN])
+    click.echo(f"{len(found):,} lost jobs{' forgotten' if forget else ''}.", err=True)
+
+
+def _as_json(job: LostJob) -> str:
+    return json.dumps(job._asdict(), default=datetime.isoformat)
+
+
+def _line(job: LostJob) -> str:
+    sent = f"sent {job.sent_at:%F %T}Z" if job.sent_at else "not announced"
+    counted = job.result.get("created_access_count", job.result.get("interview_attempt_id"))
+    return one_line(f"{job.job_id}  {job.task or '-'}  {sent}  {counted}")
 
 
 def _report(counts: PruneCountsDTO, dead_letters: int, done: str) -> None:
