@@ -13,8 +13,10 @@ from pathlib import Path
 from redis import Redis
 from sqlalchemy import make_url, text
 
-from devstack.servers import postgres_programs
-from tests.support.database import connected
+from devstack.servers import LocalStack, postgres_programs
+from storage.samples import NAMED_SAMPLES, load_samples
+from tests.support.commands import run_module
+from tests.support.database import connected, database
 from tests.support.sentinels import redis_of
 from tests.support.workers import ROOT
 
@@ -61,6 +63,23 @@ class Servers:
 def password_of(user: str) -> str:
     """Return the password of a user of Redis."""
     return f"the-word-of-{user}"
+
+
+@contextmanager
+def deployed(stack: LocalStack, folder: Path) -> Iterator[Servers]:
+    """PostgreSQL and Redis with the files of deploy/ applied, all tables and sample interviews."""
+    with (
+        redis_with_users(folder) as port,
+        database(stack.database_url) as url,
+        roles_of(url) as apply,
+    ):
+        servers = Servers(url, port)
+        migrated = run_module(servers.environment("owner", "worker"), "worker.cli", "migrate")
+        assert migrated.returncode == 0, migrated.stderr
+        apply()
+        load_samples(url, len(NAMED_SAMPLES))
+        yield servers
+        servers.admin.close()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from interview_access.errors import QueueUnavailableError
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from storage.errors import StorageError
 from storage.samples import NAMED_SAMPLES, load_samples
@@ -16,8 +16,12 @@ from storage.schema import check_schema
 from tests.startup.checks import PASSWORD, check, refusal
 from tests.support.clients import CLIENTS
 from tests.support.commands import run_module
+from tests.support.database import connected
+from tests.support.stores import until
 from tests.support.tls_relay import CA, CLIENT, ELSEWHERE, KEY, OTHER_CA, SERVER, tls_relay
 from tests.support.workers import Site, worker
+
+CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :database"
 
 
 def socket_of_redis(here: Site) -> str:
@@ -68,6 +72,31 @@ def test_everything_by_tls(here: Site, redis_port: int, database_url: str, tmp_p
                 assert client.wait(job_id, timeout=30)["created_access_count"] == 1
                 client.close()
     assert "Traceback" not in log.read_text(encoding="utf-8")
+
+
+def test_certificate_files_are_read_at_each_connection(
+    here: Site, redis_port: int, migrated_url: str, tmp_path: Path
+) -> None:
+    """A worker whose authority's file was wrong connects when it is replaced, without a restart."""
+    file, log = tmp_path / "authority.pem", tmp_path / "worker.log"
+    shutil.copy(CA, file)
+    load_samples(migrated_url, len(NAMED_SAMPLES))
+    with tls_relay(socket_of_postgresql(migrated_url)) as port:
+        addresses = {
+            "DATABASE_URL": database_by_tls(migrated_url, port, sslrootcert=file),
+            "CELERY_BROKER_URL": redis_by_tls(redis_port, ssl_ca_certs=file),
+        }
+        with worker(here, log, **addresses) as service:
+            shutil.copy(OTHER_CA, file)
+            with connected(here.store.database_url, autocommit=True) as connection:
+                connection.execute(text(CUT), {"database": make_url(migrated_url).database})
+            here.redis.client_kill_filter(_type="normal", skipme=True)
+            until(lambda: b"Cannot connect to rediss" in log.read_bytes())
+            until(lambda: b"service=OutboxRelay error=StorageError" in log.read_bytes())
+            shutil.copy(CA, file)
+            job_id = here.send("renewed", [NAMED_SAMPLES[0]])
+            assert here.answer(job_id)["status"] == "SUCCESS"
+            assert service.alive
 
 
 def test_certificates_are_verified_by_default(here: Site, redis_port: int) -> None:
