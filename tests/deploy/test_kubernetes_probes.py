@@ -80,7 +80,7 @@ def passes(name: str, endpoint: Endpoint) -> bool:
     url = f"http://{endpoint.address}{probe['httpGet']['path']}"
     try:
         with urlopen(url, timeout=probe.get("timeoutSeconds", 1)) as reply:
-            return 200 <= reply.status < 400
+            return bool(200 <= reply.status < 400)
     except (URLError, TimeoutError):
         return False
 

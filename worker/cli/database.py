@@ -265,7 +265,8 @@ def lost_jobs(*, as_json: bool, forget: bool, yes: bool) -> None:
                 click.confirm(f"Forget {len(found):,} lost jobs?", abort=True, err=True)
             for start in range(0, len(found), _FORGOTTEN):
                 jobs.forget(found[start : start + _FORGOTTEN])
-    click.echo(f"{len(found):,} lost jobs{' forgotten' if forget else ''}.", err=True)
+    counted = "1 lost job" if len(found) == 1 else f"{len(found):,} lost jobs"
+    click.echo(f"{counted}{' forgotten' if forget else ''}.", err=True)
 
 
 def _as_json(job: LostJob) -> str:
