@@ -23,7 +23,7 @@ from sqlalchemy.exc import OperationalError
 from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES
 from tests.deploy.servers import Servers, deployed, password_of
-from tests.faults.workers import success
+from tests.faults.workers import PATIENT, success
 from tests.support.database import connected
 from tests.support.stores import Background, until
 from tests.support.workers import ROOT, started, worker_service
@@ -102,6 +102,7 @@ def environment(servers: Servers, password: str, role: str = ROLE) -> dict[str, 
         "PATH": os.environ["PATH"],
         "DATABASE_URL": url.render_as_string(hide_password=False),
         "CELERY_BROKER_URL": redis,
+        **{name: str(value) for name, value in PATIENT.items()},
     }
 
 
