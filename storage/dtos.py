@@ -182,6 +182,7 @@ class FinishedJobFilterDTO:
 
     Attributes:
         user_id: Jobs for this user alone.
+        interview_id: Jobs that created a grant of this interview which still exists.
         actor: Jobs that this actor requested.
         state: ``succeeded``, ``failed``, ``cancelled`` or ``expired``.
         since: Jobs that finished at this time or later, timezone-aware.
@@ -189,6 +190,7 @@ class FinishedJobFilterDTO:
     """
 
     user_id: str | None = None
+    interview_id: str | None = None
     actor: str | None = None
     state: str | None = None
     since: datetime | None = None

@@ -381,19 +381,6 @@ class GrantReader(Protocol):
             interview_id: A canonical interview ID.
         """
 
-    @abstractmethod
-    def list_granting_jobs(
-        self, interview_id: str, limit: int, *, after: str = ""
-    ) -> Sequence[str]:
-        """Return the IDs of the jobs that created existing grants of an interview.
-
-        Args:
-            interview_id: A canonical interview ID.
-            limit: Largest number of job IDs.
-            after: The job IDs must be greater, in the order of their bytes, in which they are
-                returned.
-        """
-
 
 class OutboxMonitor(Protocol):
     """Counts outbox requests and waits for them. Each call is a transaction of its own."""

@@ -112,8 +112,18 @@ class MemoryStorage(Storage):
         self, wanted: FinishedJobFilterDTO, limit: int
     ) -> Sequence[FinishedJobDTO]:
         """See the interface."""
-        times = ((one.finished_at, one) for one in self._tables.jobs.values())
-        found = [(at, one) for at, one in times if at and _is_selected(one, at, wanted)]
+        creators = {
+            job_id
+            for grant, job_id in self._tables.grants.items()
+            if grant.interview_id == wanted.interview_id
+        }
+        found = [
+            (one.finished_at, one)
+            for job_id, one in self._tables.jobs.items()
+            if one.finished_at
+            and _is_selected(one, one.finished_at, wanted)
+            and (wanted.interview_id is None or job_id in creators)
+        ]
         return [one for _, one in sorted(found, key=itemgetter(0), reverse=True)[:limit]]
 
     def find_grant_origin(self, user_id: str, interview_id: str) -> GrantOriginDTO:
@@ -122,14 +132,6 @@ class MemoryStorage(Storage):
         return GrantOriginDTO(
             interview_id in tables.interviews, grant in tables.grants, tables.grants.get(grant)
         )
-
-    def list_granting_jobs(
-        self, interview_id: str, limit: int, *, after: str = ""
-    ) -> Sequence[str]:
-        """See the interface."""
-        grants = self._tables.grants.items()
-        jobs = {job_id for grant, job_id in grants if job_id and grant.interview_id == interview_id}
-        return sorted(job_id for job_id in jobs if job_id > after)[:limit]
 
     def measure_ledger(self) -> LedgerTotalsDTO:
         """See the interface."""

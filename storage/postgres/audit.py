@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, TextClause, select, text
+from sqlalchemy import ColumnElement, Select, TextClause, any_, func, select, text
 
 from storage import models
 from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
@@ -15,7 +16,7 @@ _FAILED = text("state <> 'succeeded'")  # the condition of the index, word for w
 
 
 class PostgresAudit(Session):
-    """Finished jobs by user, actor, state and time; each filter has an index."""
+    """Finished jobs by user, interview, actor, state and time; each filter has an index."""
 
     def list_finished_jobs(
         self, wanted: FinishedJobFilterDTO, limit: int
@@ -39,6 +40,12 @@ def _conditions(wanted: FinishedJobFilterDTO) -> Iterator[ColumnElement[bool] | 
     jobs = models.jobs.c
     if wanted.user_id is not None:
         yield jobs.user_id == wanted.user_id
+    if wanted.interview_id is not None:
+        grants = models.grants.c
+        of_interview = grants.interview_id == UUID(wanted.interview_id)
+        created = select(grants.created_by_job).where(of_interview).distinct().scalar_subquery()
+        # Not IN, which the planner could turn into a scan of the whole ledger.
+        yield jobs.job_id == any_(func.array(created))
     if wanted.actor is not None:
         yield jobs.actor == wanted.actor
     if wanted.state is not None:

@@ -52,7 +52,6 @@ _HAVE_GRANTS = """
         SELECT FROM interview_userinterviewaccess WHERE user_id = ANY (CAST(%(user_ids)s AS text[]))
     )
 """
-
 _FIND_ORIGIN = """
     WITH existing AS (
         SELECT created_by_job FROM interview_userinterviewaccess
@@ -60,11 +59,6 @@ _FIND_ORIGIN = """
     )
     SELECT EXISTS (SELECT FROM interview_interview WHERE id = CAST(%(interview_id)s AS uuid)),
            EXISTS (SELECT FROM existing), (SELECT created_by_job FROM existing)
-"""
-_LIST_GRANTING_JOBS = """
-    SELECT DISTINCT created_by_job FROM interview_userinterviewaccess
-    WHERE interview_id = CAST(%(interview_id)s AS uuid) AND created_by_job > %(after)s
-    ORDER BY created_by_job LIMIT %(limit)s
 """
 
 # --- New grants ----------------------------------------------------------------------------------
@@ -215,11 +209,6 @@ class PostgresGrants(Session, GrantStore):
         """Find a grant and the job that created it; see the interface of its reader."""
         ((*origin,),) = self.query(_FIND_ORIGIN, {"user_id": user_id, "interview_id": interview_id})
         return GrantOriginDTO(*origin)
-
-    def list_granting_jobs(self, interview_id: str, limit: int, *, after: str) -> Sequence[str]:
-        """Return the jobs of an interview's grants; see the interface of its reader."""
-        bounds = {"interview_id": interview_id, "limit": limit, "after": after}
-        return [job_id for (job_id,) in self.query(_LIST_GRANTING_JOBS, bounds)]
 
     def bulk_create_user_access(
         self, requested: Sequence[RequestedGrantsDTO], on_chunk: ChunkDone | None = None

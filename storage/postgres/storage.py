@@ -139,13 +139,6 @@ class PostgresStorage(Storage):
         with self.transaction() as transaction:
             return transaction.find_grant_origin(user_id, interview_id)
 
-    def list_granting_jobs(
-        self, interview_id: str, limit: int, *, after: str = ""
-    ) -> Sequence[str]:
-        """See the interface."""
-        with self.transaction() as transaction:
-            return transaction.list_granting_jobs(interview_id, limit, after=after)
-
     def measure_ledger(self) -> LedgerTotalsDTO:
         """See the interface."""
         with self.transaction() as transaction:

@@ -175,5 +175,5 @@ def test_an_unreachable_database_is_named() -> None:
     """The exit status is 3, and the sentence says what to do."""
     done = explain("postgresql://127.0.0.1:1/none", "ann", str(uuid4()))
     assert done.exit_code == 3
-    assert done.stderr.startswith("The grant cannot be read from PostgreSQL: ")
+    assert done.stderr.startswith("The grant cannot be read: ")
     assert "run the command again" in done.stderr

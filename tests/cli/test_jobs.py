@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner, Result
@@ -43,6 +44,7 @@ JOBS = [
     ("four", "ann", AuditDTO(), a_failure("cancelled", "JobCancelledException")),
 ]
 """Finished jobs, oldest first: ID, user, origin and outcome."""
+INTERVIEW = UUID(int=10)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,18 @@ def store(stack: LocalStack, _migrated: str) -> Iterator[PostgresStore]:
                 "UPDATE grant_access_job SET finished_at = finished_at - :age WHERE job_id = :id",
                 age=timedelta(hours=2 * hours),
                 id=job_id,
+            )
+        store.execute(
+            "INSERT INTO interview_interview (id, title, duration) VALUES (:id, '', '1 hour')",
+            id=INTERVIEW,
+        )
+        for user, creator in ("ann", "one"), ("cyd", "three"), ("dan", None):
+            store.execute(
+                "INSERT INTO interview_userinterviewaccess (user_id, interview_id, created_by_job)"
+                " VALUES (:user, :interview, :job)",
+                user=user,
+                interview=INTERVIEW,
+                job=creator,
             )
         yield store
 
@@ -81,6 +95,9 @@ def listed(store: PostgresStore, *words: str) -> list[dict[str, Any]]:
     [
         ([], ["four", "three", "two", "one"]),
         (["--user", "ann"], ["four", "one"]),
+        (["--interview", str(INTERVIEW)], ["three", "one"]),
+        (["--interview", INTERVIEW.hex.upper(), "--user", "ann"], ["one"]),
+        (["--interview", str(UUID(int=11))], []),
         (["--actor", "hr"], ["two", "one"]),
         (["--state", "failed"], ["two"]),
         (["--state", "succeeded"], ["three", "one"]),
@@ -170,6 +187,7 @@ def test_control_characters_do_not_reach_the_terminal(store: PostgresStore) -> N
         (["--state", "queued"], "'queued' is not one of 'cancelled', 'expired', 'failed'"),
         (["--limit", "0"], "0 is not in the range 1<=x<=10000"),
         (["--user", "\udcff"], "expected text in UTF-8"),
+        (["--interview", "7"], "got the string '7', expected a UUID."),
     ],
 )
 def test_invalid_options_are_refused(store: PostgresStore, words: list[str], sentence: str) -> None:

@@ -191,24 +191,6 @@ class TestFindGrantOrigin:
         assert attributed(store, ["ann"]) == {job_id: len(ids)}
 
 
-class TestListGrantingJobs:
-    """``list_granting_jobs``."""
-
-    def test_jobs_are_listed_page_by_page(self, store: Store) -> None:
-        """The jobs that created grants of an interview are listed once, in the order of bytes."""
-        one, two = store.add_interviews(2)
-        create_grants(store.storage, "django", one)
-        store.grant(a_cohort("b", ["ann", "bob"], [one]), a_job("B", "cyd", [one]))
-        store.grant(a_job("é", "dan", [one]), a_job("a", "eve", [one, two]))
-        store.grant(a_job("nothing new", "ann", [one]))
-        listed = store.storage.list_granting_jobs
-        assert listed(one, 10) == ["B", "a", "b", "é"]
-        assert listed(one, 2) == ["B", "a"]
-        assert listed(one, 2, after="a") == ["b", "é"]
-        assert listed(two, 10) == ["a"]
-        assert listed(str(uuid4()), 10) == []
-
-
 class TestOnPostgres:
     """What other writers and the server do."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from interview_access.contracts import ORIGIN_LENGTHS
@@ -24,9 +25,9 @@ from storage.dtos import (
 )
 from storage.interface import Storage
 from storage.postgres.audit import selected_jobs
-from tests.storage.transactions import finish, finished, ledger_entry
+from tests.storage.transactions import create_grants, finish, finished, ledger_entry
 from tests.support.database import connected, database
-from tests.support.stores import Store
+from tests.support.stores import Store, a_cohort, a_job
 
 NOW = datetime.now(UTC)
 ALL = 1_000
@@ -118,6 +119,16 @@ class TestListFinishedJobs:
         assert listed(store.storage, actor="hr") == ["d", "a"]
         assert listed(store.storage, actor="h%") == []
 
+    def test_by_interview(self, store: Store) -> None:
+        """The finished jobs that created grants of exactly this interview are selected once."""
+        one, two = store.add_interviews(2)
+        create_grants(store.storage, "django", one)
+        store.grant(a_cohort("a", ["ann", "bob"], [one]), a_job("b", "cyd", [one, two]))
+        store.grant(a_job("nothing new", "ann", [one]), a_job("c", "dan", [two]))
+        assert sorted(listed(store.storage, interview_id=one)) == ["a", "b"]
+        assert listed(store.storage, interview_id=one, user_id="cyd") == ["b"]
+        assert listed(store.storage, interview_id=str(uuid4())) == []
+
     @pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled", "expired"])
     def test_by_state(self, store: Store, state: str) -> None:
         """The jobs in exactly this state are selected."""
@@ -152,19 +163,24 @@ FILL = """
            'user ' || mod(number, 1000), '',
            CASE WHEN mod(number, 20) = 0 THEN 'actor ' || mod(number, 7) END,
            now() - number * interval '1 minute'
+    FROM generate_series(1, 20000) AS number;
+    INSERT INTO interview_interview (id, title, duration)
+    SELECT lpad(number::text, 32, '0')::uuid, '', '1 hour' FROM generate_series(0, 99) AS number;
+    INSERT INTO interview_userinterviewaccess (user_id, interview_id, created_by_job)
+    SELECT 'user ' || number, lpad(mod(number, 100)::text, 32, '0')::uuid, number::text
     FROM generate_series(1, 20000) AS number
 """
 
 
 @pytest.fixture(scope="module")
 def filled(stack: LocalStack, _migrated: str) -> Iterator[Connection]:
-    """A database with 20,000 finished jobs."""
+    """A database with 20,000 finished jobs, each of which created a grant."""
     with (
         database(stack.database_url, template=_migrated) as url,
         connected(url, autocommit=True) as connection,
     ):
         connection.exec_driver_sql(FILL)
-        connection.exec_driver_sql("VACUUM ANALYZE grant_access_job")
+        connection.exec_driver_sql("VACUUM ANALYZE")
         yield connection
 
 
@@ -172,6 +188,7 @@ def filled(stack: LocalStack, _migrated: str) -> Iterator[Connection]:
     ("wanted", "index", "condition"),
     [
         ({"user_id": "user 7"}, "user", "user_id)::text = 'user 7'"),
+        ({"interview_id": str(UUID(int=7))}, "pkey", "interview_id = '00000000-"),
         ({"actor": "actor 3"}, "actor", "actor)::text = 'actor 3'"),
         ({"state": "failed"}, "state", "state)::text = 'failed'"),
         ({"state": "expired"}, "state", "state)::text = 'expired'"),

@@ -70,6 +70,11 @@ def audit_steps(verb: str) -> list[str]:
     ]
 
 
+def attribution_step(verb: str) -> str:
+    """Return the step of migration 0011."""
+    return f"{verb} the column {GRANTING_JOB} of {GRANTS}"
+
+
 def later_steps(tasks: str, tables: str, indexes: str, columns: str) -> list[str]:
     """Return the steps of the migrations from 0007 on, by the verb of each kind of step."""
     return [
@@ -78,7 +83,7 @@ def later_steps(tasks: str, tables: str, indexes: str, columns: str) -> list[str
         f"{indexes} the index {REQUESTED_AT}",
         f"{columns} the column oldest_compatible of grant_access_alembic_version",
         *audit_steps(columns),
-        f"{columns} the column {GRANTING_JOB} of {GRANTS}",
+        attribution_step(columns),
     ]
 
 
@@ -395,11 +400,12 @@ def test_audit_columns_are_added_while_jobs_are_recorded(database: Database) -> 
     database.execute(f"ALTER TABLE grant_access_job {drops}")
     for index in "grant_access_job_user_idx", "grant_access_job_state_idx":
         database.execute(f"DROP INDEX {index}")
-    database.execute("UPDATE grant_access_alembic_version SET version_num = '0008'")
+    database.execute("UPDATE grant_access_alembic_version SET version_num = '0009'")
     insert = (
         "INSERT INTO grant_access_job (job_id, task, state, request_digest)"
         " VALUES (gen_random_uuid()::text, 'task', 'succeeded', '')"
     )
+    can_stay = "running workers may stay: they can use the new schema"
     filenode = "SELECT pg_relation_filenode('grant_access_job') AS node"
     before = database.execute(filenode)
     with database.connect() as worker, migrating(database.url) as reported:
@@ -410,9 +416,9 @@ def test_audit_columns_are_added_while_jobs_are_recorded(database: Database) -> 
             " AND query LIKE '%ADD COLUMN%' AND datname = current_database())"
         )
         database.execute(insert)
-        assert not reported
+        assert reported == [can_stay]
         worker.execute("COMMIT")
-    assert reported == audit_steps("added")
+    assert reported == [can_stay, *audit_steps("added"), attribution_step("adopted")]
     assert set(database.catalog()["grant_access_job"]) == complete
     assert database.execute(filenode) == before, "the table was rewritten"
     rows = database.execute("SELECT attempts, actor FROM grant_access_job")

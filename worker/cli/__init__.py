@@ -26,13 +26,11 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
     ),
     "demo": _Subcommand("local:demo", "Run the main job on local servers, and check it."),
     "erase": _Subcommand("database:erase", "Erase one person from jobs, results and messages."),
-    "explain": _Subcommand(
-        "database:explain", "Report which job gave a user access to an interview."
-    ),
+    "explain": _Subcommand("jobs:explain", "Report which job gave a user access to an interview."),
     "grant": _Subcommand(
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),
-    "jobs": _Subcommand("jobs:jobs", "List finished jobs by user, actor, state and time."),
+    "jobs": _Subcommand("jobs:jobs", "List finished jobs by user, interview, actor, state and time."),
     "lost-jobs": _Subcommand(
         "database:lost_jobs", "List finished jobs that a restored PostgreSQL does not have."
     ),

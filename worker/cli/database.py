@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,25 +12,20 @@ from datetime import UTC, datetime, timedelta
 
 import click
 from interview_access.connections import CLIENT_NAME, connect
-from interview_access.contracts import canonical_interview_id, describe
-from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 from redis import Redis
 from redis.exceptions import RedisError
 
 from storage.dtos import PruneCountsDTO
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
-from storage.schema import TO_EXPLAIN_GRANTS, explain_denial
 from storage.schema import migrate as migrate_schema
-from tasks.attribution import GrantExplanation
-from tasks.attribution import explain as explain_grant
 from tasks.erasure import erase_jobs, erase_requests, find_unfinished_requests
 from tasks.retention import SHORTEST_RETENTION
 from tasks.retention import prune as prune_jobs
 from worker.app import create_app
 from worker.broker.dead_letters import DeadLetterLimits, DeadLetters
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line, print_fields
+from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
 from worker.operations.lost_jobs import LostJob, LostJobs
 from worker.services.erasure import (
     dead_letters_naming,
@@ -163,84 +157,6 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
     counts = {"jobs": jobs, "requests": requests, "dead letters": len(letters)}
     for name, count in (counts if dry_run else counts | {"results": results}).items():
         click.echo(f"{name:<24} {count:>12,} {done}")
-
-
-def _user_id(_: object, __: object, user_id: str) -> str:
-    if not is_user_id(user_id):
-        raise click.BadParameter(f"got {describe(user_id)}, expected {USER_ID_RULE}.")
-    return user_id
-
-
-def _interview_id(_: object, __: object, interview_id: str) -> str:
-    canonical = canonical_interview_id(interview_id)
-    if canonical is None:
-        raise click.BadParameter(f"got {describe(interview_id)}, expected a UUID.")
-    return canonical
-
-
-@click.command()
-@click.option(
-    "--user", "user_id", required=True, metavar="ID", callback=_user_id, help="Whose access."
-)
-@click.option(
-    "--interview",
-    "interview_id",
-    required=True,
-    metavar="UUID",
-    callback=_interview_id,
-    help="The interview, in any spelling of its UUID.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def explain(*, user_id: str, interview_id: str, as_json: bool) -> None:
-    """Report whether a user has access to an interview, and which job created the grant.
-
-    It is the job whose number of created grants includes this one. The grant keeps the job's ID
-    when the job is pruned. Grants that the platform itself created, and those from before migration
-    0011, name no job. One that was deleted and created again names the later job.
-
-    The exit status is 0 if the user has access, also if no job is named, 1 if the user has none,
-    and 3 if PostgreSQL is unavailable.
-    """
-    settings = read_settings(DatabaseSettings)
-    try:
-        with closing(PostgresStorage(settings.database_url)) as storage:
-            found = explain_grant(storage, user_id, interview_id)
-    except StorageError as error:
-        denial = explain_denial(error, settings.database_url, TO_EXPLAIN_GRANTS)
-        reason = str(denial or error).rstrip(".")
-        remedy = "" if denial else "; check that it can be reached, and run the command again"
-        end(UNAVAILABLE, one_line(f"The grant cannot be read from PostgreSQL: {reason}{remedy}."))
-    fields = {
-        "user_id": user_id,
-        "interview_id": interview_id,
-        "interview_exists": found.origin.is_interview,
-        "has_access": found.origin.is_granted,
-    }
-    job = found.job and found.job.model_dump(
-        mode="json", exclude_none=True, exclude={"user_id", "result", "created_by_user"}
-    )
-    if as_json:
-        click.echo(json.dumps({**fields, "job": job, "job_is_pruned": found.is_pruned}))
-    else:
-        print_fields({**fields, **(job or {})})
-        if note := _note(found):
-            click.echo(note, err=True)
-    sys.exit(0 if found.origin.is_granted else FAILED)
-
-
-def _note(found: GrantExplanation) -> str | None:
-    """Return a sentence about what the fields do not say."""
-    if not found.origin.is_interview:
-        return "No interview has this ID."
-    if not found.origin.is_granted:
-        return "The user has no access to the interview."
-    if found.job is None:
-        return "The grant names no job: the platform created it, or a job before migration 0011."
-    if found.is_pruned:
-        return "The job was pruned: what remains is its state and its number of created grants."
-    if found.job.state == "unknown":
-        return "The job created the grant, but the ledger has neither its row nor a tombstone."
-    return None
 
 
 @click.command()

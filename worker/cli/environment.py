@@ -1,13 +1,26 @@
-"""Settings of the subcommands that work with the servers."""
+"""Settings of the subcommands, and the servers that they work with."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import NoReturn, TypeVar
 
-from worker.cli.terminal import end
-from worker.settings import DatabaseSettings, SettingsError
+from celery.exceptions import CeleryError
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import NoPermissionError, RedisError
+
+from storage.errors import StorageError
+from storage.postgres import PostgresStorage
+from storage.schema import Needed, explain_denial
+from worker.app import WorkerApp, create_app
+from worker.cli.terminal import PERMIT, UNAVAILABLE, end, one_line
+from worker.settings import DatabaseSettings, Settings, SettingsError
 
 S = TypeVar("S", bound=DatabaseSettings)
+
+_CHECK_SERVERS = "check that Redis and PostgreSQL can be reached, and run the command again"
 
 
 def read_settings(kind: type[S]) -> S:
@@ -20,3 +33,56 @@ def read_settings(kind: type[S]) -> S:
         return kind.from_environment()
     except SettingsError as error:
         end(2, str(error))
+
+
+@contextmanager
+def connected(failure: str, needed: Needed) -> Iterator[tuple[WorkerApp, Redis]]:
+    """Connect to both servers; exit with one sentence if one is unavailable or denies access.
+
+    Args:
+        failure: What failed then, for the sentence.
+        needed: The privileges that the command needs.
+    """
+    settings = read_settings(Settings)
+    app = create_app(settings)
+    try:
+        with (
+            _storage_errors(failure, needed, settings),
+            app.connection_for_write() as connection,
+        ):
+            yield app, connection.default_channel.client
+    except (CeleryError, OperationalError, RedisError, OSError) as error:
+        cause = error.__cause__ or error
+        is_denied = isinstance(cause, NoPermissionError)
+        _end_unavailable(failure, cause, PERMIT if is_denied else _CHECK_SERVERS)
+
+
+@contextmanager
+def opened_storage(failure: str, needed: Needed) -> Iterator[PostgresStorage]:
+    """Open PostgreSQL alone; exit as :func:`connected` does.
+
+    Args:
+        failure: What failed then, for the sentence.
+        needed: The privileges that the command needs.
+    """
+    settings = read_settings(DatabaseSettings)
+    with (
+        _storage_errors(failure, needed, settings),
+        closing(PostgresStorage(settings.database_url)) as storage,
+    ):
+        yield storage
+
+
+@contextmanager
+def _storage_errors(failure: str, needed: Needed, settings: DatabaseSettings) -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        denial = explain_denial(error, settings.database_url, needed)
+        _end_unavailable(failure, denial or error, "" if denial else _CHECK_SERVERS)
+
+
+def _end_unavailable(failure: str, reason: object, remedy: str) -> NoReturn:
+    what = str(reason).rstrip(".").replace(". ", ": ")  # redis-py's are two sentences
+    sentence = "; ".join(filter(None, [f"{failure}: {what}", remedy]))
+    end(UNAVAILABLE, one_line(f"{sentence}."))

@@ -1,61 +1,60 @@
-"""interview-access status, jobs, cancel and purge."""
+"""interview-access status, jobs, explain, cancel and purge."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
-from typing import NoReturn
+from contextlib import suppress
+from datetime import datetime
 
 import click
-from celery.exceptions import CeleryError
 from interview_access.contracts import (
     FINAL_STATES,
     JOB_ID_RULE,
     JobStatus,
+    canonical_interview_id,
     describe,
     is_job_id,
 )
-from kombu.exceptions import OperationalError
-from redis import Redis
-from redis.exceptions import NoPermissionError, RedisError
+from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 
 from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
-from storage.errors import StorageError
-from storage.postgres import PostgresStorage
-from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_READ_JOBS, Needed, explain_denial
-from tasks import ledger
-from tasks.audit import read_time
-from worker.app import WorkerApp, create_app
-from worker.cli.environment import read_settings
-from worker.cli.terminal import (
-    FAILED,
-    PERMIT,
-    UNAVAILABLE,
-    end,
-    one_line,
-    print_fields,
-    read_age,
-)
+from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_EXPLAIN_GRANTS, TO_READ_JOBS
+from tasks import attribution, ledger
+from worker.cli.environment import connected, opened_storage
+from worker.cli.terminal import FAILED, Moment, one_line, print_fields
 from worker.operations.inspection import inspect
 from worker.operations.waiting import JobFilter, SelectedJob, WaitingJobs
 from worker.services.job_status import JobStatusService
 from worker.services.outbox_relay import message_of
-from worker.settings import DatabaseSettings, Settings
 
 _MOST_JOBS = 10_000
 _CANNOT_LIST = "The finished jobs cannot be read"
+_CANNOT_EXPLAIN = "The grant cannot be read"
 _CANNOT_READ = "The job's state cannot be read"
 _CANNOT_CANCEL = "Not all jobs are cancelled"
-_CHECK_SERVERS = "check that Redis and PostgreSQL can be reached, and run the command again"
 
 
 def _job_id(_: object, __: object, job_id: str | None) -> str | None:
     if job_id is not None and not is_job_id(job_id):
         raise click.BadParameter(f"got {describe(job_id)}, expected {JOB_ID_RULE}.")
     return job_id
+
+
+def _user_id(_: object, __: object, user_id: str) -> str:
+    if not is_user_id(user_id):
+        raise click.BadParameter(f"got {describe(user_id)}, expected {USER_ID_RULE}.")
+    return user_id
+
+
+def _interview_id(_: object, __: object, interview_id: str | None) -> str | None:
+    if interview_id is None:
+        return None
+    canonical = canonical_interview_id(interview_id)
+    if canonical is None:
+        raise click.BadParameter(f"got {describe(interview_id)}, expected a UUID.")
+    return canonical
 
 
 @click.command()
@@ -66,28 +65,9 @@ def status(job_id: str, *, as_json: bool) -> None:
 
     The exit status is 0 in every state, and 3 if Redis or PostgreSQL is unavailable.
     """
-    with _connected(_CANNOT_READ, TO_READ_JOBS) as (app, redis):
+    with connected(_CANNOT_READ, TO_READ_JOBS) as (app, redis):
         known = JobStatusService(app.storage, app.backend).status(redis, job_id)
     _print_status(known, as_json=as_json)
-
-
-class _Moment(click.ParamType[datetime]):
-    name = "moment"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> datetime:
-        text = str(value)
-        age = read_age(text)
-        moment = read_time(text) if age is None else datetime.now(UTC) - age
-        if moment is None:
-            raise click.BadParameter(
-                f"got {one_line(text)!r}, expected an age such as 30min, 12h or 7d, or a time in "
-                "ISO 8601 such as 2030-01-31T12:00:00Z.",
-                ctx,
-                param,
-            )
-        return moment
 
 
 def _storable(_: object, __: object, given: str | None) -> str | None:
@@ -99,16 +79,22 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
 
 @click.command()
 @click.option("--user", metavar="ID", callback=_storable, help="Jobs for this user alone.")
+@click.option(
+    "--interview",
+    metavar="UUID",
+    callback=_interview_id,
+    help="Jobs that created grants of this interview, if these still exist.",
+)
 @click.option("--actor", metavar="NAME", callback=_storable, help="Jobs requested by this actor.")
 @click.option("--state", type=click.Choice(sorted(FINAL_STATES)), help="Jobs in this state.")
 @click.option(
     "--since",
-    type=_Moment(),
+    type=Moment(),
     metavar="AGE|TIME",
     help="Jobs that finished within an age such as 12h or 7d, or since a time in ISO 8601 (UTC if "
     "it has no offset).",
 )
-@click.option("--until", type=_Moment(), metavar="AGE|TIME", help="Jobs that finished before.")
+@click.option("--until", type=Moment(), metavar="AGE|TIME", help="Jobs that finished before.")
 @click.option(
     "--limit",
     type=click.IntRange(1, _MOST_JOBS),
@@ -120,6 +106,7 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
 def jobs(
     *,
     user: str | None,
+    interview: str | None,
     actor: str | None,
     state: str | None,
     since: datetime | None,
@@ -134,12 +121,8 @@ def jobs(
 
     Only PostgreSQL is used. The exit status is 3 if it is unavailable.
     """
-    wanted = FinishedJobFilterDTO(user, actor, state, since, until)
-    settings = read_settings(DatabaseSettings)
-    with (
-        _storage_errors(_CANNOT_LIST, TO_READ_JOBS, settings),
-        closing(PostgresStorage(settings.database_url)) as storage,
-    ):
+    wanted = FinishedJobFilterDTO(user, interview, actor, state, since, until)
+    with opened_storage(_CANNOT_LIST, TO_EXPLAIN_GRANTS if interview else TO_READ_JOBS) as storage:
         found = storage.list_finished_jobs(wanted, limit)
     for one in found:
         known = ledger.status_of(one).model_dump(mode="json", exclude_none=True)
@@ -164,6 +147,64 @@ def _line(finished: FinishedJobDTO) -> str:
     at = f"{finished.finished_at:%F %T}Z" if finished.finished_at else "-"
     fields = (f"{name}={value}" for name, value in known.items() if value is not None)
     return one_line("  ".join((at, f"{outcome.state:<9}", job.job_id, job.task, *fields)))
+
+
+@click.command()
+@click.option(
+    "--user", "user_id", required=True, metavar="ID", callback=_user_id, help="Whose access."
+)
+@click.option(
+    "--interview",
+    "interview_id",
+    required=True,
+    metavar="UUID",
+    callback=_interview_id,
+    help="The interview, in any spelling of its UUID.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def explain(*, user_id: str, interview_id: str, as_json: bool) -> None:
+    """Report whether a user has access to an interview, and which job created the grant.
+
+    It is the job whose number of created grants includes this one. The grant keeps the job's ID
+    when the job is pruned. Grants that the platform itself created, and those from before migration
+    0011, name no job. One that was deleted and created again names the later job.
+
+    The exit status is 0 if the user has access, also if no job is named, 1 if the user has none,
+    and 3 if PostgreSQL is unavailable.
+    """
+    with opened_storage(_CANNOT_EXPLAIN, TO_EXPLAIN_GRANTS) as storage:
+        found = attribution.explain(storage, user_id, interview_id)
+    fields = {
+        "user_id": user_id,
+        "interview_id": interview_id,
+        "interview_exists": found.origin.is_interview,
+        "has_access": found.origin.is_granted,
+    }
+    job = found.job and found.job.model_dump(
+        mode="json", exclude_none=True, exclude={"user_id", "result", "created_by_user"}
+    )
+    if as_json:
+        click.echo(json.dumps({**fields, "job": job, "job_is_pruned": found.is_pruned}))
+    else:
+        print_fields({**fields, **(job or {})})
+        if note := _note(found):
+            click.echo(note, err=True)
+    sys.exit(0 if found.origin.is_granted else FAILED)
+
+
+def _note(found: attribution.GrantExplanation) -> str | None:
+    """Return a sentence about what the fields do not say."""
+    if not found.origin.is_interview:
+        return "No interview has this ID."
+    if not found.origin.is_granted:
+        return "The user has no access to the interview."
+    if found.job is None:
+        return "The grant names no job: the platform created it, or a job before migration 0011."
+    if found.is_pruned:
+        return "The job was pruned: what remains is its state and its number of created grants."
+    if found.job.state == "unknown":
+        return "The job created the grant, but the ledger has neither its row nor a tombstone."
+    return None
 
 
 @click.command()
@@ -204,7 +245,7 @@ def cancel(
         return
     if dry_run or yes:
         raise click.UsageError("--dry-run and --yes belong to --user, --task and --queued.")
-    with _connected(_CANNOT_READ, TO_CANCEL_JOBS) as (app, redis):
+    with connected(_CANNOT_READ, TO_CANCEL_JOBS) as (app, redis):
         known = JobStatusService(app.storage, app.backend).cancel(redis, job_id)
     _print_status(known, as_json=as_json)
     if known.state == "unknown":
@@ -217,7 +258,7 @@ def cancel(
 
 
 def _cancel_waiting(wanted: JobFilter, *, dry_run: bool, yes: bool, as_json: bool) -> None:
-    with _connected(_CANNOT_CANCEL, NEEDED) as (app, redis):
+    with connected(_CANNOT_CANCEL, NEEDED) as (app, redis):
         jobs = WaitingJobs(app, redis, message_of)
         if dry_run:
             selected = _print_each(jobs.select(wanted), as_json=as_json)
@@ -246,7 +287,7 @@ def purge(*, outbox: bool, dry_run: bool, yes: bool) -> None:
 
     The exit status is 3 if Redis or PostgreSQL is unavailable: purge again then.
     """
-    with _connected(_CANNOT_CANCEL, NEEDED) as (app, redis):
+    with connected(_CANNOT_CANCEL, NEEDED) as (app, redis):
         snapshot = inspect(redis)
         unsent = app.storage().count_requests().unsent if outbox else 0
         lanes = ", ".join(f"{one.name} {one.waiting:,}" for one in snapshot.lanes if one.waiting)
@@ -295,44 +336,6 @@ def _print_each(jobs: Iterator[SelectedJob], *, as_json: bool) -> int:
 
 def _counted(number: int) -> str:
     return "1 job" if number == 1 else f"{number:,} jobs"
-
-
-@contextmanager
-def _connected(failure: str, needed: Needed) -> Iterator[tuple[WorkerApp, Redis]]:
-    """Connect to both servers; exit with one sentence if one is unavailable or denies access.
-
-    Args:
-        failure: What failed then, for the sentence.
-        needed: The privileges that the command needs.
-    """
-    settings = read_settings(Settings)
-    app = create_app(settings)
-    try:
-        with (
-            _storage_errors(failure, needed, settings),
-            app.connection_for_write() as connection,
-        ):
-            yield app, connection.default_channel.client
-    except (CeleryError, OperationalError, RedisError, OSError) as error:
-        cause = error.__cause__ or error
-        is_denied = isinstance(cause, NoPermissionError)
-        _end_unavailable(failure, cause, PERMIT if is_denied else _CHECK_SERVERS)
-
-
-@contextmanager
-def _storage_errors(failure: str, needed: Needed, settings: DatabaseSettings) -> Iterator[None]:
-    """Exit with one sentence if PostgreSQL is unavailable or denies access; see _connected."""
-    try:
-        yield
-    except StorageError as error:
-        denial = explain_denial(error, settings.database_url, needed)
-        _end_unavailable(failure, denial or error, "" if denial else _CHECK_SERVERS)
-
-
-def _end_unavailable(failure: str, reason: object, remedy: str) -> NoReturn:
-    what = str(reason).rstrip(".").replace(". ", ": ")  # redis-py's are two sentences
-    sentence = "; ".join(filter(None, [f"{failure}: {what}", remedy]))
-    end(UNAVAILABLE, one_line(f"{sentence}."))
 
 
 def _print_status(known: JobStatus, *, as_json: bool) -> None:

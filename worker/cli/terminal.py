@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
 import click
 from interview_access.errors import shortened
+
+from tasks.audit import read_time
 
 FAILED, UNAVAILABLE = 1, 3
 """Exit statuses. 0 is success, and 2 is click's for a usage error."""
@@ -54,6 +56,28 @@ def read_age(text: str) -> timedelta | None:
     """Read an age such as 90s, 30min, 12h or 7d; None if the text is not one."""
     found = re.fullmatch(r"([0-9]{1,5})(s|min|h|d)", text)
     return int(found[1]) * _UNITS[found[2]] if found else None
+
+
+class Moment(click.ParamType[datetime]):
+    """A time in ISO 8601, or an age."""
+
+    name = "moment"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        """Return the time that the text means; see click."""
+        text = str(value)
+        age = read_age(text)
+        moment = read_time(text) if age is None else datetime.now(UTC) - age
+        if moment is None:
+            raise click.BadParameter(
+                f"got {one_line(text)!r}, expected an age such as 30min, 12h or 7d, or a time in "
+                "ISO 8601 such as 2030-01-31T12:00:00Z.",
+                ctx,
+                param,
+            )
+        return moment
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
