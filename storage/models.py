@@ -152,12 +152,14 @@ jobs = Table(
         "grant_access_job_actor_idx",
         "actor",
         "finished_at",
+        postgresql_ops={"actor": "varchar_pattern_ops"},
         postgresql_where=text("actor IS NOT NULL"),
     ),
     Index(
         "grant_access_job_state_idx",
         "state",
         "finished_at",
+        postgresql_ops={"state": "varchar_pattern_ops"},
         postgresql_where=text("state <> 'succeeded'"),
     ),
 )

@@ -1,19 +1,21 @@
-"""The columns and indexes that answer who requested a job, when, and which worker executed it.
+"""The columns that say who requested a job, when, and which worker executed it.
 
-Owns what migration 0010 adds to ``grant_access_job``.
+Owns what migration 0010 adds to the table ``grant_access_job``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
 from storage.errors import StorageError
 from storage.migrations.catalog import FoundTable, find_table
-from storage.migrations.concurrent_index import ConcurrentIndex
-from storage.migrations.live import LiveMigration
 from storage.migrations.locks import retry_statement
+
+if TYPE_CHECKING:
+    from storage.migrations.live import LiveMigration
 
 TABLE = "grant_access_job"
 
@@ -28,32 +30,17 @@ COLUMNS = {
 }
 """Definitions of the new columns, which are null in older rows."""
 
-# One for each filter of `interview-access jobs`. Most rows are in the first only, in which a hash
-# index takes a third of the WAL and less than half of the space of a B-tree.
-INDEXES = (
-    ConcurrentIndex(
-        "grant_access_job_user_idx", TABLE, "USING hash (user_id) WHERE user_id IS NOT NULL"
-    ),
-    ConcurrentIndex(
-        "grant_access_job_actor_idx", TABLE, "(actor, finished_at) WHERE actor IS NOT NULL"
-    ),
-    ConcurrentIndex(
-        "grant_access_job_state_idx", TABLE, "(state, finished_at) WHERE state <> 'succeeded'"
-    ),
-)
-
 _SECONDS = 60
 
 
 def add(migration: LiveMigration) -> None:
-    """Add the missing columns without rewriting the table, and build the indexes concurrently.
+    """Add the missing columns without rewriting the table.
 
     Args:
         migration: The running migration, whose connection is in AUTOCOMMIT.
 
     Raises:
-        StorageError: if a lock was not free in time, or older transactions stayed open for too
-            long.
+        StorageError: if the table's lock was not free in time.
     """
     table = migration.table(TABLE)
     missing = _missing(table)
@@ -67,16 +54,12 @@ def add(migration: LiveMigration) -> None:
             )
     for (past, _), names in _steps(missing):
         migration.report(f"{past} the columns {names} of {TABLE}")
-    for index in INDEXES:
-        index.build(migration)
 
 
 def plan(connection: Connection) -> Iterator[str]:
     """Yield what :func:`add` would do."""
     for (_, infinitive), names in _steps(_missing(find_table(connection, TABLE))):
         yield f"would {infinitive} the columns {names} of {TABLE}"
-    for index in INDEXES:
-        yield from index.plan(connection)
 
 
 def is_to_add(table: FoundTable, column: str) -> bool:

@@ -24,6 +24,7 @@ _INDEXES = """
         JOIN pg_index i ON i.indrelid = to_regclass(t.name)
         CROSS JOIN unnest(i.indcollation::oid[], i.indclass::oid[]) AS u (oid, class)
         JOIN pg_opclass o ON o.oid = u.class AND o.opcname !~ '_pattern_ops$'
+        JOIN pg_am a ON a.oid = o.opcmethod AND a.amname <> 'hash'
     )
     SELECT format('%I.%I', n.nspname, x.relname) AS name,
            CASE WHEN c.collprovider = 'd' THEN format('DATABASE %I', d.datname)
@@ -44,7 +45,8 @@ _INDEXES = """
 def changed_collations(connection: Connection) -> list[str]:
     """Find the indexes of our tables that were built with another version of their collation.
 
-    The order of the collation ``C`` and of Django's ``varchar_pattern_ops`` never changes.
+    The order of the collation ``C`` and of ``varchar_pattern_ops`` never changes, and a hash index
+    has none.
 
     Args:
         connection: A connection of any role.

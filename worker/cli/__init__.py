@@ -30,7 +30,9 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
     "grant": _Subcommand(
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),
-    "jobs": _Subcommand("jobs:jobs", "List finished jobs by user, interview, actor, state and time."),
+    "jobs": _Subcommand(
+        "jobs:jobs", "List finished jobs by user, interview, actor, state or time."
+    ),
     "lost-jobs": _Subcommand(
         "database:lost_jobs", "List finished jobs that a restored PostgreSQL does not have."
     ),
