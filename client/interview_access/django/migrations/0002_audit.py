@@ -25,9 +25,11 @@ _ADD = """
             CREATE INDEX IF NOT EXISTS grant_access_job_user_idx
                 ON grant_access_job USING hash (user_id) WHERE user_id IS NOT NULL;
             CREATE INDEX IF NOT EXISTS grant_access_job_actor_idx
-                ON grant_access_job (actor varchar_pattern_ops, finished_at) WHERE actor IS NOT NULL;
+                ON grant_access_job (actor varchar_pattern_ops, finished_at)
+                WHERE actor IS NOT NULL;
             CREATE INDEX IF NOT EXISTS grant_access_job_state_idx
-                ON grant_access_job (state varchar_pattern_ops, finished_at) WHERE state <> 'succeeded';
+                ON grant_access_job (state varchar_pattern_ops, finished_at)
+                WHERE state <> 'succeeded';
         END IF;
     END $$
 """
