@@ -365,7 +365,7 @@ def test_one_letter_is_requeued_without_a_question(here: Site) -> None:
 def test_an_empty_selection_is_reported(here: Site) -> None:
     """Without a selected letter nothing is asked, and the command succeeds."""
     ended = command(here, "drop", "--all")
-    assert (ended.returncode, ended.stderr) == (0, b"0 dead letters would be dropped.\n")
+    assert (ended.returncode, ended.stderr) == (0, b"No dead letter is selected.\n")
 
 
 @pytest.mark.parametrize(
@@ -377,11 +377,13 @@ def test_an_empty_selection_is_reported(here: Site) -> None:
         ["1-1", "--dry-run"],
         ["--older-than", "a week"],
         ["--older-than", "7"],
+        ["--reason", "", "--yes"],
+        ["--task", "", "--yes"],
     ],
 )
 @pytest.mark.parametrize("act", ["requeue", "drop"])
 def test_contradictory_options_are_usage_errors(here: Site, act: str, words: list[str]) -> None:
-    """IDs together with options, neither, or a malformed age is a usage error."""
+    """IDs together with options, neither, a malformed age or an empty text is a usage error."""
     assert command(here, act, *words).returncode == 2
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from click.testing import CliRunner, Result
 from devstack.servers import LocalStack
 from tests.storage.transactions import a_request
 from tests.support.stores import a_cohort, a_job, until
-from tests.support.workers import QUEUE, ROOT, Site, migrated_site
+from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site, migrated_site
 from worker.cli import main
 
 DEAD = "interview-access:dead"
@@ -120,6 +121,19 @@ def test_status_reports_a_pruned_job(here: Site) -> None:
     assert lines["created"] == "2"
 
 
+def test_status_of_a_pruned_job_does_not_depend_on_its_announcement(here: Site) -> None:
+    """A pruned job is reported as it ended, also while Redis has its announcement."""
+    sent = datetime.now(UTC).isoformat()
+    announced = {"task": GRANT_ACCESS, "digest": "d" * 64, "sent_at": sent}
+    here.redis.set("interview-access:job:old", json.dumps(announced))
+    assert command(here, "cancel", "old").exit_code == 0
+    here.redis.delete("celery-task-meta-old")
+    here.store.execute("UPDATE grant_access_job SET finished_at = now() - interval '100 days'")
+    assert command(here, "prune", "--older-than", "12w").exit_code == 0
+    for words in ("status", "old"), ("cancel", "old"):
+        assert json.loads(command(here, *words, "--json").stdout)["state"] == "cancelled"
+
+
 class TestErase:
     """``erase``."""
 
@@ -177,10 +191,33 @@ class TestErase:
                 here.redis.hset(f"interview-access:{key}", "1", value)
         ended = command(here, "erase", "--user", "ann", "--yes")
         assert ended.exit_code == 1
-        assert ended.stderr.startswith("1 unfinished jobs name the user: later; wait for them, or ")
+        assert ended.stderr.startswith(
+            "Jobs whose messages name the user: 1 (later); wait for them"
+        )
         finished = here.store.storage.get_finished_job("a")
         assert finished
         assert finished.job.user_id == "ann"
+
+    def test_a_cancelled_job_that_is_delayed_does_not_block_it(self, here: Site) -> None:
+        """The delayed message of a cancelled job is removed, and the job stays cancelled."""
+        here.push({"user_id": "ann", "interview_ids": []}, job_id="later", queue="aside")
+        message = here.redis.lpop("aside")
+        assert isinstance(message, bytes)
+        here.redis.hset("interview-access:deferred", "1", QUEUE.encode() + b"\0" + message)
+        here.redis.zadd("interview-access:due", {"1": time.time() + 3600})
+        assert command(here, "cancel", "--user", "ann", "--yes").exit_code == 0
+        ended = command(here, "erase", "--user", "ann", "--yes")
+        assert ended.exit_code == 0, ended.stderr
+        assert not here.redis.exists("interview-access:deferred", "interview-access:due")
+        dumps = {key: here.redis.dump(key) or b"" for key in here.redis.scan_iter()}
+        assert not [key for key, dump in dumps.items() if b"ann" in dump]
+        assert json.loads(command(here, "status", "later", "--json").stdout)["state"] == "cancelled"
+
+    def test_an_empty_user_is_a_usage_error(self, here: Site) -> None:
+        """An empty ID, as of an unset shell variable, is refused: everything contains it."""
+        ended = command(here, "erase", "--user", "", "--yes")
+        assert ended.exit_code == 2
+        assert "got an empty text, expected at least one character" in ended.stderr
 
     def test_it_asks_first(self, here: Site) -> None:
         """Without a confirmation nothing is changed; a dry run does not ask."""

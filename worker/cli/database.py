@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -25,13 +25,15 @@ from tasks.retention import prune as prune_jobs
 from worker.app import create_app
 from worker.broker.dead_letters import DeadLetterLimits, DeadLetters
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
+from worker.cli.terminal import FAILED, UNAVAILABLE, end, not_empty, one_line
 from worker.operations.lost_jobs import LostJob, LostJobs
+from worker.operations.waiting import WaitingJobs
 from worker.services.erasure import (
     dead_letters_naming,
     delete_results,
     unfinished_jobs_naming,
 )
+from worker.services.outbox_relay import message_of
 from worker.settings import DatabaseSettings, Settings
 
 _ANY_BYTES = 2**53
@@ -117,7 +119,14 @@ def prune(*, older_than: timedelta, dry_run: bool) -> None:
 
 
 @click.command()
-@click.option("--user", "user_id", required=True, metavar="ID", help="Whose data is erased.")
+@click.option(
+    "--user",
+    "user_id",
+    required=True,
+    metavar="ID",
+    callback=not_empty,
+    help="Whose data is erased.",
+)
 @click.option("--dry-run", is_flag=True, help="Change nothing; report what would be erased.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
@@ -126,25 +135,22 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
     Dead letters that name the user are dropped. Outcomes and counts stay. Grants and attempts
     belong to the platform, which deletes them itself.
 
-    The exit status is 1, and nothing is changed, while an unfinished job names the user: wait for
-    it, or cancel it, and run the command again.
+    Delayed messages of jobs that were cancelled are removed. The exit status is 1, and nothing else
+    is changed, while another message names the user: wait for its job, or cancel it, and run the
+    command again.
     """
     with _servers() as (storage, redis):
-        unfinished = [
-            *find_unfinished_requests(storage, user_id),
-            *unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES),
-        ]
-        if unfinished:
-            listed = ", ".join(one_line(job_id, 255) for job_id in sorted({*unfinished})[:_LISTED])
-            end(
-                FAILED,
-                f"{len({*unfinished})} unfinished jobs name the user: {listed}; wait for them, or "
-                "cancel them with `interview-access cancel`, and run the command again.",
-            )
+        app = create_app(read_settings(Settings))
+        waiting = {*unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES)}
+        finished = {job_id for job_id in waiting if storage.get_finished_job(job_id)}
+        _refuse({*find_unfinished_requests(storage, user_id)} | waiting - finished)
         if not dry_run and not yes:
             click.confirm(f"Erase the user {one_line(user_id)} for good?", abort=True, err=True)
+        if finished and not dry_run:
+            WaitingJobs(app, redis, message_of).discard_delayed(finished)
+            _refuse({*unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES)})
         jobs = results = 0
-        backend = create_app(read_settings(Settings)).backend
+        backend = app.backend
         for page in erase_jobs(storage, user_id, dry_run=dry_run):
             jobs += len(page.job_ids)
             if not dry_run:
@@ -157,6 +163,17 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
     counts = {"jobs": jobs, "requests": requests, "dead letters": len(letters)}
     for name, count in (counts if dry_run else counts | {"results": results}).items():
         click.echo(f"{name:<24} {count:>12,} {done}")
+
+
+def _refuse(job_ids: Collection[str]) -> None:
+    """Exit if there are unfinished jobs that name a user."""
+    if job_ids:
+        listed = ", ".join(one_line(job_id, 255) for job_id in sorted(job_ids)[:_LISTED])
+        end(
+            FAILED,
+            f"Jobs whose messages name the user: {len(job_ids):,} ({listed}); wait for them, or "
+            "cancel them with `interview-access cancel`, and run the command again.",
+        )
 
 
 @click.command()

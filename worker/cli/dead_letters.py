@@ -19,7 +19,15 @@ from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from worker.broker.dead_letters import DeadLetter, DeadLetters, LetterFilter, readable
 from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, PERMIT, UNAVAILABLE, end, one_line, read_age
+from worker.cli.terminal import (
+    FAILED,
+    PERMIT,
+    UNAVAILABLE,
+    end,
+    not_empty,
+    one_line,
+    read_age,
+)
 from worker.settings import DatabaseSettings, Settings
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -110,8 +118,15 @@ def _selecting(command: F) -> F:
     options = (
         click.argument("letter_ids", metavar="[ID]...", nargs=-1, callback=_letter_id),
         click.option("--all", "all_letters", is_flag=True, help="Select all dead letters."),
-        click.option("--reason", metavar="TEXT", help="Select those whose reason has this text."),
-        click.option("--task", metavar="NAME", help="Select those of this task."),
+        click.option(
+            "--reason",
+            metavar="TEXT",
+            callback=not_empty,
+            help="Select those whose reason has this text.",
+        ),
+        click.option(
+            "--task", metavar="NAME", callback=not_empty, help="Select those of this task."
+        ),
         click.option(
             "--older-than",
             type=_Age(),
@@ -158,7 +173,7 @@ def drop(letter_ids: tuple[str, ...], *, yes: bool, **options: Any) -> None:
         )
         return
     if not yes:
-        click.confirm(f"Delete {len(letter_ids)} messages for good?", abort=True, err=True)
+        click.confirm(f"Delete {_counted(len(letter_ids))} for good?", abort=True, err=True)
     _for_each(letter_ids, DeadLetters.drop, "dropped")
 
 
@@ -206,7 +221,10 @@ def _for_selected(
             number, last = number + len(page), page[-1].id
             for letter in page if dry_run else ():
                 click.echo(_line(letter))
-        if dry_run or not number:
+        if not number:
+            click.echo("No dead letter is selected.", err=True)
+            return
+        if dry_run:
             click.echo(f"{_counted(number)} would be {done}.", err=True)
             return
         if number >= asks_from and not yes:

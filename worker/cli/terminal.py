@@ -80,6 +80,17 @@ class Moment(click.ParamType[datetime]):
         return moment
 
 
+def not_empty(_: object, __: object, given: str | None) -> str | None:
+    """Refuse an empty value, as of a shell variable that is not set; an option's callback.
+
+    Raises:
+        click.BadParameter: if the value is empty.
+    """
+    if given == "":
+        raise click.BadParameter("got an empty text, expected at least one character.")
+    return given
+
+
 def print_fields(fields: Mapping[str, object]) -> None:
     """Print a line for each field, with its value in words.
 

@@ -10,7 +10,7 @@ affected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -140,6 +140,16 @@ class WaitingJobs:
             settled = self._execute(page)
             self._discard("", [(one, how) for one, how in settled if _ends(how)], 0)
             yield from self._reported(settled)
+
+    def discard_delayed(self, job_ids: Collection[str]) -> None:
+        """Remove the delayed messages of finished jobs, as deliveries of them would.
+
+        Args:
+            job_ids: The jobs.
+        """
+        for page in self._delayed_pages():
+            settled = self._execute([one for one in page if one.request.id in job_ids])
+            self._discard("", [(one, how) for one, how in settled if _ends(how)], 0)
 
     def _cancel_unsent(self, wanted: JobFilter) -> Iterator[SelectedJob]:
         for page in self._unsent_pages():

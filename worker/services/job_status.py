@@ -58,14 +58,14 @@ class JobStatusService:
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
             return ledger.status_of(finished)
+        if pruned := storage.get_pruned_job(job_id):  # its announcement may have outlived it
+            return ledger.status_of_pruned(job_id, pruned)
         announced = announcements(redis, [job_id]).get(job_id) or _announcement(
             storage.get_request(job_id)
         )
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
             return ledger.status_of(finished)  # finished between the two reads
-        if status.state == "unknown" and (pruned := storage.get_pruned_job(job_id)):
-            return ledger.status_of_pruned(job_id, pruned)
         if not status.final and storage.is_cancelled(job_id):
             status.cancel_requested = True
         return status
@@ -115,7 +115,7 @@ def _announcement(request: AccessRequestDTO | None) -> Announcement | None:
 
 
 def _unfinished(job_id: str, stored: dict[str, Any], announced: Announcement | None) -> JobStatus:
-    """Report a job that is not in the ledger: it has no final result, or its row was pruned."""
+    """Report a job that is not in the ledger: it has no final result there."""
     status = JobStatus(job_id=job_id, state="unknown")
     if announced:
         status.state, status.task = "queued", announced.task
