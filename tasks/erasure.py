@@ -5,12 +5,13 @@ Job IDs and request digests stay, on which idempotency rests.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from storage.dtos import FinishedJobDTO, RejectedIdsDTO
+from storage.dtos import ACTOR_LENGTH, REASON_LENGTH, FinishedJobDTO, RejectedIdsDTO
 from storage.interface import Erasure, Ledger, Outbox, Transactions
 
 ERASED = "(erased)"
@@ -53,6 +54,9 @@ def erase_jobs(
 ) -> Iterator[ErasedPage]:
     """Remove a user from the ledger. Each step of the iteration is one transaction.
 
+    A page is committed when the next one is requested. If the caller fails to erase what other
+    places have of its jobs, the page stays as it was, and a later run finds the jobs again.
+
     Args:
         storage: The storage with the ledger.
         user_id: The user.
@@ -69,8 +73,8 @@ def erase_jobs(
             changed = [new for job, new in pairs if _details(new) != _details(job)]
             if changed and not dry_run:
                 transaction.replace_details(changed)
+            yield ErasedPage([one.job.job_id for one in changed])
         after = page.last
-        yield ErasedPage([one.job.job_id for one in changed])
 
 
 def erase_requests(
@@ -126,6 +130,12 @@ def redacted(value: Any, user_id: str) -> Any:
             return value
 
 
+def _redacted_words(text: str | None, user_id: str, *, at_most: int) -> str | None:
+    """Replace a user ID in free text, unless it is a part of a longer word, name or address."""
+    word = rf"(?<![\w.@-]){re.escape(user_id)}(?![\w@-]|\.\w)"
+    return text and re.sub(word, ERASED, text)[:at_most]
+
+
 def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:
     entry, outcome, audit = job.job, job.outcome, job.job.audit
     is_users = entry.user_id == user_id
@@ -138,12 +148,11 @@ def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:
         for name, count in by_user.items():
             counts[ERASED if name == user_id else name] += count
         by_user = dict(counts)
-    audit = replace(
-        audit,
-        actor=redacted(audit.actor, user_id),
-        # It is free text about the user.
-        reason=ERASED if is_users and audit.reason else redacted(audit.reason, user_id),
-    )
+    actor = _redacted_words(audit.actor, user_id, at_most=ACTOR_LENGTH)
+    reason = _redacted_words(audit.reason, user_id, at_most=REASON_LENGTH)
+    if is_users and reason:
+        reason = ERASED  # it is free text about the user
+    audit = replace(audit, actor=actor, reason=reason)
     return replace(
         job,
         job=replace(entry, user_id=None if is_users else entry.user_id, audit=audit),

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from interview_access.contracts import GrantJob, announcement_key, result_key
+from interview_access.protocol.messages import JobMessage
 
 from devstack.servers import LocalStack
 from tests.storage.transactions import a_request
@@ -172,6 +174,29 @@ class TestErase:
         assert [letter_id for letter_id, _ in letters] == [kept]
         assert here.redis.exists("celery-task-meta-a", "celery-task-meta-b") == 1
         assert here.store.value("SELECT sum(created) FROM grant_access_job") == total
+
+    def test_announcements_of_erased_jobs_are_deleted(self, here: Site) -> None:
+        """Announcements of the user's jobs, which have actor and reason, leave Redis."""
+        here.store.grant(a_job("a", "ann", []), a_job("b", "bob", []))
+        for job_id in "a", "b":
+            message = JobMessage.of(GrantJob("ann", [], job_id, actor="ann", reason="She is ill."))
+            here.redis.set(message.key, message.announcement.model_dump_json())
+        assert command(here, "erase", "--user", "ann", "--dry-run").exit_code == 0
+        assert here.redis.exists(announcement_key("a"), announcement_key("b")) == 2
+        assert command(here, "erase", "--user", "ann", "--yes").exit_code == 0
+        assert here.redis.exists(announcement_key("a")) == 0
+        assert here.redis.exists(announcement_key("b")) == 1
+
+    def test_an_interrupted_erasure_is_continued(self, here: Site) -> None:
+        """If Redis fails, the ledger names the user still, and the next run erases the rest."""
+        here.store.grant(a_job("a", "ann", []))
+        key = result_key("a")
+        here.redis.lpush(key, "a value of another type, which GET refuses")
+        assert command(here, "erase", "--user", "ann", "--yes").exit_code == 3
+        here.redis.delete(key)
+        here.redis.set(key, json.dumps({"status": "FAILURE", "result": "'ann' is no UUID"}))
+        assert command(here, "erase", "--user", "ann", "--yes").exit_code == 0
+        assert not here.redis.exists(key)
 
     @pytest.mark.parametrize("place", [QUEUE, f"{QUEUE}\x06\x169", "delayed", "claimed", "outbox"])
     def test_an_unfinished_job_is_refused(self, here: Site, place: str) -> None:

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from storage.dtos import AuditDTO
+from storage.dtos import ACTOR_LENGTH, REASON_LENGTH, AuditDTO
 from storage.interface import Storage
 from tasks.erasure import (
     ERASED,
@@ -130,16 +130,18 @@ def with_origin(job_id: str, user_id: str, actor: str, reason: str) -> GrantAcce
 
 
 def test_actors_and_reasons_are_erased(store: Store) -> None:
-    """The user leaves the actors; the reasons of the user's jobs, and quoted IDs, are erased."""
+    """The user leaves actors and reasons as a word; the reasons of the user's jobs are erased."""
     store.grant(
         with_origin("a", "ann", "hr", "she is ill"),
         with_origin("b", "bob", "ann", "as 'ann' asked"),
         with_origin("c", "bob", "annette", "ann-marie asked"),
+        with_origin("d", "bob", "user:ann", "the course of bob, ann and zoe"),
+        with_origin("e", "bob", "ann@example.org", "ann.smith asked, not joann"),
     )
-    assert erase(store.storage, "ann", dry_run=True) == {"a", "b"}
-    assert erase(store.storage, "ann") == {"a", "b"}
+    assert erase(store.storage, "ann", dry_run=True) == {"a", "b", "d"}
+    assert erase(store.storage, "ann") == {"a", "b", "d"}
     origins = []
-    for job_id in "abc":
+    for job_id in "abcde":
         finished = store.storage.get_finished_job(job_id)
         assert finished
         audit = finished.job.audit
@@ -149,8 +151,21 @@ def test_actors_and_reasons_are_erased(store: Store) -> None:
         ("hr", ERASED),
         (ERASED, f"as '{ERASED}' asked"),
         ("annette", "ann-marie asked"),
+        (f"user:{ERASED}", f"the course of bob, {ERASED} and zoe"),
+        ("ann@example.org", "ann.smith asked, not joann"),
     ]
     assert erase(store.storage, "ann") == set()
+
+
+def test_an_erased_text_fits_its_column(store: Store) -> None:
+    """Where the replacement is longer than the ID, the text is cut at its largest length."""
+    actor, reason = "1 " * (ACTOR_LENGTH // 2), "1 " * (REASON_LENGTH // 2)
+    store.grant(with_origin("a", "ann", "hr", "ill"), with_origin("b", "bob", actor, reason))
+    assert erase(store.storage, "1") == {"b"}
+    finished = store.storage.get_finished_job("b")
+    assert finished
+    assert finished.job.audit.actor == (f"{ERASED} " * ACTOR_LENGTH)[:ACTOR_LENGTH]
+    assert finished.job.audit.reason == (f"{ERASED} " * REASON_LENGTH)[:REASON_LENGTH]
 
 
 def test_requests_by_the_user_are_deleted(store: Store) -> None:

@@ -30,6 +30,7 @@ from worker.operations.lost_jobs import LostJob, LostJobs
 from worker.operations.waiting import WaitingJobs
 from worker.services.erasure import (
     dead_letters_naming,
+    delete_announcements,
     delete_results,
     unfinished_jobs_naming,
 )
@@ -155,6 +156,7 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
             jobs += len(page.job_ids)
             if not dry_run:
                 results += delete_results(backend, page.job_ids, user_id)
+                delete_announcements(redis, page.job_ids)
         requests = erase_requests(storage, user_id, dry_run=dry_run)
         letters = [*dead_letters_naming(redis, user_id)]
         if not dry_run:

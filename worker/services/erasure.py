@@ -1,4 +1,4 @@
-"""What Redis holds of one person: results, dead letters and messages of unfinished jobs."""
+"""What Redis holds of one person: results, announcements, dead letters, unfinished messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from celery.backends.redis import RedisBackend
-from interview_access.contracts import QUEUE
+from interview_access.contracts import QUEUE, announcement_key
 from interview_access.errors import shortened
 from redis import Redis
 
@@ -39,6 +39,20 @@ def delete_results(results: RedisBackend, job_ids: Collection[str], user_id: str
             if names(json.loads(results.client.get(key) or b"null"), user_id):
                 deleted += results.client.delete(key)
     return deleted
+
+
+def delete_announcements(redis: Redis, job_ids: Collection[str]) -> None:
+    """Delete the announcements of finished jobs, which have their actors and reasons.
+
+    Args:
+        redis: Client of the queue's Redis.
+        job_ids: The jobs.
+
+    Raises:
+        redis.RedisError: if Redis failed.
+    """
+    if job_ids:
+        redis.delete(*map(announcement_key, job_ids))
 
 
 def dead_letters_naming(redis: Redis, user_id: str) -> Iterator[DeadLetter]:
