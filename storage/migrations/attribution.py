@@ -35,13 +35,17 @@ def add(connection: Connection, table: FoundTable, report: Callable[[str], None]
     if COLUMN in table.columns:
         report(f"adopted {_NAME}")
         return
-    statement = f'ALTER TABLE {table.qualified_name} ADD COLUMN {COLUMN} varchar(255) COLLATE "C"'
-    if not retry_statement(connection, statement, seconds=_SECONDS):
+    if not retry_statement(connection, statement(table), seconds=_SECONDS):
         raise StorageError(
             f"{TABLE} was locked by writers for {_SECONDS} s, so its column {COLUMN} could not be "
             "added; check pg_stat_activity for a transaction left open, and run migrate again"
         )
     report(f"added {_NAME}")
+
+
+def statement(table: FoundTable) -> str:
+    """Return the statement that adds the column to the table of grants."""
+    return f'ALTER TABLE {table.qualified_name} ADD COLUMN {COLUMN} varchar(255) COLLATE "C"'
 
 
 def plan(connection: Connection) -> Iterator[str]:

@@ -241,10 +241,14 @@ def missing_for_migration(connection: Connection) -> str | None:
         missing += [_grant("TABLE", *row) for row in connection.execute(_MISSING, of_table)]
     altered = [VERSION_TABLE, *(name for name in models.METADATA.tables if name.startswith(_OWN))]
     grants = tables.get(grant_key.TABLE)
-    if grants and not (grant_key.has_adopted_key(grants) and attribution.COLUMN in grants.columns):
+    has_key = grants is not None and grant_key.has_adopted_key(grants)
+    if grants and not (has_key and attribution.COLUMN in grants.columns):
         altered.append(grant_key.TABLE)
-    for row in connection.execute(_OWNED_BY_OTHERS, {"tables": altered}):
+    of_others = connection.execute(_OWNED_BY_OTHERS, {"tables": altered}).all()
+    for row in of_others:
         remedy = f"migrate as the role {row.owner} or as a member of it"
+        if grants and has_key and len(of_others) == 1 and row.object == grants.qualified_name:
+            remedy += f", or run as that role {attribution.statement(grants)}"
         missing.append(_Missing(f"ownership of {row.object}", remedy, row.role))
     return _report(missing)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import make_url
 
+from storage.dtos import AuditDTO
 from tests.storage.transactions import create_grants
 from tests.support.database import role
 from tests.support.stores import PostgresStore, a_cohort, a_job, postgres_store
@@ -20,6 +22,14 @@ from tests.support.workers import ROOT
 from worker.cli import main
 
 AUDIT = ROOT / "docs" / "audit.md"
+ORIGIN = AuditDTO(
+    enqueued_at=datetime(2030, 1, 31, 12, tzinfo=UTC),
+    started_at=datetime(2030, 1, 31, 12, 0, 1, tzinfo=UTC),
+    attempts=1,
+    worker="celery@worker-1",
+    actor="hr",
+    reason="second round",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,8 @@ def explained(here: PostgresStore, user_id: str, interview_id: str) -> dict[str,
 def test_the_job_is_named_with_what_the_ledger_knows(here: PostgresStore) -> None:
     """The job's ID, task, state, figures and time are printed, as docs/audit.md shows."""
     ids = here.add_interviews(2)
-    here.grant(a_cohort("cohort", ["bob", "ann"], ids))
+    job = a_cohort("cohort", ["bob", "ann"], ids)
+    here.grant(replace(job, entry=replace(job.entry, audit=ORIGIN)))
     found = explained(here, "ann", ids[0])
     (example,) = re.findall(r"```json\n(.*?)```", AUDIT.read_text(encoding="utf-8"), re.DOTALL)
     shown = json.loads(example)
@@ -72,6 +83,12 @@ def test_the_job_is_named_with_what_the_ledger_knows(here: PostgresStore) -> Non
             "repeated": 0,
             "already_granted": 0,
             "created": 4,
+            "enqueued_at": "2030-01-31T12:00:00Z",
+            "started_at": "2030-01-31T12:00:01Z",
+            "attempts": 1,
+            "worker": "celery@worker-1",
+            "actor": "hr",
+            "reason": "second round",
         },
         "job_is_pruned": False,
     }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
+from sqlalchemy import make_url
 
+from storage.errors import StorageError
 from storage.schema import Difference, SchemaMismatchError, check_schema
 from tests.storage.migrations import GRANTS, add_grants, add_interviews, migrated, migrating
+from tests.support.database import role
 from tests.support.platform import CHECKOUT, Database, DjangoService
 
 MAY_STAY = "running workers may stay: they can use the new schema"
@@ -63,6 +66,25 @@ def test_a_column_of_the_service_is_adopted(migrated_url: str) -> None:
     adopted = f"adopted the column created_by_job of {GRANTS}"
     assert migrated(database.url) == [MAY_STAY, adopted]
     assert check_schema(database.url) is None
+
+
+def test_a_role_that_does_not_own_the_grants_learns_the_statement(migrated_url: str) -> None:
+    """The refusal has the statement for the owner, after which the role migrates."""
+    database = Database(migrated_url)
+    without_column(database)
+    privileges = "CREATE ON SCHEMA public", "SELECT ON ALL TABLES IN SCHEMA public"
+    with role(migrated_url, *privileges) as url:
+        name = make_url(url).username
+        for row in database.execute(
+            "SELECT tablename FROM pg_tables WHERE tablename LIKE 'grant_access_%'"
+        ):
+            database.execute(f"ALTER TABLE {row['tablename']} OWNER TO {name}")
+        with pytest.raises(StorageError, match="lacks ownership of") as refused:
+            migrated(url)
+        _, statement = str(refused.value).split(", or run as that role ")
+        database.execute(statement)
+        assert migrated(url)[-1] == f"adopted the column created_by_job of {GRANTS}"
+        database.execute(f"REASSIGN OWNED BY {name} TO CURRENT_USER")
 
 
 def test_an_unsuitable_column_stops_the_migration(migrated_url: str) -> None:
