@@ -146,7 +146,7 @@ def test_text_has_a_line_for_each_job(store: PostgresStore) -> None:
     failed, succeeded = (line.partition("Z  ")[2] for line in ended.stdout.splitlines())
     assert failed == (
         "failed     two  interview_access.grant_access  user=bob  error=InvalidInterviewIdException"
-        "  attempts=2  worker=celery@one  actor=hr  reason=Second round"
+        "  attempts=2  worker=celery@one  actor=hr  reason='Second round'"
     )
     assert succeeded.startswith("succeeded  one  ")
     assert "  created=7  " in succeeded
@@ -177,6 +177,20 @@ def test_control_characters_do_not_reach_the_terminal(store: PostgresStore) -> N
     assert printed.removesuffix("\n").isprintable()
     assert "user=u\\x1b[31m" in printed
     assert run(store, "--until", "300d", "--json").stdout.removesuffix("\n").isprintable()
+
+
+def test_no_value_reads_as_another_field(store: PostgresStore) -> None:
+    """A value of a message that has spaces is in quotes."""
+    store.execute(
+        "INSERT INTO grant_access_job (job_id, task, state, user_id, request_digest, actor,"
+        " finished_at) VALUES ('x  t  created=9', 't', 'failed', 'bob  error=none', '',"
+        " $$it's me  reason=signed$$, now() - interval '2 years')"
+    )
+    printed = run(store, "--until", "700d").stdout
+    assert printed.rstrip().partition("Z  ")[2] == (
+        "failed     'x  t  created=9'  t  user='bob  error=none'"
+        "  actor=\"it's me  reason=signed\""
+    )
 
 
 @pytest.mark.parametrize(

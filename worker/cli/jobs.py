@@ -145,8 +145,15 @@ def _line(finished: FinishedJobDTO) -> str:
         "reason": audit.reason,
     }
     at = f"{finished.finished_at:%F %T}Z" if finished.finished_at else "-"
-    fields = (f"{name}={value}" for name, value in known.items() if value is not None)
-    return one_line("  ".join((at, f"{outcome.state:<9}", job.job_id, job.task, *fields)))
+    fields = (f"{name}={_word(value)}" for name, value in known.items() if value is not None)
+    words = at, f"{outcome.state:<9}", _word(job.job_id), _word(job.task), *fields
+    return one_line("  ".join(words))
+
+
+def _word(value: object) -> str:
+    """Quote a value of a message that has spaces: it must not read as several fields."""
+    text = str(value)
+    return repr(text) if " " in text else text
 
 
 @click.command()
