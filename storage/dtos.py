@@ -151,7 +151,7 @@ class OutcomeDTO:
         error: ``{"type": class name, "sentence": text, "details": {...}}``.
         figures: Set if a grant job succeeded.
         created_by_user: Number of grants created by user ID, if a cohort job succeeded. Like
-            ``rejected``, it is read only by :meth:`storage.interface.JobReader.get_finished_job`.
+            ``rejected``, it is read only by :meth:`storage.readers.JobReader.get_finished_job`.
         rejected: Set if the job failed because of its interview IDs.
     """
 

@@ -69,7 +69,7 @@ class RequestNotifications:
         return notifications
 
     def wait(self, seconds: float, wakeup: HasFileno | None) -> bool | None:
-        """Wait for a request; see :meth:`storage.interface.OutboxMonitor.wait_for_requests`.
+        """Wait for a request; see :meth:`storage.readers.OutboxMonitor.wait_for_requests`.
 
         Raises:
             psycopg.Error: if the connection is lost.

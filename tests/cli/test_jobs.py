@@ -188,8 +188,7 @@ def test_no_value_reads_as_another_field(store: PostgresStore) -> None:
     )
     printed = run(store, "--until", "700d").stdout
     assert printed.rstrip().partition("Z  ")[2] == (
-        "failed     'x  t  created=9'  t  user='bob  error=none'"
-        "  actor=\"it's me  reason=signed\""
+        "failed     'x  t  created=9'  t  user='bob  error=none'  actor=\"it's me  reason=signed\""
     )
 
 

@@ -17,11 +17,12 @@ from interview_access.contracts import DEFAULT_MAX_INTERVIEW_IDS
 from sqlalchemy import Connection, Engine, event, insert, null, select, text
 from sqlalchemy.exc import IntegrityError
 
-from storage import memory, models
+from storage import models
 from storage.dtos import AccessRequestDTO, InterviewAttemptDTO, InterviewDTO
 from storage.errors import StorageError
 from storage.interface import Storage
 from storage.memory import MemoryStorage
+from storage.memory import storage as memory
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
