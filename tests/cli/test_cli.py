@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from click.testing import CliRunner, Result
 
 from devstack.servers import LocalStack
 from tests.support.commands import run_module
@@ -28,11 +29,14 @@ from tests.support.workers import (
     ROOT,
     Site,
     held_grant,
+    migrated_site,
     site_with_worker,
 )
+from worker.cli import main
 
 FAILS_WITHIN = 10.0  # seconds in which a producer fails during an outage of Redis
 CHUNK = 10
+IDLE_NUMBER = 12  # of the Redis database of the site without a worker
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +49,34 @@ def here(
         yield here
 
 
-def run(
-    environment: dict[str, str], *words: str, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run the command without a terminal."""
-    return run_module(environment, "worker.cli", *words, stdin=stdin)
+@pytest.fixture(scope="module")
+def site_without_worker(stack: LocalStack, _migrated: str) -> Iterator[Site]:
+    """A site without a worker."""
+    with migrated_site(stack, _migrated, IDLE_NUMBER) as one:
+        yield one
 
 
-def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
+@pytest.fixture
+def idle(site_without_worker: Site) -> Site:
+    """The site without a worker, with an empty Redis database; no test writes to its ledger."""
+    site_without_worker.redis.flushdb()
+    return site_without_worker
+
+
+def run(environment: Mapping[str, str | None], *words: str, stdin: str = "") -> Result:
+    """Run the command in this process, without a terminal."""
+    return CliRunner().invoke(main, words, input=stdin, env=environment, catch_exceptions=False)
+
+
+def run_process(here: Site, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a process, without a terminal."""
+    return run_module(here.environment(), "worker.cli", *words)
+
+
+def status(here: Site, job_id: str) -> dict[str, Any]:
     """Return the status of a job as the command prints it with --json."""
-    done = run(here.environment(**settings), "status", job_id, "--json")
-    assert done.returncode == 0, done.stderr
+    done = run(here.environment(), "status", job_id, "--json")
+    assert done.exit_code == 0, done.stderr
     assert done.stderr == ""
     return dict(json.loads(done.stdout))
 
@@ -77,7 +98,7 @@ class TestGrant:
 
     def test_it_prints_the_job_id(self, here: Site, samples: list[str]) -> None:
         """Without --wait the output is the job's ID and nothing else."""
-        done = run(here.environment(), "grant", "--user", "cli-1", *by_interview(samples[:2]))
+        done = run_process(here, "grant", "--user", "cli-1", *by_interview(samples[:2]))
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout.splitlines()) == 1
         assert here.answer(done.stdout.strip())["status"] == "SUCCESS"
@@ -86,7 +107,7 @@ class TestGrant:
         """With --wait the output is the result as one line of JSON; a pipe gets no progress bar."""
         words = ["--user", "cli-2", *by_interview(samples), "--wait", "--job-id", "cli-2"]
         done = run(here.environment(), "grant", *words)
-        assert done.returncode == 0
+        assert done.exit_code == 0
         assert done.stdout == '{"success": true, "created_access_count": 30}\n'
         assert done.stderr == "job cli-2 is queued\n"
 
@@ -122,7 +143,7 @@ class TestGrant:
         file.write_text("\n \n", encoding="ascii")
         words = ["grant", "--user", "x", "--interviews-from", str(file)]
         done = run(idle.environment(), *words)
-        assert done.returncode == 0
+        assert done.exit_code == 0
         assert done.stderr == f"{file} has no interview IDs: the job grants nothing.\n"
 
     @pytest.mark.parametrize("source", ["options", "file"])
@@ -155,9 +176,9 @@ class TestGrant:
     def test_a_reused_job_id_ends_1(self, idle: Site) -> None:
         """The error for the ID of another request begins with what to do."""
         words = ["grant", "--interview", "i", "--job-id", "taken", "--user"]
-        assert run(idle.environment(), *words, "x").returncode == 0
+        assert run(idle.environment(), *words, "x").exit_code == 0
         done = run(idle.environment(), *words, "y")
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.exit_code, done.stdout) == (1, "")
         assert done.stderr.startswith(
             "JobIdReusedException: Send this request under a job ID of its own: 'taken' "
         )
@@ -165,7 +186,7 @@ class TestGrant:
     def test_a_failed_job_ends_1(self, here: Site, samples: list[str]) -> None:
         """The exit status for a failed job is 1; a malformed ID is sent unchanged."""
         words = ["--user", "cli-3", *by_interview([samples[0], "no-uuid"]), "--wait"]
-        done = run(here.environment(), "grant", *words)
+        done = run_process(here, "grant", *words)
         assert (done.returncode, done.stdout) == (1, "")
         assert "InvalidInterviewIdException: " in done.stderr
         assert "'no-uuid' is not a UUID" in done.stderr
@@ -182,7 +203,6 @@ class TestGrant:
             (["--user", "x", "--interview", "i", "--timeout", "5"], "how long --wait waits"),
             (["--user", "x", "--users-from", "-", "--interview", "i"], "either by --user or"),
             (["--user", "x", "--interview", "i", "--wait", "--timeout", "nan"], "got nan"),
-            (["--users-from", "-", "--interviews-from", "-"], "read the same file"),
             (["--user", "x" * 37, "--interview", "i"], "1 to 36 characters"),
             (["--user", "x", "--interview", "i", "--countdown", "-1"], "-1"),
             (["--user", "x", "--interview", "i", "--expires", "soon"], "a time in ISO 8601"),
@@ -192,7 +212,6 @@ class TestGrant:
             *(
                 "two sources",
                 "timeout that is no number",
-                "one file",
                 "user",
                 "countdown",
                 "expires",
@@ -202,23 +221,29 @@ class TestGrant:
     def test_a_usage_error_ends_2(self, idle: Site, words: list[str], message: str) -> None:
         """The exit status for a usage error is 2; the error is described and nothing is sent."""
         done = run(idle.environment(), "grant", *words)
-        assert done.returncode == 2
+        assert done.exit_code == 2
         assert message in done.stderr
         assert idle.redis.llen("interview-access") == 0
 
+    def test_two_options_that_read_one_file_end_2(self, idle: Site) -> None:
+        """Users and interviews cannot both be read from standard input."""
+        done = run_process(idle, "grant", "--users-from", "-", "--interviews-from", "-")
+        assert done.returncode == 2
+        assert "read the same file" in done.stderr
+        assert idle.redis.llen(QUEUE) == 0
+
     def test_no_broker_ends_2(self, idle: Site) -> None:
         """Without a broker in the environment the error names the variable."""
-        environment = idle.environment()
-        del environment["CELERY_BROKER_URL"]
+        environment = {**idle.environment(), "CELERY_BROKER_URL": None}
         done = run(environment, "grant", "--user", "x", "--interview", "i")
-        assert done.returncode == 2
+        assert done.exit_code == 2
         assert "CELERY_BROKER_URL" in done.stderr
 
     def test_no_result_in_time_ends_3(self, idle: Site) -> None:
         """The exit status for a result that does not come in time is 3."""
         words = ["--user", "x", "--interview", "i", "--wait", "--timeout", "0.3"]
         done = run(idle.environment(), "grant", *words)
-        assert (done.returncode, done.stdout) == (3, "")
+        assert (done.exit_code, done.stdout) == (3, "")
         assert "had no result within 0.3 s" in done.stderr
 
     @pytest.mark.parametrize("how", ["refuses", "is frozen"])
@@ -233,7 +258,7 @@ class TestGrant:
             started = time.monotonic()
             done = run(environment, "grant", "--user", "x", "--interview", "i", "--job-id", "j")
         assert time.monotonic() - started < FAILS_WITHIN
-        assert (done.returncode, done.stdout) == (3, "")
+        assert (done.exit_code, done.stdout) == (3, "")
         assert "Job j might not have been queued: " in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert "secret" not in done.stderr
@@ -264,7 +289,7 @@ class TestAttempt:
     def test_it_waits_and_prints_the_result(self, here: Site, samples: list[str]) -> None:
         """With --wait the output is the result, which has the attempt's ID."""
         words = ["attempt", "--user", "cli-attempt", "--interview", samples[0], "--wait"]
-        done = run(here.environment(), *words)
+        done = run_process(here, *words)
         (attempt,) = (one for one in here.store.attempts() if one.user_id == "cli-attempt")
         assert json.loads(done.stdout) == {"success": True, "interview_attempt_id": attempt.id}
 
@@ -282,7 +307,7 @@ class TestAttempt:
         """An attempt has one user and one interview: a second one is a usage error."""
         words = ["--user", "x", "--interview", "i", option, "second"]
         done = run(idle.environment(), "attempt", *words)
-        assert (done.returncode, done.stdout) == (2, "")
+        assert (done.exit_code, done.stdout) == (2, "")
         assert f"{option}: got 2 values, expected one" in done.stderr
         assert idle.redis.llen(QUEUE) == 0
 
@@ -295,7 +320,9 @@ class TestStatus:
         job_id = here.send("status-1", [*samples[:3], samples[0]])
         here.answer(job_id)
         here.redis.delete(f"celery-task-meta-{job_id}")
-        known = status(here, job_id)
+        done = run_process(here, "status", job_id, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        known = json.loads(done.stdout)
         assert (known["job_id"], known["state"]) == (job_id, "succeeded")
         figures = ("requested", "repeated", "already_granted", "created")
         assert [known[figure] for figure in figures] == [4, 1, 0, 3]
@@ -351,7 +378,7 @@ class TestCancel:
 
     def test_an_id_that_was_never_sent_is_explained(self, idle: Site) -> None:
         """For an ID without a job the command says that the cancellation is kept."""
-        done = run(idle.environment(), "cancel", "never-sent")
+        done = run_process(idle, "cancel", "never-sent")
         assert done.returncode == 0
         assert re.search(r"^cancel_requested +yes$", done.stdout, re.MULTILINE)
         assert done.stderr.startswith("No job with this ID is known. The cancellation is kept")
@@ -362,18 +389,19 @@ class TestMigrate:
 
     def test_it_needs_the_database_only(self, database_url: str) -> None:
         """With only DATABASE_URL set, --dry-run prints the steps, and a second run does nothing."""
-        environment = {"PATH": os.environ["PATH"], "DATABASE_URL": database_url}
-        would = run(environment, "migrate", "--dry-run")
+        process_environment = {"PATH": os.environ["PATH"], "DATABASE_URL": database_url}
+        would = run_module(process_environment, "worker.cli", "migrate", "--dry-run")
         assert would.returncode == 0
         assert "grant_access_job" in would.stdout
-        assert run(environment, "migrate").returncode == 0
+        environment = {"CELERY_BROKER_URL": None, "DATABASE_URL": database_url}
+        assert run(environment, "migrate").exit_code == 0
         assert "nothing to do" in run(environment, "migrate").stdout
 
     def test_an_unreachable_database_is_named_without_its_password(self) -> None:
         """The error for an unreachable database contains its host and no password."""
         url = "postgresql://me:secret@127.0.0.1:1/x"
-        done = run({"PATH": os.environ["PATH"], "DATABASE_URL": url}, "migrate")
-        assert done.returncode == 1
+        done = run({"CELERY_BROKER_URL": None, "DATABASE_URL": url}, "migrate")
+        assert done.exit_code == 1
         assert "127.0.0.1:1" in done.stderr
         assert "secret" not in done.stderr
         assert "Traceback" not in done.stderr
