@@ -29,6 +29,8 @@ from worker.operations.inspection import inspect
 LANE = f"{QUEUE}\x06\x169"
 PLACES = ("priority-0", "priority-3", "priority-9", "isolated", "delayed")
 MANY = 5_000
+CONTESTED = 2_500
+"""Number of jobs of which a worker executes some before the command reaches them."""
 ONE = "11111111-1111-1111-1111-111111111111"
 
 
@@ -425,11 +427,11 @@ def test_each_job_has_one_end_while_a_worker_claims(
     here: Site, client: InterviewAccessClient, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     """Beside a worker that executes jobs, each job is executed or cancelled, and none is left."""
-    jobs = [GrantJob("ann", (), f"job-{number}") for number in range(2 * MANY)]
+    jobs = [GrantJob("ann", (), f"job-{number}") for number in range(CONTESTED)]
     client.enqueue_many(jobs)
     # Small batches, so that some jobs are left for the command.
     with worker(here, tmp_path / "worker.log", GRANT_BATCH_SIZE=10):
-        until(lambda: here.redis.llen(QUEUE) < 2 * MANY)
+        until(lambda: here.redis.llen(QUEUE) < CONTESTED)
         assert command(here, *words, "--yes").exit_code == 0
         until(lambda: here.redis.llen(QUEUE) == 0 and inspect(here.redis).claimed == 0)
     states = ledger(here)

@@ -10,10 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from storage.postgres import PostgresStorage
 from tests.support.commands import run_module
 from tests.support.workers import ROOT, Site, started, worker_service
+from worker.cli import main
 
 SECRET = "s3cret-of-the-tests"  # noqa: S105 - of no server
 URLS = {
@@ -56,18 +58,33 @@ def test_a_representation_shows_no_password() -> None:
         ("celery", "-A", "worker", "report"),
         ("celery", "-A", "worker", "inspect", "ping", "--timeout", "1"),
         ("worker.cli", "status", "x"),
-        ("worker.cli", "dead-letters", "list"),
-        ("worker.cli", "grant", "--user", "x", "--interview", "x"),
-        ("worker.cli", "migrate"),
-        ("worker.cli", "status", "--help"),
     ],
     ids=" ".join,
 )
-def test_a_command_prints_no_password(words: tuple[str, ...]) -> None:
-    """Neither the output nor the error of a command has one, with every server away."""
+def test_a_process_prints_no_password(words: tuple[str, ...]) -> None:
+    """Neither the output nor the error of a process has one, with every server away."""
     done = run_module(ENVIRONMENT, *words)
     assert done.stdout + done.stderr
     assert SECRET not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("dead-letters", "list"),
+        ("grant", "--user", "x", "--interview", "x"),
+        ("migrate",),
+        ("status", "--help"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_prints_no_password(
+    words: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the output, the error nor the log of a command has one, with every server away."""
+    done = CliRunner().invoke(main, words, env=ENVIRONMENT, catch_exceptions=False)
+    assert done.output
+    assert SECRET not in done.output + caplog.text
 
 
 def test_a_traceback_shows_no_password() -> None:

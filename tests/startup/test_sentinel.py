@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from interview_access.aio import AsyncInterviewAccessClient
 from interview_access.producer import InterviewAccessClient
 
@@ -21,6 +21,7 @@ from tests.support.sentinels import MASTER, Sentinels, sentinels_of
 from tests.support.stores import until
 from tests.support.workers import QUEUE, Site, worker
 from worker.broker.transport import CLIENT_NAME
+from worker.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +81,17 @@ class TestSentinel:
 
     def test_the_command(self, here: Site, sentinels: Sentinels) -> None:
         """The command grants, prints the status, cancels and lists dead letters."""
+        environment = here.environment(**sentinels.environment())
 
-        def run(*words: str) -> subprocess.CompletedProcess[str]:
-            return _run(here, sentinels, "worker.cli", *words)
+        def run(*words: str) -> Result:
+            ended = CliRunner().invoke(main, words, env=environment, catch_exceptions=False)
+            assert ended.exit_code == 0, ended.stderr
+            return ended
 
         words = ["--user", "dan", "--interview", NAMED_SAMPLES[0], "--job-id", "dan", "--wait"]
         assert json.loads(run("grant", *words).stdout)["created_access_count"] == 1
         assert json.loads(run("status", "dan", "--json").stdout)["state"] == "succeeded"
-        assert run("cancel", "unsent").returncode == 0
+        run("cancel", "unsent")
         assert "no dead letters" in run("dead-letters", "list").stderr
 
     def test_an_unknown_task_does_not_end_the_worker(
@@ -123,7 +127,9 @@ class TestSentinel:
         """Log, banner, `inspect stats`, `inspect conf` and `report` contain no password."""
         texts = [behind.read_text(encoding="utf-8")]
         for words in (["inspect", "stats"], ["inspect", "conf"], ["report"]):
-            done = _run(here, sentinels, "celery", "-A", "worker", *words)
+            environment = here.environment(**sentinels.environment())
+            done = run_module(environment, "celery", "-A", "worker", *words)
+            assert done.returncode == 0, done.stderr
             texts.append(done.stdout + done.stderr)
         assert all(MASTER in text for text in texts[1:3])
         assert not [text for text in texts if PASSWORD in text]
@@ -144,12 +150,3 @@ class TestSentinel:
         """A redis:// URL that names a Sentinel is refused with a hint."""
         url = f"redis://:{PASSWORD}@127.0.0.1:{sentinels.sentinel_ports[0]}/0"
         assert "got a Sentinel" in refusal(here.store.database_url, url)
-
-
-def _run(
-    here: Site, sentinels: Sentinels, module: str, *words: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command that must succeed, with the Sentinels' URL in its environment."""
-    done = run_module(here.environment(**sentinels.environment()), module, *words)
-    assert done.returncode == 0, done.stderr
-    return done

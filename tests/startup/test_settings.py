@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import string
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from click.testing import CliRunner
 from interview_access.redis_address import RedisAddress, masked
 from pydantic import ValidationError
 from sqlalchemy import make_url
 
 from storage.database_url import parse_database_url
 from storage.schema import DatabaseUnavailableError, check_schema
-from tests.support.commands import run_module
 from worker.broker.transport import BrokerConnection, celery_settings
+from worker.cli import main
 from worker.settings import Settings, SettingsError
 
 PIECES = ("hun", "ter2")
@@ -160,13 +160,9 @@ class TestPasswords:
         self._ends_2(words, {"CELERY_BROKER_URL": url}, "CELERY_BROKER_URL: got ")
 
     def _ends_2(self, words: list[str], environment: dict[str, str], prefix: str) -> None:
-        complete = {
-            "PATH": os.environ["PATH"],
-            "CELERY_BROKER_URL": "redis://127.0.0.1",
-            **environment,
-        }
-        done = run_module(complete, "worker.cli", *words)
-        assert (done.returncode, done.stdout) == (2, "")
+        complete = {"CELERY_BROKER_URL": "redis://127.0.0.1", "DATABASE_URL": None, **environment}
+        done = CliRunner().invoke(main, words, env=complete, catch_exceptions=False)
+        assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith(prefix)
         assert not [piece for piece in PIECES if piece in done.stderr]
         assert len(done.stderr.splitlines()) == 1
