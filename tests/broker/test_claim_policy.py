@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import pytest
 from redis import Redis
 
 from tests.broker.leases import ACKNOWLEDGE, PROCESSES, claim, dispatched, lose, settle
@@ -186,3 +189,17 @@ def test_the_back_off_grows(clock: ManualClock) -> None:
     assert waits == [1, 2, 4, 8, 16, 30, 30]
     breaker.record_success()
     assert not breaker.is_probing
+
+
+def test_the_end_of_an_outage_is_logged_once(
+    clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first success after failures is logged, no other."""
+    breaker = CircuitBreaker(clock)
+    with caplog.at_level(logging.INFO):
+        breaker.record_success()
+        breaker.record_failure("PostgreSQL is away")
+        breaker.record_success()
+        breaker.record_success()
+    logged = [one.getMessage() for one in caplog.records]
+    assert logged[1:] == ["circuit closed, jobs are claimed: failures=1"]

@@ -10,7 +10,7 @@ from celery import Celery
 from tests.execution.stepped_worker import SteppedWorker
 from tests.support.sessions import TTL
 from worker.broker.claims import Claims
-from worker.monitoring.health import MAIN_THREAD_SECONDS, HealthCheck
+from worker.monitoring.health import MAIN_THREAD_SECONDS, OUTAGE_SECONDS, HealthCheck
 from worker.services.outbox_relay import OutboxRelay
 
 
@@ -96,3 +96,17 @@ def test_takeovers_are_counted(stepped: SteppedWorker, redis: Any) -> None:
     assert stepped.lease.takeovers == 0
     stepped.lease.beat_for(3 * TTL)
     assert stepped.lease.takeovers == 1
+
+
+def test_an_outage_is_over_without_a_job_that_probes(
+    stepped: SteppedWorker, health: HealthCheck
+) -> None:
+    """An idle worker is ready again some time after the last failure, and not before."""
+    breaker, reason = stepped.lease.policy.breaker, "the circuit breaker is not closed"
+    for _ in range(2):
+        breaker.record_failure("PostgreSQL is away")
+        stepped.lease.clock.now += OUTAGE_SECONDS - 1
+        assert reason in health().reasons
+    stepped.lease.clock.now += 1
+    assert breaker.is_probing
+    assert reason not in health().reasons

@@ -65,6 +65,11 @@ class CircuitBreaker:
         """The time since which only one job may be claimed; infinite if the circuit is closed."""
         return self._opened_at if self.is_probing else inf
 
+    @property
+    def seconds_since_opening(self) -> float:
+        """Seconds since the circuit opened last; infinite if it is closed."""
+        return self._clock() - self._opened_at if self.is_probing else inf
+
     def record_failure(self, reason: str) -> None:
         """Open the circuit for the next back-off, unless it is open.
 
@@ -81,6 +86,8 @@ class CircuitBreaker:
 
     def record_success(self) -> None:
         """Close the circuit."""
+        if self._failures:
+            logger.info("circuit closed, jobs are claimed: failures=%d", self._failures)
         self._failures = 0
 
 

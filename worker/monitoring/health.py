@@ -25,6 +25,10 @@ MAIN_THREAD_SECONDS = 30.0
 """Seconds without a sign of the main thread after which a worker is not live. Reconnecting to a
 Redis that does not reply takes several timeouts of 3 s."""
 
+OUTAGE_SECONDS = 90.0
+"""Seconds without a failure after which an outage is over for a worker that has no job to probe
+with: fewer than the two minutes after which InterviewAccessNoWorker fires."""
+
 _LOOP_SECONDS = 10.0  # without an iteration of the event loop: it is reconnecting
 _DATABASE_SECONDS = 30.0  # without a success of the outbox relay, which has a turn every 2 s
 _FILE_SECONDS = 1.0
@@ -76,7 +80,7 @@ class HealthCheck:
             passing.append("the event loop does not consume the queue")
         if not lease.is_held:
             passing.append("the lease is not held")
-        if lease.policy.breaker.is_probing:
+        if lease.policy.breaker.seconds_since_opening < OUTAGE_SECONDS:
             passing.append("the circuit breaker is not closed")
         if not self._is_database_reached():
             passing.append("PostgreSQL is not reached")

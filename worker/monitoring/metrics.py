@@ -77,10 +77,8 @@ class JobMetrics:
         self._job_grants = histogram(catalog.JOB_GRANTS)
         self._losses = counter(catalog.POOL_LOSSES)
         self._queue_seconds = lru_cache(maxsize=None)(histogram(catalog.QUEUE_SECONDS).labels)
-        for task in (
-            *tasks,
-            _OTHER,
-        ):  # a rate over a series that begins above 0 misses its first jobs
+        # A rate over a series that begins above 0 misses its first jobs.
+        for task in (*tasks, _OTHER):
             for outcome, error in _ENDINGS:
                 self._jobs.labels(task, outcome, error)
             self._dead_lettered.labels(task)
