@@ -73,9 +73,9 @@ def run_process(here: Site, *words: str) -> subprocess.CompletedProcess[str]:
     return run_module(here.environment(), "worker.cli", *words)
 
 
-def status(here: Site, job_id: str) -> dict[str, Any]:
+def status(here: Site, job_id: str, **settings: object) -> dict[str, Any]:
     """Return the status of a job as the command prints it with --json."""
-    done = run(here.environment(), "status", job_id, "--json")
+    done = run(here.environment(**settings), "status", job_id, "--json")
     assert done.exit_code == 0, done.stderr
     assert done.stderr == ""
     return dict(json.loads(done.stdout))
