@@ -10,28 +10,19 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from devstack.servers import LocalStack
 from tests.support.stores import a_job, until
-from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, migrated_site, worker
+from tests.support.workers import QUEUE, ROOT, Site, ledger_missing, worker
 from worker.cli import main
 
 UNREADABLE = b"\xff\x00 no message"
 REFUSED = "JobIdReusedException: Send this request under a job ID of its own: 'job'"
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\nforged line\r\x7f"
-
-
-@pytest.fixture(scope="module")
-def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with migrated_site(stack, _migrated, 11) as one:
-        yield one
 
 
 @pytest.fixture

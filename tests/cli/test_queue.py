@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 from interview_access.producer import InterviewAccessClient
 
-from devstack.servers import LocalStack
-from tests.support.workers import QUEUE, Site, migrated_site
+from tests.support.workers import QUEUE, Site
 from worker.broker.claims import Action, Claims, Disposition
 from worker.cli import main
 
 LARGE_LANE = f"{QUEUE}\x06\x169"
-
-
-@pytest.fixture(scope="module")
-def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with migrated_site(stack, _migrated, 11) as one:
-        yield one
 
 
 @pytest.fixture
@@ -33,13 +24,6 @@ def here(shared_site: Site) -> Site:
     shared_site.redis.flushdb()
     shared_site.store.execute("DELETE FROM grant_access_request")
     return shared_site
-
-
-@pytest.fixture
-def client(here: Site) -> Iterator[InterviewAccessClient]:
-    """A client of the site's queue."""
-    with InterviewAccessClient(here.broker) as client:
-        yield client
 
 
 def command(here: Site, *words: str, **settings: object) -> Result:

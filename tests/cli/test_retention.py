@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,20 +15,12 @@ from click.testing import CliRunner, Result
 from interview_access.contracts import GrantJob, announcement_key, result_key
 from interview_access.protocol.messages import JobMessage
 
-from devstack.servers import LocalStack
 from tests.storage.transactions import a_request
 from tests.support.stores import a_cohort, a_job, until
-from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site, migrated_site
+from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site
 from worker.cli import main
 
 DEAD = "interview-access:dead"
-
-
-@pytest.fixture(scope="module")
-def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with migrated_site(stack, _migrated, 15) as one:
-        yield one
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,10 +17,9 @@ from interview_access.errors import JobCancelledException
 from interview_access.producer import InterviewAccessClient
 from sqlalchemy import text
 
-from devstack.servers import LocalStack
 from tests.support.database import connected
 from tests.support.stores import a_job, until
-from tests.support.workers import QUEUE, ROOT, Site, migrated_site, worker
+from tests.support.workers import QUEUE, ROOT, Site, worker
 from worker.broker.claims import Action, Claims, Disposition
 from worker.cli import main
 from worker.operations.inspection import inspect
@@ -34,13 +32,6 @@ CONTESTED = 2_500
 ONE = "11111111-1111-1111-1111-111111111111"
 
 
-@pytest.fixture(scope="module")
-def shared_site(stack: LocalStack, _migrated: str) -> Iterator[Site]:
-    """A site without a worker."""
-    with migrated_site(stack, _migrated, 11) as one:
-        yield one
-
-
 @pytest.fixture
 def here(shared_site: Site) -> Site:
     """The site, with an empty Redis database, ledger and outbox."""
@@ -48,13 +39,6 @@ def here(shared_site: Site) -> Site:
     shared_site.store.execute("DELETE FROM grant_access_request")
     shared_site.store.clear()
     return shared_site
-
-
-@pytest.fixture
-def client(here: Site) -> Iterator[InterviewAccessClient]:
-    """A client of the site's queue."""
-    with InterviewAccessClient(here.broker) as client:
-        yield client
 
 
 def command(here: Site, *words: str, given: str = "", **settings: object) -> Result:

@@ -100,7 +100,7 @@ _JOBS = {
 """Commands that a worker sends, by their first arguments: keys and channels as they will be."""
 
 _PAUSE = {PAUSED: "EXISTS GETRANGE"}
-"""Commands without which a worker works, but does not heed `interview-access pause`."""
+"""Commands without which a worker works, but ignores `interview-access pause`."""
 
 
 def check_servers(settings: Settings) -> None:
@@ -173,7 +173,7 @@ def _check_redis(
     names = sorted(command.decode() for command in denied)
     if any(name.endswith(PAUSED) for name in names):
         logger.warning(
-            "Redis does not permit to read %s, the worker does not heed `pause`: variable=%s",
+            "Redis does not permit to read %s, the worker ignores `pause`: variable=%s",
             PAUSED,
             variable,
         )
