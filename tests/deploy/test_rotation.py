@@ -191,7 +191,7 @@ def test_the_steps_of_the_page(servers: Servers, load: Load, tmp_path: Path) -> 
 def test_passwords_that_changed_before_the_restart(
     servers: Servers, load: Load, tmp_path: Path
 ) -> None:
-    """Open connections stay. Without servers the worker waits, and its successor executes the jobs."""
+    """Open connections stay. Without them the worker waits, and its successor executes the jobs."""
     log = tmp_path / "old.log"
     with load.sending():
         # Its one pool process has connected once a job is done.
