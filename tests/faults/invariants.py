@@ -102,10 +102,18 @@ def locate_messages(here: Site) -> list[tuple[str, str]]:
     for name, value in redis.hgetall(f"{PREFIX}deferred").items():
         due = float(redis.zscore(f"{PREFIX}due", name) or 0) / 1000 - now
         places.append((f"{PREFIX}deferred, due in {due:.0f} s", value))
-    return [(_job_id(value.rpartition(b"\0")[2]), place) for place, value in places]
+    return [(_job_id(value), place) for place, value in places]
 
 
-def _job_id(message: bytes) -> str:
+def claimed_job_ids(here: Site) -> set[str]:
+    """Return the job IDs of the messages that worker sessions have claimed."""
+    redis: Any = here.redis
+    return {_job_id(value) for key in session_keys(here) for value in redis.hvals(key)}
+
+
+def _job_id(stored: bytes) -> str:
+    """Return the job ID in a message as Redis stores it, or its first bytes if it has none."""
+    message = stored.rpartition(b"\0")[2]
     try:
         return str(json.loads(message)["headers"]["id"])[:255]
     except (ValueError, KeyError, TypeError, RecursionError):
