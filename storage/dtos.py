@@ -181,8 +181,10 @@ class FinishedJobFilterDTO:
     """Selects finished jobs; a field that is None selects all.
 
     Attributes:
-        user_id: Jobs for this user alone.
-        interview_id: Jobs that created a grant of this interview which still exists.
+        user_id: Jobs for this user alone, and others that created a grant of this user which still
+            exists: those of cohorts.
+        interview_id: Jobs that created a grant of this interview which still exists. With
+            ``user_id``, the job that created this one grant.
         actor: Jobs that this actor requested.
         state: ``succeeded``, ``failed``, ``cancelled`` or ``expired``.
         since: Jobs that finished at this time or later, timezone-aware.

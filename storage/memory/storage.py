@@ -86,14 +86,15 @@ class MemoryStorage(Storage):
         creators = {
             job_id
             for grant, job_id in self._tables.grants.items()
-            if grant.interview_id == wanted.interview_id
+            if wanted.user_id in {None, grant.user_id}
+            and wanted.interview_id in {None, grant.interview_id}
         }
         found = [
             (one.finished_at, one)
             for job_id, one in self._tables.jobs.items()
             if one.finished_at
             and _is_selected(one, one.finished_at, wanted)
-            and (wanted.interview_id is None or job_id in creators)
+            and (job_id in creators or _needs_no_grant(one, wanted))
         ]
         return [one for _, one in sorted(found, key=itemgetter(0), reverse=True)[:limit]]
 
@@ -174,15 +175,15 @@ class MemoryStorage(Storage):
 
 
 def _is_selected(job: FinishedJobDTO, finished_at: datetime, wanted: FinishedJobFilterDTO) -> bool:
-    pairs = (
-        (wanted.user_id, job.job.user_id),
-        (wanted.actor, job.job.audit.actor),
-        (wanted.state, job.outcome.state),
-    )
+    pairs = (wanted.actor, job.job.audit.actor), (wanted.state, job.outcome.state)
     is_in_period = (wanted.since is None or finished_at >= wanted.since) and (
         wanted.until is None or finished_at < wanted.until
     )
     return is_in_period and all(value in {None, found} for value, found in pairs)
+
+
+def _needs_no_grant(job: FinishedJobDTO, wanted: FinishedJobFilterDTO) -> bool:
+    return wanted.interview_id is None and wanted.user_id in {None, job.job.user_id}
 
 
 def _clamped(when: datetime, now: datetime, latest: datetime) -> datetime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, TextClause, any_, func, select, text
+from sqlalchemy import ColumnElement, Select, TextClause, any_, func, or_, select, text
 
 from storage import models
 from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
@@ -38,14 +38,10 @@ def selected_jobs(wanted: FinishedJobFilterDTO, limit: int) -> Select[*tuple[obj
 
 def _conditions(wanted: FinishedJobFilterDTO) -> Iterator[ColumnElement[bool] | TextClause]:
     jobs = models.jobs.c
-    if wanted.user_id is not None:
-        yield jobs.user_id == wanted.user_id
     if wanted.interview_id is not None:
-        grants = models.grants.c
-        of_interview = grants.interview_id == UUID(wanted.interview_id)
-        created = select(grants.created_by_job).where(of_interview).distinct().scalar_subquery()
-        # Not IN, which the planner could turn into a scan of the whole ledger.
-        yield jobs.job_id == any_(func.array(created))
+        yield _has_created_grants(wanted)
+    elif wanted.user_id is not None:
+        yield or_(jobs.user_id == wanted.user_id, _has_created_grants(wanted))
     if wanted.actor is not None:
         yield jobs.actor == wanted.actor
     if wanted.state is not None:
@@ -56,3 +52,15 @@ def _conditions(wanted: FinishedJobFilterDTO) -> Iterator[ColumnElement[bool] | 
         yield jobs.finished_at >= wanted.since
     if wanted.until is not None:
         yield jobs.finished_at < wanted.until
+
+
+def _has_created_grants(wanted: FinishedJobFilterDTO) -> ColumnElement[bool]:
+    """Select the jobs that created grants of the filter's user and interview."""
+    grants = models.grants.c
+    created = select(grants.created_by_job).distinct()
+    if wanted.user_id is not None:
+        created = created.where(grants.user_id == wanted.user_id)
+    if wanted.interview_id is not None:
+        created = created.where(grants.interview_id == UUID(wanted.interview_id))
+    # Not IN, which the planner could turn into a scan of the whole ledger.
+    return models.jobs.c.job_id == any_(func.array(created.scalar_subquery()))

@@ -95,8 +95,13 @@ def listed(store: PostgresStore, *words: str) -> list[dict[str, Any]]:
     [
         ([], ["four", "three", "two", "one"]),
         (["--user", "ann"], ["four", "one"]),
+        (["--user", "cyd"], ["three"]),
+        (["--user", "cyd", "--actor", "bot", "--since", "3h"], ["three"]),
+        (["--user", "cyd", "--until", "3h"], []),
+        (["--user", "dan"], []),
         (["--interview", str(INTERVIEW)], ["three", "one"]),
         (["--interview", INTERVIEW.hex.upper(), "--user", "ann"], ["one"]),
+        (["--interview", str(INTERVIEW), "--user", "cyd"], ["three"]),
         (["--interview", str(UUID(int=11))], []),
         (["--actor", "hr"], ["two", "one"]),
         (["--state", "failed"], ["two"]),
@@ -226,3 +231,12 @@ def test_a_role_that_reads_suffices(store: PostgresStore) -> None:
         ended = run(store, url=url)
     assert ended.exit_code == 3
     assert "GRANT SELECT ON TABLE public.grant_access_job" in ended.stderr
+
+
+def test_jobs_by_user_are_found_through_grants(store: PostgresStore) -> None:
+    """A role that may not read the grants learns what it lacks for the jobs of a user."""
+    with role(store.database_url, "SELECT ON grant_access_job") as url:
+        ended = run(store, "--user", "ann", url=url)
+    assert ended.exit_code == 3
+    assert "GRANT SELECT" in ended.stderr
+    assert "public.interview_userinterviewaccess" in ended.stderr

@@ -105,12 +105,40 @@ class TestListFinishedJobs:
         ]
 
     def test_by_user(self, store: Store) -> None:
-        """The jobs of exactly this user are selected; a cohort's job is for no user alone."""
+        """The jobs for exactly this user are selected, whatever came of them."""
         jobs = a_finished("a"), a_finished("b", "Ann"), a_finished("c", None), a_finished("d")
         for one in jobs:
             finish(store.storage, one)
         assert listed(store.storage, user_id="ann") == ["d", "a"]
         assert listed(store.storage, user_id="") == []
+
+    def test_by_user_of_a_cohort(self, store: Store) -> None:
+        """The jobs of cohorts that created grants of exactly this user are selected, each once."""
+        one, two, three = store.add_interviews(3)
+        create_grants(store.storage, "django", one)
+        for job in (
+            a_job("alone", "ann", [one]),
+            a_cohort("first", ["bob", "ann"], [one, two, three]),
+            a_cohort("nothing new", ["ann"], [one, two]),
+            a_cohort("others", ["bob", "Ann"], [one]),
+        ):
+            store.grant(job)
+        assert listed(store.storage, user_id="ann") == ["first", "alone"]
+        assert listed(store.storage, 1, user_id="ann") == ["first"]
+        assert listed(store.storage, user_id="Ann") == ["others"]
+        assert listed(store.storage, user_id="django") == []
+
+    def test_by_user_and_interview(self, store: Store) -> None:
+        """The job that created this one grant is selected, and none that granted either alone."""
+        one, two = store.add_interviews(2)
+        for job in (
+            a_job("alone", "ann", [one]),
+            a_cohort("cohort", ["ann", "bob"], [one, two]),
+        ):
+            store.grant(job)
+        assert listed(store.storage, user_id="ann", interview_id=one) == ["alone"]
+        assert listed(store.storage, user_id="ann", interview_id=two) == ["cohort"]
+        assert listed(store.storage, user_id="cyd", interview_id=two) == []
 
     def test_by_actor(self, store: Store) -> None:
         """The jobs of exactly this actor are selected."""
@@ -152,7 +180,11 @@ class TestListFinishedJobs:
             [("ann", "hr", "failed"), ("ann", "hr", "succeeded"), ("bob", "hr", "failed")]
         ):
             finish(store.storage, a_finished(f"{at}", user, actor=actor, state=state))
+        (interview_id,) = store.add_interviews(1)
+        store.grant(a_cohort("cohort", ["ann"], [interview_id]))
         assert listed(store.storage, user_id="ann", actor="hr", state="failed") == ["0"]
+        assert listed(store.storage, user_id="ann", state="succeeded") == ["cohort", "1"]
+        assert listed(store.storage, user_id="ann", actor="hr", since=NOW) == ["1", "0"]
         assert listed(store.storage, actor="hr", state="failed", since=NOW) == ["2", "0"]
 
 
@@ -188,6 +220,9 @@ def filled(stack: LocalStack, _migrated: str) -> Iterator[Connection]:
     ("wanted", "index", "condition"),
     [
         ({"user_id": "user 7"}, "user", "user_id)::text = 'user 7'"),
+        ({"user_id": "user 7"}, "pkey", "(job_id)::text = ANY ("),
+        ({"user_id": "user 7", "since": timedelta(days=9)}, "pkey", "(job_id)::text = ANY ("),
+        ({"user_id": "user 7", "interview_id": str(UUID(int=7))}, "pkey", ") AND (interview_id = "),
         ({"interview_id": str(UUID(int=7))}, "pkey", "interview_id = '00000000-"),
         ({"actor": "actor 3"}, "actor", "actor)::text = 'actor 3'"),
         ({"state": "failed"}, "state", "state)::text = 'failed'"),

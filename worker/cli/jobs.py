@@ -78,12 +78,19 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
 
 
 @click.command()
-@click.option("--user", metavar="ID", callback=_storable, help="Jobs for this user alone.")
+@click.option(
+    "--user",
+    metavar="ID",
+    callback=_storable,
+    help="Jobs for this user alone, and jobs of cohorts that created grants of this user, if these "
+    "still exist.",
+)
 @click.option(
     "--interview",
     metavar="UUID",
     callback=_interview_id,
-    help="Jobs that created grants of this interview, if these still exist.",
+    help="Jobs that created grants of this interview, if these still exist; with --user, the job "
+    "that created this grant.",
 )
 @click.option("--actor", metavar="NAME", callback=_storable, help="Jobs requested by this actor.")
 @click.option("--state", type=click.Choice(sorted(FINAL_STATES)), help="Jobs in this state.")
@@ -117,12 +124,14 @@ def jobs(
     """List finished jobs, newest first: who requested them, when, and which worker executed them.
 
     Options combine. Only jobs in the ledger are listed: neither unfinished ones, which `queue`
-    counts, nor pruned ones. A cohort's job is for no user alone.
+    counts, nor pruned ones.
 
     Only PostgreSQL is used. The exit status is 3 if it is unavailable.
     """
     wanted = FinishedJobFilterDTO(user, interview, actor, state, since, until)
-    with opened_storage(_CANNOT_LIST, TO_EXPLAIN_GRANTS if interview else TO_READ_JOBS) as storage:
+    reads_grants = user is not None or interview is not None
+    needed = TO_EXPLAIN_GRANTS if reads_grants else TO_READ_JOBS
+    with opened_storage(_CANNOT_LIST, needed) as storage:
         found = storage.list_finished_jobs(wanted, limit)
     for one in found:
         known = ledger.status_of(one).model_dump(mode="json", exclude_none=True)
