@@ -99,7 +99,7 @@ def erase_requests(
 
 
 def names(value: Any, user_id: str) -> bool:
-    """Return whether a JSON value contains a user ID, as a string or in quotes within one.
+    """Return whether :func:`redacted` changes a JSON value.
 
     Args:
         value: Any JSON value.
@@ -109,7 +109,7 @@ def names(value: Any, user_id: str) -> bool:
 
 
 def redacted(value: Any, user_id: str) -> Any:
-    """Replace a user ID in a JSON value, where it is a string or in quotes within one.
+    """Replace a user ID in a JSON value, where it is a string, or in quotes or a number within one.
 
     Args:
         value: Any JSON value.
@@ -121,6 +121,8 @@ def redacted(value: Any, user_id: str) -> Any:
                 return ERASED
             for quoted in (repr(user_id), f"'{user_id}'", f'"{user_id}"'):  # errors use repr()
                 value = value.replace(quoted, repr(ERASED))
+            if (number := f"the number {user_id}") in value:  # an error's words for it
+                value = re.sub(rf"\b{re.escape(number)}(?!\w|[.+-]\d)", repr(ERASED), value)
             return value
         case list() | tuple():
             return type(value)(redacted(one, user_id) for one in value)
@@ -130,10 +132,22 @@ def redacted(value: Any, user_id: str) -> Any:
             return value
 
 
+def mentions(text: str | None, user_id: str) -> bool:
+    """Return whether free text has a user ID that is no part of a longer word, name or address.
+
+    Args:
+        text: An actor or a reason; None if there is none.
+        user_id: The user.
+    """
+    return text is not None and re.search(_word(user_id), text) is not None
+
+
 def _redacted_words(text: str | None, user_id: str, *, at_most: int) -> str | None:
-    """Replace a user ID in free text, unless it is a part of a longer word, name or address."""
-    word = rf"(?<![\w.@-]){re.escape(user_id)}(?![\w@-]|\.\w)"
-    return text and re.sub(word, ERASED, text)[:at_most]
+    return text and re.sub(_word(user_id), ERASED, text)[:at_most]
+
+
+def _word(user_id: str) -> str:
+    return rf"(?<![\w.@-]){re.escape(user_id)}(?![\w@-]|\.\w)"
 
 
 def _without(user_id: str, job: FinishedJobDTO) -> FinishedJobDTO:

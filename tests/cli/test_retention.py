@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,13 @@ def test_status_of_a_pruned_job_does_not_depend_on_its_announcement(here: Site) 
 class TestErase:
     """``erase``."""
 
+    def message(self, here: Site, arguments: object, *, job_id: str = "x") -> bytes:
+        """Return a message as a bare Redis client would push it."""
+        here.push(arguments, job_id=job_id, queue="aside")
+        message = here.redis.lpop("aside")
+        assert isinstance(message, bytes)
+        return message
+
     def test_nothing_names_the_user_afterwards(self, here: Site) -> None:
         """The user is in no table of the worker and in no key of Redis; the sum of counts stays."""
         ids = here.store.add_interviews(2)
@@ -141,9 +149,7 @@ class TestErase:
             json.dumps({"status": "FAILURE", "result": {"exc_message": ["'ann' is no UUID", {}]}}),
         )
         here.redis.set("celery-task-meta-a", json.dumps({"status": "SUCCESS", "result": {}}))
-        here.push({"user_id": "ann", "interview_ids": ids}, job_id="x", queue="aside")
-        message = here.redis.lpop("aside")
-        assert isinstance(message, bytes)
+        message = self.message(here, {"user_id": "ann", "interview_ids": ids})
         here.redis.xadd(DEAD, {"reason": "none", "message": message})
         here.redis.xadd(DEAD, {"reason": "got 'ann'", "message": b"\xff"})
         kept = here.redis.xadd(DEAD, {"reason": "none", "message": b'{"user_id": "annette"}'})
@@ -156,6 +162,7 @@ class TestErase:
             "jobs                                3 erased",
             "requests                            0 erased",
             "dead letters                        2 erased",
+            "other announcements                 0 erased",
             "results                             1 erased",
         ]
         for table in "grant_access_job", "grant_access_cohort", "grant_access_rejection":
@@ -169,14 +176,80 @@ class TestErase:
     def test_announcements_of_erased_jobs_are_deleted(self, here: Site) -> None:
         """Announcements of the user's jobs, which have actor and reason, leave Redis."""
         here.store.grant(a_job("a", "ann", []), a_job("b", "bob", []))
-        for job_id in "a", "b":
-            message = JobMessage.of(GrantJob("ann", [], job_id, actor="ann", reason="She is ill."))
+        for job_id, actor in ("a", "hr"), ("b", "bob"):
+            message = JobMessage.of(GrantJob("ann", [], job_id, actor=actor, reason="She is ill."))
             here.redis.set(message.key, message.announcement.model_dump_json())
         assert command(here, "erase", "--user", "ann", "--dry-run").exit_code == 0
         assert here.redis.exists(announcement_key("a"), announcement_key("b")) == 2
         assert command(here, "erase", "--user", "ann", "--yes").exit_code == 0
         assert here.redis.exists(announcement_key("a")) == 0
         assert here.redis.exists(announcement_key("b")) == 1
+
+    def test_announcements_of_jobs_outside_of_the_ledger_are_deleted(self, here: Site) -> None:
+        """They are found by actor and reason, and those of the user's dead letters by their job."""
+        for job_id, actor, reason in (
+            ("actor", "ann", None),
+            ("reason", "hr", "as ann asked"),
+            ("dead", "hr", "She is ill."),
+            ("others", "ann@example.org", "ann-marie asked at 12:00"),
+        ):
+            message = JobMessage.of(GrantJob("bob", [], job_id, actor=actor, reason=reason))
+            here.redis.set(message.key, message.announcement.model_dump_json())
+        here.redis.set(announcement_key("damaged"), "{")
+        dead = {"user_id": "ann", "interview_ids": []}
+        here.redis.xadd(DEAD, {"job_id": "dead", "message": self.message(here, dead)})
+        here.redis.set(result_key("dead"), json.dumps({"status": "FAILURE", "result": "'ann'"}))
+        for option, done in ("--dry-run", "would be erased"), ("--yes", "erased"):
+            ended = command(here, "erase", "--user", "ann", option)
+            assert ended.exit_code == 0, ended.output
+            counts = dict(re.findall(rf"^(.+?) +(\d+) {done}$", ended.stdout, re.MULTILINE))
+            assert (counts["jobs"], counts["dead letters"]) == ("0", "1")
+            assert counts["other announcements"] == "3"
+        assert counts["results"] == "1"
+        left = set(here.redis.scan_iter("interview-access:job:*"))
+        assert left == {announcement_key(one).encode() for one in ("others", "damaged")}
+        assert not here.redis.exists(result_key("dead"))
+        assert here.redis.xlen(DEAD) == 0
+
+    @pytest.mark.parametrize(
+        "naming",
+        [
+            [[42, []], {}, {}],
+            [[], {"user_ids": ["bob", 42], "interview_ids": []}, {}],
+            [[], {}, {"callbacks": [{"task": "t", "args": [], "kwargs": {"user": 42}}]}],
+            {"task": "t", "args": [{"id": 42}], "retries": 0},
+        ],
+        ids=["argument", "named argument", "callback", "protocol 1"],
+    )
+    def test_a_number_in_the_arguments_is_the_users_id(self, here: Site, naming: Any) -> None:
+        """A dead letter that has the ID as a number among its arguments is dropped."""
+        message = json.dumps({"headers": {"id": "x"}, "body": json.dumps(naming)})
+        here.redis.xadd(DEAD, {"message": message})
+        ended = command(here, "erase", "--user", "42", "--yes")
+        assert "dead letters                        1 erased" in ended.stdout.splitlines()
+        assert here.redis.xlen(DEAD) == 0
+
+    def test_other_numbers_are_not_the_users_id(self, here: Site) -> None:
+        """Numbers of headers and options, and numbers that contain the ID, name nobody."""
+        signature = {"task": "t", "args": [420], "kwargs": {"n": 4.2}, "options": {"retries": 42}}
+        message = {
+            "headers": {"id": "x", "retries": 42, "timelimit": [42, None]},
+            "properties": {"priority": 42},
+            "body": json.dumps([[142, True], {}, {"callbacks": [signature], "n": 42}]),
+        }
+        here.redis.xadd(DEAD, {"attempts": 42, "message": json.dumps(message)})
+        here.redis.xadd(DEAD, {"reason": "The number 42 is not read: got the number 421."})
+        ended = command(here, "erase", "--user", "42", "--yes")
+        assert "dead letters                        0 erased" in ended.stdout.splitlines()
+        assert here.redis.xlen(DEAD) == 2
+
+    def test_a_dead_letter_of_any_nesting_is_searched(self, here: Site) -> None:
+        """One that nests too deeply to be searched by value does not end the command."""
+        for name, user in ("naming", '"ann"'), ("other", '"bob"'):
+            nested = "[" * 600 + user + "]" * 600
+            here.redis.xadd(DEAD, {"reason": name, "message": f'{{"headers": {nested}}}'})
+        assert command(here, "erase", "--user", "ann", "--yes").exit_code == 0
+        assert [one["reason"] for one in here.dead_letters()] == ["other"]
 
     def test_an_interrupted_erasure_is_continued(self, here: Site) -> None:
         """If Redis fails, the ledger names the user still, and the next run erases the rest."""
@@ -189,19 +262,21 @@ class TestErase:
         assert command(here, "erase", "--user", "ann", "--yes").exit_code == 0
         assert not here.redis.exists(key)
 
-    @pytest.mark.parametrize("place", [QUEUE, f"{QUEUE}\x06\x169", "delayed", "claimed", "outbox"])
+    @pytest.mark.parametrize(
+        "place", [QUEUE, f"{QUEUE}\x06\x169", "isolated", "delayed", "claimed", "outbox"]
+    )
     def test_an_unfinished_job_is_refused(self, here: Site, place: str) -> None:
         """While a job of the user is queued, delayed, running or requested, nothing is changed."""
         here.store.grant(a_job("a", "ann", []))
         if place == "outbox":
             here.store.add_request(a_request("later"))
         else:
-            here.push({"user_id": "ann", "interview_ids": []}, job_id="later", queue="aside")
-            message = here.redis.lpop("aside")
-            assert isinstance(message, bytes)
+            message = self.message(here, {"user_id": "ann", "interview_ids": []}, job_id="later")
             value = QUEUE.encode() + b"\0" + message
             if place.startswith(QUEUE):
                 here.redis.lpush(place, message)
+            elif place == "isolated":
+                here.redis.lpush("interview-access:isolated", value)
             else:
                 key = {"delayed": "deferred", "claimed": "held:session"}[place]
                 here.redis.hset(f"interview-access:{key}", "1", value)
@@ -216,9 +291,7 @@ class TestErase:
 
     def test_a_cancelled_job_that_is_delayed_does_not_block_it(self, here: Site) -> None:
         """The delayed message of a cancelled job is removed, and the job stays cancelled."""
-        here.push({"user_id": "ann", "interview_ids": []}, job_id="later", queue="aside")
-        message = here.redis.lpop("aside")
-        assert isinstance(message, bytes)
+        message = self.message(here, {"user_id": "ann", "interview_ids": []}, job_id="later")
         here.redis.hset("interview-access:deferred", "1", QUEUE.encode() + b"\0" + message)
         here.redis.zadd("interview-access:due", {"1": time.time() + 3600})
         assert command(here, "cancel", "--user", "ann", "--yes").exit_code == 0

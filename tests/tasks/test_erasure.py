@@ -80,6 +80,19 @@ def test_errors_and_rejected_ids_are_redacted(store: Store, user_id: str) -> Non
     assert after.outcome.rejected.unknown == (unknown,)
 
 
+def test_a_number_in_an_error_is_redacted(store: Store) -> None:
+    """A user ID that was given as a number leaves the sentence and the details of an error."""
+    store.grant(a_job("a", 42, []), a_job("b", 421, []))
+    assert erase(store.storage, "42") == {"a"}
+    first, second = (store.storage.get_finished_job(one) for one in ("a", "b"))
+    assert first
+    assert first.outcome.error
+    assert first.outcome.error["sentence"].endswith(f", got '{ERASED}'.")
+    assert first.outcome.error["details"]["problems"][0]["got"] == f"'{ERASED}'"
+    assert second
+    assert "got the number 421." in str(second.outcome.error)
+
+
 def test_similar_ids_stay(store: Store) -> None:
     """An ID that contains the user's, and jobs without the user, are not changed."""
     store.grant(a_job("a", "annette", ["anna", "ann-marie"]), a_job("b", "Ann", []))

@@ -245,7 +245,8 @@ def _with_decoded_body(envelope: Any) -> Any:
         body = envelope.pop("body")
         envelope["body"] = body
         with suppress(ValueError, RecursionError):
-            if envelope["properties"].get("body_encoding") == "base64":
+            properties = envelope.get("properties")
+            if isinstance(properties, dict) and properties.get("body_encoding") == "base64":
                 body = base64.b64decode(body, validate=True).decode()
             envelope["body"] = json.loads(body)
     return envelope

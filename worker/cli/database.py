@@ -29,6 +29,7 @@ from worker.cli.terminal import FAILED, UNAVAILABLE, end, not_empty, one_line
 from worker.operations.lost_jobs import LostJob, LostJobs
 from worker.operations.waiting import WaitingJobs
 from worker.services.erasure import (
+    announced_jobs_naming,
     dead_letters_naming,
     delete_announcements,
     delete_results,
@@ -150,19 +151,29 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
         if finished and not dry_run:
             WaitingJobs(app, redis, message_of).discard_delayed(finished)
             _refuse({*unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES)})
-        jobs = results = 0
+        jobs: set[str] = set()
+        results = 0
         backend = app.backend
         for page in erase_jobs(storage, user_id, dry_run=dry_run):
-            jobs += len(page.job_ids)
+            jobs |= {*page.job_ids}
             if not dry_run:
                 results += delete_results(backend, page.job_ids, user_id)
                 delete_announcements(redis, page.job_ids)
         requests = erase_requests(storage, user_id, dry_run=dry_run)
         letters = [*dead_letters_naming(redis, user_id)]
+        lettered = {one.job_id for one in letters if one.job_id} - jobs
+        announced = announced_jobs_naming(redis, user_id, lettered) - jobs
         if not dry_run:
+            results += delete_results(backend, lettered, user_id)
+            delete_announcements(redis, announced)
             DeadLetters(redis).drop(letters)
     done = "would be erased" if dry_run else "erased"
-    counts = {"jobs": jobs, "requests": requests, "dead letters": len(letters)}
+    counts = {
+        "jobs": len(jobs),
+        "requests": requests,
+        "dead letters": len(letters),
+        "other announcements": len(announced),
+    }
     for name, count in (counts if dry_run else counts | {"results": results}).items():
         click.echo(f"{name:<24} {count:>12,} {done}")
 

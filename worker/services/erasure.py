@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from celery.backends.redis import RedisBackend
-from interview_access.contracts import QUEUE, announcement_key
+from interview_access.contracts import ORIGIN_LENGTHS, announcement_key
 from interview_access.errors import shortened
 from redis import Redis
 
-from tasks.erasure import names
+from tasks.erasure import mentions, names
 from worker.broker.claims import PREFIX
 from worker.broker.dead_letters import DeadLetter, DeadLetters, decoded
+from worker.operations.inspection import ISOLATED, announcements, lane_keys
 
-_PRIORITIES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 _PAGE = 20  # messages, of which each may have 7 MB
+_ANNOUNCEMENTS = 500  # in one command of Redis
 _UNREADABLE = "(unreadable)"
+_ARGUMENTS = ("args", "kwargs")  # of a call, such as those that follow a job
+_BODY = (*_ARGUMENTS, "embed")  # of Celery's protocol 2
 
 
 def delete_results(results: RedisBackend, job_ids: Collection[str], user_id: str) -> int:
@@ -42,7 +46,7 @@ def delete_results(results: RedisBackend, job_ids: Collection[str], user_id: str
 
 
 def delete_announcements(redis: Redis, job_ids: Collection[str]) -> None:
-    """Delete the announcements of finished jobs, which have their actors and reasons.
+    """Delete the announcements of jobs, which have their actors and reasons.
 
     Args:
         redis: Client of the queue's Redis.
@@ -51,8 +55,37 @@ def delete_announcements(redis: Redis, job_ids: Collection[str]) -> None:
     Raises:
         redis.RedisError: if Redis failed.
     """
-    if job_ids:
-        redis.delete(*map(announcement_key, job_ids))
+    keys = map(announcement_key, job_ids)
+    while page := [*islice(keys, _ANNOUNCEMENTS)]:
+        redis.delete(*page)
+
+
+def announced_jobs_naming(redis: Redis, user_id: str, jobs: Collection[str]) -> set[str]:
+    """Find the jobs whose announcements name a user, and those of a user's jobs that have one.
+
+    An announcement has no ledger row if its message was lost, or is a dead letter.
+
+    Args:
+        redis: Client of the queue's Redis.
+        user_id: The user.
+        jobs: IDs of the user's jobs.
+
+    Returns:
+        Their job IDs.
+
+    Raises:
+        redis.RedisError: if Redis failed.
+    """
+    prefix = announcement_key("")
+    found: set[str] = set()
+    keys = redis.scan_iter(f"{prefix}*", count=_ANNOUNCEMENTS)
+    while page := [*islice(keys, _ANNOUNCEMENTS)]:
+        job_ids = [key.decode(errors="replace").removeprefix(prefix) for key in page]
+        found |= {*jobs}.intersection(job_ids)
+        for job_id, known in announcements(redis, job_ids).items():
+            if mentions(known.actor, user_id) or mentions(known.reason, user_id):
+                found.add(job_id)
+    return found
 
 
 def dead_letters_naming(redis: Redis, user_id: str) -> Iterator[DeadLetter]:
@@ -91,22 +124,62 @@ def unfinished_jobs_naming(redis: Redis, user_id: str, *, at_most: int) -> Itera
 
 
 def _unfinished(redis: Redis) -> Iterator[bytes]:
-    for key in (*(QUEUE + priority for priority in _PRIORITIES), f"{PREFIX}isolated"):
+    for key in lane_keys().values():
         start = 0
         while page := redis.lrange(key, start, start + _PAGE - 1):
-            yield from page  # type: ignore[misc] # redis-py's types are those of both clients
+            values: Any = page  # redis-py's types are those of both clients
+            yield from map(_message, values) if key == ISOLATED else values
             start += _PAGE
     for name in (f"{PREFIX}deferred".encode(), *redis.scan_iter(f"{PREFIX}held:*")):
         fields: Any = redis.hscan_iter(name, count=_PAGE)
         for _, value in fields:
-            yield value.partition(b"\0")[2]
+            yield _message(value)
+
+
+def _message(value: bytes) -> bytes:
+    """Return a message that is stored behind its origin queue and a NUL."""
+    return value.partition(b"\0")[2]
 
 
 def _is_naming(message: bytes, user_id: str) -> bool:
     envelope = decoded(message)
-    if envelope is None:
-        return json.dumps(user_id).encode() in message
-    return names(envelope, user_id)
+    with suppress(RecursionError):
+        if envelope is not None:
+            return names(envelope, user_id) or _is_in_fields(envelope, user_id)
+    return json.dumps(user_id).encode() in message
+
+
+def _is_in_fields(envelope: Any, user_id: str) -> bool:
+    """Return whether actor, reason or a number in the arguments of a message is a user's."""
+    if not isinstance(envelope, dict):
+        return False
+    headers, body = envelope.get("headers"), envelope.get("body")
+    origin = [headers.get(name) for name in ORIGIN_LENGTHS] if isinstance(headers, dict) else []
+    if any(mentions(str(one), user_id) for one in origin if isinstance(one, str | int)):
+        return True
+    calls = dict(zip(_BODY, body, strict=False)) if isinstance(body, list) else body
+    return _has_number(calls, user_id)
+
+
+def _has_number(value: Any, user_id: str, *, is_argument: bool = False) -> bool:
+    """Return whether a number in the arguments of a call is a user ID.
+
+    Other numbers of a message are those of retries, priorities and time limits.
+    """
+    match value:
+        case bool():
+            return False
+        case int():
+            return is_argument and str(value) == user_id
+        case list():
+            return any(_has_number(one, user_id, is_argument=is_argument) for one in value)
+        case dict():
+            return any(
+                _has_number(one, user_id, is_argument=is_argument or name in _ARGUMENTS)
+                for name, one in value.items()
+            )
+        case _:
+            return False
 
 
 def _job_id(message: bytes) -> str:
