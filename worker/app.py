@@ -39,6 +39,7 @@ from worker.logs import format_task_lines, format_worker_lines, is_json
 from worker.monitoring.bootstep import Monitoring
 from worker.services.bootstep import BackgroundServices
 from worker.services.outbox_relay import OutboxRelay
+from worker.services.pruner import Pruner
 from worker.services.remote_control import register_commands
 from worker.settings import Settings
 from worker.startup.bootstep import StartupChecks
@@ -70,6 +71,7 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         lease: The worker session, once the consumer has made it; None in a pool process.
         dispatcher: Likewise.
         relay: The outbox relay, once its bootstep has made it.
+        pruner: The pruner, likewise.
         monitoring: Metrics and health, if a setting asks for them.
     """
 
@@ -79,6 +81,7 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         self.lease: Lease | None = None
         self.dispatcher: Dispatcher | None = None
         self.relay: OutboxRelay | None = None
+        self.pruner: Pruner | None = None
         self.monitoring: Monitoring | None = None
         self._storage: PostgresStorage | None = None
         self._observers: Mapping[str, str] = _OBSERVERS

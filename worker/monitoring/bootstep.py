@@ -115,6 +115,7 @@ def _registry(app: Any, check: HealthCheck) -> Any:
             *(app.lease, app.dispatcher, check, queue, tables),
             retention=settings.retention,
             dead_letter_bytes=settings.grant_dead_letter_bytes,
+            dropped=app.pruner.dropped,
         )
     )
     return registry

@@ -82,6 +82,13 @@ DEAD_LETTERED = Metric(
     "Messages that this worker moved to the dead letters.",
     ("task",),
 )
+DEAD_DROPPED = Metric(
+    "interview_access_dead_letters_dropped_total",
+    "counter",
+    "Dead letters that this worker dropped, the oldest first. The reason is age "
+    "(GRANT_DEAD_LETTER_DAYS) or bytes (all of them took more than GRANT_DEAD_LETTER_BYTES).",
+    ("reason",),
+)
 QUEUE_SECONDS = Metric(
     "interview_access_job_queue_seconds",
     "histogram",
@@ -250,7 +257,8 @@ OF_JOBS = (
 )
 OF_WORKER = (
     *(POOL_LOSSES, POOL_PROCESSES, WORKER_CLAIMED, WORKER_CLAIMED_AGE, LEASE_LOSSES),
-    *(LEASE_TAKEOVERS, BREAKER, LIVE, READY, MAIN_THREAD_AGE, RETENTION, DEAD_LIMIT, SOURCE_UP),
+    *(LEASE_TAKEOVERS, DEAD_DROPPED, BREAKER, LIVE, READY, MAIN_THREAD_AGE, RETENTION, DEAD_LIMIT),
+    SOURCE_UP,
 )
 OF_REDIS = (
     *(LANE_JOBS, LANE_AGE, DELAYED, DELAYED_OVERDUE, CLAIMED, SESSIONS, DEAD, DEAD_BYTES),

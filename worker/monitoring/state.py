@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
@@ -104,6 +104,7 @@ class State(Collector):
         *,
         retention: timedelta | None,
         dead_letter_bytes: int,
+        dropped: Mapping[str, int],
     ) -> None:
         """Collect nothing yet.
 
@@ -115,6 +116,7 @@ class State(Collector):
             tables: The outbox and the ledger in PostgreSQL.
             retention: Time after which this worker prunes a job; None: never.
             dead_letter_bytes: Memory of the dead letters beyond which it drops the oldest.
+            dropped: Numbers of dead letters that it has dropped, by reason. They grow.
         """
         self._lease = lease
         self._dispatcher = dispatcher
@@ -123,6 +125,7 @@ class State(Collector):
         self._tables = tables
         self._retention = retention
         self._dead_letter_bytes = dead_letter_bytes
+        self._dropped = dropped
 
     def describe(self) -> list[Family]:
         """Describe nothing: the registry would collect to learn the names."""
@@ -158,6 +161,11 @@ class State(Collector):
             (catalog.LEASE_TAKEOVERS, lease.takeovers),
         ):
             yield CounterMetricFamily(metric.name, metric.help, count)
+        metric = catalog.DEAD_DROPPED
+        dropped = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for reason, count in self._dropped.items():
+            dropped.add_metric([reason], count)
+        yield dropped
         state = "open" if breaker.is_open else "probing" if breaker.is_probing else "closed"
         states = {one: float(one == state) for one in ("closed", "open", "probing")}
         yield _gauge(catalog.BREAKER, states)

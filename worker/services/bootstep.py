@@ -29,11 +29,8 @@ class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celer
             settings.grant_dead_letter_bytes, settings.grant_dead_letter_days
         )
         app.relay = OutboxRelay(app, app.new_storage)
-        self._services = (
-            ControlService(app, app.storage, limits),
-            app.relay,
-            Pruner(app, app.new_storage, settings.retention, dead_letters),
-        )
+        app.pruner = Pruner(app, app.new_storage, settings.retention, dead_letters)
+        self._services = ControlService(app, app.storage, limits), app.relay, app.pruner
 
     def start(self, _: Any) -> None:
         """Start the services."""

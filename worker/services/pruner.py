@@ -50,6 +50,8 @@ class Pruner(BackgroundService):
         self._storage = lru_cache(maxsize=1)(new_storage)
         self._retention = retention
         self._limits = dead_letters
+        self.dropped = {"age": 0, "bytes": 0}
+        """Numbers of dead letters that this service has dropped, by reason."""
 
     def run_once(self, redis: Redis) -> None:
         """Run one pass, then wait for the next."""
@@ -68,6 +70,7 @@ class Pruner(BackgroundService):
                 (dropped.excess, "bytes", f"{self._limits.bytes} bytes"),
             ):
                 if count:
+                    self.dropped[reason] += count
                     logger.warning(
                         "dead letters dropped: count=%d reason=%s limit=%s", count, reason, limit
                     )
