@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from devstack.servers import LocalStack
 from tests.support.commands import run_module
-from tests.support.stores import until
+from tests.support.stores import a_job, until
 from tests.support.workers import (
     GRANT_ACCESS,
     QUEUE,
@@ -382,6 +382,28 @@ class TestCancel:
         assert done.returncode == 0
         assert re.search(r"^cancel_requested +yes$", done.stdout, re.MULTILINE)
         assert done.stderr.startswith("No job with this ID is known. The cancellation is kept")
+
+    @pytest.mark.parametrize(
+        ("job_id", "said"),
+        [
+            (
+                "granted",
+                "has succeeded, expected one that waits or runs; its outcome stays, and what ",
+            ),
+            ("invalid", "has failed, expected one that waits or runs; its outcome stays.\n"),
+        ],
+    )
+    @pytest.mark.parametrize("option", [[], ["--json"]], ids=str)
+    def test_a_finished_job_is_an_error(
+        self, idle: Site, job_id: str, said: str, option: list[str]
+    ) -> None:
+        """A finished job cannot be cancelled: its status is printed, and why it ends 1."""
+        idle.store.grant(a_job("granted", "ann", []), a_job("invalid", "ann", 7))
+        done = run(idle.environment(), "cancel", job_id, *option)
+        assert done.exit_code == 1
+        assert job_id in done.stdout
+        assert done.stderr.startswith(f"The job {job_id} {said}")
+        assert done.stderr.count("\n") == 1
 
 
 class TestMigrate:

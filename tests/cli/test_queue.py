@@ -117,6 +117,19 @@ class TestQueue:
         assert timedelta(minutes=59) < due <= timedelta(hours=1)
         assert shown["sessions"] == [{"name": "ann", "heartbeats": 1, "claimed": 2}]
 
+    @pytest.mark.parametrize(
+        ("sessions", "shown"),
+        [([], "0 worker sessions"), (["a"], "1 worker session"), (["a", "b"], "2 worker sessions")],
+        ids=["none", "one", "two"],
+    )
+    def test_the_number_of_sessions_in_words(
+        self, here: Site, sessions: list[str], shown: str
+    ) -> None:
+        """The claims have the number of sessions beside them, always by the same name."""
+        for one in sessions:
+            claim(here, one)
+        assert f"claimed        0 by {shown}\n" in command(here, "queue").stdout
+
     def test_the_next_due_time_after_a_step_of_the_clock(self, here: Site) -> None:
         """After the server's clock was set back the time is that of the server's clock now."""
         here.redis.hset("interview-access:clock", "offset", 7_200_000)

@@ -23,7 +23,7 @@ from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
 from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_EXPLAIN_GRANTS, TO_READ_JOBS
 from tasks import attribution, ledger
 from worker.cli.environment import connected, opened_storage
-from worker.cli.terminal import FAILED, Moment, one_line, print_fields
+from worker.cli.terminal import FAILED, Moment, end, one_line, print_fields
 from worker.operations.inspection import inspect
 from worker.operations.waiting import JobFilter, SelectedJob, WaitingJobs
 from worker.services.job_status import JobStatusService
@@ -270,7 +270,17 @@ def cancel(
             "this ID does not start.",
             err=True,
         )
-    sys.exit(0 if known.cancel_requested or known.state == "cancelled" else FAILED)
+    if not known.cancel_requested and known.state != "cancelled":
+        end(FAILED, one_line(_cannot_be_cancelled(known)))
+
+
+def _cannot_be_cancelled(finished: JobStatus) -> str:
+    succeeded = finished.state == "succeeded"
+    remedy = ", and what it created can be deleted in the platform only" if succeeded else ""
+    return (
+        f"The job {finished.job_id} has {finished.state}, expected one that waits or runs; its "
+        f"outcome stays{remedy}."
+    )
 
 
 def _cancel_waiting(wanted: JobFilter, *, dry_run: bool, yes: bool, as_json: bool) -> None:

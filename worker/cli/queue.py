@@ -80,7 +80,7 @@ def _lines(snapshot: QueueSnapshot | None) -> Iterator[str]:
             yield f"  {lane.name:<12} {lane.waiting:,}, next: {named}  {age}"
     due = snapshot.next_due_at
     yield f"delayed        {snapshot.delayed:,}" + (f", next due {due:%F %T}Z" if due else "")
-    sessions = "1 worker session" if snapshot.workers == 1 else f"{snapshot.workers:,} sessions"
+    sessions = f"{snapshot.workers:,} worker session{'s' * (snapshot.workers != 1)}"
     yield f"claimed        {snapshot.claimed:,} by {sessions}"
     for one in snapshot.sessions:
         yield f"  {one.name[:12]} {one.claimed:,} after {one.heartbeats:,} heartbeats"
