@@ -23,7 +23,7 @@ from sqlalchemy import make_url
 CHECKOUT = Path(__file__).parents[2]
 _SERVICE = CHECKOUT / "tests/django_service"
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120
 """Time limit of every wait."""
 
 
