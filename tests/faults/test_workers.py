@@ -1,4 +1,4 @@
-"""Workers are killed, frozen or asked to stop; pool processes lack memory or meet poison."""
+"""Workers are killed or frozen; pool processes lack memory or meet poison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.faults.workers import (
     success,
 )
 from tests.support.stores import until
-from tests.support.workers import QUEUE, Site
+from tests.support.workers import Site
 
 STAGES_OF_WORKER = ["claimed, unknown to the worker", "after COMMIT"]
 
@@ -113,47 +113,3 @@ class TestWorkers:
                 here.send("bob", ids, job_id="late")
             main.resume()
             assert verified_results(here, [job_id, "late"])["late"] == success(10)
-
-
-class TestStopping:
-    """A worker is stopped by SIGTERM."""
-
-    def test_running_job_finishes_and_waiting_ones_run_elsewhere(
-        self, here: Site, tmp_path: Path, ids: list[str]
-    ) -> None:
-        """A worker that is asked to stop finishes its running job, and claims nothing more."""
-        with (
-            relayed_worker(here, tmp_path) as (relays, service),
-            short_lease_worker(here, tmp_path) as other,
-        ):
-            other.stop()
-            with gate_at(relays, "inside the transaction") as gate:
-                running = here.send("ann", ids)
-                gate.until_reached()
-                os.kill(service.pid, signal.SIGTERM)
-                until(lambda: "Warm shutdown" in service.log_tail())
-                waiting = here.send("bob", ids)
-            assert service.wait(30) == 0
-            assert here.answer(running)["result"] == success(10)
-            assert here.redis.llen(QUEUE) == 1
-        with short_lease_worker(here, tmp_path):
-            assert verified_results(here, [running, waiting])[waiting] == success(10)
-
-    @pytest.mark.parametrize("asked", ["once, with a short grace period", "twice"])
-    def test_grace_period_ends(
-        self, here: Site, tmp_path: Path, ids: list[str], asked: str
-    ) -> None:
-        """A job that outlasts the grace period is requeued uncounted and runs elsewhere."""
-        grace = 0.1 if "once" in asked else 300
-        with relayed_worker(here, tmp_path, GRANT_STOP_GRACE=grace) as (relays, service):
-            with gate_at(relays, "inside the transaction") as gate:
-                job_id = here.send("ann", ids)
-                gate.until_reached()
-                os.kill(service.pid, signal.SIGTERM)
-                if asked == "twice":
-                    until(lambda: "Warm shutdown" in service.log_tail())
-                    os.kill(service.pid, signal.SIGTERM)
-                assert service.wait(30) == 0
-            assert not here.redis.hlen("interview-access:tries")
-            with short_lease_worker(here, tmp_path):
-                assert verified_results(here, [job_id])[job_id] == success(10)
