@@ -80,10 +80,17 @@ def postgres(migrated_url: str) -> Iterator[PostgresStore]:
 
 
 @pytest.fixture
-def idle(stack: LocalStack, migrated_url: str) -> Iterator[Site]:
-    """A site without a worker, for one test."""
-    with site(stack, migrated_url, IDLE_NUMBER) as idle:
+def idle(stack: LocalStack, idle_url: str) -> Iterator[Site]:
+    """A site without a worker, which has no rows and no keys at the start of each test."""
+    with site(stack, idle_url, IDLE_NUMBER) as idle:
         yield idle
+
+
+@pytest.fixture(scope="module")
+def idle_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
+    """The URL of the database of ``idle``. A file whose tests change its tables overrides it."""
+    with database(stack.database_url, template=_migrated) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,12 @@ INTERVIEWS = 12
 
 
 @pytest.fixture
+def idle_url(migrated_url: str) -> str:
+    """A database for one test: later releases change its tables."""
+    return migrated_url
+
+
+@pytest.fixture
 def fleet(request: pytest.FixtureRequest, idle: Site, tmp_path: Path) -> Iterator[Fleet]:
     """Workers of this release and of a later one; the parameter is what the later one alters."""
     later = later_release(tmp_path / "later", alteration=getattr(request, "param", ADDS))
