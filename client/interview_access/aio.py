@@ -39,7 +39,7 @@ from interview_access.contracts import (
     JobProgress,
     JobStatus,
 )
-from interview_access.contracts.requests import or_new
+from interview_access.contracts.jobs import or_new
 from interview_access.errors import InterviewAccessError, InvalidGrantRequestException
 from interview_access.producer import REPLY_SECONDS
 from interview_access.protocol import control_requests, enqueueing, polling

@@ -28,7 +28,7 @@ from interview_access.contracts import (
     Job,
     origin_headers,
 )
-from interview_access.contracts.requests import or_new
+from interview_access.contracts.jobs import or_new
 from interview_access.errors import InvalidGrantRequestException, JobIdReusedException
 from interview_access.protocol.messages import JobMessage
 from interview_access.text import describe, shortened

@@ -24,7 +24,7 @@ from interview_access.contracts import (
     JobProgress,
     JobStatus,
 )
-from interview_access.contracts.requests import or_new
+from interview_access.contracts.jobs import or_new
 from interview_access.errors import InterviewAccessError
 from interview_access.protocol import control_requests, enqueueing, polling
 from interview_access.protocol.commands import Commands, Exchange, Pause

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from math import isnan
-from typing import IO, TypedDict, TypeVar
+from typing import IO, TypeVar
 
 import click
 from interview_access.contracts import JobProgress
+from interview_access.contracts.jobs import JobOptions
 from interview_access.errors import (
     InterviewAccessError,
     InvalidGrantRequestException,
@@ -27,16 +28,6 @@ from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
 F = TypeVar("F", bound=Callable[..., object])
 
 _DEFAULT_TIMEOUT = 60.0
-
-
-class _Options(TypedDict):
-    """The options that all jobs have."""
-
-    job_id: str | None
-    countdown: float | None
-    expires: float | datetime | None
-    actor: str | None
-    reason: str | None
 
 
 def _number(_: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -168,7 +159,7 @@ def grant(
     user_ids = _ids("user", users, users_file)
     interview_ids = _ids("interview", interviews, interviews_file)
 
-    def enqueue(client: InterviewAccessClient, options: _Options) -> str:
+    def enqueue(client: InterviewAccessClient, options: JobOptions) -> str:
         if users_file or len(user_ids) > 1:
             return client.enqueue_cohort(user_ids, interview_ids, **options)
         return client.enqueue(user_ids[0], interview_ids, **options)
@@ -231,7 +222,7 @@ def _ids(noun: str, given: Sequence[str], file: IO[str] | None) -> list[str]:
 
 
 def _run(
-    enqueue: Callable[[InterviewAccessClient, _Options], str],
+    enqueue: Callable[[InterviewAccessClient, JobOptions], str],
     options: dict[str, object],
     *,
     wait: bool,

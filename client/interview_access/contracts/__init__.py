@@ -16,6 +16,12 @@ from interview_access.contracts.identifiers import (
     canonical_interview_id,
     is_job_id,
 )
+from interview_access.contracts.jobs import (
+    GrantCohortJob,
+    GrantJob,
+    InterviewAttemptJob,
+    Job,
+)
 from interview_access.contracts.names import (
     ANNOUNCEMENT_DAYS,
     CANCEL_JOB,
@@ -40,10 +46,6 @@ from interview_access.contracts.requests import (
     CreateInterviewAttemptRequest,
     GrantAccessRequest,
     GrantCohortAccessRequest,
-    GrantCohortJob,
-    GrantJob,
-    InterviewAttemptJob,
-    Job,
 )
 from interview_access.contracts.results import (
     FINAL_STATES,

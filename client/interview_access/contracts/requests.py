@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Annotated, ClassVar, LiteralString, Self
-from uuid import UUID, uuid4
+from typing import Annotated, LiteralString, Self
+from uuid import UUID
 
 from pydantic import (
     BaseModel,
@@ -23,17 +21,10 @@ from interview_access.contracts.identifiers import (
     USER_ID_RULE,
     UUID_PATTERN,
     as_text,
-    as_texts,
     is_user_id,
     strings_of,
 )
-from interview_access.contracts.names import (
-    CREATE_INTERVIEW_ATTEMPT,
-    DEFAULT_MAX_INTERVIEW_IDS,
-    GRANT_ACCESS,
-    GRANT_COHORT_ACCESS,
-    MAX_USER_ID_LENGTH,
-)
+from interview_access.contracts.names import DEFAULT_MAX_INTERVIEW_IDS, MAX_USER_ID_LENGTH
 from interview_access.errors import MAX_LISTED_PROBLEMS, InvalidGrantRequestException
 from interview_access.text import describe, shortened
 
@@ -140,7 +131,9 @@ InterviewIds = Annotated[
 ]
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
+    """The arguments of a task. A subclass has a field for each, in order."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
@@ -211,7 +204,7 @@ def _invalid(error: ValidationError, names: Sequence[str]) -> InvalidGrantReques
     return InvalidGrantRequestException.of(problems, total)
 
 
-class GrantAccessRequest(_Request):
+class GrantAccessRequest(Request):
     """The arguments of ``interview_access.grant_access``: one user and many interviews.
 
     Attributes:
@@ -223,7 +216,7 @@ class GrantAccessRequest(_Request):
     interview_ids: InterviewIds
 
 
-class GrantCohortAccessRequest(_Request):
+class GrantCohortAccessRequest(Request):
     """The arguments of ``interview_access.grant_cohort_access``: many users and many interviews.
 
     Each user is granted access to each interview. The number of user IDs times that of interview
@@ -249,7 +242,7 @@ class GrantCohortAccessRequest(_Request):
     interview_ids: InterviewIds
 
 
-class CreateInterviewAttemptRequest(_Request):
+class CreateInterviewAttemptRequest(Request):
     """The arguments of ``interview_access.create_interview_attempt``: an attempt that starts now.
 
     Attributes:
@@ -261,158 +254,3 @@ class CreateInterviewAttemptRequest(_Request):
         str, PlainValidator(_interview_id), WithJsonSchema(_INTERVIEW_ID_SCHEMA)
     ]
     user_id: UserId
-
-
-class Job:
-    """A job for a producer's client: the arguments of one task, and options.
-
-    Attributes:
-        task: The task's name.
-        request: The model that validates the task's arguments.
-        job_id: 1 to 255 printable characters, unique to the request; by default a random UUID. With
-            it the job can be polled, and sent again.
-        countdown: Seconds before which no worker starts the job.
-        expires: Seconds, or a datetime (UTC if naive), after which no worker starts the job.
-        actor: Who requests the job, 1 to 255 printable characters. It is kept in the ledger.
-        reason: Why, 1 to 1,000 printable characters. Likewise.
-    """
-
-    __slots__ = ()
-
-    task: ClassVar[str]
-    request: ClassVar[type[_Request]]
-    job_id: str
-    countdown: float | None
-    expires: float | datetime | None
-    actor: str | UUID | None
-    reason: str | None
-
-    @property
-    def arguments(self) -> dict[str, object]:
-        """Named arguments of the task, with UUIDs as strings and any iterable as a list."""
-        return {name: as_text(getattr(self, name)) for name in self.request.parameters()}
-
-    @property
-    def requested(self) -> int:
-        """Number of grants requested, duplicates included; 1 for a job without a list of IDs."""
-        return 1
-
-    def check(self, *, max_interview_ids: int | None = None) -> None:
-        """Validate the arguments as a worker does, but neither interview IDs nor options.
-
-        Args:
-            max_interview_ids: Grants that one job may request; None for any number.
-
-        Raises:
-            InvalidGrantRequestException: if an argument is invalid; it names each such argument.
-        """
-        self.request.read((), self.arguments, max_interview_ids=max_interview_ids, in_python=True)
-
-
-def or_new(job_id: str | None) -> str:
-    """Return the job ID, or a new random one if there is none."""
-    return str(uuid4()) if job_id is None else job_id
-
-
-def _random_id() -> str:
-    return or_new(None)
-
-
-def _length(values: object) -> int:
-    return len(values) if isinstance(values, Sized) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class GrantJob(Job):
-    """A job that grants one user access to interviews.
-
-    Attributes:
-        user_id: 1 to 36 characters.
-        interview_ids: UUIDs. An iterable is read once, when the job is created.
-        job_id: See :class:`Job`.
-        countdown: Likewise.
-        expires: Likewise.
-        actor: Likewise.
-        reason: Likewise.
-    """
-
-    task: ClassVar[str] = GRANT_ACCESS
-    request: ClassVar[type[_Request]] = GrantAccessRequest
-
-    user_id: str | UUID
-    interview_ids: Iterable[str | UUID]
-    job_id: str = field(default_factory=_random_id)
-    countdown: float | None = None
-    expires: float | datetime | None = None
-    actor: str | UUID | None = None
-    reason: str | None = None
-
-    def __post_init__(self) -> None:
-        # A generator would be empty when the job is sent again.
-        object.__setattr__(self, "interview_ids", as_texts(self.interview_ids))
-
-    @property
-    def requested(self) -> int:
-        """Number of interview IDs as given."""
-        return _length(self.interview_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class GrantCohortJob(Job):
-    """A job that grants each of many users access to each of many interviews.
-
-    Attributes:
-        user_ids: Each of 1 to 36 characters. An iterable is read once, when the job is created.
-        interview_ids: UUIDs; likewise.
-        job_id: See :class:`Job`.
-        countdown: Likewise.
-        expires: Likewise.
-        actor: Likewise.
-        reason: Likewise.
-    """
-
-    task: ClassVar[str] = GRANT_COHORT_ACCESS
-    request: ClassVar[type[_Request]] = GrantCohortAccessRequest
-
-    user_ids: Iterable[str | UUID]
-    interview_ids: Iterable[str | UUID]
-    job_id: str = field(default_factory=_random_id)
-    countdown: float | None = None
-    expires: float | datetime | None = None
-    actor: str | UUID | None = None
-    reason: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "user_ids", as_texts(self.user_ids))
-        object.__setattr__(self, "interview_ids", as_texts(self.interview_ids))
-
-    @property
-    def requested(self) -> int:
-        """Number of user IDs times that of interview IDs, both as given."""
-        return _length(self.user_ids) * _length(self.interview_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class InterviewAttemptJob(Job):
-    """A job that creates an interview attempt, which starts when the job is executed.
-
-    Attributes:
-        interview_id: A UUID.
-        user_id: 1 to 36 characters.
-        job_id: See :class:`Job`.
-        countdown: Likewise.
-        expires: Likewise.
-        actor: Likewise.
-        reason: Likewise.
-    """
-
-    task: ClassVar[str] = CREATE_INTERVIEW_ATTEMPT
-    request: ClassVar[type[_Request]] = CreateInterviewAttemptRequest
-
-    interview_id: str | UUID
-    user_id: str | UUID
-    job_id: str = field(default_factory=_random_id)
-    countdown: float | None = None
-    expires: float | datetime | None = None
-    actor: str | UUID | None = None
-    reason: str | None = None

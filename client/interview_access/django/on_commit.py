@@ -8,23 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import TypedDict
 from uuid import UUID
 
 from django.db import transaction
 
 from interview_access.contracts import GrantCohortJob, GrantJob, InterviewAttemptJob, Job
-from interview_access.contracts.requests import or_new
+from interview_access.contracts.jobs import or_new
 from interview_access.producer import InterviewAccessClient
 from interview_access.protocol.messages import checked_message
-
-
-class _Options(TypedDict):
-    job_id: str
-    countdown: float | None
-    expires: float | datetime | None
-    actor: str | UUID | None
-    reason: str | None
 
 
 def enqueue_on_commit(
@@ -70,7 +61,7 @@ def enqueue_on_commit(
     job = GrantJob(user_id, interview_ids, or_new(job_id), countdown, expires, actor, reason)
 
     def send() -> None:
-        client.enqueue(job.user_id, job.interview_ids, **_options(job))
+        client.enqueue(job.user_id, job.interview_ids, **job.options)
 
     return _after_commit(client, job, send, using)
 
@@ -110,7 +101,7 @@ def enqueue_cohort_on_commit(
     job = GrantCohortJob(user_ids, interview_ids, or_new(job_id), countdown, expires, actor, reason)
 
     def send() -> None:
-        client.enqueue_cohort(job.user_ids, job.interview_ids, **_options(job))
+        client.enqueue_cohort(job.user_ids, job.interview_ids, **job.options)
 
     return _after_commit(client, job, send, using)
 
@@ -152,19 +143,9 @@ def enqueue_attempt_on_commit(
     )
 
     def send() -> None:
-        client.enqueue_attempt(job.interview_id, job.user_id, **_options(job))
+        client.enqueue_attempt(job.interview_id, job.user_id, **job.options)
 
     return _after_commit(client, job, send, using)
-
-
-def _options(job: Job) -> _Options:
-    return {
-        "job_id": job.job_id,
-        "countdown": job.countdown,
-        "expires": job.expires,
-        "actor": job.actor,
-        "reason": job.reason,
-    }
 
 
 def _after_commit(client: object, job: Job, send: Callable[[], None], using: str | None) -> str:
