@@ -16,7 +16,8 @@ from interview_access.protocol.commands import Commands
 from interview_access.protocol.limits import LimitsReader
 from interview_access.protocol.messages import check_timeout
 from interview_access.testing.inline import InlineResults
-from interview_access.testing.queue import InMemoryQueue, StatedResults
+from interview_access.testing.queue import InMemoryQueue
+from interview_access.testing.stated import StatedResults
 
 Q = TypeVar("Q", bound=InMemoryQueue)
 T = TypeVar("T")
