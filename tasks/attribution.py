@@ -9,7 +9,7 @@ from interview_access.contracts import JobStatus
 
 from storage.dtos import GrantOriginDTO
 from storage.interface import GrantReader, JobReader
-from tasks.ledger import status_of, status_of_pruned
+from tasks.outcomes import status_of, status_of_pruned
 
 
 class ExplainingReader(GrantReader, JobReader, Protocol):

@@ -12,7 +12,8 @@ from interview_access.errors import InterviewAccessError, InvalidInterviewIdExce
 
 from storage.dtos import FiguresDTO, JobDTO, OutcomeDTO, RejectedIdsDTO, RequestedGrantsDTO
 from storage.interface import ChunkDone, GrantStore, JobTransaction, Transactions
-from tasks.ledger import JobResult, failed, settle, stopping_if_cancelled
+from tasks.ledger import JobResult, settle, stopping_if_cancelled
+from tasks.outcomes import failed
 
 NO_INTERVIEWS = RequestedInterviews.among([])
 

@@ -13,7 +13,8 @@ from interview_access.errors import InterviewAccessError, InvalidInterviewIdExce
 
 from storage.dtos import InterviewAttemptDTO, InterviewDTO, JobDTO, OutcomeDTO
 from storage.interface import InterviewStore, JobTransaction, Transactions
-from tasks.ledger import JobResult, failed, settle
+from tasks.ledger import JobResult, settle
+from tasks.outcomes import failed
 
 
 class AttemptTransaction(JobTransaction, InterviewStore, Protocol):

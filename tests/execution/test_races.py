@@ -11,7 +11,8 @@ from interview_access.errors import InvalidInterviewIdException
 from sqlalchemy import text
 
 from tasks.grant_access import GrantAccessInteractor, GrantAccessJob
-from tasks.ledger import JobResult, result_of
+from tasks.ledger import JobResult
+from tasks.outcomes import result_of
 from tests.support.database import connected
 from tests.support.stores import (
     DELETE_INTERVIEW,

@@ -19,7 +19,8 @@ from storage.dtos import FiguresDTO, FinishedJobDTO, JobDTO, OutcomeDTO, Request
 from storage.errors import JobBusyError, StorageError, is_outage
 from storage.postgres import DatabaseLimits, PostgresStorage
 from tasks.grant_access import GrantAccessInteractor
-from tasks.ledger import JobResult, RejectedJob, result_of, settle
+from tasks.ledger import JobResult, RejectedJob, settle
+from tasks.outcomes import result_of
 from tests.support.database import connected, role
 from tests.support.stores import (
     CHUNK_SIZE,

@@ -10,7 +10,8 @@ from interview_access.errors import InvalidGrantRequestException, InvalidIntervi
 
 from tasks.celery_tasks import interview_attempt_job
 from tasks.interview_attempts import InterviewAttemptInteractor
-from tasks.ledger import JobResult, result_of
+from tasks.ledger import JobResult
+from tasks.outcomes import result_of
 from tests.support.stores import Store, an_interview
 
 

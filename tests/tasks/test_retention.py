@@ -21,7 +21,8 @@ from storage.interface import Storage
 from tasks.celery_tasks import interview_attempt_job
 from tasks.grant_access import GrantAccessInteractor
 from tasks.interview_attempts import InterviewAttemptInteractor
-from tasks.ledger import JobResult, cancel, result_of, status_of_pruned
+from tasks.ledger import JobResult, cancel
+from tasks.outcomes import result_of, status_of_pruned
 from tasks.retention import PrunedBatch, prune
 from tests.support.stores import PostgresStore, Store, a_cohort, a_job, all_at_once, created
 

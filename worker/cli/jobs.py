@@ -21,7 +21,7 @@ from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 
 from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
 from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_EXPLAIN_GRANTS, TO_READ_JOBS
-from tasks import attribution, ledger
+from tasks import attribution, outcomes
 from worker.cli.environment import connected, opened_storage
 from worker.cli.terminal import FAILED, Moment, end, one_line, print_fields
 from worker.operations.inspection import inspect
@@ -134,7 +134,7 @@ def jobs(
     with opened_storage(_CANNOT_LIST, needed) as storage:
         found = storage.list_finished_jobs(wanted, limit)
     for one in found:
-        known = ledger.status_of(one).model_dump(mode="json", exclude_none=True)
+        known = outcomes.status_of(one).model_dump(mode="json", exclude_none=True)
         click.echo(json.dumps(known) if as_json else _line(one))
     if not found:
         click.echo("No finished job is selected.", err=True)

@@ -38,7 +38,8 @@ from storage.dtos import JobDTO
 from storage.errors import StorageError, is_outage
 from tasks.audit import audit_of_attempt
 from tasks.celery_tasks import JobTask, TaskDependencies, log_outcome
-from tasks.ledger import JobResult, RejectedJob, result_of, settle_rejected
+from tasks.ledger import JobResult, RejectedJob, settle_rejected
+from tasks.outcomes import result_of
 from tasks.started_reporter import StartedReporter
 from worker.broker.claims import Action, Disposition
 from worker.execution.body import NO_CALL, UndecodableBodyError, decode

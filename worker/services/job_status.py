@@ -27,7 +27,7 @@ from redis import Redis
 
 from storage.dtos import AccessRequestDTO
 from storage.interface import JobStorage
-from tasks import ledger
+from tasks import ledger, outcomes
 from tasks.audit import announced_job
 from worker.operations.inspection import announcements
 from worker.services.outbox_relay import message_of
@@ -57,15 +57,15 @@ class JobStatusService:
         """
         storage = self._storage()
         if finished := storage.get_finished_job(job_id):
-            return ledger.status_of(finished)
+            return outcomes.status_of(finished)
         if pruned := storage.get_pruned_job(job_id):  # its announcement may have outlived it
-            return ledger.status_of_pruned(job_id, pruned)
+            return outcomes.status_of_pruned(job_id, pruned)
         announced = announcements(redis, [job_id]).get(job_id) or _announcement(
             storage.get_request(job_id)
         )
         status = _unfinished(job_id, self._stored(job_id), announced)
         if status.final and (finished := storage.get_finished_job(job_id)):
-            return ledger.status_of(finished)  # finished between the two reads
+            return outcomes.status_of(finished)  # finished between the two reads
         if not status.final and storage.is_cancelled(job_id):
             status.cancel_requested = True
         return status

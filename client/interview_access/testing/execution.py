@@ -32,7 +32,7 @@ from storage.interface import Storage
 from storage.memory import MemoryStorage
 from storage.postgres import PostgresStorage
 from storage.schema import check_schema
-from tasks import ledger
+from tasks import ledger, outcomes
 from tasks.audit import announced_job
 from tasks.celery_tasks import grant_access_job, grant_cohort_access_job, interview_attempt_job
 from tasks.grant_access import GrantAccessInteractor
@@ -128,7 +128,7 @@ class Execution:
                 raise
             finished = None
         if finished:
-            return ledger.status_of(finished)
+            return outcomes.status_of(finished)
         if job_id not in self._unavailable:
             return None
         task, error = self._unavailable[job_id]
