@@ -13,6 +13,7 @@ from storage.schema.privileges import (
     NEEDED,
     TO_CANCEL_JOBS,
     TO_EXPLAIN_GRANTS,
+    TO_PRUNE,
     TO_READ_JOBS,
     Needed,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "NEEDED",
     "TO_CANCEL_JOBS",
     "TO_EXPLAIN_GRANTS",
+    "TO_PRUNE",
     "TO_READ_JOBS",
     "DatabaseUnavailableError",
     "Difference",

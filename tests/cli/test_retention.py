@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from interview_access.contracts import GrantJob, announcement_key, result_key
 from interview_access.protocol.messages import JobMessage
 
 from tests.storage.transactions import a_request
+from tests.support.database import role
 from tests.support.stores import a_cohort, a_job, until
 from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT, Site
 from worker.cli import main
@@ -32,10 +34,10 @@ def here(shared_site: Site) -> Site:
     return shared_site
 
 
-def command(here: Site, *arguments: str, given: str = "") -> Result:
+def command(here: Site, *arguments: str, given: str = "", **settings: object) -> Result:
     """Run `interview-access` in this process."""
     return CliRunner().invoke(
-        main, arguments, input=given, env=here.environment(), catch_exceptions=False
+        main, arguments, input=given, env=here.environment(**settings), catch_exceptions=False
     )
 
 
@@ -102,6 +104,37 @@ def test_a_killed_run_is_continued(here: Site) -> None:
     assert command(here, "prune", "--older-than", "1d").exit_code == 0
     assert jobs(here) == total // 100 - 1
     assert here.store.value(tombstones) + jobs(here) == total
+
+
+@pytest.mark.parametrize(
+    ("words", "failure"),
+    [
+        ("prune --older-than 1d", "Not everything is pruned: "),
+        ("erase --user ann --yes", "Not everything is erased: "),
+        ("lost-jobs", "The lost jobs cannot be read: "),
+    ],
+)
+def test_an_outage_of_redis_is_one_sentence(
+    here: Site, tmp_path: Path, words: str, failure: str
+) -> None:
+    """During an outage of Redis the exit status is 3, and one sentence says what to do."""
+    ended = command(here, *words.split(), CELERY_BROKER_URL=f"redis+socket://{tmp_path}/none")
+    assert ended.exit_code == 3
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(failure)
+    assert line.endswith("can be reached, and run the command again.")
+
+
+def test_a_role_that_may_not_prune_learns_what_it_lacks(here: Site) -> None:
+    """The refusal names the missing privileges, and nothing is deleted."""
+    fill(here, 100)
+    privileges = "SELECT, UPDATE ON ALL TABLES IN SCHEMA public"
+    with role(here.store.database_url, privileges) as url:
+        ended = command(here, "prune", "--older-than", "90d", DATABASE_URL=url)
+    assert ended.exit_code == 3
+    assert ended.stderr.startswith("Not everything is pruned: ")
+    assert "GRANT DELETE ON TABLE public.grant_access_job" in ended.stderr
+    assert jobs(here) == 100
 
 
 def test_status_reports_a_pruned_job(here: Site) -> None:

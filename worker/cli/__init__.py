@@ -26,7 +26,9 @@ _SUBCOMMANDS: Mapping[str, _Subcommand] = {
     ),
     "demo": _Subcommand("local:demo", "Run the main job on local servers, and check it."),
     "erase": _Subcommand("database:erase", "Erase one person from jobs, results and messages."),
-    "explain": _Subcommand("jobs:explain", "Report which job gave a user access to an interview."),
+    "explain": _Subcommand(
+        "database:explain", "Report which job gave a user access to an interview."
+    ),
     "grant": _Subcommand(
         "enqueueing:grant", "Enqueue a job that grants access, and optionally wait for its result."
     ),

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
-from collections.abc import Collection, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import click
-from interview_access.connections import CLIENT_NAME, connect
-from redis import Redis
-from redis.exceptions import RedisError
+from interview_access.contracts import describe
+from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 
 from storage.dtos import PruneCountsDTO
 from storage.errors import StorageError
-from storage.postgres import PostgresStorage
+from storage.schema import NEEDED, TO_EXPLAIN_GRANTS, TO_PRUNE, TO_READ_JOBS
 from storage.schema import migrate as migrate_schema
+from tasks.attribution import GrantExplanation
+from tasks.attribution import explain as explain_grant
 from tasks.erasure import erase_jobs, erase_requests, find_unfinished_requests
 from tasks.retention import SHORTEST_RETENTION
 from tasks.retention import prune as prune_jobs
 from worker.app import create_app
 from worker.broker.dead_letters import DeadLetterLimits, DeadLetters
-from worker.cli.environment import read_settings
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, not_empty, one_line
+from worker.cli.environment import opened_queue, opened_storage, read_settings
+from worker.cli.terminal import (
+    FAILED,
+    counted,
+    end,
+    not_empty,
+    one_line,
+    print_fields,
+    read_interview_id,
+)
 from worker.operations.lost_jobs import LostJob, LostJobs
 from worker.operations.waiting import WaitingJobs
 from worker.services.erasure import (
@@ -37,6 +46,11 @@ from worker.services.erasure import (
 )
 from worker.services.outbox_relay import message_of
 from worker.settings import DatabaseSettings, Settings
+
+_CANNOT_PRUNE = "Not everything is pruned"
+_CANNOT_ERASE = "Not everything is erased"
+_CANNOT_EXPLAIN = "The grant cannot be read"
+_CANNOT_READ = "The lost jobs cannot be read"
 
 _ANY_BYTES = 2**53
 _BUSY_SECONDS = 1.0  # between two attempts while a worker prunes
@@ -98,7 +112,7 @@ def prune(*, older_than: timedelta, dry_run: bool) -> None:
     executed again. Interrupt the command at any time: what it has deleted stays deleted, and the
     next run continues. The grants are not touched.
     """
-    with _servers() as (storage, redis):
+    with opened_queue(_CANNOT_PRUNE) as redis, opened_storage(_CANNOT_PRUNE, TO_PRUNE) as storage:
         letters = DeadLetters(redis)
         if dry_run:
             with storage.transaction() as transaction:
@@ -141,7 +155,7 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
     is changed, while another message names the user: wait for its job, or cancel it, and run the
     command again.
     """
-    with _servers() as (storage, redis):
+    with opened_queue(_CANNOT_ERASE) as redis, opened_storage(_CANNOT_ERASE, NEEDED) as storage:
         app = create_app(read_settings(Settings))
         waiting = {*unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES)}
         finished = {job_id for job_id in waiting if storage.get_finished_job(job_id)}
@@ -189,6 +203,70 @@ def _refuse(job_ids: Collection[str]) -> None:
         )
 
 
+def _user_id(_: object, __: object, user_id: str) -> str:
+    if not is_user_id(user_id):
+        raise click.BadParameter(f"got {describe(user_id)}, expected {USER_ID_RULE}.")
+    return user_id
+
+
+@click.command()
+@click.option(
+    "--user", "user_id", required=True, metavar="ID", callback=_user_id, help="Whose access."
+)
+@click.option(
+    "--interview",
+    "interview_id",
+    required=True,
+    metavar="UUID",
+    callback=read_interview_id,
+    help="The interview, in any spelling of its UUID.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def explain(*, user_id: str, interview_id: str, as_json: bool) -> None:
+    """Report whether a user has access to an interview, and which job created the grant.
+
+    It is the job whose number of created grants includes this one. The grant keeps the job's ID
+    when the job is pruned. Grants that the platform itself created, and those from before migration
+    0011, name no job. One that was deleted and created again names the later job.
+
+    The exit status is 0 if the user has access, also if no job is named, 1 if the user has none,
+    and 3 if PostgreSQL is unavailable.
+    """
+    with opened_storage(_CANNOT_EXPLAIN, TO_EXPLAIN_GRANTS) as storage:
+        found = explain_grant(storage, user_id, interview_id)
+    fields = {
+        "user_id": user_id,
+        "interview_id": interview_id,
+        "interview_exists": found.origin.is_interview,
+        "has_access": found.origin.is_granted,
+    }
+    job = found.job and found.job.model_dump(
+        mode="json", exclude_none=True, exclude={"user_id", "result", "created_by_user"}
+    )
+    if as_json:
+        click.echo(json.dumps({**fields, "job": job, "job_is_pruned": found.is_pruned}))
+    else:
+        print_fields({**fields, **(job or {})})
+        if note := _note(found):
+            click.echo(note, err=True)
+    sys.exit(0 if found.origin.is_granted else FAILED)
+
+
+def _note(found: GrantExplanation) -> str | None:
+    """Return a sentence about what the fields do not say."""
+    if not found.origin.is_interview:
+        return "No interview has this ID."
+    if not found.origin.is_granted:
+        return "The user has no access to the interview."
+    if found.job is None:
+        return "The grant names no job: the platform created it, or a job before migration 0011."
+    if found.is_pruned:
+        return "The job was pruned: what remains is its state and its number of created grants."
+    if found.job.state == "unknown":
+        return "The job created the grant, but the ledger has neither its row nor a tombstone."
+    return None
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each job.")
 @click.option("--forget", is_flag=True, help="Delete their results and announcements in Redis.")
@@ -200,7 +278,7 @@ def lost_jobs(*, as_json: bool, forget: bool, yes: bool) -> None:
     results expire, Redis has these. Producers read the former results, until --forget deletes them:
     then the outbox sends its jobs again, and producers send theirs again under the same job IDs.
     """
-    with _servers() as (storage, redis):
+    with opened_queue(_CANNOT_READ) as redis, opened_storage(_CANNOT_READ, TO_READ_JOBS) as storage:
         jobs = LostJobs(storage, create_app(read_settings(Settings)).backend, redis)
         found = []
         for job in jobs:
@@ -208,11 +286,10 @@ def lost_jobs(*, as_json: bool, forget: bool, yes: bool) -> None:
             click.echo(_as_json(job) if as_json else _line(job))
         if forget and found:
             if not yes:
-                click.confirm(f"Forget {len(found):,} lost jobs?", abort=True, err=True)
+                click.confirm(f"Forget {counted(len(found), 'lost job')}?", abort=True, err=True)
             for start in range(0, len(found), _FORGOTTEN):
                 jobs.forget(found[start : start + _FORGOTTEN])
-    counted = "1 lost job" if len(found) == 1 else f"{len(found):,} lost jobs"
-    click.echo(f"{counted}{' forgotten' if forget else ''}.", err=True)
+    click.echo(f"{counted(len(found), 'lost job')}{' forgotten' if forget else ''}.", err=True)
 
 
 def _as_json(job: LostJob) -> str:
@@ -221,24 +298,11 @@ def _as_json(job: LostJob) -> str:
 
 def _line(job: LostJob) -> str:
     sent = f"sent {job.sent_at:%F %T}Z" if job.sent_at else "not announced"
-    counted = job.result.get("created_access_count", job.result.get("interview_attempt_id"))
-    return one_line(f"{job.job_id}  {job.task or '-'}  {sent}  {counted}")
+    count = job.result.get("created_access_count", job.result.get("interview_attempt_id"))
+    return one_line(f"{job.job_id}  {job.task or '-'}  {sent}  {count}")
 
 
 def _report(counts: PruneCountsDTO, dead_letters: int, done: str) -> None:
     for name, count in asdict(counts).items():
         click.echo(f"{_TABLES[name]:<24} {count:>12,} {done}")
     click.echo(f"{'dead letters':<24} {dead_letters:>12,} {done}")
-
-
-@contextmanager
-def _servers() -> Iterator[tuple[PostgresStorage, Redis]]:
-    settings = read_settings(Settings)
-    try:
-        with (
-            closing(PostgresStorage(settings.database_url)) as storage,
-            connect(settings.broker, client_name=CLIENT_NAME) as redis,
-        ):
-            yield storage, redis
-    except (StorageError, RedisError, OSError) as error:
-        end(UNAVAILABLE, one_line(f"The command cannot be completed, run it again: {error}"))

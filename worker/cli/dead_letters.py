@@ -11,24 +11,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import click
-from interview_access.connections import CLIENT_NAME, connect
 from interview_access.contracts import is_job_id
-from redis.exceptions import NoPermissionError, RedisError
 
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from worker.broker.dead_letters import DeadLetter, DeadLetters, LetterFilter, readable
-from worker.cli.environment import read_settings
+from worker.cli.environment import opened_queue, read_settings
 from worker.cli.terminal import (
     FAILED,
-    PERMIT,
-    UNAVAILABLE,
+    counted,
     end,
     not_empty,
     one_line,
     read_age,
 )
-from worker.settings import DatabaseSettings, Settings
+from worker.settings import DatabaseSettings
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -67,7 +64,7 @@ def list_letters(*, as_json: bool) -> None:
 
 
 def _line(letter: DeadLetter) -> str:
-    attempts = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
+    attempts = counted(letter.attempts, "attempt")
     return (
         f"{letter.id}  {letter.time:%Y-%m-%d %H:%M:%S}Z  {attempts}  "
         f"{letter.size:,} B  {one_line(letter.task, 255) or '-'}  "
@@ -173,7 +170,9 @@ def drop(letter_ids: tuple[str, ...], *, yes: bool, **options: Any) -> None:
         )
         return
     if not yes:
-        click.confirm(f"Delete {_counted(len(letter_ids))} for good?", abort=True, err=True)
+        click.confirm(
+            f"Delete {counted(len(letter_ids), 'dead letter')} for good?", abort=True, err=True
+        )
     _for_each(letter_ids, DeadLetters.drop, "dropped")
 
 
@@ -225,27 +224,25 @@ def _for_selected(
             click.echo("No dead letter is selected.", err=True)
             return
         if dry_run:
-            click.echo(f"{_counted(number)} would be {done}.", err=True)
+            click.echo(f"{counted(number, 'dead letter')} would be {done}.", err=True)
             return
         if number >= asks_from and not yes:
-            click.confirm(f"{verb.capitalize()} {_counted(number)}?", abort=True, err=True)
+            click.confirm(
+                f"{verb.capitalize()} {counted(number, 'dead letter')}?", abort=True, err=True
+            )
         number, in_ledger = 0, 0
         for page in letters.pages(wanted, last):
             for letter in apply(letters, page):
                 number += 1
                 in_ledger += bool(letter.in_ledger)
                 click.echo(f"{letter.id}: {done} (job {one_line(letter.job_id, 255) or 'unknown'})")
-    click.echo(f"{_counted(number)} {done}.", err=True)
+    click.echo(f"{counted(number, 'dead letter')} {done}.", err=True)
     if verb == "requeue" and in_ledger:
         click.echo(
             f"The ledger has a result of {in_ledger:,} of their jobs, which stays; to run such a "
             "request, send it under a new job ID.",
             err=True,
         )
-
-
-def _counted(number: int) -> str:
-    return "1 dead letter" if number == 1 else f"{number:,} dead letters"
 
 
 def _for_each(
@@ -296,12 +293,5 @@ def _unknown(letter_id: str) -> str:
 
 @contextmanager
 def _letters() -> Iterator[DeadLetters]:
-    broker = read_settings(Settings).broker
-    try:
-        with connect(broker, client_name=CLIENT_NAME) as redis:
-            yield DeadLetters(redis)
-    except NoPermissionError as error:
-        denied = str(error).rstrip(".")
-        end(UNAVAILABLE, one_line(f"The dead letters cannot be read: {denied}; {PERMIT}."))
-    except (RedisError, OSError) as error:
-        end(UNAVAILABLE, one_line(f"The dead letters cannot be read: {error}"))
+    with opened_queue("The dead letters cannot be read") as redis:
+        yield DeadLetters(redis)

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from typing import NoReturn, TypeVar
 
 from celery.exceptions import CeleryError
+from interview_access.connections import CLIENT_NAME, connect
 from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
@@ -21,6 +22,7 @@ from worker.settings import DatabaseSettings, Settings, SettingsError
 S = TypeVar("S", bound=DatabaseSettings)
 
 _CHECK_SERVERS = "check that Redis and PostgreSQL can be reached, and run the command again"
+_CHECK_REDIS = "check that Redis can be reached, and run the command again"
 
 
 def read_settings(kind: type[S]) -> S:
@@ -52,9 +54,22 @@ def connected(failure: str, needed: Needed) -> Iterator[tuple[WorkerApp, Redis]]
         ):
             yield app, connection.default_channel.client
     except (CeleryError, OperationalError, RedisError, OSError) as error:
-        cause = error.__cause__ or error
-        is_denied = isinstance(cause, NoPermissionError)
-        _end_unavailable(failure, cause, PERMIT if is_denied else _CHECK_SERVERS)
+        _end_without_redis(failure, error.__cause__ or error, _CHECK_SERVERS)
+
+
+@contextmanager
+def opened_queue(failure: str) -> Iterator[Redis]:
+    """Connect to the queue's Redis alone; exit as :func:`connected` does.
+
+    Args:
+        failure: What failed then, for the sentence.
+    """
+    settings = read_settings(Settings)
+    try:
+        with connect(settings.broker, client_name=CLIENT_NAME) as redis:
+            yield redis
+    except (RedisError, OSError) as error:
+        _end_without_redis(failure, error, _CHECK_REDIS)
 
 
 @contextmanager
@@ -80,6 +95,11 @@ def _storage_errors(failure: str, needed: Needed, settings: DatabaseSettings) ->
     except StorageError as error:
         denial = explain_denial(error, settings.database_url, needed)
         _end_unavailable(failure, denial or error, "" if denial else _CHECK_SERVERS)
+
+
+def _end_without_redis(failure: str, error: BaseException, remedy: str) -> NoReturn:
+    is_denied = isinstance(error, NoPermissionError)
+    _end_unavailable(failure, error, PERMIT if is_denied else remedy)
 
 
 def _end_unavailable(failure: str, reason: object, remedy: str) -> NoReturn:

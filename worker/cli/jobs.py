@@ -1,4 +1,4 @@
-"""interview-access status, jobs, explain, cancel and purge."""
+"""interview-access status, jobs, cancel and purge."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from interview_access.contracts import (
     FINAL_STATES,
     JOB_ID_RULE,
     JobStatus,
-    canonical_interview_id,
     describe,
     is_job_id,
 )
-from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 
 from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
 from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_EXPLAIN_GRANTS, TO_READ_JOBS
-from tasks import attribution, outcomes
+from tasks.outcomes import status_of
 from worker.cli.environment import connected, opened_storage
-from worker.cli.terminal import FAILED, Moment, end, one_line, print_fields
+from worker.cli.terminal import (
+    FAILED,
+    Moment,
+    counted,
+    end,
+    one_line,
+    print_fields,
+    read_interview_id,
+)
 from worker.operations.inspection import inspect
 from worker.operations.waiting import JobFilter, SelectedJob, WaitingJobs
 from worker.services.job_status import JobStatusService
@@ -31,7 +37,6 @@ from worker.services.outbox_relay import message_of
 
 _MOST_JOBS = 10_000
 _CANNOT_LIST = "The finished jobs cannot be read"
-_CANNOT_EXPLAIN = "The grant cannot be read"
 _CANNOT_READ = "The job's state cannot be read"
 _CANNOT_CANCEL = "Not all jobs are cancelled"
 
@@ -40,21 +45,6 @@ def _job_id(_: object, __: object, job_id: str | None) -> str | None:
     if job_id is not None and not is_job_id(job_id):
         raise click.BadParameter(f"got {describe(job_id)}, expected {JOB_ID_RULE}.")
     return job_id
-
-
-def _user_id(_: object, __: object, user_id: str) -> str:
-    if not is_user_id(user_id):
-        raise click.BadParameter(f"got {describe(user_id)}, expected {USER_ID_RULE}.")
-    return user_id
-
-
-def _interview_id(_: object, __: object, interview_id: str | None) -> str | None:
-    if interview_id is None:
-        return None
-    canonical = canonical_interview_id(interview_id)
-    if canonical is None:
-        raise click.BadParameter(f"got {describe(interview_id)}, expected a UUID.")
-    return canonical
 
 
 @click.command()
@@ -88,7 +78,7 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
 @click.option(
     "--interview",
     metavar="UUID",
-    callback=_interview_id,
+    callback=read_interview_id,
     help="Jobs that created grants of this interview, if these still exist; with --user, the job "
     "that created this grant.",
 )
@@ -134,7 +124,7 @@ def jobs(
     with opened_storage(_CANNOT_LIST, needed) as storage:
         found = storage.list_finished_jobs(wanted, limit)
     for one in found:
-        known = outcomes.status_of(one).model_dump(mode="json", exclude_none=True)
+        known = status_of(one).model_dump(mode="json", exclude_none=True)
         click.echo(json.dumps(known) if as_json else _line(one))
     if not found:
         click.echo("No finished job is selected.", err=True)
@@ -163,64 +153,6 @@ def _word(value: object) -> str:
     """Quote a value of a message that has spaces: it must not read as several fields."""
     text = str(value)
     return repr(text) if " " in text else text
-
-
-@click.command()
-@click.option(
-    "--user", "user_id", required=True, metavar="ID", callback=_user_id, help="Whose access."
-)
-@click.option(
-    "--interview",
-    "interview_id",
-    required=True,
-    metavar="UUID",
-    callback=_interview_id,
-    help="The interview, in any spelling of its UUID.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def explain(*, user_id: str, interview_id: str, as_json: bool) -> None:
-    """Report whether a user has access to an interview, and which job created the grant.
-
-    It is the job whose number of created grants includes this one. The grant keeps the job's ID
-    when the job is pruned. Grants that the platform itself created, and those from before migration
-    0011, name no job. One that was deleted and created again names the later job.
-
-    The exit status is 0 if the user has access, also if no job is named, 1 if the user has none,
-    and 3 if PostgreSQL is unavailable.
-    """
-    with opened_storage(_CANNOT_EXPLAIN, TO_EXPLAIN_GRANTS) as storage:
-        found = attribution.explain(storage, user_id, interview_id)
-    fields = {
-        "user_id": user_id,
-        "interview_id": interview_id,
-        "interview_exists": found.origin.is_interview,
-        "has_access": found.origin.is_granted,
-    }
-    job = found.job and found.job.model_dump(
-        mode="json", exclude_none=True, exclude={"user_id", "result", "created_by_user"}
-    )
-    if as_json:
-        click.echo(json.dumps({**fields, "job": job, "job_is_pruned": found.is_pruned}))
-    else:
-        print_fields({**fields, **(job or {})})
-        if note := _note(found):
-            click.echo(note, err=True)
-    sys.exit(0 if found.origin.is_granted else FAILED)
-
-
-def _note(found: attribution.GrantExplanation) -> str | None:
-    """Return a sentence about what the fields do not say."""
-    if not found.origin.is_interview:
-        return "No interview has this ID."
-    if not found.origin.is_granted:
-        return "The user has no access to the interview."
-    if found.job is None:
-        return "The grant names no job: the platform created it, or a job before migration 0011."
-    if found.is_pruned:
-        return "The job was pruned: what remains is its state and its number of created grants."
-    if found.job.state == "unknown":
-        return "The job created the grant, but the ledger has neither its row nor a tombstone."
-    return None
 
 
 @click.command()
@@ -288,16 +220,16 @@ def _cancel_waiting(wanted: JobFilter, *, dry_run: bool, yes: bool, as_json: boo
         jobs = WaitingJobs(app, redis, message_of)
         if dry_run:
             selected = _print_each(jobs.select(wanted), as_json=as_json)
-            click.echo(f"{_counted(selected)} would be cancelled.", err=True)
+            click.echo(f"{counted(selected, 'job')} would be cancelled.", err=True)
             return
         if not yes:
             number = sum(1 for _ in jobs.select(wanted))
             if number == 0:
                 click.echo("No waiting job is selected.", err=True)
                 return
-            click.confirm(f"Cancel {_counted(number)}?", abort=True, err=True)
+            click.confirm(f"Cancel {counted(number, 'job')}?", abort=True, err=True)
         settled = _print_each(_noting_others(jobs.cancel(wanted)), as_json=as_json)
-    click.echo(f"{_counted(settled)} cancelled.", err=True)
+    click.echo(f"{counted(settled, 'job')} cancelled.", err=True)
 
 
 @click.command()
@@ -331,7 +263,7 @@ def purge(*, outbox: bool, dry_run: bool, yes: bool) -> None:
         for job in _noting_others(jobs.purge(with_outbox=outbox)):
             purged += bool(job.job_id)
             unreadable += not job.job_id
-    click.echo(f"{_counted(purged)} purged.")
+    click.echo(f"{counted(purged, 'job')} purged.")
     if unreadable:
         click.echo(
             f"Dead letters now, because their job IDs cannot be read: {unreadable:,}.", err=True
@@ -358,10 +290,6 @@ def _print_each(jobs: Iterator[SelectedJob], *, as_json: bool) -> int:
         else:
             click.echo(f"{one_line(job.job_id, 255) or 'unreadable'}  {one_line(job.task, 255)}")
     return number
-
-
-def _counted(number: int) -> str:
-    return "1 job" if number == 1 else f"{number:,} jobs"
 
 
 def _print_status(known: JobStatus, *, as_json: bool) -> None:

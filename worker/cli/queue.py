@@ -1,4 +1,4 @@
-"""interview-access queue, pause, resume and purge."""
+"""interview-access queue, pause and resume."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from datetime import UTC, datetime
 
 import click
 from interview_access.connections import CLIENT_NAME, connect
-from redis import Redis
 from redis.exceptions import RedisError
 
 from storage.dtos import OutboxTotalsDTO
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
-from worker.cli.environment import read_settings
+from worker.cli.environment import opened_queue, read_settings
 from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
 from worker.operations.inspection import QueueSnapshot, inspect
 from worker.operations.pause import MAX_CHARACTERS, Pause, PauseSwitch
@@ -158,14 +157,5 @@ def _operator() -> str:
 
 @contextmanager
 def _switch() -> Iterator[PauseSwitch]:
-    with _queue_redis(read_settings(Settings)) as redis:
+    with opened_queue("Redis is unavailable, nothing is known to be changed") as redis:
         yield PauseSwitch(redis)
-
-
-@contextmanager
-def _queue_redis(settings: Settings) -> Iterator[Redis]:
-    try:
-        with connect(settings.broker, client_name=CLIENT_NAME) as redis:
-            yield redis
-    except (RedisError, OSError) as error:
-        end(UNAVAILABLE, one_line(f"Redis is unavailable, nothing is known to be changed: {error}"))

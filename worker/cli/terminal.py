@@ -1,4 +1,4 @@
-"""Exit statuses, values that are safe to print, and ages."""
+"""Exit statuses, words that are safe to print, and values of options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
 import click
+from interview_access.contracts import canonical_interview_id, describe
 from interview_access.errors import shortened
 
 from tasks.audit import read_time
@@ -89,6 +90,30 @@ def not_empty(_: object, __: object, given: str | None) -> str | None:
     if given == "":
         raise click.BadParameter("got an empty text, expected at least one character.")
     return given
+
+
+def read_interview_id(_: object, __: object, given: str | None) -> str | None:
+    """Convert a UUID to its canonical form; an option's callback.
+
+    Raises:
+        click.BadParameter: if the value is not a UUID.
+    """
+    if given is None:
+        return None
+    canonical = canonical_interview_id(given)
+    if canonical is None:
+        raise click.BadParameter(f"got {describe(given)}, expected a UUID.")
+    return canonical
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words, such as ``1 job`` or ``2,000 jobs``.
+
+    Args:
+        number: How many there are.
+        noun: One of them, with a regular plural.
+    """
+    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def print_fields(fields: Mapping[str, object]) -> None:

@@ -124,7 +124,8 @@ def unfinished_jobs_naming(redis: Redis, user_id: str, *, at_most: int) -> Itera
 
 
 def _unfinished(redis: Redis) -> Iterator[bytes]:
-    for key in lane_keys().values():
+    lanes = [key for key in lane_keys().values() if key != ISOLATED]
+    for key in (*lanes, ISOLATED):  # this one last: messages move there from the queue
         start = 0
         while page := redis.lrange(key, start, start + _PAGE - 1):
             values: Any = page  # redis-py's types are those of both clients
