@@ -32,8 +32,8 @@ from tasks.celery_tasks import (
 from worker.broker.lease import Lease
 from worker.broker.transport import celery_settings, restrict_publishing
 from worker.execution.consumer import Drain, JobClaims
+from worker.execution.decoding import Limits
 from worker.execution.dispatch import Dispatcher
-from worker.execution.request import Limits
 from worker.execution.run import JobObserver
 from worker.logs import format_task_lines, format_worker_lines, is_json
 from worker.monitoring.bootstep import Monitoring

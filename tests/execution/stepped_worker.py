@@ -12,8 +12,8 @@ from interview_access.contracts import GRANT_ACCESS
 from tests.support.pools import SteppedPool
 from tests.support.sessions import KEYS, QUEUE, SteppedLease, end_delays
 from worker.broker.delivery import Delivery
+from worker.execution.decoding import Limits
 from worker.execution.dispatch import Dispatcher
-from worker.execution.request import Limits
 
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)
 PROCESSES = 3

@@ -45,8 +45,8 @@ from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import DEAD, PREFIX, Action, Disposition, Heartbeat
 from worker.broker.delivery import Delivery
 from worker.execution.batch import Batch
+from worker.execution.decoding import Limits
 from worker.execution.dispatch import Dispatcher
-from worker.execution.request import Limits
 
 SEEDS = int(os.environ.get("OWNERSHIP_SEEDS", "8"))
 STEPS = 150

@@ -30,8 +30,13 @@ from interview_access.errors import (
 
 from worker.broker.claims import Action, Claim, Disposition
 from worker.broker.delivery import Delivery
-from worker.execution.body import UndecodableBodyError, decode
-from worker.execution.request import JobRequest, Limits, UnreadableMessageError
+from worker.execution.decoding import (
+    Limits,
+    UndecodableBodyError,
+    UnreadableMessageError,
+    decode,
+)
+from worker.execution.request import JobRequest
 
 ENDS = 64 * 1024
 LIMITS = Limits(interview_ids=10, attempts=3, seconds=600.0)

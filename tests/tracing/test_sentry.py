@@ -14,7 +14,7 @@ from sentry_sdk.transport import Transport
 from storage.driver_errors import driver_errors_translated
 from storage.errors import StorageError
 from tasks.ledger import JobResult
-from worker.execution.body import NO_CALL
+from worker.execution.decoding import NO_CALL
 from worker.execution.request import Dispatched
 from worker.execution.run import JobRun
 from worker.tracing.sentry import SentryJobs

@@ -24,8 +24,9 @@ from worker.broker.claims import Action, Disposition
 from worker.broker.delivery import Delivery
 from worker.broker.lease import Lease
 from worker.execution.batch import Batch, partition
+from worker.execution.decoding import Limits
 from worker.execution.pool_process import BatchReport
-from worker.execution.request import JobRequest, Limits
+from worker.execution.request import JobRequest
 
 logger = get_logger(__name__)
 

@@ -42,7 +42,6 @@ from tasks.ledger import JobResult, RejectedJob, settle_rejected
 from tasks.outcomes import result_of
 from tasks.started_reporter import StartedReporter
 from worker.broker.claims import Action, Disposition
-from worker.execution.body import NO_CALL, UndecodableBodyError, decode
 from worker.execution.celery_hooks import (
     as_current,
     log_end,
@@ -50,6 +49,7 @@ from worker.execution.celery_hooks import (
     send_followers,
     send_prerun,
 )
+from worker.execution.decoding import NO_CALL, UndecodableBodyError, decode
 from worker.execution.request import Dispatched
 from worker.execution.run import JobRun, Measurements, in_transaction, measurements, observed
 

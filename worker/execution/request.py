@@ -11,7 +11,6 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import accumulate
 from typing import Any, Protocol
 
 from celery import Celery
@@ -28,18 +27,14 @@ from interview_access.errors import (
 
 from tasks.audit import read_time
 from worker.broker.delivery import Delivery, State
+from worker.execution.decoding import (
+    Limits,
+    UnreadableMessageError,
+    body_encoding,
+    check_headers,
+    find_identity,
+)
 
-_ENVELOPE_BYTES, _BYTES_PER_ID = 1024 * 1024, 64
-"""Limits in bytes: for the envelope without IDs, and for each ID as text in Base64."""
-
-_ENVELOPE_VALUES, _VALUES_PER_ID = 10_000, 4
-"""Limits in JSON values: for the envelope without IDs, and for each ID of a plain JSON body."""
-
-_LEVELS = 910
-"""Nesting levels of JSON. What a parser accepts depends on the Python version and on the caller's
-stack; each accepts these."""
-
-_HEADER_LEVELS = 50  # a few hundred overflow the stack of pickle
 _LONGEST_LIMIT_SECONDS = 366 * 86_400.0
 _REPRESENTATION = 200  # characters of a job's arguments in events and control replies
 
@@ -48,60 +43,7 @@ _RECORDING_ATTEMPTS = 2
 the second does not. If both end the pool process, the message becomes a dead letter without a
 result."""
 
-_BETWEEN_BRACKETS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[^"\[\]{}]++', re.DOTALL)
-"""Strings and what else separates brackets. Possessive quantifiers and the optional end take linear
-time whatever the text."""
-
-_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
-
 _BRACKETED = re.compile(r"\[.*", re.DOTALL)
-_HEADERS = re.compile(rb'"headers"\s*:\s*\{(.*)', re.DOTALL)
-_JOB_ID = re.compile(rb'"id"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
-_TASK = re.compile(rb'"task"\s*:\s*"([^"\\\x00-\x1f]{1,255})"')
-
-
-class UnreadableMessageError(Exception):
-    """A message does not follow the contract; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of a message and its job.
-
-    Attributes:
-        interview_ids: Grants that one job may request.
-        attempts: Attempts that may end the pool process or the worker.
-        seconds: Time limit of a job whose message sets no lower one.
-    """
-
-    interview_ids: int
-    attempts: int
-    seconds: float
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of a message."""
-        return _ENVELOPE_BYTES + _BYTES_PER_ID * self.interview_ids
-
-    def check(self, text: str) -> None:
-        """Refuse JSON that would take too much memory or stack to decode.
-
-        Args:
-            text: The JSON.
-
-        Raises:
-            UnreadableMessageError: if it has too many values, or nests too deeply.
-        """
-        if any(text.count(one) > self.values for one in (",", "[", "{")):
-            raise UnreadableMessageError(f"expected at most {self.values:,} values")
-        # Few messages have so many brackets that their levels must be counted.
-        if text.count("[") + text.count("{") > _LEVELS and _levels(text) > _LEVELS:
-            raise UnreadableMessageError(f"expected at most {_LEVELS} levels of nesting")
-
-    @property
-    def values(self) -> int:
-        """Commas, opening brackets and opening braces in a message: each at most so many."""
-        return _ENVELOPE_VALUES + _VALUES_PER_ID * self.interview_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +183,11 @@ class JobRequest:
             raise UnreadableMessageError(
                 f"task: expected one of this worker's, got {describe(headers.get('task'))}"
             )
-        if _is_nested(headers, _HEADER_LEVELS):
-            raise UnreadableMessageError(f"headers: expected at most {_HEADER_LEVELS} levels")
+        check_headers(headers)
         body = envelope.get("body")
         if not isinstance(body, str):
             raise UnreadableMessageError(f"body: expected a string, got {describe(body)}")
-        self._body, self._encoding = body, _encoding(envelope, headers, properties or {})
+        self._body, self._encoding = body, body_encoding(envelope, headers, properties or {})
         self.headers = headers
         self.delay = _seconds_until(_datetime(headers, "eta"))
         self._expires = _datetime(headers, "expires")
@@ -367,42 +308,6 @@ class JobRequest:
             self.batch.revoke()
 
 
-def find_identity(message: bytes) -> tuple[str, str]:
-    """Search for the job ID and the task's name in a message without decoding it.
-
-    Args:
-        message: Any bytes, or the two ends of a message.
-
-    Returns:
-        Both, empty if they are not found or not printable.
-    """
-    headers = _HEADERS.search(message)
-    found = [pattern.search(headers[1]) if headers else None for pattern in (_JOB_ID, _TASK)]
-    texts = [one[1].decode(errors="replace") if one else "" for one in found]
-    job_id, name = (text if is_job_id(text) else "" for text in texts)
-    return job_id, name
-
-
-def _encoding(envelope: dict[str, Any], headers: dict[str, Any], properties: dict[str, Any]) -> str:
-    """Return the encoding of the body: ``""``, ``base64`` or ``gzip``.
-
-    Others are refused: content encodings name Python codecs, some of which take minutes for 1 MB.
-    """
-    expected = {
-        "content-type": (envelope.get("content-type"), ("application/json",)),
-        "content-encoding": (envelope.get("content-encoding"), ("utf-8", None)),
-        "body_encoding": (properties.get("body_encoding"), ("base64", None)),
-        "compression": (headers.get("compression"), ("application/x-gzip", None)),
-    }
-    for name, (value, allowed) in expected.items():
-        if not any(value is one or value == one for one in allowed):
-            wanted = " or ".join("nothing" if one is None else one for one in allowed)
-            raise UnreadableMessageError(f"{name}: expected {wanted}, got {describe(value)}")
-    if headers.get("compression"):
-        return "gzip"
-    return properties.get("body_encoding") or ""
-
-
 def _time_limits(headers: dict[str, Any]) -> list[float]:
     """Return the hard and the soft time limit that are set, in seconds. Both end the attempt."""
     match headers.get("timelimit") or [None, None]:
@@ -432,17 +337,3 @@ def _seconds_until(moment: datetime | None) -> float:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _levels(text: str) -> int:
-    """Count the nesting levels of JSON without decoding it."""
-    brackets = _BETWEEN_BRACKETS.sub("", text)
-    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
-
-
-def _is_nested(value: Any, levels: int) -> bool:
-    """Report whether a JSON object or list has more nesting levels."""
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(
-        _is_nested(one, levels - 1) for one in inner if isinstance(one, dict | list)
-    )

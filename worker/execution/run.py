@@ -17,7 +17,7 @@ from interview_access.errors import InterviewAccessError
 from storage.errors import JobBusyError, StorageError
 from tasks.celery_tasks import JobTask
 from tasks.ledger import JobResult
-from worker.execution.body import Call
+from worker.execution.decoding import Call
 from worker.execution.request import Dispatched
 
 logger = get_logger(__name__)

@@ -20,7 +20,7 @@ from redis import Redis
 from worker.broker.claims import DEAD, PAUSED, PREFIX
 from worker.broker.scripts import script
 from worker.broker.transport import list_key
-from worker.execution.request import find_identity
+from worker.execution.decoding import find_identity
 from worker.operations.pause import READ_BYTES, Pause
 
 ISOLATED = f"{PREFIX}isolated"
