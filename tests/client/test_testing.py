@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -31,7 +26,6 @@ from interview_access.errors import (
     InvalidGrantRequestException,
     InvalidInterviewIdException,
     JobCancelledException,
-    JobExpiredException,
     JobIdReusedException,
     NoAnswerInTimeError,
     QueueUnavailableError,
@@ -47,7 +41,6 @@ from interview_access.testing import (
 )
 from redis import Redis
 
-ROOT = Path(__file__).parents[2]
 FIRST, SECOND = "89d96f4b-c19d-4e69-8eae-e818f3123b09", "a1b2c3d4-e5f6-4a8b-9c0d-e1f2a3b4c5d6"
 NOWHERE = "redis://nowhere.invalid"
 
@@ -441,6 +434,34 @@ def test_threads_enqueue_at_once(client: FakeClient) -> None:
     assert len(client.jobs) == 150
 
 
+def test_none_is_no_wildcard() -> None:
+    """An expected value of None, as of an attribute that is not set, is a TypeError."""
+    client = FakeClient()
+    client.enqueue("ann", [])
+    for name in ("user_id", "job_id", "task", "user_ids", "interview_ids"):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            client.assert_enqueued(**{name: None})  # type: ignore[arg-type] # deliberately wrong
+
+
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        ({"created": 3}, "created: expected 0 to 2 for the job, got 3"),
+        ({"created": -1}, "created: expected 0 to 2 for the job, got -1"),
+        ({"interview_attempt_id": FIRST}, "interview_attempt_id: expected none"),
+    ],
+)
+def test_a_result_that_no_worker_returns_is_refused(result: Any, says: str) -> None:
+    """A test cannot state more grants than were requested, or an attempt of another task."""
+    client = FakeClient()
+    job_id = client.enqueue("ann", [FIRST, SECOND, FIRST])
+    with pytest.raises(ValueError, match=says):
+        client.set_result(job_id, **result)
+    attempt = client.enqueue_attempt(FIRST, "ann")
+    with pytest.raises(ValueError, match="created: expected none for an attempt"):
+        client.set_result(attempt, created=1)
+
+
 # --- capture_enqueued -----------------------------------------------------------------------------
 
 
@@ -514,284 +535,3 @@ def test_a_capture_ends_also_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), capture_enqueued():
         _ = 1 / 0
     assert (InterviewAccessClient.wait, AsyncInterviewAccessClient.wait) == before
-
-
-# --- The inline client ----------------------------------------------------------------------------
-
-
-def test_an_inline_job_is_executed_when_it_is_enqueued() -> None:
-    """Counts are exact, and the grants can be read."""
-    client = InlineClient([FIRST, UUID(SECOND)])
-    first, second = client.enqueue("ann", [FIRST]), client.enqueue("ann", [FIRST, SECOND])
-    counts = [client.wait(one, timeout=1)["created_access_count"] for one in (first, second)]
-    assert counts == [1, 1]
-    assert client.granted("ann") == [FIRST, SECOND]
-    assert client.granted("bob") == []
-    client.assert_enqueued(user_id="ann", count=2)
-
-
-def test_an_inline_job_with_a_countdown_is_executed_at_once() -> None:
-    """A test does not wait; the countdown is kept for assertions."""
-    client = InlineClient([FIRST])
-    job_id = client.enqueue("ann", [FIRST], countdown=3600)
-    assert client.status(job_id).state == "succeeded"
-    assert client.jobs[0].countdown == 3600
-
-
-@pytest.mark.parametrize("times", [{"expires": -1}, {"countdown": 60, "expires": 30}], ids=str)
-def test_an_inline_job_that_expires_before_it_starts(times: dict[str, Any]) -> None:
-    """It fails with JobExpiredException, and grants nothing."""
-    client = InlineClient([FIRST])
-    job_id = client.enqueue("ann", [FIRST], **times)
-    with pytest.raises(JobExpiredException):
-        client.wait(job_id, timeout=1)
-    assert client.status(job_id).state == "expired"
-    assert client.granted("ann") == []
-
-
-def test_clear_keeps_the_ledger_of_an_inline_client() -> None:
-    """A request under a job ID that is in the ledger has the first result, as after 30 days."""
-    client = InlineClient([FIRST])
-    client.enqueue("ann", [FIRST], job_id="one")
-    client.clear()
-    client.assert_nothing_enqueued()
-    client.enqueue("bob", [FIRST], job_id="one")
-    assert client.wait("one", timeout=1)["created_access_count"] == 1
-    assert client.granted("bob") == []
-
-
-def test_an_invalid_interview_of_an_inline_client_is_refused() -> None:
-    """The error names the value."""
-    with pytest.raises(ValueError, match="interviews: expected UUIDs, got the string 'x'"):
-        InlineClient(["x"])
-
-
-def test_an_inline_client_has_interviews_or_a_database() -> None:
-    """A database has its own interviews."""
-    with pytest.raises(ValueError, match="interviews: expected none with database_url"):
-        InlineClient([FIRST], database_url="postgresql:///nowhere")
-
-
-def test_an_invalid_database_url_is_refused() -> None:
-    """The error names the argument, and does not repeat the password."""
-    with pytest.raises(ValueError, match=r"^database_url: ") as caught:
-        InlineClient(database_url="mysql://ann:secret@localhost/interviews")
-    assert "secret" not in str(caught.value)
-
-
-def test_an_unavailable_database_fails_the_job(tmp_path: Path) -> None:
-    """The result is that of a worker without attempts left; the job can be sent again."""
-    client = InlineClient(database_url=f"postgresql:///nowhere?host={tmp_path}")
-    job_id = client.enqueue("ann", [FIRST])
-    with pytest.raises(StorageUnavailableException, match="unavailable in all 1 attempts"):
-        client.wait(job_id, timeout=1)
-    assert client.status(job_id).state == "failed"
-    with pytest.raises(StorageUnavailableException, match="The ledger cannot be read"):
-        client.status("other")
-    assert client.enqueue("ann", [FIRST], job_id=job_id) == job_id
-    client.close()
-
-
-def test_a_database_without_the_workers_tables_is_refused(database_url: str) -> None:
-    """Every call raises one sentence that names the command which creates the tables."""
-    client = InlineClient(database_url=database_url)
-    calls = (
-        lambda: client.enqueue("ann", [FIRST]),
-        lambda: client.enqueue_attempt(interview_id=FIRST, user_id="ann"),
-        lambda: client.status("other"),
-        lambda: client.cancel("other"),
-        lambda: client.granted("ann"),
-    )
-    for call in calls:
-        with pytest.raises(ValueError, match=r"^database_url .* run `interview-access migrate`$"):
-            call()
-    client.close()
-
-
-def test_the_asyncio_inline_client() -> None:
-    """It has the results of the blocking one."""
-
-    async def use() -> dict[str, Any]:
-        client = AsyncInlineClient([FIRST])
-        job_id = await client.enqueue("ann", [FIRST])
-        result = await client.wait(job_id, timeout=1)
-        await client.close()
-        return result
-
-    assert asyncio.run(use()) == {"success": True, "created_access_count": 1}
-
-
-def test_an_inline_attempt() -> None:
-    """Its result has the attempt's ID; an unknown interview fails it."""
-    client = InlineClient([FIRST])
-    result = client.wait(client.enqueue_attempt(FIRST, "ann"), timeout=1)
-    assert str(UUID(result["interview_attempt_id"])) == result["interview_attempt_id"]
-    with pytest.raises(InvalidInterviewIdException):
-        client.wait(client.enqueue_attempt(SECOND, "ann"), timeout=1)
-
-
-# --- Without the worker package -------------------------------------------------------------------
-
-TRY_BOTH = """
-from interview_access.testing import FakeClient, InlineClient
-FakeClient().enqueue("ann", [])
-try:
-    InlineClient()
-except ImportError as error:
-    print(error)
-"""
-
-
-def environment_without(folder: Path, *missing: str) -> dict[str, str]:
-    """Link the installed packages, but for some, in a folder; return PYTHONPATH for it."""
-    for package in Path(pytest.__file__).parents[1].iterdir():
-        if not package.name.startswith(missing):
-            (folder / package.name).symlink_to(package)
-    return {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "client", folder)))}
-
-
-def run(*options: str, environment: dict[str, str]) -> str:
-    """Run the program in an environment, and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, *options, "-c", TRY_BOTH],
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_an_inline_client_without_the_worker_package(tmp_path: Path) -> None:
-    """The fake client works; the inline client says what to install."""
-    environment = environment_without(tmp_path, "interview_access_worker", "__editable__")
-    assert run("-S", environment=environment) == (
-        "InlineClient executes jobs with the worker's code: expected the package "
-        "interview-access-worker in this environment, got none. Install it for the tests, "
-        "or use FakeClient, which needs no worker."
-    )
-
-
-def test_an_inline_client_without_a_dependency_of_the_worker(tmp_path: Path) -> None:
-    """The error names the dependency."""
-    environment = environment_without(tmp_path, "celery", "__editable__")
-    environment["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
-    assert "expected its dependency celery, which is not installed" in run(
-        "-S", environment=environment
-    )
-
-
-@pytest.mark.parametrize("place", ["tasks.py", "storage/__init__.py"])
-def test_a_module_of_the_service_in_place_of_the_workers(tmp_path: Path, place: str) -> None:
-    """The error names the file that is imported instead."""
-    links, module = tmp_path / "links", tmp_path / "service" / place
-    for folder in links, module.parent:
-        folder.mkdir(parents=True)
-    module.write_text("")
-    environment = environment_without(links, "__editable__")
-    path = [str(tmp_path / "service"), environment["PYTHONPATH"], str(ROOT)]
-    printed = run("-S", environment={"PYTHONPATH": os.pathsep.join(path)})
-    name = re.split("[/.]", place)[0]
-    assert f"expected the package {name} of interview-access-worker, got {module}" in printed
-    assert "Rename the service's own module of this name, or use FakeClient" in printed
-
-
-# --- The pytest plugin ----------------------------------------------------------------------------
-
-USES_FIXTURES = """
-import asyncio
-from interview_access.producer import InterviewAccessClient
-
-CLIENT = InterviewAccessClient("redis://nowhere.invalid")
-INTERVIEW = "89d96f4b-c19d-4e69-8eae-e818f3123b09"
-
-def test_fake(interview_access_client):
-    interview_access_client.enqueue("ann", [])
-    interview_access_client.assert_enqueued(user_id="ann", count=1)
-
-def test_async_fake(interview_access_async_client):
-    asyncio.run(interview_access_async_client.enqueue("ann", []))
-    interview_access_async_client.assert_enqueued(user_id="ann", count=1)
-
-def test_inline(interview_access_inline_client):
-    interview_access_inline_client.add_interviews([INTERVIEW])
-    job_id = interview_access_inline_client.enqueue("ann", [INTERVIEW])
-    assert interview_access_inline_client.status(job_id).created == 1
-
-def test_async_inline(interview_access_async_inline_client):
-    asyncio.run(interview_access_async_inline_client.enqueue("ann", []))
-    assert interview_access_async_inline_client.granted("ann") == []
-
-def test_captured(interview_access_captured):
-    CLIENT.enqueue("ann", [])
-    interview_access_captured.assert_enqueued(user_id="ann")
-
-def test_failing(interview_access_client):
-    interview_access_client.assert_enqueued(user_id="bob")
-"""
-USES_NONE = """
-import sys
-
-def test_light():
-    heavy = {"redis", "pydantic", "celery", "django", "sqlalchemy"}
-    assert heavy.isdisjoint(sys.modules)
-    assert "interview_access.pytest_plugin" in sys.modules
-    assert "interview_access.testing" not in sys.modules
-"""
-
-
-def test_the_fixtures_of_the_plugin(tmp_path: Path) -> None:
-    """Pytest finds them by the entry point; a failed assertion is shown at the test's own line."""
-    (tmp_path / "test_service.py").write_text(USES_FIXTURES)
-    result = pytest_in(tmp_path, "-p", "no:django")
-    assert "5 passed" in result
-    assert "1 failed" in result
-    assert ">       interview_access_client.assert_enqueued" in result
-    assert "jobs.py" not in result
-
-
-def test_the_plugin_costs_nothing_when_it_is_not_used(tmp_path: Path) -> None:
-    """It imports no package but pytest."""
-    (tmp_path / "test_service.py").write_text(USES_NONE)
-    assert "1 passed" in pytest_in(tmp_path, "-p", "no:django", "-p", "no:xdist")
-
-
-def pytest_in(folder: Path, *options: str) -> str:
-    """Run pytest in a folder without this repository's settings, and return what it prints."""
-    (folder / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
-    )
-    return done.stdout + done.stderr
-
-
-def test_none_is_no_wildcard() -> None:
-    """An expected value of None, as of an attribute that is not set, is a TypeError."""
-    client = FakeClient()
-    client.enqueue("ann", [])
-    for name in ("user_id", "job_id", "task", "user_ids", "interview_ids"):
-        with pytest.raises(TypeError, match=f"{name}: expected"):
-            client.assert_enqueued(**{name: None})  # type: ignore[arg-type] # deliberately wrong
-
-
-@pytest.mark.parametrize(
-    ("result", "says"),
-    [
-        ({"created": 3}, "created: expected 0 to 2 for the job, got 3"),
-        ({"created": -1}, "created: expected 0 to 2 for the job, got -1"),
-        ({"interview_attempt_id": FIRST}, "interview_attempt_id: expected none"),
-    ],
-)
-def test_a_result_that_no_worker_returns_is_refused(result: Any, says: str) -> None:
-    """A test cannot state more grants than were requested, or an attempt of another task."""
-    client = FakeClient()
-    job_id = client.enqueue("ann", [FIRST, SECOND, FIRST])
-    with pytest.raises(ValueError, match=says):
-        client.set_result(job_id, **result)
-    attempt = client.enqueue_attempt(FIRST, "ann")
-    with pytest.raises(ValueError, match="created: expected none for an attempt"):
-        client.set_result(attempt, created=1)
