@@ -119,10 +119,7 @@ def check_schema(
         DatabaseUnavailableError: if PostgreSQL cannot be reached, or failed.
         StorageError: if PostgreSQL refused a query.
     """
-    with (
-        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
-        _connected(engine, read_only=True) as connection,
-    ):
+    with _read_only(database_url) as connection:
         if problem := (
             _server_problem(connection)
             or missing_usage(connection, VERSION_TABLE)
@@ -161,10 +158,7 @@ def read_identity(database_url: str) -> tuple[str, str]:
         DatabaseUnavailableError: if PostgreSQL cannot be reached, or failed.
         StorageError: if PostgreSQL refused a query.
     """
-    with (
-        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
-        _connected(engine, read_only=True) as connection,
-    ):
+    with _read_only(database_url) as connection:
         return database_identity(connection)
 
 
@@ -184,8 +178,7 @@ def explain_denial(error: StorageError, database_url: str, needed: Needed) -> st
         return None
     with (
         suppress(StorageError),
-        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
-        _connected(engine, read_only=True) as connection,
+        _read_only(database_url) as connection,
     ):
         return missing_usage(connection, next(iter(needed))) or missing_privileges(
             connection, needed
@@ -283,6 +276,16 @@ def _engine(database_url: str, *, reply_seconds: float | None = None) -> Iterato
         raise DatabaseUnavailableError(f"PostgreSQL at {place} failed: {reason}", code) from error
     finally:
         engine.dispose()
+
+
+@contextmanager
+def _read_only(database_url: str) -> Iterator[Connection]:
+    """Connect for a check, whose statements are short."""
+    with (
+        _engine(database_url, reply_seconds=_CHECK_REPLY_SECONDS) as engine,
+        _connected(engine, read_only=True) as connection,
+    ):
+        yield connection
 
 
 @contextmanager
