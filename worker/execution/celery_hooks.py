@@ -1,9 +1,9 @@
-"""What Celery adds to the execution of a task: signals, log lines and the tasks that follow."""
+"""What Celery adds to the execution of a task: signals, events, log lines, tasks that follow."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,7 +15,12 @@ from celery.app.task import Context
 from celery.canvas import Signature
 from celery.utils.log import get_logger
 from interview_access.contracts import is_job_id
-from interview_access.errors import JobCancelledException, JobExpiredException
+from interview_access.errors import (
+    InterviewAccessError,
+    JobCancelledException,
+    JobExpiredException,
+)
+from kombu.utils.encoding import safe_repr
 
 from tasks.celery_tasks import JobTask, shown
 from worker.execution.run import JobRun
@@ -27,6 +32,9 @@ _FINAL_SIGNALS = (
     *(signals.task_revoked, signals.task_postrun),
 )
 _CANVAS = ("celery.group", "celery.chain", "celery.chord")
+
+Event = tuple[str, Mapping[str, object]]
+"""A Celery event of a job: its type and its fields."""
 
 
 class CallbackRefusedError(Exception):
@@ -159,6 +167,32 @@ def log_end(run: JobRun, seconds: float) -> None:
         trace.info(
             policy.format, {**fields, "description": policy.description, "exc": repr(run.result)}
         )
+
+
+def final_event(result: dict[str, Any] | InterviewAccessError, seconds: float) -> Event:
+    """Build the event of a job's end; a cancelled or expired one is revoked, as in Celery.
+
+    Args:
+        result: What the job's poller reads.
+        seconds: Time that its batch took.
+    """
+    if isinstance(result, dict):
+        return "task-succeeded", {"result": safe_repr(result), "runtime": seconds}
+    exception = safe_repr(result)
+    if isinstance(result, JobCancelledException | JobExpiredException):
+        is_expired = isinstance(result, JobExpiredException)
+        fields = {"terminated": False, "signum": None, "expired": is_expired}
+        return "task-revoked", {**fields, "exception": exception}
+    return "task-failed", {"exception": exception, "traceback": ""}
+
+
+def retried_event(error: Exception) -> Event:
+    """Build the event of a job's retry.
+
+    Args:
+        error: Why, as others may read it.
+    """
+    return "task-retried", {"exception": safe_repr(error), "traceback": ""}
 
 
 def send_followers(app: Celery, run: JobRun) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -24,14 +24,11 @@ from celery.utils.time import get_exponential_backoff_interval
 from interview_access.contracts import unreadable_request_digest
 from interview_access.errors import (
     InterviewAccessError,
-    JobCancelledException,
-    JobExpiredException,
     JobFailedError,
     StorageUnavailableException,
     shortened,
 )
 from kombu.exceptions import OperationalError
-from kombu.utils.encoding import safe_repr
 from redis.exceptions import RedisError
 
 from storage.dtos import JobDTO
@@ -43,8 +40,11 @@ from tasks.outcomes import result_of
 from tasks.started_reporter import StartedReporter
 from worker.broker.claims import Action, Disposition
 from worker.execution.celery_hooks import (
+    Event,
     as_current,
+    final_event,
     log_end,
+    retried_event,
     send_final,
     send_followers,
     send_prerun,
@@ -61,10 +61,10 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Settlement(NamedTuple):
-    """How one delivery is settled, and the Celery events to send: each a type and its fields."""
+    """How one delivery is settled, and the Celery events to send."""
 
     disposition: Disposition
-    events: Sequence[tuple[str, Mapping[str, object]]]
+    events: Sequence[Event]
 
 
 class BatchReport(NamedTuple):
@@ -260,7 +260,7 @@ def _settlement(app: Celery, run: JobRun, stored: Collection[str], seconds: floa
 def _settlement_of_defect(app: Celery, run: JobRun, error: Exception) -> Settlement:
     if run.delivery.retries < app.task_dependencies.retry_limit:
         delay = _back_off(run.delivery, app.task_dependencies)
-        return Settlement(Disposition(Action.RETRY, delay=delay), [_retried_event(error)])
+        return Settlement(Disposition(Action.RETRY, delay=delay), [retried_event(_as_shown(error))])
     return Settlement(_dead_letter(run, f"Unexpected error: {type(error).__name__}"), ())
 
 
@@ -293,7 +293,7 @@ def _settlement_of_end(
     is_kept = isinstance(result, StorageUnavailableException | JobFailedError)
     if is_kept and disposition.action is not Action.RETRY:
         disposition = _dead_letter(run, f"{type(result).__name__}: {result}")
-    return Settlement(disposition, [_final_event(result, seconds)])
+    return Settlement(disposition, [final_event(result, seconds)])
 
 
 def _send_followers(app: Celery, run: JobRun) -> Disposition:
@@ -335,7 +335,7 @@ def _retry(run: JobRun, dependencies: TaskDependencies) -> Settlement:
         *(run.delivery.job_id, retries + 1, delay, error),
         exc_info=None if isinstance(error, StorageError) else error,
     )
-    return Settlement(Disposition(Action.RETRY, delay=delay), [_retried_event(error)])
+    return Settlement(Disposition(Action.RETRY, delay=delay), [retried_event(_as_shown(error))])
 
 
 def _back_off(delivery: Dispatched, dependencies: TaskDependencies) -> float:
@@ -348,24 +348,6 @@ def _back_off(delivery: Dispatched, dependencies: TaskDependencies) -> float:
             full_jitter=True,
         )
     )
-
-
-def _retried_event(error: Exception | None) -> tuple[str, Mapping[str, object]]:
-    return "task-retried", {"exception": safe_repr(_as_shown(error)), "traceback": ""}
-
-
-def _final_event(
-    result: dict[str, Any] | InterviewAccessError | None, seconds: float
-) -> tuple[str, Mapping[str, object]]:
-    """Return the event of a job's end; a cancelled or expired one is revoked, as in Celery."""
-    if isinstance(result, dict):
-        return "task-succeeded", {"result": safe_repr(result), "runtime": seconds}
-    exception = safe_repr(result)
-    if isinstance(result, JobCancelledException | JobExpiredException):
-        is_expired = isinstance(result, JobExpiredException)
-        fields = {"terminated": False, "signum": None, "expired": is_expired}
-        return "task-revoked", {**fields, "exception": exception}
-    return "task-failed", {"exception": exception, "traceback": ""}
 
 
 # --- This process -------------------------------------------------------------------------------
