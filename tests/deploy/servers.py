@@ -13,7 +13,8 @@ from pathlib import Path
 from redis import Redis
 from sqlalchemy import make_url, text
 
-from devstack.servers import LocalStack, postgres_programs
+from devstack.programs import postgres_programs
+from devstack.servers import LocalStack
 from storage.samples import NAMED_SAMPLES, load_samples
 from tests.support.commands import run_module
 from tests.support.database import connected, database

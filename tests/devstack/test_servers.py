@@ -19,7 +19,8 @@ import psycopg
 import pytest
 import redis
 
-from devstack.servers import LocalStack, postgres_programs, valkey_server
+from devstack.programs import postgres_programs, valkey_server
+from devstack.servers import LocalStack
 from devstack.service import LocalStackError, Service
 from tests.support.stores import eventually
 

@@ -13,7 +13,8 @@ from typing import Any
 from click.testing import CliRunner
 from sqlalchemy import make_url
 
-from devstack.servers import LocalStack, postgres_programs, valkey_server
+from devstack.programs import postgres_programs, valkey_server
+from devstack.servers import LocalStack
 from tests.support.workers import ROOT, Site
 from worker.cli import main
 

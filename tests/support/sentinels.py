@@ -13,7 +13,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
-from devstack.servers import valkey_server
+from devstack.programs import valkey_server
 from devstack.service import Service
 from tests.support.stores import until
 
