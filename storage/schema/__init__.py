@@ -1,6 +1,6 @@
 """The database schema: brings a database to it, and verifies that a database has it."""
 
-from storage.migrations.grant_key import DuplicateGrantsError
+from storage.migrations.duplicate_grants import DuplicateGrantsError
 from storage.schema.comparison import Difference, SchemaMismatchError
 from storage.schema.migration import (
     DatabaseUnavailableError,
