@@ -73,9 +73,15 @@ def store(request: pytest.FixtureRequest, bulk_threshold: int) -> Iterator[Store
 
 
 @pytest.fixture
-def postgres(migrated_url: str) -> Iterator[PostgresStore]:
+def postgres_url(migrated_url: str) -> str:
+    """The URL of the database of ``postgres``. A file whose tests change rows only overrides it."""
+    return migrated_url
+
+
+@pytest.fixture
+def postgres(postgres_url: str) -> Iterator[PostgresStore]:
     """A PostgreSQL store with a separate database, which the test may change."""
-    with postgres_store(migrated_url) as store:
+    with postgres_store(postgres_url) as store:
         yield store
 
 
@@ -87,10 +93,9 @@ def idle(stack: LocalStack, idle_url: str) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def idle_url(stack: LocalStack, _migrated: str) -> Iterator[str]:
+def idle_url(_stores_url: str) -> str:
     """The URL of the database of ``idle``. A file whose tests change its tables overrides it."""
-    with database(stack.database_url, template=_migrated) as url:
-        yield url
+    return _stores_url
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,12 @@ from tests.support.stores import (
 AT_ONCE = 20
 
 
+@pytest.fixture(scope="module")
+def postgres_url(_stores_url: str) -> str:
+    """One database for all tests of this file, which change rows only."""
+    return _stores_url
+
+
 def grant(store: PostgresStore, jobs: list[GrantAccessJob]) -> list[JobResult]:
     """Have jobs done by a worker of its own: another storage, other connections."""
     with store.another() as storage:

@@ -36,6 +36,12 @@ _READY_FOR_QUERY = b"Z\0\0\0\x05I"
 """PostgreSQL's ReadyForQuery message outside a transaction."""
 
 
+@pytest.fixture(scope="module")
+def postgres_url(_stores_url: str) -> str:
+    """One database for all tests of this file, which change rows only."""
+    return _stores_url
+
+
 class Pooler(SocketRelay):
     """Reports another process ID to clients, like PgBouncer, and can have no free server."""
 

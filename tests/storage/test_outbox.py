@@ -27,6 +27,12 @@ from tests.support.database import connected
 from tests.support.stores import Background, PostgresStore, Store, until
 
 
+@pytest.fixture(scope="module")
+def postgres_url(_stores_url: str) -> str:
+    """One database for all tests of this file, which change rows only."""
+    return _stores_url
+
+
 class TestRequests:
     """``lock_due_requests``, ``reschedule_requests`` and ``delete_finished_requests``."""
 

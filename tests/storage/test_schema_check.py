@@ -31,6 +31,12 @@ from tests.support.database import database as temporary_database
 from tests.support.platform import CHECKOUT, Database
 
 
+@pytest.fixture(scope="module")
+def shared(_stores_url: str) -> Database:
+    """A database with all tables, for the tests that change neither tables nor settings."""
+    return Database(_stores_url)
+
+
 def test_check_reports_the_problem_and_the_remedy(database: Database) -> None:
     """The check returns None for a correct schema, else the problem and the remedy."""
     assert "run `interview-access migrate`" in str(check_schema(database.url))
@@ -67,10 +73,10 @@ def test_check_reports_the_problem_and_the_remedy(database: Database) -> None:
     ],
 )
 def test_refused_connection_is_an_error_without_password(
-    database: Database, wrong: dict[str, Any], reason: str
+    shared: Database, wrong: dict[str, Any], reason: str
 ) -> None:
     """A wrong URL is an error that names the problem, not an unavailable database."""
-    url = make_url(database.url).set(password="geheim", **wrong)  # noqa: S106 - made up
+    url = make_url(shared.url).set(password="geheim", **wrong)  # noqa: S106 - made up
     with pytest.raises(StorageError) as caught:
         check_schema(url.render_as_string(hide_password=False))
     assert not isinstance(caught.value, DatabaseUnavailableError)
@@ -87,10 +93,10 @@ def test_refused_connection_is_an_error_without_password(
     ],
 )
 def test_unreachable_server_is_an_error_without_password(
-    database: Database, wrong: dict[str, Any]
+    shared: Database, wrong: dict[str, Any]
 ) -> None:
     """An unreachable server is an unavailable database; the error names its address."""
-    url = make_url(database.url).set(password="geheim", **wrong)  # noqa: S106 - made up
+    url = make_url(shared.url).set(password="geheim", **wrong)  # noqa: S106 - made up
     with pytest.raises(DatabaseUnavailableError) as caught:
         check_schema(url.render_as_string(hide_password=False))
     assert str(url.query.get("host", url.host)) in str(caught.value)
@@ -194,12 +200,11 @@ def test_documented_privileges_suffice(database: Database, grants: list[str]) ->
         for privilege in re.findall(r"[A-Z]+(?: \(.+?\))?", grant.split(" ON ")[0])
     ],
 )
-def test_missing_privilege_is_reported(database: Database, privilege: str, table: str) -> None:
+def test_missing_privilege_is_reported(shared: Database, privilege: str, table: str) -> None:
     """A missing privilege is reported with the GRANT statement."""
-    migrated(database.url)
-    with role(database.url, *WORKER) as url:
+    with role(shared.url, *WORKER) as url:
         name = make_url(url).username
-        database.execute(f"REVOKE {privilege} ON {table} FROM {name}")
+        shared.execute(f"REVOKE {privilege} ON {table} FROM {name}")
         # For the lock of an interview's row, one column is enough.
         is_row_lock = privilege == "UPDATE (id)"
         lacks = privilege if is_row_lock else privilege.partition(" (")[0]
@@ -231,13 +236,12 @@ def test_documented_privileges_suffice_to_prune(database: Database) -> None:
 
 
 @pytest.mark.parametrize("grant", PRUNING)
-def test_missing_privilege_to_prune_is_reported(database: Database, grant: str) -> None:
+def test_missing_privilege_to_prune_is_reported(shared: Database, grant: str) -> None:
     """A privilege that only pruning needs is reported only to a worker that prunes."""
-    migrated(database.url)
     privilege, table = grant.split(" ON ")
-    with role(database.url, *WORKER, *PRUNING) as url:
+    with role(shared.url, *WORKER, *PRUNING) as url:
         name = make_url(url).username
-        database.execute(f"REVOKE {grant} FROM {name}")
+        shared.execute(f"REVOKE {grant} FROM {name}")
         sentence = (
             f"the role {name} lacks {privilege} on public.{table}: "
             f"run GRANT {privilege} ON TABLE public.{table} TO {name}"
@@ -246,15 +250,14 @@ def test_missing_privilege_to_prune_is_reported(database: Database, grant: str) 
         assert check_schema(url, prunes=True) == sentence
 
 
-def test_column_privileges_suffice(database: Database) -> None:
+def test_column_privileges_suffice(shared: Database) -> None:
     """Privileges on the columns suffice."""
-    migrated(database.url)
-    with role(database.url, *WORKER) as url:
+    with role(shared.url, *WORKER) as url:
         name = make_url(url).username
-        database.execute(f"REVOKE SELECT ON interview_interview FROM {name}")  # noqa: S608 - a constant
+        shared.execute(f"REVOKE SELECT ON interview_interview FROM {name}")  # noqa: S608 - a constant
         for column in ("id", "title", "description", "duration"):
             assert "lacks SELECT on public.interview_interview" in str(check_schema(url))
-            database.execute(f"GRANT SELECT ({column}) ON interview_interview TO {name}")
+            shared.execute(f"GRANT SELECT ({column}) ON interview_interview TO {name}")
         assert check_schema(url) is None
 
 
