@@ -182,6 +182,14 @@ def test_a_giant_field_is_cut(here: Site) -> None:
     assert len(command(here, "list").stdout) < 1_000
 
 
+def test_show_has_the_whole_reason(here: Site) -> None:
+    """`show` prints a reason that the list cuts, up to the longest sentence of an error."""
+    reason = "é" * 29_900 + "'the value'"
+    letter_id = dead_letter(here, b"{}", reason=reason)
+    assert "the value" not in command(here, "list").stdout.decode()
+    assert f"reason    {reason}\n" in command(here, "show", letter_id).stdout.decode()
+
+
 def nested(depth: int) -> bytes:
     """Return nested lists as JSON."""
     return b"[" * depth + b"]" * depth

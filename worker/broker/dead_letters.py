@@ -21,7 +21,8 @@ from worker.broker.scripts import script
 
 _PAGE = 100
 _PAGE_BYTES = 4 * 1024 * 1024  # that a script reads before it returns a shorter page
-_FIELD_BYTES = 4_096
+_FIELD_BYTES = 4_096  # of a letter in a page
+_WHOLE_FIELD_BYTES = 128 * 1024  # of a letter that is read alone: an error's sentence fits
 _WHOLE = 2**53
 
 
@@ -116,7 +117,9 @@ class DeadLetters:
 
     def get(self, letter_id: str) -> DeadLetter | None:
         """Read one dead letter; None if it does not exist."""
-        entries = self._entries(letter_id, letter_id, message_bytes=0)
+        entries = self._entries(
+            letter_id, letter_id, message_bytes=0, field_bytes=_WHOLE_FIELD_BYTES
+        )
         return _letter(*entries[0]) if entries else None
 
     def message(self, letter_id: str, *, at_most: int | None = None) -> bytes | None:
@@ -176,9 +179,9 @@ class DeadLetters:
         return Dropped(bool(has_more), aged, excess)
 
     def _entries(
-        self, first: str, last: str, *, message_bytes: int
+        self, first: str, last: str, *, message_bytes: int, field_bytes: int = _FIELD_BYTES
     ) -> list[tuple[str, dict[bytes, bytes]]]:
-        arguments = (first, last, _PAGE, _PAGE_BYTES, _FIELD_BYTES, message_bytes)
+        arguments = (first, last, _PAGE, _PAGE_BYTES, field_bytes, message_bytes)
         entries: Any = self._read([DEAD], arguments)
         return [
             (entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))

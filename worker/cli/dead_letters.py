@@ -30,6 +30,7 @@ from worker.settings import DatabaseSettings
 F = TypeVar("F", bound=Callable[..., object])
 
 _REASON_CHARACTERS = 100  # in the list
+_SHOWN_CHARACTERS = 30_000  # of a field; the longest sentence of an error has as many
 _MESSAGE_CHARACTERS = 20_000
 _SHOWN_BYTES = 8 * 1024 * 1024  # of a message that is decoded to be shown
 
@@ -51,7 +52,10 @@ def dead_letters() -> None:
 @dead_letters.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in a line.")
 def list_letters(*, as_json: bool) -> None:
-    """List the dead letters, oldest first: ID, time, attempts, size, task, job, reason."""
+    """List the dead letters, oldest first: ID, time, attempts, size, task, job, reason.
+
+    The reason is cut after 100 characters, and after 4,096 bytes with --json; `show` has all of it.
+    """
     with _letters() as letters:
         letter = None
         for letter in letters:
@@ -89,7 +93,7 @@ def show(letter_id: str, *, raw: bool) -> None:
         click.echo(message, nl=False)
         return
     for name, value in letter.model_dump(mode="json").items():
-        click.echo(f"{name:<9} {one_line(value)}")
+        click.echo(f"{name:<9} {one_line(value, _SHOWN_CHARACTERS)}")
     text = readable(message, at_most=_MESSAGE_CHARACTERS)
     click.echo(f"message\n{text[:_MESSAGE_CHARACTERS]}")
     if len(text) > _MESSAGE_CHARACTERS or letter.size > len(message):
