@@ -7,6 +7,7 @@ FOREIGN_KEY_VIOLATION = "23503"
 INSUFFICIENT_PRIVILEGE = "42501"
 LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"
+UNDEFINED_TABLE = "42P01"
 UNIQUE_VIOLATION = "23505"
 
 # Cardinality, data, constraints, serialization and deadlocks, CHECK OPTION, size limits, errors

@@ -12,6 +12,8 @@ from storage.schema.migration import (
 from storage.schema.privileges import (
     NEEDED,
     TO_CANCEL_JOBS,
+    TO_COUNT_REQUESTS,
+    TO_ERASE,
     TO_EXPLAIN_GRANTS,
     TO_PRUNE,
     TO_READ_JOBS,
@@ -22,6 +24,8 @@ from storage.schema.revisions import current_revision, expected_revision
 __all__ = [
     "NEEDED",
     "TO_CANCEL_JOBS",
+    "TO_COUNT_REQUESTS",
+    "TO_ERASE",
     "TO_EXPLAIN_GRANTS",
     "TO_PRUNE",
     "TO_READ_JOBS",

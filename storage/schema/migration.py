@@ -140,7 +140,7 @@ def check_schema(
             return f"the database does not have the worker's schema: {_RUN_MIGRATE}"
         if found < expected:
             return f"the database is at revision {found}, expected {expected}: {_RUN_MIGRATE}"
-        missing = missing_privileges(connection, {**NEEDED, **TO_READ_VERSION})
+        missing = missing_privileges(connection, NEEDED, TO_READ_VERSION)
         if missing is None and prunes:
             missing = missing_privileges(connection, TO_PRUNE)
         if missing is None and found > expected:
@@ -162,13 +162,13 @@ def read_identity(database_url: str) -> tuple[str, str]:
         return database_identity(connection)
 
 
-def explain_denial(error: StorageError, database_url: str, needed: Needed) -> str | None:
+def explain_denial(error: StorageError, database_url: str, *needed: Needed) -> str | None:
     """Name the missing privileges that made a statement fail.
 
     Args:
         error: The statement's error.
         database_url: ``postgresql://…``, with or without ``+psycopg``.
-        needed: What the statement needs.
+        *needed: What the statement needs.
 
     Returns:
         The missing privileges and the GRANT statements to run. None if the error has another cause,
@@ -180,8 +180,8 @@ def explain_denial(error: StorageError, database_url: str, needed: Needed) -> st
         suppress(StorageError),
         _read_only(database_url) as connection,
     ):
-        return missing_usage(connection, next(iter(needed))) or missing_privileges(
-            connection, needed
+        return missing_usage(connection, next(iter(needed[0]))) or missing_privileges(
+            connection, *needed
         )
     return None
 

@@ -16,6 +16,7 @@ Needed = Mapping[str, Mapping[str, Sequence[str]]]
 """Columns by privilege by table. Without columns: the privilege on any column or on the table."""
 
 _INTERVIEWS = models.interviews.name
+_REQUESTS = models.requests.name
 _OWN = "grant_access_"  # begins the names of the worker's own tables
 
 _LEDGER_COLUMNS = (
@@ -74,6 +75,9 @@ TO_READ_JOBS: Needed = {
 }
 """What reading a job's status needs."""
 
+TO_COUNT_REQUESTS: Needed = {_REQUESTS: {"SELECT": NEEDED[_REQUESTS]["SELECT"]}}
+"""What counting the requests of the outbox needs."""
+
 TO_EXPLAIN_GRANTS: Needed = {
     **TO_READ_JOBS,
     _INTERVIEWS: {"SELECT": ("id",)},
@@ -98,6 +102,16 @@ TO_PRUNE: Needed = {
     "grant_access_cohort": {"DELETE": ()},
 }
 """What a role needs beside :data:`NEEDED` to prune."""
+
+TO_ERASE: Needed = {
+    "grant_access_job": {"UPDATE": ("user_id", "error", "actor", "reason")},
+    _REQUESTS: {"DELETE": ()},
+    **{
+        table: {"UPDATE": NEEDED[table]["UPDATE"]}
+        for table in ("grant_access_rejection", "grant_access_cohort")
+    },
+}
+"""What a role needs beside :data:`TO_READ_JOBS` to erase a person."""
 
 # A role has a privilege on the table or on each of the columns; DELETE only on the table.
 _MISSING = text("""
@@ -160,24 +174,25 @@ _OWNED_BY_OTHERS = text("""
 """)
 
 
-def missing_privileges(connection: Connection, needed: Needed) -> str | None:
+def missing_privileges(connection: Connection, *needed: Needed) -> str | None:
     """Find the privileges on these tables that the role lacks.
 
     Args:
         connection: A connection of the role.
-        needed: Columns by privilege by table. Tables that do not exist are ignored.
+        *needed: Columns by privilege by table. Tables that do not exist are ignored.
 
     Returns:
         The missing privileges and the GRANT statements to run, or None if none is missing.
     """
     wanted = [
         (table, privilege, ",".join(columns))
-        for table, privileges in needed.items()
+        for one in needed
+        for table, privileges in one.items()
         for privilege, columns in privileges.items()
     ]
     tables, privileges, columns = (list(part) for part in zip(*wanted, strict=True))
     of_tables = {"tables": tables, "privileges": privileges, "columns": columns}
-    written = {"tables": [table for table in needed if "INSERT" in needed[table]]}
+    written = {"tables": [table for table, privilege, _ in wanted if privilege == "INSERT"]}
     return _report(
         [
             *(_table_grant(*row) for row in connection.execute(_MISSING, of_tables)),
@@ -283,7 +298,7 @@ def _table_grant(name: str, privilege: str, role: str) -> _Missing:
 def _report(missing: Sequence[_Missing]) -> str | None:
     if not missing:
         return None
-    lacks = ", ".join(one.lack for one in missing)
+    lacks = ", ".join(dict.fromkeys(one.lack for one in missing))
     remedies = list(dict.fromkeys(one.remedy for one in missing))
     grants = "; ".join(one for one in remedies if one.startswith("GRANT"))
     others = [one for one in remedies if not one.startswith("GRANT")]

@@ -114,12 +114,14 @@ def test_a_uuid_may_be_spelled_without_hyphens(here: PostgresStore) -> None:
     assert (found["interview_id"], found["job"]["job_id"]) == (ids[0], "one")
 
 
-@pytest.mark.parametrize("interview_id", ["", "no-uuid", f"urn:uuid:{UUID(int=1)}"])
+@pytest.mark.parametrize(
+    "interview_id", ["", "no-uuid", f"urn:uuid:{UUID(int=1)}", f"{{{UUID(int=1)}}}"]
+)
 def test_a_malformed_uuid_is_a_usage_error(here: PostgresStore, interview_id: str) -> None:
     """An interview ID that is no UUID is refused, with what was received and is expected."""
     done = explain(here.database_url, "ann", interview_id)
     assert done.exit_code == 2
-    assert f"'{interview_id}', expected a UUID" in done.stderr
+    assert f"'{interview_id}', expected a UUID of 32 hex digits or 8-4-4-4-12, in" in done.stderr
 
 
 @pytest.mark.parametrize("user_id", ["", "u" * 37])
@@ -193,4 +195,6 @@ def test_an_unreachable_database_is_named() -> None:
     done = explain("postgresql://127.0.0.1:1/none", "ann", str(uuid4()))
     assert done.exit_code == 3
     assert done.stderr.startswith("The grant cannot be read: ")
-    assert "run the command again" in done.stderr
+    assert done.stderr.endswith(
+        "; check that PostgreSQL can be reached, and run the command again.\n"
+    )

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from interview_access.producer import InterviewAccessClient
 
+from tests.support.database import role
 from tests.support.workers import QUEUE, Site
 from worker.broker.claims import Action, Claims, Disposition
 from worker.cli import main
@@ -130,6 +131,12 @@ class TestQueue:
             claim(here, one)
         assert f"claimed        0 by {shown}\n" in command(here, "queue").stdout
 
+    def test_the_number_of_heartbeats_in_words(self, here: Site) -> None:
+        """One heartbeat is in the singular."""
+        here.send("ann", [])
+        claim(here, "ann")
+        assert "  ann 1 after 1 heartbeat\n" in command(here, "queue").stdout
+
     def test_the_next_due_time_after_a_step_of_the_clock(self, here: Site) -> None:
         """After the server's clock was set back the time is that of the server's clock now."""
         here.redis.hset("interview-access:clock", "offset", 7_200_000)
@@ -205,12 +212,12 @@ class TestQueue:
     @pytest.mark.parametrize(
         ("setting", "kept", "missing"),
         [
-            ("CELERY_BROKER_URL", "outbox         0 unsent", "The queue is missing, Redis"),
-            ("DATABASE_URL", "waiting        0", "The outbox is missing, PostgreSQL"),
+            ("CELERY_BROKER_URL", "outbox         0 unsent", ("The queue is missing: ", "Redis")),
+            ("DATABASE_URL", "waiting        0", ("The outbox is missing: ", "PostgreSQL")),
         ],
     )
     def test_an_outage_of_one_server(
-        self, here: Site, tmp_path: Path, setting: str, kept: str, missing: str
+        self, here: Site, tmp_path: Path, setting: str, kept: str, missing: tuple[str, str]
     ) -> None:
         """What the other server knows is printed, what is missing is named, the status is 3."""
         nowhere = {
@@ -221,10 +228,22 @@ class TestQueue:
         assert ended.exit_code == 3
         assert kept in ended.stdout
         (line,) = ended.stderr.splitlines()
-        assert line.startswith(missing)
+        failure, server = missing
+        assert line.startswith(failure)
+        assert line.endswith(f"; check that {server} can be reached, and run the command again.")
         in_json = command(here, "queue", "--json", **{setting: nowhere[setting]})
         assert in_json.exit_code == 3
         json.loads(in_json.stdout)
+
+    def test_a_role_that_may_not_read_the_outbox_learns_what_it_lacks(self, here: Site) -> None:
+        """The missing privilege is named, and the queue of Redis is shown."""
+        with role(here.store.database_url) as url:
+            ended = command(here, "queue", DATABASE_URL=url)
+        assert ended.exit_code == 3
+        assert ended.stdout.startswith("waiting        0\n")
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("The outbox is missing: the role ")
+        assert "run GRANT SELECT ON TABLE public.grant_access_request TO" in line
 
 
 class TestPause:
@@ -279,4 +298,5 @@ class TestPause:
         ended = command(here, word, CELERY_BROKER_URL=f"redis+socket://{tmp_path}/none")
         assert ended.exit_code == 3
         (line,) = ended.stderr.splitlines()
-        assert line.startswith("Redis is unavailable")
+        assert line.startswith("Nothing is known to be changed: ")
+        assert line.endswith("; check that Redis can be reached, and run the command again.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from interview_access.contracts import GrantJob, announcement_key, result_key
+from interview_access.contracts import GrantJob, announcement_key, describe, result_key
 from interview_access.protocol.messages import JobMessage
 
 from tests.storage.transactions import a_request
@@ -135,6 +135,27 @@ def test_a_role_that_may_not_prune_learns_what_it_lacks(here: Site) -> None:
     assert ended.stderr.startswith("Not everything is pruned: ")
     assert "GRANT DELETE ON TABLE public.grant_access_job" in ended.stderr
     assert jobs(here) == 100
+
+
+def test_a_role_without_privileges_learns_all_that_pruning_needs(here: Site) -> None:
+    """Privileges to read are named beside those to delete, each once."""
+    with role(here.store.database_url) as url:
+        ended = command(here, "prune", "--older-than", "90d", DATABASE_URL=url)
+    assert ended.exit_code == 3
+    assert "GRANT SELECT ON TABLE public.grant_access_job" in ended.stderr
+    assert "GRANT DELETE ON TABLE public.grant_access_job" in ended.stderr
+    assert ended.stderr.count("SELECT on public.grant_access_cancellation") == 1
+
+
+def test_a_role_that_may_not_erase_learns_what_it_lacks(here: Site) -> None:
+    """The refusal names the missing privileges, and the user stays."""
+    here.store.grant(a_job("a", "ann", []))
+    with role(here.store.database_url, "SELECT ON ALL TABLES IN SCHEMA public") as url:
+        ended = command(here, "erase", "--user", "ann", "--yes", DATABASE_URL=url)
+    assert ended.exit_code == 3
+    assert ended.stderr.startswith("Not everything is erased: the role ")
+    assert "run GRANT UPDATE ON TABLE public.grant_access_job TO" in ended.stderr
+    assert "INSERT" not in ended.stderr
 
 
 def test_status_reports_a_pruned_job(here: Site) -> None:
@@ -335,11 +356,23 @@ class TestErase:
         assert not [key for key, dump in dumps.items() if b"ann" in dump]
         assert json.loads(command(here, "status", "later", "--json").stdout)["state"] == "cancelled"
 
-    def test_an_empty_user_is_a_usage_error(self, here: Site) -> None:
-        """An empty ID, as of an unset shell variable, is refused: everything contains it."""
-        ended = command(here, "erase", "--user", "", "--yes")
+    def test_a_person_with_a_long_name_is_erased(self, here: Site) -> None:
+        """An actor's name may be longer than a user ID, and is erased too."""
+        actor = f"{'a' * 60}@example.org"
+        message = JobMessage.of(GrantJob("bob", [], "one", actor=actor))
+        here.redis.set(message.key, message.announcement.model_dump_json())
+        assert command(here, "erase", "--user", actor, "--yes").exit_code == 0
+        assert here.redis.exists(announcement_key("one")) == 0
+
+    @pytest.mark.parametrize("user_id", ["", "u" * 300, "\udcff"], ids=["empty", "long", "bytes"])
+    def test_an_invalid_user_is_a_usage_error(self, here: Site, user_id: str) -> None:
+        """An empty ID, as of an unset shell variable, is refused: everything contains it.
+
+        So is one that neither a user nor an actor can have.
+        """
+        ended = command(here, "erase", "--user", user_id, "--yes")
         assert ended.exit_code == 2
-        assert "got an empty text, expected at least one character" in ended.stderr
+        assert f"got {describe(user_id)}, expected a string of 1 to 36 characters" in ended.stderr
 
     def test_it_asks_first(self, here: Site) -> None:
         """Without a confirmation nothing is changed; a dry run does not ask."""

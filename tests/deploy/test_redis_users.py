@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from interview_access.contracts import GrantJob
 from interview_access.producer import InterviewAccessClient
 from redis import Redis
@@ -342,3 +342,40 @@ def test_a_denied_command_is_named(
     (sentence,) = done.stderr.splitlines()
     assert f"User {user} has no permissions to run the {denied} command" in sentence
     assert sentence.endswith(".")
+
+
+COMMANDS_OF_WORKERS = [
+    ("queue", "The queue is missing: "),
+    ("pause", "Nothing is known to be changed: "),
+    ("resume", "Nothing is known to be changed: "),
+    ("cancel --queued --yes", "Not all jobs are cancelled: "),
+    ("purge --yes", "Not all jobs are cancelled: "),
+    ("prune --older-than 1d", "Not everything is pruned: "),
+    ("erase --user ann --yes", "Not everything is erased: "),
+    ("lost-jobs", "The lost jobs cannot be read: "),
+]
+
+
+@pytest.mark.parametrize(("words", "failure"), COMMANDS_OF_WORKERS)
+def test_the_operator_learns_which_user_may(servers: Servers, words: str, failure: str) -> None:
+    """A denied command or key is no outage: the sentence names the user and what to do."""
+    done = invoke(servers.environment("owner", "operator"), words)
+    assert done.exit_code == 3
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"{failure}Redis denies the user operator a command or a key, ")
+    assert sentence.endswith("or run the command as the user worker of deploy/redis/users.acl.")
+    assert "permit it by ACL SETUSER" in sentence
+    assert not {"user_script", "unavailable", "reached"} & {*re.findall(r"\w+", sentence)}
+
+
+@pytest.mark.usefixtures("all_permitted")
+@pytest.mark.parametrize(("words", "_"), COMMANDS_OF_WORKERS)
+def test_the_worker_may_run_what_the_operator_may_not(servers: Servers, words: str, _: str) -> None:
+    """The users of the table in docs/security.md suffice for their commands."""
+    done = invoke(servers.environment("owner", "worker"), words)
+    assert done.exit_code == 0, done.stderr
+
+
+def invoke(environment: dict[str, str], words: str) -> Result:
+    """Run a command of interview-access in this process."""
+    return CliRunner().invoke(main, words.split(), env=environment, catch_exceptions=False)

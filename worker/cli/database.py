@@ -11,12 +11,12 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import click
-from interview_access.contracts import describe
+from interview_access.contracts import ORIGIN_LENGTHS, describe
 from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 
 from storage.dtos import PruneCountsDTO
 from storage.errors import StorageError
-from storage.schema import NEEDED, TO_EXPLAIN_GRANTS, TO_PRUNE, TO_READ_JOBS
+from storage.schema import TO_ERASE, TO_EXPLAIN_GRANTS, TO_PRUNE, TO_READ_JOBS
 from storage.schema import migrate as migrate_schema
 from tasks.attribution import GrantExplanation
 from tasks.attribution import explain as explain_grant
@@ -28,12 +28,13 @@ from worker.broker.dead_letters import DeadLetterLimits, DeadLetters
 from worker.cli.environment import opened_queue, opened_storage, read_settings
 from worker.cli.terminal import (
     FAILED,
+    SPELLINGS,
     counted,
     end,
-    not_empty,
     one_line,
     print_fields,
     read_interview_id,
+    read_user_id,
 )
 from worker.operations.lost_jobs import LostJob, LostJobs
 from worker.operations.waiting import WaitingJobs
@@ -112,7 +113,10 @@ def prune(*, older_than: timedelta, dry_run: bool) -> None:
     executed again. Interrupt the command at any time: what it has deleted stays deleted, and the
     next run continues. The grants are not touched.
     """
-    with opened_queue(_CANNOT_PRUNE) as redis, opened_storage(_CANNOT_PRUNE, TO_PRUNE) as storage:
+    with (
+        opened_queue(_CANNOT_PRUNE) as redis,
+        opened_storage(_CANNOT_PRUNE, TO_READ_JOBS, TO_PRUNE) as storage,
+    ):
         letters = DeadLetters(redis)
         if dry_run:
             with storage.transaction() as transaction:
@@ -134,13 +138,24 @@ def prune(*, older_than: timedelta, dry_run: bool) -> None:
             _report(counts, dropped, "deleted")
 
 
+def _person(_: object, __: object, given: str) -> str:
+    """Accept a user ID, and the longer name of an actor, which is erased as well."""
+    longest = ORIGIN_LENGTHS["actor"]
+    if not is_user_id(given) and not (given.isprintable() and 1 <= len(given) <= longest):
+        raise click.BadParameter(
+            f"got {describe(given)}, expected {USER_ID_RULE}, or the name of an actor, 1 to "
+            f"{longest} printable characters."
+        )
+    return given
+
+
 @click.command()
 @click.option(
     "--user",
     "user_id",
     required=True,
     metavar="ID",
-    callback=not_empty,
+    callback=_person,
     help="Whose data is erased.",
 )
 @click.option("--dry-run", is_flag=True, help="Change nothing; report what would be erased.")
@@ -155,7 +170,10 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
     is changed, while another message names the user: wait for its job, or cancel it, and run the
     command again.
     """
-    with opened_queue(_CANNOT_ERASE) as redis, opened_storage(_CANNOT_ERASE, NEEDED) as storage:
+    with (
+        opened_queue(_CANNOT_ERASE) as redis,
+        opened_storage(_CANNOT_ERASE, TO_READ_JOBS, TO_ERASE) as storage,
+    ):
         app = create_app(read_settings(Settings))
         waiting = {*unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES)}
         finished = {job_id for job_id in waiting if storage.get_finished_job(job_id)}
@@ -203,15 +221,9 @@ def _refuse(job_ids: Collection[str]) -> None:
         )
 
 
-def _user_id(_: object, __: object, user_id: str) -> str:
-    if not is_user_id(user_id):
-        raise click.BadParameter(f"got {describe(user_id)}, expected {USER_ID_RULE}.")
-    return user_id
-
-
 @click.command()
 @click.option(
-    "--user", "user_id", required=True, metavar="ID", callback=_user_id, help="Whose access."
+    "--user", "user_id", required=True, metavar="ID", callback=read_user_id, help="Whose access."
 )
 @click.option(
     "--interview",
@@ -219,7 +231,7 @@ def _user_id(_: object, __: object, user_id: str) -> str:
     required=True,
     metavar="UUID",
     callback=read_interview_id,
-    help="The interview, in any spelling of its UUID.",
+    help=f"The interview: {SPELLINGS}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain(*, user_id: str, interview_id: str, as_json: bool) -> None:

@@ -18,8 +18,9 @@ from redis.exceptions import RedisError
 from storage.dtos import OutboxTotalsDTO
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
-from worker.cli.environment import opened_queue, read_settings
-from worker.cli.terminal import FAILED, UNAVAILABLE, end, one_line
+from storage.schema import TO_COUNT_REQUESTS
+from worker.cli.environment import opened_queue, read_settings, redis_failure, storage_failure
+from worker.cli.terminal import FAILED, UNAVAILABLE, counted, end, one_line
 from worker.operations.inspection import QueueSnapshot, inspect
 from worker.operations.pause import MAX_CHARACTERS, Pause, PauseSwitch
 from worker.settings import Settings
@@ -30,8 +31,8 @@ from worker.settings import Settings
 def queue(*, as_json: bool) -> None:
     """Show the queue: waiting jobs by lane, delayed and claimed ones, dead letters, the outbox.
 
-    The exit status is 3 if Redis or PostgreSQL is unavailable. What the other one knows is printed,
-    and standard error names what is missing.
+    The exit status is 3 if Redis or PostgreSQL is unavailable or denies a permission. What the
+    other one knows is printed, and standard error names what is missing.
     """
     settings = read_settings(Settings)
     problems = []
@@ -40,12 +41,13 @@ def queue(*, as_json: bool) -> None:
         with connect(settings.broker, client_name=CLIENT_NAME) as redis:
             snapshot = inspect(redis)
     except (RedisError, OSError) as error:
-        problems.append(f"The queue is missing, Redis is unavailable: {error}")
+        problems.append(redis_failure("The queue is missing", error, settings))
     try:
         with closing(PostgresStorage(settings.database_url)) as storage:
             outbox = storage.count_requests()
     except StorageError as error:
-        problems.append(f"The outbox is missing, PostgreSQL is unavailable: {error}")
+        failure = "The outbox is missing"
+        problems.append(storage_failure(failure, error, settings, TO_COUNT_REQUESTS))
     if as_json:
         fields = _as_json(snapshot) | {"outbox": outbox and asdict(outbox)}
         click.echo(json.dumps(fields, default=datetime.isoformat))
@@ -53,7 +55,7 @@ def queue(*, as_json: bool) -> None:
         for line in [*_lines(snapshot), *_outbox_lines(outbox)]:
             click.echo(one_line(line))
     for problem in problems:
-        click.echo(one_line(problem), err=True)
+        click.echo(problem, err=True)
     sys.exit(UNAVAILABLE if problems else 0)
 
 
@@ -79,10 +81,9 @@ def _lines(snapshot: QueueSnapshot | None) -> Iterator[str]:
             yield f"  {lane.name:<12} {lane.waiting:,}, next: {named}  {age}"
     due = snapshot.next_due_at
     yield f"delayed        {snapshot.delayed:,}" + (f", next due {due:%F %T}Z" if due else "")
-    sessions = f"{snapshot.workers:,} worker session{'s' * (snapshot.workers != 1)}"
-    yield f"claimed        {snapshot.claimed:,} by {sessions}"
+    yield f"claimed        {snapshot.claimed:,} by {counted(snapshot.workers, 'worker session')}"
     for one in snapshot.sessions:
-        yield f"  {one.name[:12]} {one.claimed:,} after {one.heartbeats:,} heartbeats"
+        yield f"  {one.name[:12]} {one.claimed:,} after {counted(one.heartbeats, 'heartbeat')}"
     dead = snapshot.dead_letters
     oldest = f", {dead.size:,} B, oldest {_ago(dead.oldest_at, now)}" if dead.oldest_at else ""
     yield f"dead letters   {dead.count:,}{oldest}"
@@ -157,5 +158,5 @@ def _operator() -> str:
 
 @contextmanager
 def _switch() -> Iterator[PauseSwitch]:
-    with opened_queue("Redis is unavailable, nothing is known to be changed") as redis:
+    with opened_queue("Nothing is known to be changed") as redis:
         yield PauseSwitch(redis)

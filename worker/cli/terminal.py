@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 from interview_access.contracts import canonical_interview_id, describe
+from interview_access.contracts.identifiers import USER_ID_RULE, is_user_id
 from interview_access.errors import shortened
 
 from tasks.audit import read_time
@@ -17,12 +18,11 @@ from tasks.audit import read_time
 FAILED, UNAVAILABLE = 1, 3
 """Exit statuses. 0 is success, and 2 is click's for a usage error."""
 
-PERMIT = "permit it by ACL SETUSER; deploy/redis/users.acl has a user for operators"
-"""What to do if Redis denies a command."""
-
 VALUE_CHARACTERS = 2_000
 """Characters of a value that are printed."""
 
+SPELLINGS = "32 hex digits or 8-4-4-4-12, in any case"
+"""The accepted spellings of a UUID."""
 
 _UNITS = {
     "s": timedelta(seconds=1),
@@ -81,6 +81,31 @@ class Moment(click.ParamType[datetime]):
         return moment
 
 
+class WholeNumber(click.ParamType[int]):
+    """A whole number of a range."""
+
+    name = "integer"
+
+    def __init__(self, first: int, last: int) -> None:
+        """Accept the numbers from the first to the last, both included."""
+        self._first, self._last = first, last
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the number; see click."""
+        text = str(value)
+        number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+        if number is None or not self._first <= number <= self._last:
+            raise click.BadParameter(
+                f"got {one_line(text)!r}, expected a whole number from {self._first:,} to "
+                f"{self._last:,}.",
+                ctx,
+                param,
+            )
+        return number
+
+
 def not_empty(_: object, __: object, given: str | None) -> str | None:
     """Refuse an empty value, as of a shell variable that is not set; an option's callback.
 
@@ -89,6 +114,17 @@ def not_empty(_: object, __: object, given: str | None) -> str | None:
     """
     if given == "":
         raise click.BadParameter("got an empty text, expected at least one character.")
+    return given
+
+
+def read_user_id(_: object, __: object, given: str | None) -> str | None:
+    """Refuse a user ID that no user can have; an option's callback.
+
+    Raises:
+        click.BadParameter: if the value is not a valid user ID.
+    """
+    if given is not None and not is_user_id(given):
+        raise click.BadParameter(f"got {describe(given)}, expected {USER_ID_RULE}.")
     return given
 
 
@@ -102,7 +138,7 @@ def read_interview_id(_: object, __: object, given: str | None) -> str | None:
         return None
     canonical = canonical_interview_id(given)
     if canonical is None:
-        raise click.BadParameter(f"got {describe(given)}, expected a UUID.")
+        raise click.BadParameter(f"got {describe(given)}, expected a UUID of {SPELLINGS}.")
     return canonical
 
 
