@@ -203,9 +203,19 @@ def test_no_value_reads_as_another_field(store: PostgresStore) -> None:
         (["--since", "yesterday"], "got 'yesterday', expected an age such as 30min, 12h or 7d"),
         (["--until", "\x1b"], "got '\\\\x1b', expected an age"),
         (["--state", "queued"], "'queued' is not one of 'cancelled', 'expired', 'failed'"),
-        (["--limit", "0"], "0 is not in the range 1<=x<=10000"),
-        (["--user", "\udcff"], "expected text in UTF-8"),
-        (["--interview", "7"], "got the string '7', expected a UUID."),
+        (["--limit", "0"], "got '0', expected a whole number from 1 to 10,000."),
+        (["--limit", "x"], "got 'x', expected a whole number from 1 to 10,000."),
+        (["--user", "\udcff"], "expected a string of 1 to 36 characters without NUL or lone"),
+        (["--user", ""], "got the string '', expected a string of 1 to 36 characters"),
+        (["--user", "u" * 300], "expected a string of 1 to 36 characters"),
+        (["--actor", "\udcff"], "expected text in UTF-8"),
+        (["--interview", "7"], "got the string '7', expected a UUID of 32 hex digits"),
+        (
+            ["--since", "2030-01-02", "--until", "2030-01-01"],
+            "--until: got 2030-01-01T00:00:00+00:00, expected a time after --since, 2030-01-02T00",
+        ),
+        (["--since", "2030-01-02", "--until", "2030-01-02"], "expected a time after --since"),
+        (["--since", "1h", "--until", "2h"], "expected a time after --since"),
     ],
 )
 def test_invalid_options_are_refused(store: PostgresStore, words: list[str], sentence: str) -> None:
@@ -220,6 +230,9 @@ def test_an_unavailable_database(store: PostgresStore) -> None:
     ended = run(store, url="postgresql://nobody@127.0.0.1:1/none")
     assert ended.exit_code == 3
     assert ended.stderr.startswith("The finished jobs cannot be read: ")
+    assert ended.stderr.endswith(
+        "; check that PostgreSQL can be reached, and run the command again.\n"
+    )
     assert ended.stderr.count("\n") == 1
 
 

@@ -392,18 +392,34 @@ class TestCancel:
         assert (ended.exit_code, ended.stderr) == (0, "No waiting job is selected.\n")
 
     @pytest.mark.parametrize(
-        "words",
+        ("words", "sentence"),
         [
-            (),
-            ("job", "--queued"),
-            ("--queued", "--user", "ann"),
-            ("job", "--dry-run"),
-            ("job", "--yes"),
+            ((), "got nothing to select jobs, expected either a job ID alone, or --queued"),
+            (("job", "--queued"), "got a job ID and --queued to select jobs, expected either"),
+            (("job", "--user", "ann"), "got a job ID and --user or --task to select jobs"),
+            (("--queued", "--user", "ann"), "got --queued and --user or --task to select"),
+            (("job", "--dry-run"), "--dry-run and --yes belong to --user, --task and --queued"),
+            (("job", "--yes"), "--dry-run and --yes belong to --user, --task and --queued"),
         ],
     )
-    def test_contradictory_options(self, here: Site, words: tuple[str, ...]) -> None:
-        """An ID together with a filter, or neither, is a usage error."""
-        assert command(here, "cancel", *words).exit_code == 2
+    def test_contradictory_options(self, here: Site, words: tuple[str, ...], sentence: str) -> None:
+        """An ID together with a filter, or neither, is a usage error that says what was given."""
+        ended = command(here, "cancel", *words)
+        assert ended.exit_code == 2
+        assert sentence in ended.stderr
+
+    @pytest.mark.parametrize("user_id", ["", "u" * 300], ids=["empty", "long"])
+    def test_an_invalid_user_is_a_usage_error(self, here: Site, user_id: str) -> None:
+        """A user ID that no job can have is refused instead of selecting nothing."""
+        ended = command(here, "cancel", "--user", user_id, "--yes")
+        assert ended.exit_code == 2
+        assert "expected a string of 1 to 36 characters" in ended.stderr
+
+    def test_an_invalid_job_id_is_a_usage_error(self, here: Site) -> None:
+        """The sentence names the argument, what was received and what is expected."""
+        ended = command(here, "cancel", "")
+        assert ended.exit_code == 2
+        assert "'JOB_ID': got the string '', expected 1 to 255 printable" in ended.stderr
 
 
 @pytest.mark.parametrize("words", [("cancel", "--queued"), ("purge",)])

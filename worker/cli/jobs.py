@@ -22,12 +22,15 @@ from tasks.outcomes import status_of
 from worker.cli.environment import connected, opened_storage
 from worker.cli.terminal import (
     FAILED,
+    SPELLINGS,
     Moment,
+    WholeNumber,
     counted,
     end,
     one_line,
     print_fields,
     read_interview_id,
+    read_user_id,
 )
 from worker.operations.inspection import inspect
 from worker.operations.waiting import JobFilter, SelectedJob, WaitingJobs
@@ -42,7 +45,9 @@ _CANNOT_CANCEL = "Not all jobs are cancelled"
 
 def _job_id(_: object, __: object, job_id: str | None) -> str | None:
     if job_id is not None and not is_job_id(job_id):
-        raise click.BadParameter(f"got {describe(job_id)}, expected {JOB_ID_RULE}.")
+        raise click.BadParameter(
+            f"got {describe(job_id)}, expected {JOB_ID_RULE}.", param_hint="'JOB_ID'"
+        )
     return job_id
 
 
@@ -70,7 +75,7 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
 @click.option(
     "--user",
     metavar="ID",
-    callback=_storable,
+    callback=read_user_id,
     help="Jobs for this user alone, and jobs of cohorts that created grants of this user, if these "
     "still exist.",
 )
@@ -79,7 +84,7 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
     metavar="UUID",
     callback=read_interview_id,
     help="Jobs that created grants of this interview, if these still exist; with --user, the job "
-    "that created this grant.",
+    f"that created this grant. The UUID is {SPELLINGS}.",
 )
 @click.option("--actor", metavar="NAME", callback=_storable, help="Jobs requested by this actor.")
 @click.option("--state", type=click.Choice(sorted(FINAL_STATES)), help="Jobs in this state.")
@@ -93,10 +98,11 @@ def _storable(_: object, __: object, given: str | None) -> str | None:
 @click.option("--until", type=Moment(), metavar="AGE|TIME", help="Jobs that finished before.")
 @click.option(
     "--limit",
-    type=click.IntRange(1, _MOST_JOBS),
+    type=WholeNumber(1, _MOST_JOBS),
     default=100,
     show_default=True,
-    help="Number of jobs.",
+    metavar="N",
+    help=f"Number of jobs, at most {_MOST_JOBS:,}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each job.")
 def jobs(
@@ -117,6 +123,11 @@ def jobs(
 
     Only PostgreSQL is used. The exit status is 3 if it is unavailable.
     """
+    if since and until and until <= since:
+        raise click.UsageError(
+            f"--until: got {until.isoformat(timespec='seconds')}, expected a time after --since, "
+            f"{since.isoformat(timespec='seconds')}."
+        )
     wanted = FinishedJobFilterDTO(user, interview, actor, state, since, until)
     reads_grants = user is not None or interview is not None
     needed = TO_EXPLAIN_GRANTS if reads_grants else TO_READ_JOBS
@@ -156,7 +167,12 @@ def _word(value: object) -> str:
 
 @click.command()
 @click.argument("job_id", required=False, callback=_job_id)
-@click.option("--user", metavar="ID", help="Cancel the waiting jobs for this user alone.")
+@click.option(
+    "--user",
+    metavar="ID",
+    callback=read_user_id,
+    help="Cancel the waiting jobs for this user alone.",
+)
 @click.option("--task", metavar="NAME", help="Cancel the waiting jobs of this task.")
 @click.option("--queued", is_flag=True, help="Cancel all waiting jobs.")
 @click.option("--dry-run", is_flag=True, help="Print the waiting jobs that would be cancelled.")
@@ -184,9 +200,17 @@ def cancel(
     The exit status is 0 if the job is cancelled or its cancellation is requested, 1 if it had
     finished, and 3 if Redis or PostgreSQL is unavailable: cancel it again then.
     """
-    has_filter = queued or user is not None or task is not None
-    if (job_id is not None) == has_filter or (queued and (user is not None or task is not None)):
-        raise click.UsageError("Give either a job ID, or --user and --task, or --queued.")
+    given = {
+        "a job ID": job_id is not None,
+        "--queued": queued,
+        "--user or --task": user is not None or task is not None,
+    }
+    if [*given.values()].count(True) != 1:
+        names = " and ".join(name for name, is_given in given.items() if is_given) or "nothing"
+        raise click.UsageError(
+            f"got {names} to select jobs, expected either a job ID alone, or --queued alone, or "
+            "--user or --task or both."
+        )
     if job_id is None:
         _cancel_waiting(JobFilter(user, task), dry_run=dry_run, yes=yes, as_json=as_json)
         return
