@@ -25,7 +25,7 @@ from redis.retry import Retry
 
 from devstack.service import Service
 from storage.samples import NAMED_SAMPLES
-from tests.deploy.servers import USERS, WORKER, Servers
+from tests.deploy.servers import PAGE, USERS, WORKER, Servers
 from tests.support.commands import run_module
 from tests.support.stores import until
 from tests.support.workers import GRANT_ACCESS, QUEUE, ROOT
@@ -368,12 +368,59 @@ def test_the_operator_learns_which_user_may(servers: Servers, words: str, failur
     assert not {"user_script", "unavailable", "reached"} & {*re.findall(r"\w+", sentence)}
 
 
+INTERVIEW = f"--user by-table --interview {NAMED_SAMPLES[0]}"
+EXAMPLES = {
+    "grant": f"grant {INTERVIEW} --wait",
+    "attempt": f"attempt {INTERVIEW} --wait",
+    "dead-letters": "dead-letters list",
+    "cancel --user": "cancel --user nobody --yes",
+    "cancel --task": "cancel --task nothing --yes",
+    "status": "status by-table",
+    "explain": f"explain {INTERVIEW}",
+    **{
+        words.partition(" -")[0]: words for words, _ in COMMANDS_OF_WORKERS if "cancel" not in words
+    },
+    "cancel --queued": "cancel --queued --yes",
+}
+"""Options of the commands that need some."""
+
+
+def commands_of_page() -> list[tuple[str, str, str]]:
+    """Return command, role and user of each row of docs/security.md, the least of several users.
+
+    Where no role or user is needed, it is one that may do little.
+    """
+    (table,) = re.findall(r"\n\| command \|[^\n]*\n\|---[^\n]*\n((?:\|[^\n]*\n)+)", PAGE)
+    found = []
+    for line in table.splitlines():
+        commands, roles, users = (re.findall("`(.*?)`", cell) for cell in line[1:-1].split("|"))
+        role = roles[0].removeprefix("interview_access_") if roles else "producer"
+        found += [(command, role, users[0] if users else "pusher") for command in commands]
+    return found
+
+
 @pytest.mark.usefixtures("all_permitted")
-@pytest.mark.parametrize(("words", "_"), COMMANDS_OF_WORKERS)
-def test_the_worker_may_run_what_the_operator_may_not(servers: Servers, words: str, _: str) -> None:
-    """The users of the table in docs/security.md suffice for their commands."""
-    done = invoke(servers.environment("owner", "worker"), words)
+@pytest.mark.parametrize(("command", "role", "user"), commands_of_page())
+def test_the_roles_and_users_of_the_page_suffice(
+    servers: Servers, command: str, role: str, user: str
+) -> None:
+    """Each command runs with the role and the user that docs/security.md names for it."""
+    words = EXAMPLES.get(command, command.replace("JOB_ID", "by-table"))
+    done = invoke(servers.environment(role, user), words)
     assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.usefixtures("all_permitted")
+@pytest.mark.parametrize("words", ["cancel --user acl-delayed --yes", "purge --yes"])
+def test_the_worker_reads_and_removes_delayed_jobs(servers: Servers, words: str) -> None:
+    """The Redis user of the page suffices for the keys of delayed messages."""
+    with closing(InterviewAccessClient(servers.redis("producer"))) as client:
+        job_id = client.enqueue("acl-delayed", [], countdown=3600)
+    until(lambda: bool(servers.admin.zcard("interview-access:due")))
+    done = invoke(servers.environment("worker", "worker"), words)
+    assert done.exit_code == 0, done.stderr
+    known = invoke(servers.environment("operator", "operator"), f"status {job_id} --json")
+    assert json.loads(known.stdout)["state"] == "cancelled"
 
 
 def invoke(environment: dict[str, str], words: str) -> Result:

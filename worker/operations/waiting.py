@@ -31,6 +31,7 @@ from worker.execution.pool_process import execute, prepare
 from worker.execution.request import Dispatched, JobRequest
 from worker.operations.inspection import lane_keys
 
+_DELAYED = f"{PREFIX}deferred"
 _PAGE = 500
 _PAGE_BYTES = 4 * 1024 * 1024
 _SLACK = 1_000  # messages that were requeued at the end of a list while a page was executed
@@ -138,7 +139,7 @@ class WaitingJobs:
                 left, kept = left - len(page), kept + len(settled) - len(removable)
         for page in self._delayed_pages():
             settled = self._execute(page)
-            self._discard("", [(one, how) for one, how in settled if _ends(how)], 0)
+            self._discard(_DELAYED, [(one, how) for one, how in settled if _ends(how)], 0)
             yield from self._reported(settled)
 
     def discard_delayed(self, job_ids: Collection[str]) -> None:
@@ -149,7 +150,7 @@ class WaitingJobs:
         """
         for page in self._delayed_pages():
             settled = self._execute([one for one in page if one.request.id in job_ids])
-            self._discard("", [(one, how) for one, how in settled if _ends(how)], 0)
+            self._discard(_DELAYED, [(one, how) for one, how in settled if _ends(how)], 0)
 
     def _cancel_unsent(self, wanted: JobFilter) -> Iterator[SelectedJob]:
         for page in self._unsent_pages():
@@ -182,7 +183,7 @@ class WaitingJobs:
         names = (name for name, _ in self._redis.zscan_iter(f"{PREFIX}due", count=_PAGE))
         while some := list(islice(names, _PAGE)):
             while some:
-                read, page = self._page("", *some)
+                read, page = self._page(_DELAYED, *some)
                 yield page
                 some = some[read:]
 

@@ -1,6 +1,6 @@
 -- Read messages of a list, or delayed ones, without moving them.
 --
--- Keys: prefix, the list, or '' for delayed messages
+-- Keys: prefix, the list or the delayed messages
 -- Arguments: bytes of a message above which only its two ends are returned; for a list the index of
 -- the first message, which is negative to read from the end on, and messages at most; for delayed
 -- messages their names
@@ -19,7 +19,7 @@ local function add(name, queue, message)
     for _, field in ipairs({name, queue, size, message}) do result[#result + 1] = field end
 end
 
-if list == '' then
+if list == delayed then
     for at = 2, #arguments do
         if bytes_left <= 0 then break end
         local value = redis.call('HGET', delayed, arguments[at])

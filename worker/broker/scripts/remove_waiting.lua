@@ -1,7 +1,7 @@
 -- Remove messages from the end of a list from which workers claim, or delayed ones, if they are
 -- still there.
 --
--- Keys: prefix, the list, or '' for delayed messages
+-- Keys: prefix, the list or the delayed messages
 -- Arguments: positions of the list that are searched; seconds to keep an announcement; then for each
 -- message its name (for a list its digest), job ID, and for a dead letter task, reason, whether the
 -- ledger has its result, and attempts; the reason of others is ''
@@ -23,7 +23,7 @@ local function discard(queue, message, given)
     removed = removed + 1
 end
 
-if list == '' then
+if list == delayed then
     for name, given in pairs(wanted) do
         local value = redis.call('HGET', delayed, name)
         if value then
