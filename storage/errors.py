@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from storage import sqlstate
 
+_REMEDIES = {
+    sqlstate.LOCK_NOT_AVAILABLE: "wait until the other transaction that holds the lock has ended, "
+    "and run the command again",
+    sqlstate.INSUFFICIENT_PRIVILEGE: "grant it to the role of DATABASE_URL, or use a role of "
+    "deploy/postgresql/roles.sql",
+    sqlstate.UNDEFINED_TABLE: "run `interview-access migrate`",
+}
+
 
 class StorageError(Exception):
     """A storage operation failed.
@@ -28,6 +36,11 @@ class StorageError(Exception):
     def code_class(self) -> str:
         """The class of the error code, its first two characters; ``none`` without a reply."""
         return self.sqlstate[:2] if self.sqlstate else "none"
+
+    @property
+    def remedy(self) -> str | None:
+        """What an operator does before the operation is repeated; None if its code tells none."""
+        return _REMEDIES.get(self.sqlstate or "")
 
     @property
     def is_outage(self) -> bool:

@@ -199,12 +199,15 @@ class TestGrant:
             (["--user", "x", "--interview", "i", "--interviews-from", "-"], "either by"),
             (["--interview", "i"], "--user"),
             (["--user", "x", "--interview", "i", "--job-id", "a\nb"], "1 to 255 printable"),
-            (["--user", "x", "--interview", "i", "--timeout", "soon"], "soon"),
+            (["--user", "x", "--interview", "i", "--timeout", "soon"], "got 'soon', expected sec"),
             (["--user", "x", "--interview", "i", "--timeout", "5"], "how long --wait waits"),
             (["--user", "x", "--users-from", "-", "--interview", "i"], "either by --user or"),
-            (["--user", "x", "--interview", "i", "--wait", "--timeout", "nan"], "got nan"),
+            (
+                ["--user", "x", "--interview", "i", "--wait", "--timeout", "nan"],
+                "got 'nan', expected",
+            ),
             (["--user", "x" * 37, "--interview", "i"], "1 to 36 characters"),
-            (["--user", "x", "--interview", "i", "--countdown", "-1"], "-1"),
+            (["--user", "x", "--interview", "i", "--countdown", "-1"], "got '-1', expected"),
             (["--user", "x", "--interview", "i", "--expires", "soon"], "a time in ISO 8601"),
         ],
         ids=[

@@ -6,9 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from math import isnan
 from typing import IO, TypeVar
 
 import click
@@ -30,11 +29,18 @@ F = TypeVar("F", bound=Callable[..., object])
 _DEFAULT_TIMEOUT = 60.0
 
 
-def _number(_: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Refuse NaN, which is in every range: no comparison with it is true."""
-    if value is not None and isnan(value):
-        raise click.BadParameter(f"got {value}, expected seconds.", param=param)
-    return value
+class _Seconds(click.ParamType[float]):
+    name = "seconds"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        with suppress(ValueError):
+            if (seconds := float(str(value))) >= 0:  # false for NaN
+                return seconds
+        raise click.BadParameter(
+            f"got {one_line(value)!r}, expected seconds, 0 or more.", ctx, param
+        )
 
 
 class _Expiry(click.ParamType[float | datetime]):
@@ -68,8 +74,7 @@ _OPTIONS = (
     ),
     click.option(
         "--countdown",
-        type=click.FloatRange(min=0),
-        callback=_number,
+        type=_Seconds(),
         metavar="SECONDS",
         help="Time before which no worker starts the job.",
     ),
@@ -93,8 +98,7 @@ _OPTIONS = (
     click.option("--wait", is_flag=True, help="Wait for the result and print it."),
     click.option(
         "--timeout",
-        type=click.FloatRange(min=0),
-        callback=_number,
+        type=_Seconds(),
         metavar="SECONDS",
         help="How long --wait waits at most, the countdown included.  "
         f"[default: {_DEFAULT_TIMEOUT:g}]",

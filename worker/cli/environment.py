@@ -12,7 +12,6 @@ from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
-from storage import sqlstate
 from storage.errors import StorageError
 from storage.postgres import PostgresStorage
 from storage.schema import Needed, explain_denial
@@ -27,13 +26,6 @@ _PERMIT = (
     "permit it by ACL SETUSER (the keys begin with interview-access and celery-task-meta-), or run "
     "the command as the user worker of deploy/redis/users.acl"
 )
-_REMEDIES = {
-    sqlstate.LOCK_NOT_AVAILABLE: "wait until the other transaction that holds the lock has ended, "
-    "and run the command again",
-    sqlstate.INSUFFICIENT_PRIVILEGE: "grant it to the role of DATABASE_URL, or use a role of "
-    "deploy/postgresql/roles.sql",
-    sqlstate.UNDEFINED_TABLE: "run `interview-access migrate`",
-}
 
 # redis-py has no class for a denial within a script. The second is that of Redis 7.0.
 _IN_SCRIPT = ("ACL failure in script: ", "The user executing the script can't ")
@@ -139,8 +131,7 @@ def storage_failure(
     """
     if denial := explain_denial(error, settings.database_url, *needed):
         return _sentence(failure, denial)
-    remedy = _REMEDIES.get(error.sqlstate or "", _CHECK.format("PostgreSQL"))
-    return _sentence(failure, str(error), remedy)
+    return _sentence(failure, str(error), error.remedy or _CHECK.format("PostgreSQL"))
 
 
 @contextmanager
