@@ -99,8 +99,8 @@ def _readable(job_id: str, name: str, value: object) -> str | None:
     text = readable_origin(name, value)
     if value is not None and value != text:
         logger.warning(
-            "message header not kept unchanged: job=%s header=%s expected=%s got=%s",
-            shortened(job_id),
+            "message header not kept unchanged: job=%r header=%s expected=%s got=%s",
+            job_id,
             name,
             f"1 to {ORIGIN_LENGTHS[name]:,} printable characters",
             describe(value),

@@ -94,8 +94,8 @@ class JsonFormatter(logging.Formatter):
 def _event_and_fields(record: logging.LogRecord) -> tuple[str, Mapping[str, object]]:
     """Split a message such as ``job retried: job=%s attempt=%d`` into its phrase and its values.
 
-    Values without names are one field, ``detail``. A message that begins with a value, as Celery's
-    do, is the event as a whole.
+    Values without names are one field, ``detail``: all from the first of them on. A message that
+    begins with a value, as Celery's do, is the event as a whole.
     """
     args, fields = record.args, getattr(record, "fields", None)
     # Without values a message is a library's, of any length: it is not kept in the cache.
@@ -109,17 +109,27 @@ def _event_and_fields(record: logging.LogRecord) -> tuple[str, Mapping[str, obje
     if len(names) != len(args):
         return event, {"detail": values % args}
     return event, {
-        _FIELDS.get(name, name): repr(value) if conversion == "r" else value
+        _FIELDS.get(name, name): _quoted(value) if conversion == "r" else value
         for (name, conversion), value in zip(names, args, strict=True)
     }
 
 
 @lru_cache(maxsize=1_000)
 def _parsed(template: str) -> tuple[str, str, Sequence[tuple[str, str]]]:
-    """Return a message's constant phrase, its values' part, and their names and conversions."""
+    """Return a message's constant words, its values' part, and their names and conversions."""
     event, _, values = template.partition(": ")
     names = _VALUE.findall(values)
-    return ("", "", ()) if "%" in event else (event, values, names)
+    if "%" in event:
+        return "", "", ()
+    if not names:
+        words, _, _ = values.partition("%")
+        event, values = f"{event}: {words}".rstrip(": "), values.removeprefix(words)
+    return event, values, names
+
+
+def _quoted(value: object) -> object:
+    """Return the field of a value that is quoted in text; in JSON every text is."""
+    return value if isinstance(value, str) else repr(value)
 
 
 def _plain(value: object) -> object:

@@ -6,6 +6,8 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import Terminated, WorkerLostError
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from interview_access.errors import JobCancelledException
@@ -29,6 +31,8 @@ def test_a_lost_pool_process_isolates_its_jobs(
     lost = [one.message for one in caplog.records if one.levelno == logging.ERROR]
     assert len(lost) == 2
     assert "pool process lost: job='a'" in lost[0]
+    assert "attempt=1" in lost[0]
+    assert "reason=crash error=Worker exited prematurely: signal 9" in lost[0]
     stepped.send("c")
     for expected in ("a", "b", "c"):
         stepped.pump()
@@ -37,6 +41,22 @@ def test_a_lost_pool_process_isolates_its_jobs(
         work.complete()
     stepped.pool.num_processes = PROCESSES
     assert is_idle(stepped)
+
+
+@pytest.mark.parametrize(
+    "error", [WorkerLostError("Worker exited prematurely: signal 9 (SIGKILL)"), Terminated(9)]
+)
+def test_the_signal_of_a_lost_pool_process_is_logged(
+    stepped: SteppedWorker, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """The log and the event name the signal, whether or not the worker itself has sent it."""
+    stepped.send("a")
+    stepped.pump()
+    stepped.pool.running("a").fail(ExceptionWithTraceback(error, "traceback"))
+    (lost,) = [one.message for one in caplog.records if one.levelno == logging.ERROR]
+    assert "signal 9 (SIGKILL)" in lost
+    kind, fields = stepped.events[-1]
+    assert (kind, "signal 9 (SIGKILL)" in fields["exception"]) == ("task-retried", True)
 
 
 def test_poison_ends_as_a_dead_letter(stepped: SteppedWorker) -> None:

@@ -80,7 +80,7 @@ def test_an_outage_is_logged_once(app: Celery, caplog: pytest.LogCaptureFixture)
     assert [record.getMessage() for record in caplog.records] == [
         (
             "background service failed, will retry: service=Service "
-            "error=StorageError: away\\nforged line"
+            "error_type=StorageError error=away\\nforged line"
         ),
         "background service recovered: service=Service failures=2",
     ]

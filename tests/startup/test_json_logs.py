@@ -15,7 +15,14 @@ import pytest
 from devstack.servers import LocalStack
 from tests.support.commands import run_module
 from tests.support.stores import until
-from tests.support.workers import Site, held_grant, ledger_missing, migrated_site, worker
+from tests.support.workers import (
+    GRANT_ACCESS,
+    Site,
+    held_grant,
+    ledger_missing,
+    migrated_site,
+    worker,
+)
 from worker.broker.claims import DEAD
 
 HOSTILE = 'x\x1b]0;owned\x07\n{"level": "FORGED"}\r\x00\u202e'
@@ -115,11 +122,19 @@ def test_a_retry_is_a_line_of_its_own(run: Run) -> None:
     retry = run.event("job retried")
     assert (retry["level"], retry["job_id"], retry["attempt"]) == ("WARNING", run.retried, 1)
     assert isinstance(retry["delay_seconds"], int | float)
+    assert (retry["task"], retry["error_class"]) == (GRANT_ACCESS, "42")
+    assert "grant_access_job" in retry["error"]
+    assert 0 < retry["seconds"] < 60
 
 
 def test_a_lost_process_is_named(run: Run) -> None:
     """The loss of a pool process is an error; the job's next attempt has its one line."""
-    assert run.event("pool process lost")["level"] == "ERROR"
+    loss = run.event("pool process lost")
+    assert (loss["level"], loss["job_id"], loss["task"]) == ("ERROR", run.lost, GRANT_ACCESS)
+    assert (loss["attempt"], loss["reason"]) == (1, "crash")
+    assert isinstance(loss["pid"], int)
+    assert "signal 9 (SIGKILL)" in loss["error"]
+    assert "detail" not in loss
     (line,) = run.settled(run.lost)
     assert (line["attempt"], line["created"]) == (2, 1)
 

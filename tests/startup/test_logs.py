@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import json
 import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from celery.worker.consumer.consumer import CONNECTION_ERROR
 from interview_access.errors import (
     InvalidGrantRequestException,
     JobFailedError,
@@ -15,11 +21,18 @@ from interview_access.errors import (
     shortened,
 )
 
-from worker.logs import LogFormatter, TaskLogFormatter
+from tests.support.workers import ROOT
+from worker.logs import JsonFormatter, LogFormatter, TaskLogFormatter
 
 HOSTILE = (
     "x\x1b]0;owned\x07\x9b2J\u202e\n[2026-11-25 00:00:00,000: CRITICAL/Main] FORGED\r\x00\ud800"
 )
+
+CONVERSION = re.compile(r"%(\(\w+\))?[-#0 +\d.*]*[a-zA-Z]")
+UNNAMED = {
+    "The worker cannot start: %s",  # one sentence, which docs/running.md promises as `detail`
+    "job settled: job=%s seconds=%.2f attempt=%d outcome=%s %s",  # has its fields beside the text
+}
 
 
 def logged(kind: type[logging.Formatter], error: Exception | None = None) -> str:
@@ -100,3 +113,56 @@ def test_an_errors_sentence_is_one_line(error: Exception) -> None:
     assert str(error).isprintable()
     assert "owned" in str(error)
     assert error.args[0] == str(error)
+
+
+def templates() -> Iterator[tuple[Path, str]]:
+    """Yield each text with conversions in a module that logs, whether a call names it or not."""
+    for folder in ("worker", "tasks", "storage"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            if "logger" in source.lower():
+                yield from ((path, text) for text in texts(source) if CONVERSION.search(text))
+
+
+def texts(source: str) -> Iterator[str]:
+    """Yield each text of a module that is not documentation."""
+    nodes = list(ast.walk(ast.parse(source)))
+    documentation = {one.value for one in nodes if isinstance(one, ast.Expr)}
+    for one in nodes:
+        if isinstance(one, ast.Constant) and one not in documentation:
+            yield from [one.value] if isinstance(one.value, str) else []
+
+
+def in_json(template: str, *args: object) -> dict[str, object]:
+    """Return the JSON object of a record."""
+    record = logging.LogRecord("x", logging.INFO, "", 0, template, args, None)
+    return dict(json.loads(JsonFormatter().format(record)))
+
+
+def test_every_value_of_a_line_has_a_name() -> None:
+    """In JSON each value of the project's own lines is a field; none is in the event."""
+    found = {template for _, template in templates()}
+    assert found >= UNNAMED
+    assert len(found) > 40
+    before = in_json("an event").keys()
+    for path, template in templates():
+        if template not in UNNAMED:
+            conversions = list(CONVERSION.finditer(template))
+            line = in_json(template, *range(len(conversions)))
+            fields = line.keys() - before
+            assert len(fields) == len(conversions), (path, template)
+            assert "detail" not in fields, (path, template)
+            assert line["event"] == template.partition(": ")[0], (path, template)
+
+
+def test_a_text_is_quoted_once() -> None:
+    """A text that a line quotes has no quotes of its own in JSON, so that job IDs can be joined."""
+    line = in_json("dead letter: job=%r reason=%s", "a\x9b", "because")
+    assert (line["event"], line["job_id"], line["reason"]) == ("dead letter", "a\\x9b", "because")
+
+
+def test_an_outage_of_the_broker_can_be_counted() -> None:
+    """The event of Celery's own line on Redis has no value, which is the detail."""
+    line = in_json(CONNECTION_ERROR, "redis://host", "refused", "Trying again")
+    assert line["event"] == "consumer: Cannot connect to"
+    assert line["detail"] == "redis://host: refused.\\nTrying again\\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Protocol
 
+from interview_access.errors import shortened
+
 from worker.broker.claims import Claim, Disposition
 
 
@@ -36,7 +38,8 @@ class Delivery:
         state: Changed by its owner only.
         batch: The batch with which it was dispatched.
         disposition: How it is settled.
-        label: Its job and task for log lines, once the message is read; until then its tag.
+        job_id: ID of its job, once the message is read; empty if none can be read.
+        task: Name of its task; empty likewise.
     """
 
     def __init__(self, claim: Claim, claimed_at: float = 0.0) -> None:
@@ -45,10 +48,13 @@ class Delivery:
         self.state = State.CLAIMED
         self.batch: Owner | None = None
         self.disposition: Disposition | None = None
-        self.label = f"tag={claim.tag}"
+        self.job_id = ""
+        self.task = ""
 
     def __repr__(self) -> str:
-        return f"{self.label} state={self.state.value} attempts={self.claim.attempts}"
+        job = f"job={shortened(self.job_id)} task={shortened(self.task)}"
+        label = job if self.job_id or self.task else f"tag={self.claim.tag}"
+        return f"{label} state={self.state.value} attempts={self.claim.attempts}"
 
     def dispatch(self, batch: Owner) -> None:
         """Make a batch its owner."""

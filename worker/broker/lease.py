@@ -50,8 +50,8 @@ _SILENT_LOOP_SECONDS = 120.0
 _EXIT_SECONDS = 2.0
 """Seconds in which the main process ends by itself after its pool processes were killed."""
 
-_NOT_RENEWED = "lease cannot be renewed"
-"""The failure of a heartbeat after which the worker reconnects."""
+_NOT_RENEWED = "lease cannot be renewed: error=%s"
+"""The log line of a failure of a heartbeat after which the worker reconnects."""
 
 _NOT_RENEWED_SECONDS = 3.0  # of failed heartbeats, after which the worker reconnects
 
@@ -112,7 +112,7 @@ class Lease:
         """By session of another worker: its heartbeat counter, and when it was first observed."""
         self._observed_at = 0.0
         self._failures: dict[str, tuple[Exception, float]] = {}
-        """By event phrase: the first of the consecutive errors of a heartbeat's step, and when."""
+        """By log line: the first of the consecutive errors of a heartbeat's step, and when."""
         self._was_loop_stuck = False
         self._renewed_at = -inf
         self._reconnecting_at = -inf
@@ -400,14 +400,16 @@ class Lease:
 
         Without this thread the lease expires, so no error ends it.
         """
-        self._attempt("time limits cannot be enforced", self.on_heartbeat)
+        self._attempt("time limits cannot be enforced: error=%s", self.on_heartbeat)
         heartbeat = self._attempt(_NOT_RENEWED, self._renew)
         if heartbeat:
             by = self._clock() + self._ttl / _HEARTBEATS
             if heartbeat.has_messages:
-                self._attempt("due messages cannot be requeued", lambda: self._requeue_due(by))
+                self._attempt(
+                    "due messages cannot be requeued: error=%s", lambda: self._requeue_due(by)
+                )
             self._attempt(
-                "expired leases cannot be taken over",
+                "expired leases cannot be taken over: error=%s",
                 lambda: self._take_over_expired(heartbeat.sessions, by),
             )
 
@@ -415,7 +417,7 @@ class Lease:
         """Call a step of the heartbeat, and log the first of its consecutive errors.
 
         Args:
-            failure: The event phrase of its errors.
+            failure: The log line of its errors.
             step: The step.
 
         Returns:
@@ -430,7 +432,7 @@ class Lease:
                 # Redis may have stalled: earlier observations of other leases are void.
                 self._observed.clear()
             if failure not in self._failures:
-                logger.warning("%s: %s", failure, error, exc_info=not is_known)
+                logger.warning(failure, error, exc_info=not is_known)
                 self._failures[failure] = error, self._clock()
             return None
         self._failures.pop(failure, None)
@@ -490,7 +492,11 @@ class Lease:
         before = self._clock() - self._orphaned_after
         for delivery in self._all():
             if delivery.claimed_at < before and not delivery.has_owner:
-                logger.error("delivery without owner is requeued: %s", delivery)
+                logger.error(
+                    "delivery without owner is requeued: "
+                    "tag=%s state=%s attempts=%d job=%r task=%r",
+                    *_named(delivery),
+                )
                 # A dispatched job may be lost each time: its attempts are limited.
                 is_dispatched = delivery.state is State.DISPATCHED
                 action = Action.FAILED_ATTEMPT if is_dispatched else Action.REQUEUE
@@ -505,7 +511,11 @@ class Lease:
         for tag in self._deliveries.keys() - tags:
             delivery = self._deliveries[tag]
             if delivery.state is not State.SETTLED:  # else the reply to its settlement was lost
-                logger.error("claim lost, its message is requeued: %s", delivery)
+                logger.error(
+                    "claim lost, its message is requeued: "
+                    "tag=%s state=%s attempts=%d job=%r task=%r",
+                    *_named(delivery),
+                )
                 self._put_back(delivery)
             del self._deliveries[tag]
 
@@ -535,3 +545,9 @@ class Lease:
             if more == 0:
                 self.takeovers += 1
                 logger.warning("lease expired, its jobs are requeued: session=%s", name)
+
+
+def _named(delivery: Delivery) -> tuple[object, ...]:
+    """Return the values of a delivery's log line."""
+    state, attempts = delivery.state.value, delivery.claim.attempts
+    return delivery.claim.tag, state, attempts, delivery.job_id, delivery.task

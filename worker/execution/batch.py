@@ -77,7 +77,7 @@ class Batch:
         self.terminate()
         ids = ", ".join(shortened(one.id) for one in self.requests[:5])
         logger.error(
-            "batch overdue: reason=%s seconds=%s pid=%s jobs=%d (%s)",
+            "batch overdue: reason=%s seconds=%s pid=%s jobs=%d job_ids=%s",
             *(reason, seconds, self._pid, len(self.requests), ids),
         )
         self._deadline = now + _ACCEPT_SECONDS

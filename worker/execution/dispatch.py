@@ -13,11 +13,14 @@ from functools import wraps
 from itertools import chain
 from typing import Any, Protocol
 
+from billiard.common import human_status
+from billiard.exceptions import Terminated
 from celery import Celery, signals
 from celery.app import trace
 from celery.utils.log import get_logger
 from celery.worker import state as worker_state
 from interview_access.contracts import is_job_id
+from interview_access.errors import shortened
 
 from worker.broker.claim_policy import SMALL_BYTES
 from worker.broker.claims import Action, Disposition
@@ -147,14 +150,18 @@ class Dispatcher:
         if request.failure and (not request.id or request.is_hopeless(self._limits)):
             reason, claim = request.failure.sentence, request.delivery.claim
             self._send_rejected(request)
-            logger.error("dead letter: %s reason=%s", request, reason)
+            attempts = claim.attempts + claim.retries
+            logger.error(
+                "dead letter: job=%r task=%r attempts=%d reason=%s",
+                *(request.id, request.name, attempts, reason),
+            )
             return Disposition(
                 Action.DEAD_LETTER,
                 job_id=request.id,
                 task=request.name,
                 reason=reason,
                 in_ledger=None if request.id else False,
-                attempts=claim.attempts + claim.retries,
+                attempts=attempts,
             )
         return None
 
@@ -201,7 +208,7 @@ class Dispatcher:
             batch.start(
                 accept_callback=_logged(on_accepted),
                 callback=_logged(lambda report: self._settle(batch, report)),
-                error_callback=_logged(lambda error: self._settle_failed(batch, error.exception)),
+                error_callback=_logged(lambda error: self._settle_failed(batch, _cause(error))),
             )
         except Exception as error:  # of the pool: no job has failed
             logger.exception("pool refused a batch: jobs=%d", len(batch.requests))
@@ -238,15 +245,20 @@ class Dispatcher:
 
     def _settle_failed(self, batch: Batch, error: BaseException) -> None:
         """Settle a batch whose pool process has ended: the ledger knows which jobs committed."""
+        reason = self._loss_reason(batch)
         if self.monitor:
-            self.monitor.lost(self._loss_reason(batch))
+            self.monitor.lost(reason)
         # No attempt is counted if an operator ended the process or stops the worker.
         if self._lease.is_draining or batch.is_revoked:
             disposition = Disposition(Action.REQUEUE)
         else:
             disposition = Disposition(Action.FAILED_ATTEMPT, delay=_POOL_SECONDS)
             for request in batch.requests:
-                logger.error("pool process lost: %s error=%r", request, error)
+                logger.error(
+                    "pool process lost: job=%r task=%r attempt=%d pid=%s reason=%s error=%s",
+                    *(request.id, request.name, request.attempt, request.worker_pid),
+                    *(reason, shortened(str(error), quoted=False, at_most=500)),
+                )
         self._settle_unexecuted(batch, error, disposition)
 
     def _loss_reason(self, batch: Batch) -> str:
@@ -280,6 +292,17 @@ class Dispatcher:
                 self._batches.pop(batch, None)
                 for request in batch.requests:
                     worker_state.task_ready(request)
+
+
+def _cause(failure: Any) -> BaseException:
+    """Return why a batch has no report, from the argument of the pool's error callback.
+
+    billiard wraps the error. That of a process which was told to end has the signal's number only.
+    """
+    error: BaseException = getattr(failure.exception, "exc", failure.exception)
+    if isinstance(error, Terminated):
+        error = Terminated(f"Worker terminated: {human_status(-error.args[0])}")
+    return error
 
 
 def _logged(callback: Callable[..., object]) -> Callable[..., object]:

@@ -269,7 +269,7 @@ def _settlement_of_end(
 ) -> Settlement:
     settled, result, job_id = run.settled, run.result, run.delivery.job_id
     if result is None:
-        return _retry(run, app.task_dependencies)
+        return _retry(run, app.task_dependencies, seconds)
     if run.is_missing_in(stored):
         return Settlement(Disposition(Action.DELAY, delay=_NOT_STORED_SECONDS), ())
     if logger.isEnabledFor(logging.INFO):
@@ -327,12 +327,14 @@ def _dead_letter(run: JobRun, reason: str) -> Disposition:
     )
 
 
-def _retry(run: JobRun, dependencies: TaskDependencies) -> Settlement:
-    error, retries = run.settled.error, run.delivery.retries
-    delay = _back_off(run.delivery, dependencies)
+def _retry(run: JobRun, dependencies: TaskDependencies, seconds: float) -> Settlement:
+    error, delivery = run.settled.error, run.delivery
+    delay = _back_off(delivery, dependencies)
+    error_class = error.code_class if isinstance(error, StorageError) else type(error).__name__
     logger.warning(
-        "job retried: job=%s attempt=%d delay_seconds=%d error=%s",
-        *(run.delivery.job_id, retries + 1, delay, error),
+        "job retried: job=%s task=%s attempt=%d seconds=%.2f delay_seconds=%d error_class=%s "
+        "error=%s",
+        *(delivery.job_id, delivery.task, delivery.attempt, seconds, delay, error_class, error),
         exc_info=None if isinstance(error, StorageError) else error,
     )
     return Settlement(Disposition(Action.RETRY, delay=delay), [retried_event(_as_shown(error))])

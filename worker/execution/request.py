@@ -146,7 +146,7 @@ class JobRequest:
             job_id, name = find_identity(self._claim.message)
             self.id, self.name = job_id, name or self.name
         self.failure = self.failure or self._predetermined(limits)
-        delivery.label = f"job={shortened(self.id)} task={shortened(self.name)}"
+        delivery.job_id, delivery.task = self.id, self.name
 
     def __repr__(self) -> str:
         return f"{self.delivery} pid={self.worker_pid}"
@@ -270,6 +270,11 @@ class JobRequest:
     def acknowledged(self) -> bool:
         """Whether it is settled."""
         return self.delivery.state is State.SETTLED
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, from 1."""
+        return self._claim.attempts + self._claim.retries + 1
 
     @property
     def arguments(self) -> dict[str, str]:

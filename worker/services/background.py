@@ -109,7 +109,7 @@ class BackgroundService(ABC):
                 failures += 1
                 if failures == 1:
                     logger.warning(
-                        "background service failed, will retry: service=%s error=%s: %s",
+                        "background service failed, will retry: service=%s error_type=%s error=%s",
                         self._thread.name,
                         type(error).__name__,
                         shortened(str(error), quoted=False, at_most=500),

@@ -103,7 +103,7 @@ class ControlService(BackgroundService):
         try:
             request = _Request.read(message)
         except Exception as error:  # noqa: BLE001 - the queue may contain any bytes
-            logger.warning("control request cannot be read: %s", _brief(error))
+            logger.warning("control request cannot be read: error=%s", _brief(error))
             return
         if request.expires_at and request.expires_at <= datetime.now(UTC):
             return
@@ -112,9 +112,11 @@ class ControlService(BackgroundService):
         except (RedisError, OSError):
             raise
         except StorageError as error:
-            logger.warning("control request not answered: %s: %s", request.id, _brief(error))
+            logger.warning(
+                "control request not answered: request_id=%s error=%s", request.id, _brief(error)
+            )
         except Exception:
-            logger.exception("control request failed: %s", request.id)
+            logger.exception("control request failed: request_id=%s", request.id)
 
     def _wait_for_request(self, redis: Redis) -> bool:
         """Wait for a request. Returns whether the queue may have one.
@@ -134,7 +136,9 @@ class ControlService(BackgroundService):
                 has_request = self._wait.read()
             except QueueWaitRefusedError as error:
                 if not self._is_refused:
-                    logger.warning("Redis refuses to wait for control requests, polling: %s", error)
+                    logger.warning(
+                        "Redis refuses to wait for control requests, polling: error=%s", error
+                    )
                 self._is_refused = True
                 self.pause(_POLL_SECONDS)
                 return True
@@ -161,7 +165,10 @@ class ControlService(BackgroundService):
         try:
             with _ledger_errors():
                 if not request.has_reply_key and self._jobs.is_job(redis, request.id):
-                    logger.warning("control request refused: its ID is a job's: %s", request.id)
+                    logger.warning(
+                        "control request refused: request_id=%s reason=%s",
+                        *(request.id, "its ID is a job's"),
+                    )
                     return
                 reply = _reply(request, states.SUCCESS, _cut(self._execute(redis, request)))
         except InterviewAccessError as error:
@@ -170,7 +177,10 @@ class ControlService(BackgroundService):
         if not server.register_script(script("reply_to_control_request"))(
             [key, _REPLIES], arguments
         ):
-            logger.warning("control request not answered: its reply key exists: %s", request.id)
+            logger.warning(
+                "control request not answered: request_id=%s error=%s",
+                *(request.id, "its reply key exists"),
+            )
 
     def _execute(self, redis: Redis, request: _Request) -> JobStatus:
         job_id = request.arguments.get("job_id")

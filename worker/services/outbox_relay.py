@@ -127,8 +127,8 @@ def _log_ignored_headers(request: AccessRequestDTO) -> None:
     _, ignored = _headers(request)
     if ignored or request.headers == "":
         logger.warning(
-            "outbox headers ignored: job=%s headers=%s expected=%s",
-            shortened(request.job_id),
+            "outbox headers ignored: job=%r headers=%s expected=%s",
+            request.job_id,
             shortened(", ".join(ignored) or "all"),
             f"an object of strings in {MAX_HEADERS_BYTES:,} bytes without headers of Celery",
         )
@@ -162,8 +162,8 @@ def _send(redis: Redis, request: AccessRequestDTO) -> bool:
         if isinstance(error, RedisError | OSError):
             redis.ping()
         logger.warning(
-            "outbox request cannot be sent, will retry: job=%s error=%s: %s",
-            shortened(request.job_id),
+            "outbox request cannot be sent, will retry: job=%r error_type=%s error=%s",
+            request.job_id,
             type(error).__name__,
             shortened(str(error), quoted=False, at_most=500),
         )

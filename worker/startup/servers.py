@@ -126,11 +126,11 @@ def _check_database(database_url: str, *, prunes: bool) -> str:
         problem = check_schema(
             database_url,
             prunes=prunes,
-            warn=lambda risk: logger.warning("PostgreSQL may be inconsistent: %s", risk),
-            inform=lambda version: logger.info("PostgreSQL schema is newer: %s", version),
+            warn=lambda risk: logger.warning("PostgreSQL may be inconsistent: risk=%s", risk),
+            inform=lambda version: logger.info("PostgreSQL schema is newer: version=%s", version),
         )
     except DatabaseUnavailableError as error:
-        logger.warning("PostgreSQL unavailable, jobs wait for it: %s", error)
+        logger.warning("PostgreSQL unavailable, jobs wait for it: error=%s", error)
         return ""
     except StorageError as error:
         problem = str(error)
@@ -173,8 +173,8 @@ def _check_redis(
     names = sorted(command.decode() for command in denied)
     if any(name.endswith(PAUSED) for name in names):
         logger.warning(
-            "Redis does not permit to read %s, the worker ignores `pause`: variable=%s",
-            PAUSED,
+            "Redis does not permit to read interview-access:paused, the worker ignores `pause`: "
+            "variable=%s",
             variable,
         )
     if required := [name for name in names if not name.endswith(PAUSED)]:
@@ -255,7 +255,7 @@ def _check_server(redis: Redis, variable: str) -> None:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         logger.warning(
-            "Redis may evict jobs: variable=%s got maxmemory-policy %s, expected noeviction",
+            "Redis may evict jobs: variable=%s maxmemory_policy=%s, expected noeviction",
             variable,
             policy,
         )
