@@ -119,6 +119,25 @@ def test_a_full_server_refuses_to_wait(redis: Redis, wait: QueueWait) -> None:
         redis.config_set("maxmemory", 0)
 
 
+def test_a_refusal_names_its_cause_until_redis_blocks_again(redis: Redis, wait: QueueWait) -> None:
+    """Each wait on a full server is refused with Redis' error, until one has blocked."""
+    redis.config_set("maxmemory", 1)
+    try:
+        for _ in range(4):
+            read(wait, wait.start(QUEUE, LONG_SECONDS))
+        for _ in range(3):
+            with pytest.raises(QueueWaitRefusedError, match=r"OutOfMemoryError: .*maxmemory"):
+                read(wait, wait.start(QUEUE, LONG_SECONDS))
+    finally:
+        redis.config_set("maxmemory", 0)
+    redis.lpush(QUEUE, "a")
+    assert read(wait, wait.start(QUEUE, LONG_SECONDS))
+    assert wait.is_refused  # a message ends a wait at once, whether or not Redis would block
+    redis.delete(QUEUE)
+    assert not read(wait, wait.start(QUEUE, SHORT_SECONDS))
+    assert not wait.is_refused
+
+
 def test_a_full_server_reports_its_messages(redis: Redis, wait: QueueWait) -> None:
     """A wait reports messages on a server whose memory is full."""
     redis.lpush(QUEUE, "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,31 @@ def test_redis_full(workload: Workload, tmp_path: Path) -> None:
     with monitored_workers(workload.here, tmp_path) as (monitor,):
         workload.verify()
         monitor.assert_running()
+
+
+def test_a_full_redis_is_logged_once(workload: Workload, tmp_path: Path) -> None:
+    """The log of an idle worker has the begin of the outage with its cause, and its end."""
+    redis = workload.here.redis
+
+    def refused() -> int:
+        statistics: Any = redis.info("commandstats")
+        return int(statistics.get("cmdstat_blmove", {"rejected_calls": 0})["rejected_calls"])
+
+    with monitored_workers(workload.here, tmp_path) as (monitor,):
+        redis.config_set("maxmemory", 1)
+        redis.config_resetstat()
+        for client in redis.client_list(_type="normal"):
+            redis.client_unblock(int(client["id"]))
+        until(lambda: refused() > 20)
+        redis.config_set("maxmemory", 0)
+        until(lambda: monitor.log().count(" again") == 2)
+        log = monitor.log()
+    causes = re.findall("refuses to wait .*OutOfMemoryError: .*used memory > 'maxmemory'", log)
+    assert len(causes) == 2
+    for kind in ("jobs", "control requests"):
+        assert log.count(f"Redis refuses to wait for {kind}") == 1
+        assert log.count(f"Redis waits for {kind} again") == 1
+    assert log.count("WARNING") == 2, log
 
 
 def test_redis_closes_its_connections(workload: Workload, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -207,15 +208,23 @@ class TestWaiting:
     def test_a_redis_that_refuses_to_block_is_polled(
         self, idle: Site, services: Callable[[], ControlService], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A full Redis refuses to block, which is logged once; the service polls instead."""
+        """A full Redis refuses to block, which is logged once, as its end is; the service polls."""
+        caplog.set_level(logging.INFO, logger="worker.services.control")
         services()
+        before = count_polls(idle)
         idle.redis.config_set("maxmemory", 1)
+        (client,) = waiting(idle)
         try:
-            until(lambda: "refuses to wait for control requests" in caplog.text)
+            idle.redis.client_unblock(int(client))
+            until(lambda: count_polls(idle) >= before + 3)
         finally:
             idle.redis.config_set("maxmemory", 0)
         assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
-        assert caplog.text.count("refuses to wait") == 1
+        until(lambda: "waits for control requests again" in caplog.text)
+        began, ended = [record.getMessage() for record in caplog.records]
+        assert began.startswith("Redis refuses to wait for control requests, polling: error=BLMOVE")
+        assert "OutOfMemoryError: command not allowed when used memory > 'maxmemory'" in began
+        assert ended == "Redis waits for control requests again"
 
 
 def waiting(here: Site) -> list[str]:

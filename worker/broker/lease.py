@@ -284,6 +284,11 @@ class Lease:
         return is_recent and not self._closed and _NOT_RENEWED not in self._failures
 
     @property
+    def seconds_since_renewal(self) -> float:
+        """Seconds since Redis has confirmed the lease; infinite before :meth:`open`."""
+        return self._clock() - self._renewed_at
+
+    @property
     def loop_seconds(self) -> float:
         """Seconds since the last iteration of the event loop."""
         return self._clock() - self._loop_turned

@@ -14,10 +14,12 @@ from typing import Any
 
 from redis import ConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, ResponseError
 
 _LINE = b"\r\n"
 _READ_BYTES = 4 * 1024
 _SHORT_WAITS = 5  # in succession; single ones are due to other workers' claims
+_TRIAL_SECONDS = 1.0  # of a wait after a refused one, which shows soon that Redis blocks again
 
 
 class QueueWaitRefusedError(Exception):
@@ -27,13 +29,17 @@ class QueueWaitRefusedError(Exception):
 class QueueWait:
     """One connection that waits for one queue at a time."""
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    def __init__(self, pool: ConnectionPool, *, is_refused: bool = False) -> None:
         """Connect at the first wait.
 
         Args:
             pool: Provides the connection.
+            is_refused: Whether Redis refused the last wait of an earlier connection.
         """
+        self.is_refused = is_refused
+        """Whether Redis has refused a wait, and blocked in none since."""
         self._pool = pool
+        self._queue = ""
         self._connection: Any = None
         self._reply = bytearray()
         self._timeout = 0.0
@@ -58,7 +64,7 @@ class QueueWait:
 
         Args:
             queue: Key of the list.
-            timeout: Seconds.
+            timeout: Seconds; one at most after a refusal.
 
         Returns:
             The socket that is readable when the wait may be over.
@@ -66,7 +72,8 @@ class QueueWait:
         if self._connection is None:
             self._connection = self._pool.get_connection()
         self._reply.clear()
-        self._timeout = timeout
+        timeout = min(timeout, _TRIAL_SECONDS) if self.is_refused else timeout
+        self._queue, self._timeout = queue, timeout
         commands = self._connection.pack_commands(
             [
                 ("CLIENT", "REPLY", "SKIP"),
@@ -98,16 +105,35 @@ class QueueWait:
         reply = self._reply.removesuffix(_LINE).decode(errors="replace")
         if reply.startswith("-"):
             self.close()  # if it refused to suppress a reply, more of them follow
+            self.is_refused = True
             raise QueueWaitRefusedError(reply[1:])
         if not reply.startswith(":"):
             raise RedisConnectionError(f"expected an integer, got {reply[:20]!r}")
         has_message = reply != ":0"
-        is_short = not has_message and waited < self._timeout / 2
+        has_blocked = waited >= self._timeout / 2
+        self.is_refused = self.is_refused and not has_blocked
+        is_short = not has_message and not has_blocked
         self._short_waits = self._short_waits + 1 if is_short else 0
-        if self._short_waits >= _SHORT_WAITS:
-            self._short_waits = 0
-            raise QueueWaitRefusedError("BLMOVE returns at once although the queue is empty")
+        if self._short_waits >= (1 if self.is_refused else _SHORT_WAITS):
+            self._short_waits, self.is_refused = 0, True
+            reason = "BLMOVE returns at once although the queue is empty"
+            raise QueueWaitRefusedError(f"{reason}{self._cause()}")
         return has_message
+
+    def _cause(self) -> str:
+        """Return why Redis refuses writes, if it does, from its reply to one that changes nothing.
+
+        The reply to BLMOVE itself is suppressed.
+        """
+        try:
+            self._connection.send_command("SETRANGE", self._queue, 0, "", check_health=False)
+            self._connection.read_response()
+        except NoPermissionError:
+            return ""
+        except ResponseError as error:  # WRONGTYPE: the list has a message by now
+            is_accepted = str(error).startswith("WRONGTYPE")
+            return "" if is_accepted else f": {type(error).__name__}: {error}"
+        return ""
 
     def _received(self) -> bytes:
         socket = self._connection._sock  # noqa: SLF001 - see start

@@ -135,7 +135,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         """Open the session on a new connection."""
         channel = consumer.app.connection_for_read().channel()
         pool = channel.client.connection_pool
-        self._wait = QueueWait(pool)
+        self._wait = QueueWait(pool, is_refused=self._is_refused)
         try:
             self.lease.open(Redis(connection_pool=pool))
         except ResponseError as error:
@@ -174,7 +174,8 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         if self._wait.is_lost(_LOST_SECONDS):
             raise RedisConnectionError(f"no reply to a wait for {_LOST_SECONDS:.0f} s")
         if self.lease.is_lost:
-            raise RedisConnectionError("the lease was not renewed for seconds")
+            seconds = self.lease.seconds_since_renewal
+            raise RedisConnectionError(f"the lease was not renewed for {seconds:.1f} s")
         if self._wait.seconds is None or self.lease.has_more or self.lease.is_paused:
             self._pump()
 
@@ -253,7 +254,6 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         self._hub.remove_reader(connection)  # before read() may close it
         try:
             has_message = wait.read()
-            self._is_refused = False
         except QueueWaitRefusedError as error:
             if not self._is_refused:
                 logger.warning(
@@ -261,6 +261,10 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
                 )
             has_message, self._is_refused = False, True
             self._refused_until = time.monotonic() + _TICK_SECONDS
+        else:
+            if self._is_refused and not wait.is_refused:
+                logger.info("Redis waits for jobs again")
+                self._is_refused = False
         if has_message is None:
             self._hub.add_reader(connection, self._on_readable, connection, wait)
             return

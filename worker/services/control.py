@@ -129,7 +129,7 @@ class ControlService(BackgroundService):
             with suppress(ResponseError):  # of a full Redis, say: clients need no limits
                 redis.set(LIMITS_KEY, self._limits, ex=_LIMITS_SECONDS)
         if self._wait is None:
-            self._wait = QueueWait(redis.connection_pool)
+            self._wait = QueueWait(redis.connection_pool, is_refused=self._is_refused)
         reply = self._wait.start(CONTROL_QUEUE, _WAIT_SECONDS)
         while self.pause(_LOST_SECONDS, reply):
             try:
@@ -142,8 +142,10 @@ class ControlService(BackgroundService):
                 self._is_refused = True
                 self.pause(_POLL_SECONDS)
                 return True
-            if has_request is not None:
+            if self._is_refused and not self._wait.is_refused:
+                logger.info("Redis waits for control requests again")
                 self._is_refused = False
+            if has_request is not None:
                 return has_request
         if self._stopping:
             return False
