@@ -349,6 +349,40 @@ def test_a_dead_workers_messages_are_taken_over(
     assert [one.claim.attempts for one in claim(lease)] == [1]
 
 
+def test_a_dead_worker_is_identified(
+    lease: SteppedLease, client: Redis, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has each session with its worker's name, and how many deliveries were requeued."""
+    caplog.set_level(logging.INFO, logger="worker.broker.lease")
+    dead = SteppedLease(lease.clock, batch_size=10, node="celery@dead")
+    dead.open(client)
+    redis.lpush(QUEUE, "a", "b")
+    claim(dead)
+    lease.beat_for(2 * TTL + 2)
+    opened, expired = [one.getMessage() for one in caplog.records]
+    assert opened == f"worker session opened: session={dead.session} node=celery@dead"
+    assert expired == (
+        "lease expired, its jobs are requeued: "
+        f"session={dead.session} node=celery@dead deliveries=2"
+    )
+    assert not redis.exists(f"{PREFIX}nodes")
+
+
+def test_all_deliveries_of_an_interrupted_takeover_are_counted(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A takeover that takes several heartbeats logs the claims from before the first one."""
+    redis.zadd(LEASES, {"dead": 7})
+    for at in range(6):
+        redis.hset(f"{PREFIX}held:dead", str(at), f"{QUEUE}\0".encode() + b"." * 2_000_000)
+    lease.beat()
+    lease.beat_for(2 * TTL - 1)
+    lease._take_over_expired(sessions(redis), by=lease.clock.now)
+    assert redis.hlen(f"{PREFIX}held:dead") > 0
+    lease.beat()
+    assert "session=dead node= deliveries=6" in caplog.text
+
+
 def test_a_slow_worker_is_not_taken_over(
     lease: SteppedLease, other: SteppedLease, redis: Redis
 ) -> None:

@@ -59,6 +59,40 @@ def test_a_session_of_an_earlier_version_is_taken_over(redis: Redis, protocol: C
     assert contents(redis).keys() == {LEASES, TRIES, f"{PREFIX}counted", f"{PREFIX}held:bob"}
 
 
+@pytest.mark.parametrize("end", ["close", "take over", "reopen"])
+def test_the_name_of_a_worker_is_kept_as_long_as_its_session(
+    redis: Redis, protocol: Claims, end: str
+) -> None:
+    """A session's node name is deleted with it, however it ends."""
+    protocol.open("carl", node="celery@one")
+    assert protocol.describe("carl") == ("celery@one", 0)
+    if end == "close":
+        protocol.close("carl")
+    elif end == "take over":
+        take_over(protocol, "carl")
+    else:
+        protocol.open("carl again", ["carl"])
+    assert not redis.exists(f"{PREFIX}nodes")
+
+
+def test_the_name_of_a_worker_that_another_release_ended_is_deleted(
+    redis: Redis, protocol: Claims
+) -> None:
+    """A session that is opened deletes the node names of sessions that do not exist."""
+    redis.hset(f"{PREFIX}nodes", mapping={"ann": "celery@ann", "gone": "celery@gone"})
+    protocol.open("carl", node="celery@carl")
+    assert redis.hkeys(f"{PREFIX}nodes") == [b"ann", b"carl"]
+
+
+def test_a_session_needs_no_permission_for_the_names(redis: Redis, protocol: Claims) -> None:
+    """A user who may not use the key of the node names opens, inspects and ends sessions."""
+    redis.set(f"{PREFIX}nodes", "a key of another type is refused, too")
+    protocol.open("carl", node="celery@carl")
+    assert protocol.describe("carl") == ("", 0)
+    protocol.close("carl")
+    assert "carl" not in counters(contents(redis))
+
+
 def test_a_large_session_is_taken_over_in_steps(redis: Redis, protocol: Claims) -> None:
     """Each script moves a few MB; another worker may continue a takeover."""
     redis.lpush(JOBS, *[LARGE + bytes([letter]) for letter in b"abcde"])

@@ -116,7 +116,13 @@ class TestQueue:
         due = datetime.fromisoformat(shown["next_due_at"]) - datetime.fromisoformat(shown["at"])
         assert (shown["delayed"], shown["claimed"], shown["workers"]) == (1, 2, 1)
         assert timedelta(minutes=59) < due <= timedelta(hours=1)
-        assert shown["sessions"] == [{"name": "ann", "heartbeats": 1, "claimed": 2}]
+        assert shown["sessions"] == [{"name": "ann", "heartbeats": 1, "claimed": 2, "node": ""}]
+
+    def test_a_session_has_the_name_of_its_worker(self, here: Site) -> None:
+        """The node name of a session's worker is shown beside it, without control characters."""
+        Claims(here.redis).open("ann", node="celery@one\x9b")
+        assert snapshot(here)["sessions"][0]["node"] == "celery@one\x9b"
+        assert "  ann 0 after 1 heartbeats, celery@one\\x9b\n" in command(here, "queue").stdout
 
     @pytest.mark.parametrize(
         ("sessions", "shown"),

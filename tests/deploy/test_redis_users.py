@@ -71,9 +71,11 @@ def test_worker_and_producer_run_a_job(servers: Servers) -> None:
 
 @pytest.mark.usefixtures("all_permitted")
 def test_the_worker_reads_its_metrics(servers: Servers) -> None:
-    """The worker's user may read all that a scrape reads."""
+    """The worker's user may read all that a scrape reads, and write its session's node name."""
     with Redis.from_url(servers.redis("worker")) as redis:
-        assert inspect(redis).workers >= 1
+        snapshot = inspect(redis)
+    assert snapshot.workers >= 1
+    assert all("@" in session.node for session in snapshot.sessions)
 
 
 @pytest.mark.usefixtures("all_permitted")
@@ -235,6 +237,7 @@ OTHERS_JOBS = (
 )
 OF_WORKERS = (
     *("ZRANGE interview-access:leases 0 -1", "ZADD interview-access:leases 1 x"),
+    *("HGETALL interview-access:nodes", "HSET interview-access:nodes x x"),
     *("DEL interview-access:leases", "LPUSH interview-access:isolated x"),
     *("HGET interview-access:deferred x", "SET interview-access:limits 1"),
     *("SET celery-task-meta-x 1", "SET interview-access:reply:x 1"),

@@ -8,6 +8,7 @@ caller's session still has the claim. This module does not depend on Celery and 
 Keys, beside the queues that producers write:
 
 - ``leases``: sorted set, worker session by its heartbeat counter
+- ``nodes``: hash, worker session to the node name of its worker, for logs and operators only
 - ``held:SESSION``: hash, the claims of a session: delivery tag to origin queue, NUL and the message
 - ``deferred`` and ``due``: delayed messages, and the time (ms) at which each is due
 - ``isolated``: list of poison candidates (messages with attempts), each with its origin queue
@@ -195,7 +196,12 @@ class Claims:
         self._requeue_dead_letter = script("requeue_dead_letter")
 
     def open(
-        self, session: str, formers: Sequence[str] = (), wanted: Iterable[str] = ()
+        self,
+        session: str,
+        formers: Sequence[str] = (),
+        wanted: Iterable[str] = (),
+        *,
+        node: str = "",
     ) -> set[str]:
         """Begin a session, and transfer claims of this process's former sessions to it.
 
@@ -206,11 +212,12 @@ class Claims:
             session: The new session.
             formers: The former sessions.
             wanted: Delivery tags to transfer.
+            node: Node name of its worker.
 
         Returns:
             The wanted tags that are still claimed.
         """
-        arguments = (session, len(formers), *formers, *wanted)
+        arguments = (session, node, len(formers), *formers, *wanted)
         while (reply := self._run(self._open, *arguments))[0]:
             pass
         return {tag.decode() for tag in reply[1:]}
@@ -358,6 +365,16 @@ class Claims:
             1 if it has more claims, 0 if not, -1 if the counter has changed or the session ended.
         """
         return int(self._run(self._take_over, session, counter))
+
+    def describe(self, session: str) -> tuple[str, int]:
+        """Return the node name of a session's worker, empty if unknown, and its claims' number."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.hget(f"{self._prefix}nodes", session)
+            pipeline.hlen(f"{self._prefix}held:{session}")
+            node, claimed = pipeline.execute(raise_on_error=False)
+        if isinstance(claimed, Exception):
+            raise claimed
+        return (node.decode(errors="replace") if isinstance(node, bytes) else ""), claimed
 
     def close(self, session: str) -> None:
         """End a session: requeue its claims without counting an attempt."""

@@ -64,6 +64,7 @@ class Lease:
         *,
         ttl: float,
         grace: float,
+        node: str = "",
         batch_size: int = 1,
         max_bytes: int = 2**53,
         orphaned_after: float = 10.0,
@@ -74,6 +75,7 @@ class Lease:
         Args:
             ttl: Seconds. A dead worker's messages are requeued about two TTLs after its death.
             grace: Seconds that running jobs have to finish when the worker stops.
+            node: The worker's name, for logs and operators.
             batch_size: Small messages in one claim.
             max_bytes: Size of a message above which only its two ends are read.
             orphaned_after: Seconds after which a delivery without owner is requeued.
@@ -87,6 +89,7 @@ class Lease:
         self._max_bytes = max_bytes
         self._ttl = ttl
         self._grace = grace
+        self._node = node
         self._orphaned_after = orphaned_after
         self._clock = clock
         self._claims: Claims | None = None
@@ -111,6 +114,8 @@ class Lease:
         self._observed: dict[str, tuple[float, float]] = {}
         """By session of another worker: its heartbeat counter, and when it was first observed."""
         self._observed_at = 0.0
+        self._expired: dict[str, tuple[str, int]] = {}
+        """By session that is being taken over: its node name, and its claims before."""
         self._failures: dict[str, tuple[Exception, float]] = {}
         """By log line: the first of the consecutive errors of a heartbeat's step, and when."""
         self._was_loop_stuck = False
@@ -152,7 +157,8 @@ class Lease:
         session = uuid4().hex
         self._sessions.append(session)
         server = str(self._client.info("server")["run_id"])
-        kept = self._claims.open(session, self._sessions[:-1], self._deliveries)
+        kept = self._claims.open(session, self._sessions[:-1], self._deliveries, node=self._node)
+        logger.info("worker session opened: session=%s node=%s", session, self._node)
         lost = self._deliveries.keys() - kept
         for tag in lost:
             if self._server not in {None, server}:
@@ -545,11 +551,19 @@ class Lease:
         for name, (counter, since) in self._observed.items():
             if now - since < _EXPIRED_AFTER * self._ttl:
                 continue
+            if name not in self._expired:
+                self._expired[name] = self._claims.describe(name)
             while (more := self._claims.take_over(name, counter)) > 0 and self._clock() < by:
                 pass
+            if more > 0:
+                continue
+            node, claimed = self._expired.pop(name)
             if more == 0:
                 self.takeovers += 1
-                logger.warning("lease expired, its jobs are requeued: session=%s", name)
+                logger.warning(
+                    "lease expired, its jobs are requeued: session=%s node=%s deliveries=%d",
+                    *(name, node, claimed),
+                )
 
 
 def _named(delivery: Delivery) -> tuple[object, ...]:

@@ -83,7 +83,8 @@ def _lines(snapshot: QueueSnapshot | None) -> Iterator[str]:
     yield f"delayed        {snapshot.delayed:,}" + (f", next due {due:%F %T}Z" if due else "")
     yield f"claimed        {snapshot.claimed:,} by {counted(snapshot.workers, 'worker session')}"
     for one in snapshot.sessions:
-        yield f"  {one.name[:12]} {one.claimed:,} after {counted(one.heartbeats, 'heartbeat')}"
+        heartbeats, node = counted(one.heartbeats, "heartbeat"), one.node and f", {one.node}"
+        yield f"  {one.name[:12]} {one.claimed:,} after {heartbeats}{node}"
     dead = snapshot.dead_letters
     oldest = f", {dead.size:,} B, oldest {_ago(dead.oldest_at, now)}" if dead.oldest_at else ""
     yield f"dead letters   {dead.count:,}{oldest}"

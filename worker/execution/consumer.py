@@ -116,6 +116,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
         self.lease = consumer.app.lease = Lease(
             ttl=settings.grant_lease_seconds,
             grace=settings.grant_stop_grace,
+            node=consumer.hostname,
             batch_size=settings.grant_batch_size,
             max_bytes=consumer.app.limits.message_bytes,
         )

@@ -76,11 +76,13 @@ class Session:
         heartbeats: Number of its heartbeats, one each second or eighth of ``GRANT_LEASE_SECONDS``.
             It grows as long as the worker lives.
         claimed: Number of messages that it has claimed.
+        node: Node name of its worker; empty if unknown, as of an earlier release.
     """
 
     name: str
     heartbeats: int
     claimed: int
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +256,8 @@ def _waiting_job(
 
 
 def _sessions(flat: Sequence[Any]) -> Iterator[Session]:
-    for name, heartbeats, claimed in _rows(flat, 3):
-        yield Session(name.decode(), int(float(heartbeats)), claimed)
+    for name, heartbeats, claimed, node in _rows(flat, 4):
+        yield Session(name.decode(), int(float(heartbeats)), claimed, node.decode(errors="replace"))
 
 
 def _rows(flat: Sequence[Any], width: int) -> list[Sequence[Any]]:

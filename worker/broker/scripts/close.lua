@@ -9,5 +9,6 @@ for _, tag in ipairs(redis.call('HKEYS', claims_of(session))) do
     if bytes_left <= 0 then return 1 end
     requeue(session, tag, false)
 end
+redis.pcall('HDEL', nodes, session)
 redis.call('ZREM', leases, session)
 return 0

@@ -5,8 +5,8 @@
 -- Arguments: bytes of each end of a message that are returned, bytes of a pause, sessions at most
 -- Result: time and the offset of delays from it, both in ms; the pause; number of delayed messages
 -- and the time in ms at which the next is due; number of dead letters, their bytes and the ID of the
--- oldest; number of sessions; a list with name, heartbeat counter and number of claims of each; and
--- for each list its length, and size and both ends of the message that is claimed next. Missing
+-- oldest; number of sessions; a list with name, heartbeat counter, number of claims and node name of
+-- each; and for each list its length, and size and both ends of the message that is claimed next. Missing
 -- values are ''. A key of another type counts as empty.
 
 local prefix, ends, pause_bytes, most_sessions = KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3]
@@ -33,7 +33,9 @@ if pause == '' and number('EXISTS', prefix .. 'paused') == 1 then pause = '{}' e
 for at, value in ipairs(list('ZRANGE', leases, 0, most_sessions - 1, 'WITHSCORES')) do
     sessions[#sessions + 1] = value
     if at % 2 == 0 then
-        sessions[#sessions + 1] = number('HLEN', prefix .. 'held:' .. sessions[#sessions - 1])
+        local name = sessions[#sessions - 1]
+        sessions[#sessions + 1] = number('HLEN', prefix .. 'held:' .. name)
+        sessions[#sessions + 1] = text('HGET', prefix .. 'nodes', name)
     end
 end
 local result = {

@@ -1,16 +1,18 @@
 -- Begin a session and transfer the wanted claims of this process's former sessions to it.
 --
 -- Keys: prefix
--- Arguments: session, number of former sessions, each of these, tag of each wanted claim
+-- Arguments: session, node name of its worker or '', number of former sessions, each of these, tag
+-- of each wanted claim
 -- Result: 1 if there is more to transfer, otherwise 0 and the tags that the session has claimed
 -- Invariant: other claims of the former sessions are requeued without counting an attempt, and a
 -- former session without claims ends, so that its late commands have no effect.
 
-local session, formers = arguments[1], arguments[2]
+local session, node, formers = arguments[1], arguments[2], arguments[3]
 local wanted, kept = {}, {0}
-for index = 3 + formers, #arguments do wanted[arguments[index]] = true end
+for index = 4 + formers, #arguments do wanted[arguments[index]] = true end
 redis.call('ZADD', leases, 'NX', 1, session)
-for index = 3, 2 + formers do
+if node ~= '' then redis.pcall('HSET', nodes, session, node) end
+for index = 4, 3 + formers do
     local former = arguments[index]
     for _, tag in ipairs(redis.call('HKEYS', claims_of(former))) do
         if bytes_left <= 0 then
@@ -26,6 +28,10 @@ for index = 3, 2 + formers do
         end
     end
     redis.call('ZREM', leases, former)
+end
+-- Includes those of sessions that a worker of an earlier release has ended.
+for _, name in ipairs(redis.pcall('HKEYS', nodes)) do
+    if not redis.call('ZSCORE', leases, name) then redis.call('HDEL', nodes, name) end
 end
 for _, tag in ipairs(redis.call('HKEYS', claims_of(session))) do kept[#kept + 1] = tag end
 return kept

@@ -10,6 +10,7 @@
 local prefix, arguments = KEYS[1], ARGV
 local leases, due, delayed = prefix .. 'leases', prefix .. 'due', prefix .. 'deferred'
 local attempt_counts, retry_counts = prefix .. 'tries', prefix .. 'deferrals'
+local nodes = prefix .. 'nodes'  -- a user without permission for this key needs none
 local isolated, counted, paused = prefix .. 'isolated', prefix .. 'counted', prefix .. 'paused'
 local bytes_left = 4 * 1024 * 1024
 -- Bytes of each end that are returned of a message over the limit: its job ID is in one of them.

@@ -13,5 +13,6 @@ for _, tag in ipairs(redis.call('HKEYS', claims_of(session))) do
 end
 -- Rolling upgrade: nothing else deletes this key of an older worker.
 redis.call('DEL', prefix .. 'started:' .. session)
+redis.pcall('HDEL', nodes, session)
 redis.call('ZREM', leases, session)
 return 0
