@@ -213,6 +213,17 @@ def test_a_delivery_is_settled_once(lease: SteppedLease, redis: Redis) -> None:
     assert lease.tags == set()
 
 
+def test_the_seconds_without_renewal_are_known(lease: SteppedLease, client: Redis) -> None:
+    """The seconds since the last renewal grow with each failed heartbeat, until one succeeds."""
+    lease.beat()
+    with unreachable(client):
+        for seconds in (1.0, 2.0, 3.0):
+            lease.beat(1.0)
+            assert lease.seconds_since_renewal == seconds
+    lease.beat()
+    assert lease.seconds_since_renewal == 0
+
+
 def test_settlements_wait_for_redis(
     lease: SteppedLease, redis: Redis, client: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -286,7 +286,7 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether Redis has confirmed the lease within its TTL, and not refused it since."""
-        is_recent = self._clock() < self._renewed_at + self._ttl
+        is_recent = self.seconds_since_renewal < self._ttl
         return is_recent and not self._closed and _NOT_RENEWED not in self._failures
 
     @property

@@ -75,7 +75,7 @@ class Batch:
         seconds = self._time_limit if self._pid else _ACCEPT_SECONDS
         self._overdue_since = self._overdue_since or now
         self.terminate()
-        ids = ", ".join(shortened(one.id) for one in self.requests[:5])
+        ids = ", ".join(shortened(one.id, quoted=False) for one in self.requests[:5])
         logger.error(
             "batch overdue: reason=%s seconds=%s pid=%s jobs=%d job_ids=%s",
             *(reason, seconds, self._pid, len(self.requests), ids),
