@@ -434,7 +434,10 @@ class TestRelay:
         OutboxRelay(idle.producer, lambda: requests).run_once(idle.redis)
         assert sorted(queued(idle)) == ["first", "last"]
         (record,) = caplog.records
-        assert "job='no\\nid' error=ValueError: job ID: expected 1 to 255" in record.getMessage()
+        assert (
+            "job='no\\nid' error_type=ValueError error=job ID: expected 1 to 255"
+            in record.getMessage()
+        )
 
     @pytest.mark.parametrize(("waited", "copies"), [("90 minutes", 0), ("20 minutes", 1)])
     def test_the_resend_interval_grows_with_the_waiting_time(

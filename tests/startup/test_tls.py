@@ -92,7 +92,7 @@ def test_certificate_files_are_read_at_each_connection(
                 connection.execute(text(CUT), {"database": make_url(migrated_url).database})
             here.redis.client_kill_filter(_type="normal", skipme=True)
             until(lambda: b"Cannot connect to rediss" in log.read_bytes())
-            until(lambda: b"service=OutboxRelay error=StorageError" in log.read_bytes())
+            until(lambda: b"service=OutboxRelay error_type=StorageError" in log.read_bytes())
             shutil.copy(CA, file)
             job_id = here.send("renewed", [NAMED_SAMPLES[0]])
             assert here.answer(job_id)["status"] == "SUCCESS"
