@@ -27,6 +27,8 @@ from tests.support.commands import run_module
 from tests.support.database import connected
 from tests.support.stores import until
 from tests.support.workers import (
+    GRANT_ACCESS,
+    QUEUE,
     Site,
     held_grant,
     is_ready,
@@ -121,8 +123,13 @@ def until_value(place: Place, query: str, value: float) -> None:
 
 @contextmanager
 def jobs_failing(place: Place) -> Iterator[None]:
-    """Ten jobs have a task that the worker does not know. They become dead letters."""
-    for one in [place.here.send(task="made.up") for _ in range(10)]:
+    """Ten jobs have a body that the worker cannot decode. They become dead letters."""
+    jobs = [str(uuid4()) for _ in range(10)]
+    for one in jobs:
+        place.here.producer.send_task(
+            GRANT_ACCESS, ("ann", []), task_id=one, queue=QUEUE, serializer="yaml"
+        )
+    for one in jobs:
         place.here.answer(one)
     yield
 
@@ -133,6 +140,17 @@ def requests_invalid(place: Place) -> Iterator[None]:
     for one in [place.here.send("ann", [UNKNOWN]) for _ in range(10)]:
         place.here.answer(one)
     yield
+
+
+@contextmanager
+def grants_locked(place: Place) -> Iterator[None]:
+    """Another transaction holds a lock on the table of grants, and three jobs are retried."""
+    with connected(place.here.store.database_url) as other:
+        other.execute(text("LOCK TABLE interview_userinterviewaccess IN ACCESS EXCLUSIVE MODE"))
+        jobs = [place.here.send(str(uuid4()), place.samples[:2]) for _ in range(3)]
+        yield
+    for job in jobs:
+        place.here.answer(job)
 
 
 @contextmanager

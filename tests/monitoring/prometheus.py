@@ -34,8 +34,12 @@ def program(name: str) -> str:
 
 
 def hastened(rules: str) -> str:
-    """Return alert rules with seconds for minutes in times and windows, not in limits."""
-    return re.sub(r"(?<=\[|\s)(\d+)m(?=\]|\s)", r"\1s", rules)
+    """Return alert rules with seconds for minutes in times and windows, not in limits.
+
+    A window has at least 3 s, so that one late scrape leaves no window empty.
+    """
+    rules = re.sub(r"(?<=\[)(\d+)m(?=\])", lambda found: f"{max(int(found[1]), 3)}s", rules)
+    return re.sub(r"(?<=\s)(\d+)m(?=\s|\))", r"\1s", rules)
 
 
 class Prometheus:

@@ -10,7 +10,7 @@ import pytest
 from interview_access.producer import InterviewAccessClient
 
 from devstack.servers import LocalStack
-from tests.monitoring.conditions import CONDITIONS, UNKNOWN, Place, environment
+from tests.monitoring.conditions import CONDITIONS, UNKNOWN, Place, environment, grants_locked
 from tests.monitoring.endpoint import Endpoint
 from tests.monitoring.prometheus import Prometheus, program, prometheus
 from tests.monitoring.queries import RULE_TESTS, RULES, alerts, dashboard_queries
@@ -111,6 +111,16 @@ def test_an_alert_fires_and_is_resolved(place: Place, name: str) -> None:
         assert "<no value>" not in annotations["description"]
         assert "error" not in annotations["description"].lower()
     server.until(lambda: name not in server.firing(), within=120)
+
+
+def test_a_lock_on_the_grants_fires_until_it_is_released(place: Place) -> None:
+    """The alert on missing progress fires without a gap, wherever the retried jobs are."""
+    server, name = place.prometheus, "InterviewAccessNoProgress"
+    server.until(lambda: name not in server.firing())
+    since = f'count_over_time(ALERTS{{alertname="{name}", alertstate="firing"}}[20s])'
+    with grants_locked(place):
+        server.until(lambda: (server.value(since) or 0) >= 20, within=120)
+    server.until(lambda: name not in server.firing())
 
 
 def test_every_query_of_the_dashboard_has_had_data(place: Place) -> None:
