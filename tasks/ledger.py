@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from interview_access.errors import (
     InterviewAccessError,
@@ -258,7 +258,21 @@ def stopping_if_cancelled(
     return chunk_done
 
 
-def cancel(storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | None) -> bool:
+class Cancellation(NamedTuple):
+    """What a request for cancellation found.
+
+    Attributes:
+        is_running: Whether another transaction is executing the job.
+        is_recorded: Whether this request has recorded the job's outcome.
+    """
+
+    is_running: bool
+    is_recorded: bool
+
+
+def cancel(
+    storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | None
+) -> Cancellation:
     """Request cancellation of a job.
 
     It does not start, or stops after its current chunk unless that is its last. A finished job is
@@ -271,8 +285,8 @@ def cancel(storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | N
             is known; the job then fails as cancelled when its message is delivered.
 
     Returns:
-        Whether another transaction is executing the job. If it is not and ``entry`` is given, the
-        ledger has the job's outcome.
+        What the request found. If no other transaction is executing the job and ``entry`` is given,
+        the ledger has the job's outcome.
 
     Raises:
         StorageError: if the request is not known to be recorded.
@@ -280,9 +294,10 @@ def cancel(storage: Transactions[JobTransaction], job_id: str, entry: JobDTO | N
     with storage.transaction() as transaction:
         transaction.request_cancellation(job_id)
         if not transaction.lock_jobs([job_id], wait=False):
-            return True
+            return Cancellation(is_running=True, is_recorded=False)
         found = transaction.find_jobs([job_id])
-        if entry and not found.finished and not found.pruned:
-            outcome = failed(JobCancelledException.of(job_id))
-            transaction.record_jobs([FinishedJobDTO(entry, outcome)])
-    return False
+        if not entry or found.finished or found.pruned:
+            return Cancellation(is_running=False, is_recorded=False)
+        outcome = failed(JobCancelledException.of(job_id))
+        transaction.record_jobs([FinishedJobDTO(entry, outcome)])
+    return Cancellation(is_running=False, is_recorded=True)

@@ -38,6 +38,7 @@ from worker.execution.run import JobObserver
 from worker.logs import format_task_lines, format_worker_lines, is_json
 from worker.monitoring.bootstep import Monitoring
 from worker.services.bootstep import BackgroundServices
+from worker.services.control import ControlService
 from worker.services.outbox_relay import OutboxRelay
 from worker.services.pruner import Pruner
 from worker.services.remote_control import register_commands
@@ -80,6 +81,7 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         self.settings = settings
         self.lease: Lease | None = None
         self.dispatcher: Dispatcher | None = None
+        self.control_service: ControlService | None = None
         self.relay: OutboxRelay | None = None
         self.pruner: Pruner | None = None
         self.monitoring: Monitoring | None = None

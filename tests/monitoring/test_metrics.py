@@ -145,6 +145,22 @@ def test_a_job_that_is_cancelled(here: Site, growth: Growth, samples: list[str],
     growth.until("jobs_total", 1, outcome="cancelled", error="JobCancelledException")
 
 
+def test_a_job_that_is_cancelled_while_it_waits(
+    here: Site, growth: Growth, samples: list[str], user: str
+) -> None:
+    """It counts at the worker that replies, once, and its delivery as a repeated one."""
+    with InterviewAccessClient(here.broker) as client:
+        job_id = client.enqueue(user_id=user, interview_ids=samples, countdown=600)
+        assert client.cancel(job_id).state == "cancelled"
+        assert client.cancel(job_id).state == "cancelled"
+    growth.until(
+        "jobs_total", 1, task=GRANT_ACCESS, outcome="cancelled", error="JobCancelledException"
+    )
+    here.send(user, samples, job_id=job_id)
+    growth.until("repeated_deliveries_total", 1, task=GRANT_ACCESS)
+    assert growth.of("jobs_total") == 1
+
+
 def test_a_job_that_is_repeated(here: Site, growth: Growth, samples: list[str], user: str) -> None:
     """A second delivery counts apart, and another request under its ID as refused."""
     job_id = here.send(user, samples[:3])

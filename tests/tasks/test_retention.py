@@ -136,7 +136,7 @@ class TestLateDelivery:
         job = a_job("a", "ann", store.add_interviews(1))
         store.grant(job)
         prune_all(store.storage)
-        assert not cancel(store.storage, "a", job.entry)
+        assert not cancel(store.storage, "a", job.entry).is_recorded
         assert store.storage.get_finished_job("a") is None
         prune_all(store.storage)
         assert created(*store.grant(job)) == 1

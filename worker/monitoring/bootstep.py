@@ -106,9 +106,8 @@ def _registry(app: Any, check: HealthCheck) -> Any:
         return storage.count_requests(), storage.measure_ledger()
 
     registry = CollectorRegistry()
-    app.dispatcher.monitor = JobMetrics(
-        registry, [name for name in app.tasks if not name.startswith("celery.")]
-    )
+    jobs = JobMetrics(registry, [name for name in app.tasks if not name.startswith("celery.")])
+    app.dispatcher.monitor, app.control_service.on_cancelled = jobs, jobs.cancelled
     queue, tables = Source("redis", lambda: inspect(redis)), Source("postgresql", read_tables)
     registry.register(
         State(

@@ -65,8 +65,8 @@ CREATED = Metric(
 REPEATED_DELIVERIES = Metric(
     "interview_access_repeated_deliveries_total",
     "counter",
-    "Deliveries of jobs that had ended before: duplicates, and jobs whose result or callbacks "
-    "could not be sent at first.",
+    "Deliveries of jobs that had ended before: duplicates, jobs that were cancelled while they "
+    "waited, and jobs whose result or callbacks could not be sent at first.",
     ("task",),
 )
 RETRIES = Metric(

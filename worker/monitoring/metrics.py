@@ -30,6 +30,8 @@ _FAILURES = (
 _ENDINGS = (
     ("succeeded", ""),
     *(("failed", one.__name__) for one in _FAILURES),
+    ("cancelled", errors.JobCancelledException.__name__),
+    ("expired", errors.JobExpiredException.__name__),
     ("refused", errors.JobIdReusedException.__name__),
 )
 _REASONS = ("crash", "time_limit", "revoked", "shutdown")
@@ -122,6 +124,11 @@ class JobMetrics:
             task = self._task(request.name)
             self._dead_lettered.labels(task).inc()
             self._jobs.labels(task, "failed", errors.JobFailedError.__name__).inc()
+
+    def cancelled(self, task: str) -> None:
+        """Measure a job whose outcome a control request has recorded."""
+        error = errors.JobCancelledException.__name__
+        self._jobs.labels(self._task(task), "cancelled", error).inc()
 
     def lost(self, reason: str) -> None:
         """Measure a pool process that ended during a batch; see the dispatcher's protocol."""

@@ -16,10 +16,11 @@ from worker.services.pruner import Pruner
 class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
     """Worker bootstep: runs the background services until the worker is asked to stop.
 
-    They start after the pool, because their threads do not survive a fork.
+    They start after the pool, because their threads do not survive a fork, and after the metrics,
+    which count the jobs that the first control request cancels.
     """
 
-    requires = ("celery.worker.components:Pool",)
+    requires = ("celery.worker.components:Pool", "worker.monitoring.bootstep:Monitoring")
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
@@ -30,7 +31,8 @@ class BackgroundServices(bootsteps.StartStopStep):  # type: ignore[misc] # Celer
         )
         app.relay = OutboxRelay(app, app.new_storage)
         app.pruner = Pruner(app, app.new_storage, settings.retention, dead_letters)
-        self._services = ControlService(app, app.storage, limits), app.relay, app.pruner
+        app.control_service = ControlService(app, app.storage, limits)
+        self._services = app.control_service, app.relay, app.pruner
 
     def start(self, _: Any) -> None:
         """Start the services."""

@@ -65,7 +65,11 @@ _CUT_FIELDS = ("unknown_interview_ids", "malformed_interview_ids", "created_by_u
 
 
 class ControlService(BackgroundService):
-    """Executes control requests, one at a time."""
+    """Executes control requests, one at a time.
+
+    Attributes:
+        on_cancelled: Called with the task of each job whose outcome a cancellation records.
+    """
 
     def __init__(
         self, app: Celery, storage: Callable[[], JobStorage], limits: WorkerLimits
@@ -82,7 +86,12 @@ class ControlService(BackgroundService):
         self._may_have_request = True
         self._is_refused = False
         self._state_limits_at = 0.0
-        self._jobs = JobStatusService(storage, app.backend)
+        self.on_cancelled: Callable[[str], object] = lambda _: None
+        self._jobs = JobStatusService(
+            storage,
+            app.backend,
+            on_cancelled=lambda task: self.on_cancelled(task),  # noqa: PLW0108 - the metrics set it later
+        )
         self._limits = limits.model_dump_json()
         self._operations: dict[str, Callable[[Redis, str], JobStatus]] = {
             JOB_STATUS: self._jobs.status,

@@ -38,15 +38,23 @@ _READ_BYTES = 65_536  # of a result, which producers may write
 class JobStatusService:
     """Reports and cancels jobs. Every method raises StorageError and redis-py's errors."""
 
-    def __init__(self, storage: Callable[[], JobStorage], results: RedisBackend) -> None:
+    def __init__(
+        self,
+        storage: Callable[[], JobStorage],
+        results: RedisBackend,
+        *,
+        on_cancelled: Callable[[str], object] = lambda _: None,
+    ) -> None:
         """Connect at the first call.
 
         Args:
             storage: Returns this process's storage.
             results: The result backend.
+            on_cancelled: Called with the task of each job whose outcome a cancellation records.
         """
         self._storage = storage
         self._results = results
+        self._on_cancelled = on_cancelled
 
     def status(self, redis: Redis, job_id: str) -> JobStatus:
         """Report a job.
@@ -80,13 +88,15 @@ class JobStatusService:
         request = self._storage().get_request(job_id)
         announced = announcements(redis, [job_id]).get(job_id) or _announcement(request)
         entry = announced_job(job_id, announced, request.requested_at if request else None)
-        is_running = ledger.cancel(self._storage(), job_id, entry)
+        cancellation = ledger.cancel(self._storage(), job_id, entry)
+        if entry and cancellation.is_recorded:
+            self._on_cancelled(entry.task)
         status = self.status(redis, job_id)
         if status.state == "cancelled" and status.error:
             error = from_record(status.error.model_dump())
             # If Redis is unreachable, the job's delivery stores it.
             self._results.store_results({job_id: error})
-        elif is_running and not status.final:
+        elif cancellation.is_running and not status.final:
             status.state = "running"
         return status
 
