@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -21,6 +23,7 @@ from tests.monitoring.endpoint import Endpoint
 from tests.support.stores import until
 from tests.support.workers import (
     GRANT_ACCESS,
+    QUEUE,
     ROOT,
     Site,
     held_grant,
@@ -29,6 +32,7 @@ from tests.support.workers import (
     started,
     worker_service,
 )
+from worker.broker.claims import PREFIX
 from worker.monitoring.catalog import OF_JOBS, OF_POSTGRESQL, OF_REDIS, OF_WORKER, with_table
 from worker.operations.pause import PauseSwitch
 from worker.settings import ListenAddress
@@ -159,6 +163,25 @@ def test_a_job_that_is_cancelled_while_it_waits(
     here.send(user, samples, job_id=job_id)
     growth.until("repeated_deliveries_total", 1, task=GRANT_ACCESS)
     assert growth.of("jobs_total") == 1
+
+
+def test_a_cancelled_job_whose_pool_process_had_ended(
+    here: Site, growth: Growth, samples: list[str], user: str
+) -> None:
+    """It counts when it is cancelled, and not at the delivery after the crash."""
+    switch = PauseSwitch(here.redis)
+    switch.pause("ann@host", "crash")
+    try:
+        with InterviewAccessClient(here.broker) as client:
+            job_id = client.enqueue(user_id=user, interview_ids=samples)
+            waiting: Any = here.redis.lrange(QUEUE, 0, -1)
+            (digest,) = (hashlib.sha1(one).hexdigest() for one in waiting)  # noqa: S324 - as the claim script does
+            here.redis.hset(f"{PREFIX}tries", digest, 1)
+            assert client.cancel(job_id).state == "cancelled"
+    finally:
+        switch.resume()
+    growth.until("repeated_deliveries_total", 1, task=GRANT_ACCESS)
+    assert growth.of("jobs_total", outcome="cancelled") == 1
 
 
 def test_a_job_that_is_repeated(here: Site, growth: Growth, samples: list[str], user: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from celery.app.task import Context
 from celery.utils.log import get_logger
-from interview_access.errors import InterviewAccessError
+from interview_access.errors import InterviewAccessError, JobCancelledException
 
 from storage.errors import JobBusyError, StorageError
 from tasks.celery_tasks import JobTask
@@ -166,7 +166,8 @@ def measurements(
     """Sum up a batch for the metrics.
 
     A job counts at the first delivery that reports its outcome. If the pool process ended after
-    the commit, that is the next one.
+    the commit, that is the next one, unless the job was cancelled: then a control request may
+    have recorded and counted it between the two.
 
     Args:
         runs: The jobs of the batch, with their results.
@@ -186,7 +187,9 @@ def measurements(
             retries[task, code] += 1
         elif failure is settled.refusal and failure:
             jobs[task, "refused", type(failure).__name__] += 1
-        elif settled.repeated and not run.delivery.attempts:
+        elif settled.repeated and (
+            not run.delivery.attempts or isinstance(failure, JobCancelledException)
+        ):
             repeated[task] += 1
         elif failure:
             jobs[task, failure.state, type(failure).__name__] += 1
