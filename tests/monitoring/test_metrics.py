@@ -35,7 +35,6 @@ from tests.support.workers import (
 from worker.broker.claims import PREFIX
 from worker.monitoring.catalog import OF_JOBS, OF_POSTGRESQL, OF_REDIS, OF_WORKER, with_table
 from worker.operations.pause import PauseSwitch
-from worker.settings import ListenAddress
 
 PAGE = ROOT / "docs" / "metrics.md"
 UNKNOWN = "a1b2c3d4-0000-4000-8000-000000000000"
@@ -361,16 +360,3 @@ def test_a_health_file_that_cannot_be_written(here: Site, tmp_path: Path) -> Non
     said = service.log.read_text(encoding="utf-8")
     assert "HEALTH_FILE: got" in said
     assert "Traceback" not in said
-
-
-@pytest.mark.parametrize("text", ["127.0.0.1:9808", "[::1]:9808", "localhost:1"])
-def test_an_address(text: str) -> None:
-    """An address is shown as it was given."""
-    assert str(ListenAddress.parse(text)) == text
-
-
-@pytest.mark.parametrize("text", ["9808", ":9808", "::1:9808", "a:0", "a:65536", "a b:1", "a:x"])
-def test_an_address_that_is_invalid(text: str) -> None:
-    """The error names the form."""
-    with pytest.raises(ValueError, match="HOST:PORT"):
-        ListenAddress.parse(text)

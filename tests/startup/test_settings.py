@@ -16,7 +16,7 @@ from storage.database_url import parse_database_url
 from storage.schema import DatabaseUnavailableError, check_schema
 from worker.broker.transport import BrokerConnection, celery_settings
 from worker.cli import main
-from worker.settings import Settings, SettingsError
+from worker.settings import ListenAddress, Settings, SettingsError
 
 PIECES = ("hun", "ter2")
 DATABASE = "postgresql://me@127.0.0.1/x"
@@ -288,3 +288,16 @@ class TestEnvironment:
             "ssl_cert_reqs": "required",
             "ssl_ca_certs": str(file),
         }
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:9808", "[::1]:9808", "localhost:1"])
+def test_a_listen_address(text: str) -> None:
+    """An address is shown as it was given."""
+    assert str(ListenAddress.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["9808", ":9808", "::1:9808", "a:0", "a:65536", "a b:1", "a:x"])
+def test_a_listen_address_that_is_invalid(text: str) -> None:
+    """The error names the form."""
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        ListenAddress.parse(text)
