@@ -27,8 +27,6 @@ from tests.support.commands import run_module
 from tests.support.database import connected
 from tests.support.stores import until
 from tests.support.workers import (
-    GRANT_ACCESS,
-    QUEUE,
     Site,
     held_grant,
     is_ready,
@@ -123,13 +121,28 @@ def until_value(place: Place, query: str, value: float) -> None:
 
 @contextmanager
 def jobs_failing(place: Place) -> Iterator[None]:
-    """Ten jobs have a body that the worker cannot decode. They become dead letters."""
-    jobs = [str(uuid4()) for _ in range(10)]
-    for one in jobs:
-        place.here.producer.send_task(
-            GRANT_ACCESS, ("ann", []), task_id=one, queue=QUEUE, serializer="yaml"
-        )
-    for one in jobs:
+    """A trigger refuses the grants of ten jobs until their retries are exhausted."""
+    store = place.here.store
+    store.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'serialization_failure'; END $$"
+    )
+    store.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON interview_userinterviewaccess"
+        " FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    try:
+        for one in [place.here.send(str(uuid4()), place.samples[:2]) for _ in range(10)]:
+            assert place.here.answer(one)["result"]["exc_type"] == "StorageUnavailableException"
+    finally:
+        store.execute("DROP FUNCTION refuse CASCADE")
+    yield
+
+
+@contextmanager
+def messages_unreadable(place: Place) -> Iterator[None]:
+    """Ten messages have a task that the worker does not know. They become dead letters."""
+    for one in [place.here.send(task="made.up") for _ in range(10)]:
         place.here.answer(one)
     yield
 
@@ -284,7 +297,7 @@ CONDITIONS: dict[str, Callable[[Place], AbstractContextManager[None]]] = {
     "InterviewAccessJobsWaiting": lambda place: pool_frozen(place, timedelta(minutes=10)),
     "InterviewAccessNoProgress": lambda place: pool_frozen(place, None),
     "InterviewAccessQueuePaused": pause_forgotten,
-    "InterviewAccessDeadLettersGrowing": jobs_failing,
+    "InterviewAccessDeadLettersGrowing": messages_unreadable,
     "InterviewAccessDeadLettersFull": dead_letters_full,
     "InterviewAccessOutboxStuck": outbox_stuck,
     "InterviewAccessLedgerUnpruned": ledger_unpruned,

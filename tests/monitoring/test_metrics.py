@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -200,6 +201,18 @@ def test_a_task_that_is_unknown(here: Site, growth: Growth) -> None:
     """Its name is not the value of a label."""
     here.answer(here.send(task="made.up"))
     growth.until("jobs_total", 1, task="other", outcome="failed", error="JobFailedError")
+
+
+def test_a_message_that_cannot_be_read(here: Site, growth: Growth, user: str) -> None:
+    """It does not count as a failed job of the task that it names."""
+    job_id = str(uuid4())
+    here.producer.send_task(
+        GRANT_ACCESS, (user, []), task_id=job_id, queue=QUEUE, serializer="yaml"
+    )
+    assert "cannot be read" in here.answer(job_id)["result"]["exc_message"][0]
+    here.redis.lpush(QUEUE, json.dumps({"headers": {"task": GRANT_ACCESS}, "properties": {}}))
+    growth.until("jobs_total", 2, task="other", outcome="failed", error="JobFailedError")
+    assert growth.of("dead_lettered_jobs_total", task=GRANT_ACCESS) == 2
 
 
 def test_a_job_that_is_retried(

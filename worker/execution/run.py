@@ -16,7 +16,7 @@ from interview_access.errors import InterviewAccessError, JobCancelledException
 
 from storage.errors import JobBusyError, StorageError
 from tasks.celery_tasks import JobTask
-from tasks.ledger import JobResult
+from tasks.ledger import JobResult, RejectedJob
 from worker.execution.decoding import Call
 from worker.execution.request import Dispatched
 
@@ -144,7 +144,8 @@ class Measurements(NamedTuple):
     Attributes:
         seconds: Duration of the batch.
         transaction_seconds: The part of it in which the ledger settled its jobs.
-        jobs: Number of jobs that ended, by task, outcome and class of the error.
+        jobs: Number of jobs that ended, by task, outcome and class of the error. The task is empty
+            if the message cannot be read or names an unknown one.
         grants: Grants of these jobs by task: requested, repeated, already granted and created.
         requested: Grants that each of these jobs requested.
         repeated: Number of deliveries by task whose job had ended before.
@@ -180,7 +181,8 @@ def measurements(
     grants: dict[str, list[int]] = {}
     requested: list[int] = []
     for run in runs:
-        task, settled, failure = run.task.name if run.task else "", run.settled, run.failure
+        settled, failure = run.settled, run.failure
+        task = run.task.name if run.task and not isinstance(run.job, RejectedJob) else ""
         if run.result is None:
             error = settled.error
             code = error.code_class if isinstance(error, StorageError) else "other"

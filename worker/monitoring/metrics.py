@@ -123,7 +123,8 @@ class JobMetrics:
         for request in requests:
             task = self._task(request.name)
             self._dead_lettered.labels(task).inc()
-            self._jobs.labels(task, "failed", errors.JobFailedError.__name__).inc()
+            ended = task if request.id else _OTHER  # without an ID the message cannot be read
+            self._jobs.labels(ended, "failed", errors.JobFailedError.__name__).inc()
 
     def cancelled(self, task: str) -> None:
         """Measure a job whose outcome a control request has recorded."""
