@@ -122,7 +122,7 @@ class TestQueue:
         """The node name of a session's worker is shown beside it, without control characters."""
         Claims(here.redis).open("ann", node="celery@one\x9b")
         assert snapshot(here)["sessions"][0]["node"] == "celery@one\x9b"
-        assert "  ann 0 after 1 heartbeats, celery@one\\x9b\n" in command(here, "queue").stdout
+        assert "  ann 0 after 1 heartbeat, celery@one\\x9b\n" in command(here, "queue").stdout
 
     @pytest.mark.parametrize(
         ("sessions", "shown"),
