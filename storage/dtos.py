@@ -283,6 +283,23 @@ class JobPageDTO:
 
 
 @dataclass(frozen=True, slots=True)
+class NamingRequestDTO:
+    """A request in the outbox that is for a user, or whose actor or reason contains its ID.
+
+    Attributes:
+        job_id: ID of its job.
+        is_for_user: Whether it is for the user, alone or in a cohort.
+        actor: Who requests it, by its headers.
+        reason: Why, likewise.
+    """
+
+    job_id: str
+    is_for_user: bool
+    actor: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerTotalsDTO:
     """The ledger in numbers.
 

@@ -39,7 +39,7 @@ class StorageError(Exception):
 
     @property
     def remedy(self) -> str | None:
-        """What an operator does before the operation is repeated; None if its code tells none."""
+        """What an operator does before the operation is repeated; None if nothing is known."""
         return _REMEDIES.get(self.sqlstate or "")
 
     @property

@@ -20,6 +20,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
+    NamingRequestDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
     RequestedGrantsDTO,
@@ -189,11 +190,8 @@ class Erasure(Protocol):
         """
 
     @abstractmethod
-    def find_requests_naming(self, user_id: str) -> Sequence[str]:
-        """Return the job IDs of the outbox requests for a user or by it, in their order.
-
-        A request is for a user alone or in a cohort, and by the actor of its headers.
-        """
+    def find_requests_naming(self, user_id: str) -> Sequence[NamingRequestDTO]:
+        """Return the outbox requests that may name a user, in the order of their job IDs."""
 
 
 class GrantStore(Protocol):

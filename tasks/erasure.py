@@ -44,7 +44,7 @@ def find_unfinished_requests(
         StorageError: if the database failed.
     """
     with storage.transaction() as transaction:
-        job_ids = transaction.find_requests_naming(user_id)
+        job_ids = _requests_naming(transaction, user_id)
         found = transaction.find_jobs(job_ids)
     return [one for one in job_ids if one not in found.finished and one not in found.pruned]
 
@@ -91,7 +91,7 @@ def erase_requests(
         StorageError: if the database failed.
     """
     with storage.transaction() as transaction:
-        job_ids = transaction.find_requests_naming(user_id)
+        job_ids = _requests_naming(transaction, user_id)
         if dry_run:
             found = transaction.find_jobs(job_ids)
             return len(found.finished.keys() | found.pruned.keys())
@@ -140,6 +140,14 @@ def mentions(text: str | None, user_id: str) -> bool:
         user_id: The user.
     """
     return text is not None and re.search(_word(user_id), text) is not None
+
+
+def _requests_naming(transaction: EraseTransaction, user_id: str) -> list[str]:
+    return [
+        one.job_id
+        for one in transaction.find_requests_naming(user_id)
+        if one.is_for_user or mentions(one.actor, user_id) or mentions(one.reason, user_id)
+    ]
 
 
 def _redacted_words(text: str | None, user_id: str, *, at_most: int) -> str | None:

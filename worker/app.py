@@ -73,6 +73,7 @@ class WorkerApp(Celery):  # type: ignore[misc] # Celery ships no types
         dispatcher: Likewise.
         relay: The outbox relay, once its bootstep has made it.
         pruner: The pruner, likewise.
+        control_service: What replies to control requests, likewise.
         monitoring: Metrics and health, if a setting asks for them.
     """
 

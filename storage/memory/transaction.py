@@ -15,6 +15,7 @@ from storage.dtos import (
     InterviewAttemptDTO,
     InterviewDTO,
     JobPageDTO,
+    NamingRequestDTO,
     PruneCountsDTO,
     PrunedBatchDTO,
     PrunedJobDTO,
@@ -115,13 +116,22 @@ class MemoryTransaction(Transaction):
                 job = replace(before.job, user_id=changed.job.user_id, audit=audit)
                 self._tables.jobs[job.job_id] = replace(before, job=job, outcome=outcome)
 
-    def find_requests_naming(self, user_id: str) -> Sequence[str]:
+    def find_requests_naming(self, user_id: str) -> Sequence[NamingRequestDTO]:
         """See the interface."""
-        return sorted(
-            job_id
-            for job_id, request in self._tables.requests.items()
-            if user_id in (request.user_id, *(request.user_ids or ()), _actor(request))
-        )
+        found = [
+            NamingRequestDTO(
+                job_id,
+                user_id in (request.user_id, *(request.user_ids or ())),
+                _header(request, "actor"),
+                _header(request, "reason"),
+            )
+            for job_id, request in sorted(self._tables.requests.items())
+        ]
+        return [
+            one
+            for one in found
+            if one.is_for_user or user_id in (one.actor or "") or user_id in (one.reason or "")
+        ]
 
     def _old_jobs(self, older_than: timedelta) -> list[tuple[datetime, str]]:
         jobs, before = self._tables.jobs, datetime.now(UTC) - older_than
@@ -250,8 +260,10 @@ def _tombstone(job: FinishedJobDTO) -> PrunedJobDTO:
     )
 
 
-def _actor(request: AccessRequestDTO) -> object:
-    return json.loads(request.headers or "{}").get("actor")
+def _header(request: AccessRequestDTO, name: str) -> str | None:
+    headers = json.loads(request.headers or "{}")
+    value = headers.get(name) if isinstance(headers, dict) else None
+    return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
 def _names(job: FinishedJobDTO, user_id: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from sqlalchemy import bindparam, update
 
 from storage import models
-from storage.dtos import FinishedJobDTO, JobPageDTO, RejectedIdsDTO
+from storage.dtos import FinishedJobDTO, JobPageDTO, NamingRequestDTO, RejectedIdsDTO
 from storage.interface import Erasure
 from storage.postgres.ledger import COLUMNS, by_user_columns, finished_job, rejected_columns
 from storage.postgres.session import Session
@@ -37,9 +37,13 @@ _REPLACE = """
     WHERE job.job_id = changed.job_id
 """
 _FIND_REQUESTS = """
-    SELECT job_id FROM grant_access_request
-    WHERE user_id = %(user_id)s OR %(user_id)s = ANY (user_ids)
-       OR headers ->> 'actor' = %(user_id)s ORDER BY job_id
+    SELECT * FROM (
+        SELECT job_id, coalesce(user_id = %(user_id)s OR %(user_id)s = ANY (user_ids), false)
+            AS is_for_user, headers ->> 'actor' AS actor, headers ->> 'reason' AS reason
+        FROM grant_access_request
+    ) AS requests
+    WHERE is_for_user OR strpos(actor, %(user_id)s) > 0 OR strpos(reason, %(user_id)s) > 0
+    ORDER BY job_id
 """
 
 
@@ -87,6 +91,6 @@ class PostgresErasure(Session, Erasure):
             if rows:
                 self.execute(update(table).where(table.c.job_id == bindparam("id")), rows)
 
-    def find_requests_naming(self, user_id: str) -> Sequence[str]:
+    def find_requests_naming(self, user_id: str) -> Sequence[NamingRequestDTO]:
         """See the interface."""
-        return [job_id for (job_id,) in self.query(_FIND_REQUESTS, {"user_id": user_id})]
+        return [NamingRequestDTO(*row) for row in self.query(_FIND_REQUESTS, {"user_id": user_id})]

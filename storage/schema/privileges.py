@@ -96,6 +96,7 @@ TO_READ_VERSION: Needed = {VERSION_TABLE: {"SELECT": ("version_num", compatibili
 
 TO_PRUNE: Needed = {
     "grant_access_job": {"DELETE": ()},
+    _REQUESTS: {"UPDATE": NEEDED[_REQUESTS]["UPDATE"], "DELETE": ()},
     "grant_access_tombstone": {"INSERT": ("job_key", "digest", "created", "result", "error")},
     "grant_access_cancellation": {"SELECT": ("requested_at",), "DELETE": ()},
     "grant_access_rejection": {"DELETE": ()},

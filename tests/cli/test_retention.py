@@ -253,9 +253,11 @@ class TestErase:
         dead = {"user_id": "ann", "interview_ids": []}
         here.redis.xadd(DEAD, {"job_id": "dead", "message": self.message(here, dead)})
         here.redis.set(result_key("dead"), json.dumps({"status": "FAILURE", "result": "'ann'"}))
+        letters: Any = here.redis.xrange(DEAD)
         for option, done in ("--dry-run", "would be erased"), ("--yes", "erased"):
             ended = command(here, "erase", "--user", "ann", option)
             assert ended.exit_code == 0, ended.output
+            assert f"dropped: 1 ({letters[0][0].decode()}); requeue" in ended.stderr
             counts = dict(re.findall(rf"^(.+?) +(\d+) {done}$", ended.stdout, re.MULTILINE))
             assert (counts["jobs"], counts["dead letters"]) == ("0", "1")
             assert counts["other announcements"] == "3"

@@ -36,6 +36,7 @@ from worker.execution.decoding import (
     UnreadableMessageError,
     decode,
 )
+from worker.execution.pool_process import prepare
 from worker.execution.request import JobRequest
 
 ENDS = 64 * 1024
@@ -448,6 +449,18 @@ def test_attempts_are_limited(
         assert request.failure.sentence.startswith(
             f"The job's process ended in {attempts} attempts"
         )
+
+
+@pytest.mark.parametrize(
+    ("fields", "attempts", "is_unreadable"),
+    [({}, 3, False), ({}, 4, False), ({"body": "{"}, 0, True), ({"body": 5}, 4, True)],
+)
+def test_a_job_whose_attempts_are_used_up_is_readable(
+    app: Celery, fields: dict[str, Any], attempts: int, *, is_unreadable: bool
+) -> None:
+    """Such a job counts as one of its task, also if its body is not read again."""
+    run = prepare(app, read(app, envelope(**fields), attempts=attempts).dispatched, "worker")
+    assert run.is_unreadable == is_unreadable
 
 
 def test_an_unreadable_message_keeps_its_reason(app: Celery) -> None:

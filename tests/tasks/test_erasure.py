@@ -182,10 +182,15 @@ def test_an_erased_text_fits_its_column(store: Store) -> None:
 
 
 def test_requests_by_the_user_are_deleted(store: Store) -> None:
-    """A request whose actor is the user names the user."""
-    for job_id, headers in ("a", '{"actor": "zoe"}'), ("b", '{"actor": "Zoe"}'), ("c", "[]"):
+    """A request names the user in its actor or its reason, as a word."""
+    for job_id, headers in (
+        ("a", '{"actor": "user:zoe"}'),
+        ("b", '{"actor": "Zoe", "reason": "zoe-marie asked"}'),
+        ("c", "[]"),
+        ("d", '{"reason": "as zoe asked"}'),
+    ):
         store.add_request(replace(a_request(job_id), headers=headers))
-    assert find_unfinished_requests(store.storage, "zoe") == ["a"]
+    assert find_unfinished_requests(store.storage, "zoe") == ["a", "d"]
     store.grant(a_job("a", "ann", []))
     assert erase_requests(store.storage, "zoe") == 1
     assert store.storage.get_request("a") is None

@@ -548,6 +548,8 @@ class Lease:
             for name, counter in sessions.items()
             if name not in self._sessions
         }
+        for name in self._expired.keys() - self._observed.keys():
+            del self._expired[name]  # another worker has taken it over
         for name, (counter, since) in self._observed.items():
             if now - since < _EXPIRED_AFTER * self._ttl:
                 continue

@@ -178,6 +178,12 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
         waiting = {*unfinished_jobs_naming(redis, user_id, at_most=_MESSAGES)}
         finished = {job_id for job_id in waiting if storage.get_finished_job(job_id)}
         _refuse({*find_unfinished_requests(storage, user_id)} | waiting - finished)
+        if ids := [one.id for one in dead_letters_naming(redis, user_id)]:
+            click.echo(
+                f"Dead letters that name the user and are dropped: {_listed(ids)}; requeue what is "
+                "still wanted before.",
+                err=True,
+            )
         if not dry_run and not yes:
             click.confirm(f"Erase the user {one_line(user_id)} for good?", abort=True, err=True)
         if finished and not dry_run:
@@ -196,7 +202,7 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
         lettered = {one.job_id for one in letters if one.job_id} - jobs
         announced = announced_jobs_naming(redis, user_id, lettered) - jobs
         if not dry_run:
-            results += delete_results(backend, lettered, user_id)
+            results += delete_results(backend, lettered | announced, user_id)
             delete_announcements(redis, announced)
             DeadLetters(redis).drop(letters)
     done = "would be erased" if dry_run else "erased"
@@ -213,12 +219,16 @@ def erase(*, user_id: str, dry_run: bool, yes: bool) -> None:
 def _refuse(job_ids: Collection[str]) -> None:
     """Exit if there are unfinished jobs that name a user."""
     if job_ids:
-        listed = ", ".join(one_line(job_id, 255) for job_id in sorted(job_ids)[:_LISTED])
         end(
             FAILED,
-            f"Jobs whose messages name the user: {len(job_ids):,} ({listed}); wait for them, or "
-            "cancel them with `interview-access cancel`, and run the command again.",
+            f"Jobs whose messages name the user: {_listed(job_ids)}; wait for them, or cancel them "
+            "with `interview-access cancel`, and run the command again.",
         )
+
+
+def _listed(ids: Collection[str]) -> str:
+    """Return the number of IDs, and the first of them."""
+    return f"{len(ids):,} ({', '.join(one_line(one, 255) for one in sorted(ids)[:_LISTED])})"
 
 
 @click.command()

@@ -297,11 +297,12 @@ class Dispatcher:
 def _cause(failure: Any) -> BaseException:
     """Return why a batch has no report, from the argument of the pool's error callback.
 
-    billiard wraps the error. That of a process which was told to end has the signal's number only.
+    billiard wraps the error. That of a process that was terminated has the signal's number only, of
+    either sign.
     """
     error: BaseException = getattr(failure.exception, "exc", failure.exception)
     if isinstance(error, Terminated):
-        error = Terminated(f"Worker terminated: {human_status(-error.args[0])}")
+        error = Terminated(f"Worker terminated: {human_status(-abs(error.args[0]))}")
     return error
 
 

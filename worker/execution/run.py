@@ -75,6 +75,13 @@ class JobRun:
         return refusal or (None if isinstance(self.result, dict) else self.result)
 
     @property
+    def is_unreadable(self) -> bool:
+        """Whether the message cannot be read, and is not just left unread after its attempts."""
+        failure = self.delivery.failure
+        is_read_before = failure is not None and "attempts" in failure.details
+        return isinstance(self.job, RejectedJob) and not is_read_before
+
+    @property
     def has_poller(self) -> bool:
         """Whether the producer may poll the result."""
         return not self.delivery.headers.get("ignore_result")
@@ -182,7 +189,7 @@ def measurements(
     requested: list[int] = []
     for run in runs:
         settled, failure = run.settled, run.failure
-        task = run.task.name if run.task and not isinstance(run.job, RejectedJob) else ""
+        task = run.task.name if run.task and not run.is_unreadable else ""
         if run.result is None:
             error = settled.error
             code = error.code_class if isinstance(error, StorageError) else "other"

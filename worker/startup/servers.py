@@ -255,14 +255,13 @@ def _check_server(redis: Redis, variable: str) -> None:
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         logger.warning(
-            "Redis may evict jobs: variable=%s maxmemory_policy=%s, expected noeviction",
-            variable,
-            policy,
+            "Redis may evict jobs: variable=%s maxmemory_policy=%s expected=%s",
+            *(variable, policy, "noeviction"),
         )
     if not info.get("aof_enabled", True):
         logger.warning(
-            "Redis loses jobs when it restarts: variable=%s got appendonly no, expected yes",
-            variable,
+            "Redis loses jobs when it restarts: variable=%s appendonly=%s expected=%s",
+            *(variable, "no", "yes"),
         )
 
 

@@ -31,7 +31,7 @@ for index = 4, 3 + formers do
 end
 -- Includes those of sessions that a worker of an earlier release has ended.
 for _, name in ipairs(redis.pcall('HKEYS', nodes)) do
-    if not redis.call('ZSCORE', leases, name) then redis.call('HDEL', nodes, name) end
+    if not redis.call('ZSCORE', leases, name) then redis.pcall('HDEL', nodes, name) end
 end
 for _, tag in ipairs(redis.call('HKEYS', claims_of(session))) do kept[#kept + 1] = tag end
 return kept
