@@ -78,10 +78,18 @@ TO_READ_JOBS: Needed = {
 TO_COUNT_REQUESTS: Needed = {_REQUESTS: {"SELECT": NEEDED[_REQUESTS]["SELECT"]}}
 """What counting the requests of the outbox needs."""
 
+TO_LIST_JOBS: Needed = {"grant_access_job": {"SELECT": _LEDGER_COLUMNS}}
+"""What listing finished jobs needs."""
+
+TO_READ_GRANTS: Needed = {
+    "interview_userinterviewaccess": {"SELECT": ("user_id", "interview_id", "created_by_job")}
+}
+"""What finding jobs by their grants needs."""
+
 TO_EXPLAIN_GRANTS: Needed = {
     **TO_READ_JOBS,
+    **TO_READ_GRANTS,
     _INTERVIEWS: {"SELECT": ("id",)},
-    "interview_userinterviewaccess": {"SELECT": ("user_id", "interview_id", "created_by_job")},
 }
 """What finding the job that created a grant needs."""
 
@@ -102,7 +110,7 @@ TO_PRUNE: Needed = {
     "grant_access_rejection": {"DELETE": ()},
     "grant_access_cohort": {"DELETE": ()},
 }
-"""What a role needs beside :data:`NEEDED` to prune."""
+"""What a role needs beside :data:`NEEDED` or :data:`TO_READ_JOBS` to prune."""
 
 TO_ERASE: Needed = {
     "grant_access_job": {"UPDATE": ("user_id", "error", "actor", "reason")},

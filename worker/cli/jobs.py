@@ -17,7 +17,7 @@ from interview_access.contracts import (
 )
 
 from storage.dtos import FinishedJobDTO, FinishedJobFilterDTO
-from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_EXPLAIN_GRANTS, TO_READ_JOBS
+from storage.schema import NEEDED, TO_CANCEL_JOBS, TO_LIST_JOBS, TO_READ_GRANTS, TO_READ_JOBS
 from tasks.outcomes import status_of
 from worker.cli.environment import connected, opened_storage
 from worker.cli.terminal import (
@@ -130,8 +130,8 @@ def jobs(
         )
     wanted = FinishedJobFilterDTO(user, interview, actor, state, since, until)
     reads_grants = user is not None or interview is not None
-    needed = TO_EXPLAIN_GRANTS if reads_grants else TO_READ_JOBS
-    with opened_storage(_CANNOT_LIST, needed) as storage:
+    needed = (TO_LIST_JOBS, TO_READ_GRANTS) if reads_grants else (TO_LIST_JOBS,)
+    with opened_storage(_CANNOT_LIST, *needed) as storage:
         found = storage.list_finished_jobs(wanted, limit)
     for one in found:
         known = status_of(one).model_dump(mode="json", exclude_none=True)
