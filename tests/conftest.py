@@ -24,7 +24,7 @@ from tests.support.workers import Site, site
 SAMPLES = 30
 """Number of sample interviews."""
 IDLE_NUMBER = 3
-"""Number of the Redis database of sites for one test."""
+"""Number of the Redis database of ``idle``."""
 
 
 @pytest.fixture(scope="session")
@@ -74,13 +74,13 @@ def store(request: pytest.FixtureRequest, bulk_threshold: int) -> Iterator[Store
 
 @pytest.fixture
 def postgres_url(migrated_url: str) -> str:
-    """The URL of the database of ``postgres``. A file whose tests change rows only overrides it."""
+    """The URL of the database of ``postgres``. A file that keeps its schema overrides it."""
     return migrated_url
 
 
 @pytest.fixture
 def postgres(postgres_url: str) -> Iterator[PostgresStore]:
-    """A PostgreSQL store with a separate database, which the test may change."""
+    """A PostgreSQL store without rows, on the database ``postgres_url``."""
     with postgres_store(postgres_url) as store:
         yield store
 

@@ -283,9 +283,8 @@ def test_a_lost_claim_is_requeued(
     lease.beat()
     assert lease.tags == {known.claim.tag}
     assert redis.lrange(QUEUE, 0, -1) == [b"lost"]
-    (logged,) = errors(caplog)
-    assert logged.startswith("claim lost, its message is requeued: ")
-    assert logged.endswith(f": tag={lost.claim.tag} state=claimed attempts=0 job='' task=''")
+    fields = f"tag={lost.claim.tag} state=claimed attempts=0 job='' task=''"
+    assert errors(caplog) == [f"claim lost, its message is requeued: {fields}"]
 
 
 def test_a_settled_delivery_without_claim_is_not_requeued(

@@ -390,10 +390,10 @@ class TestCancel:
         ("job_id", "said"),
         [
             (
-                "granted",
+                "job-of-ann",
                 "has succeeded, expected one that waits or runs; its outcome stays, and what ",
             ),
-            ("invalid", "has failed, expected one that waits or runs; its outcome stays.\n"),
+            ("job-of-bob", "has failed, expected one that waits or runs; its outcome stays.\n"),
         ],
     )
     @pytest.mark.parametrize("option", [[], ["--json"]], ids=str)
@@ -401,7 +401,7 @@ class TestCancel:
         self, idle: Site, job_id: str, said: str, option: list[str]
     ) -> None:
         """A finished job cannot be cancelled: its status is printed, and why it ends 1."""
-        idle.store.grant(a_job("granted", "ann", []), a_job("invalid", "ann", 7))
+        idle.store.grant(a_job("job-of-ann", "ann", []), a_job("job-of-bob", "bob", 7))
         done = run(idle.environment(), "cancel", job_id, *option)
         assert done.exit_code == 1
         assert job_id in done.stdout

@@ -386,6 +386,10 @@ EXAMPLES = {
     "cancel --queued": "cancel --queued --yes",
 }
 """Options of the commands that need some."""
+BEFORE = {"explain": EXAMPLES["grant"], "resume": "pause"}
+"""Commands that create what a command needs to succeed."""
+AFTER = {"pause": "resume"}
+"""Commands that undo what a command changes for others."""
 
 
 def commands_of_page() -> list[tuple[str, str, str]]:
@@ -409,8 +413,13 @@ def test_the_roles_and_users_of_the_page_suffice(
 ) -> None:
     """Each command runs with the role and the user that docs/security.md names for it."""
     words = EXAMPLES.get(command, command.replace("JOB_ID", "by-table"))
-    done = invoke(servers.environment(role, user), words)
-    assert done.exit_code == 0, done.stderr
+    least = servers.environment(role, user)
+    most = servers.environment("owner", "worker")
+    steps = [(most, BEFORE.get(command)), (least, words), (most, AFTER.get(command))]
+    for environment, step in steps:
+        if step:
+            done = invoke(environment, step)
+            assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.usefixtures("all_permitted")

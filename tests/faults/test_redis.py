@@ -64,7 +64,7 @@ def test_redis_full(workload: Workload, tmp_path: Path) -> None:
 
 
 def test_a_full_redis_is_logged_once(workload: Workload, tmp_path: Path) -> None:
-    """The log of an idle worker has the begin of the outage with its cause, and its end."""
+    """The log of an idle worker has the beginning of the outage with its cause, and its end."""
     redis = workload.here.redis
 
     def refused() -> int:

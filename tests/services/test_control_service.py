@@ -212,8 +212,8 @@ class TestWaiting:
         caplog.set_level(logging.INFO, logger="worker.services.control")
         services()
         before = count_polls(idle)
-        idle.redis.config_set("maxmemory", 1)
         (client,) = waiting(idle)
+        idle.redis.config_set("maxmemory", 1)
         try:
             idle.redis.client_unblock(int(client))
             until(lambda: count_polls(idle) >= before + 3)

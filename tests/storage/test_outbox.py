@@ -29,7 +29,7 @@ from tests.support.stores import Background, PostgresStore, Store, until
 
 @pytest.fixture(scope="module")
 def postgres_url(_stores_url: str) -> str:
-    """One database for all tests of this file, which change rows only."""
+    """One database for all tests of this file, which change its schema for a moment at most."""
     return _stores_url
 
 

@@ -21,7 +21,7 @@ from storage.interface import Storage
 from tasks.celery_tasks import interview_attempt_job
 from tasks.grant_access import GrantAccessInteractor
 from tasks.interview_attempts import InterviewAttemptInteractor
-from tasks.ledger import JobResult, cancel
+from tasks.ledger import Cancellation, JobResult, cancel
 from tasks.outcomes import result_of, status_of_pruned
 from tasks.retention import PrunedBatch, prune
 from tests.support.stores import PostgresStore, Store, a_cohort, a_job, all_at_once, created
@@ -136,7 +136,8 @@ class TestLateDelivery:
         job = a_job("a", "ann", store.add_interviews(1))
         store.grant(job)
         prune_all(store.storage)
-        assert not cancel(store.storage, "a", job.entry).is_recorded
+        found = cancel(store.storage, "a", job.entry)
+        assert found == Cancellation(is_running=False, is_recorded=False)
         assert store.storage.get_finished_job("a") is None
         prune_all(store.storage)
         assert created(*store.grant(job)) == 1
