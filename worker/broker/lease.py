@@ -468,7 +468,7 @@ class Lease:
         return heartbeat
 
     def _log_pause(self, pause: bytes) -> None:
-        """Log the begin and the end of a pause, once each."""
+        """Log the beginning and the end of a pause, once each."""
         if pause and pause != self._seen_pause:
             text = shortened(pause.decode(errors="replace"), quoted=False, at_most=500)
             logger.warning("queue paused, running jobs finish: pause=%s", text)
