@@ -387,10 +387,33 @@ def test_all_deliveries_of_an_interrupted_takeover_are_counted(
         redis.hset(f"{PREFIX}held:dead", str(at), f"{QUEUE}\0".encode() + b"." * 2_000_000)
     lease.beat()
     lease.beat_for(2 * TTL - 1)
+    lease.clock.now += 1
     lease._take_over_expired(sessions(redis), by=lease.clock.now)
-    assert redis.hlen(f"{PREFIX}held:dead") > 0
+    assert 0 < redis.hlen(f"{PREFIX}held:dead") < 6
     lease.beat()
     assert "session=dead node= deliveries=6" in caplog.text
+
+
+def test_a_takeover_that_another_worker_ends_is_forgotten(
+    lease: SteppedLease, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session of the same name that expires later is logged with its own claims."""
+    redis.zadd(LEASES, {"dead": 7})
+    for at in range(6):
+        redis.hset(f"{PREFIX}held:dead", str(at), f"{QUEUE}\0".encode() + b"." * 2_000_000)
+    lease.beat()
+    lease.beat_for(2 * TTL - 1)
+    lease.clock.now += 1
+    lease._take_over_expired(sessions(redis), by=lease.clock.now)
+    assert 0 < redis.hlen(f"{PREFIX}held:dead") < 6
+    while Claims(redis).take_over("dead", 7) > 0:
+        pass
+    lease.beat()
+    redis.zadd(LEASES, {"dead": 9})
+    redis.hset(f"{PREFIX}held:dead", "a", f"{QUEUE}\0.".encode())
+    lease.beat()
+    lease.beat_for(2 * TTL)
+    assert "session=dead node= deliveries=1" in caplog.text
 
 
 def test_a_slow_worker_is_not_taken_over(

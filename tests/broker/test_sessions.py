@@ -93,6 +93,21 @@ def test_a_session_needs_no_permission_for_the_names(redis: Redis, protocol: Cla
     assert "carl" not in counters(contents(redis))
 
 
+def test_a_session_needs_no_permission_to_delete_names(redis: Redis) -> None:
+    """A user who may only read the node names opens a session beside a stale one."""
+    redis.hset(f"{PREFIX}nodes", "gone", "celery@gone")
+    keys = ["%R~*", f"~{PREFIX}", f"~{PREFIX}leases", f"~{PREFIX}held:*"]
+    redis.execute_command("ACL", "SETUSER", "reader", "on", "nopass", "+@all", *keys)  # type: ignore[no-untyped-call] # redis-py's
+    path = redis.connection_pool.connection_kwargs["path"]
+    try:
+        with Redis(unix_socket_path=path, db=DATABASE, username="reader") as limited:
+            Claims(limited).open("carl", node="celery@carl")
+    finally:
+        redis.execute_command("ACL", "DELUSER", "reader")  # type: ignore[no-untyped-call] # likewise
+    assert "carl" in counters(contents(redis))
+    assert redis.hkeys(f"{PREFIX}nodes") == [b"gone"]
+
+
 def test_a_large_session_is_taken_over_in_steps(redis: Redis, protocol: Claims) -> None:
     """Each script moves a few MB; another worker may continue a takeover."""
     redis.lpush(JOBS, *[LARGE + bytes([letter]) for letter in b"abcde"])

@@ -44,7 +44,12 @@ def test_a_lost_pool_process_isolates_its_jobs(
 
 
 @pytest.mark.parametrize(
-    "error", [WorkerLostError("Worker exited prematurely: signal 9 (SIGKILL)"), Terminated(9)]
+    "error",
+    [
+        WorkerLostError("Worker exited prematurely: signal 9 (SIGKILL)"),
+        Terminated(9),
+        Terminated(-9),
+    ],
 )
 def test_the_signal_of_a_lost_pool_process_is_logged(
     stepped: SteppedWorker, caplog: pytest.LogCaptureFixture, error: Exception

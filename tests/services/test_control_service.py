@@ -220,11 +220,11 @@ class TestWaiting:
         finally:
             idle.redis.config_set("maxmemory", 0)
         assert reply(idle, control_request(idle, "job"))["result"]["state"] == "unknown"
-        until(lambda: "waits for control requests again" in caplog.text)
+        until(lambda: "waiting for control requests again" in caplog.text)
         began, ended = [record.getMessage() for record in caplog.records]
         assert began.startswith("Redis refuses to wait for control requests, polling: error=BLMOVE")
         assert "OutOfMemoryError: command not allowed when used memory > 'maxmemory'" in began
-        assert ended == "Redis waits for control requests again"
+        assert ended == "Redis permits waiting for control requests again"
 
 
 def waiting(here: Site) -> list[str]:

@@ -264,7 +264,7 @@ class JobClaims(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships n
             self._refused_until = time.monotonic() + _TICK_SECONDS
         else:
             if self._is_refused and not wait.is_refused:
-                logger.info("Redis waits for jobs again")
+                logger.info("Redis permits waiting for jobs again")
                 self._is_refused = False
         if has_message is None:
             self._hub.add_reader(connection, self._on_readable, connection, wait)

@@ -152,7 +152,7 @@ class ControlService(BackgroundService):
                 self.pause(_POLL_SECONDS)
                 return True
             if self._is_refused and not self._wait.is_refused:
-                logger.info("Redis waits for control requests again")
+                logger.info("Redis permits waiting for control requests again")
                 self._is_refused = False
             if has_request is not None:
                 return has_request
