@@ -84,7 +84,7 @@ def test_a_full_redis_is_logged_once(workload: Workload, tmp_path: Path) -> None
     assert len(causes) == 2
     for kind in ("jobs", "control requests"):
         assert log.count(f"Redis refuses to wait for {kind}") == 1
-        assert log.count(f"Redis waits for {kind} again") == 1
+        assert log.count(f"Redis permits waiting for {kind} again") == 1
     assert log.count("WARNING") == 2, log
 
 
